@@ -1,0 +1,65 @@
+"""Range growth: how far powers of M run away from the inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from qinvert.calibration.observers import RangeObserver
+from qinvert.matrices import solve
+from qinvert.methods import neumann_doubling
+from qinvert.program import INPUT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeGrowth:
+    """Largest magnitudes in one layer, over all its matrices."""
+
+    #: Matrices seen.
+    matrices: int
+    #: max|M^k| by k, for k = 1, 2, 4, ... C / 2.
+    powers: dict[int, float]
+    #: max|T| below the diagonal.
+    inverse: float
+
+    @property
+    def growth(self) -> float:
+        """Largest power over the larger of max|M| and max|T|."""
+        return max(self.powers.values()) / max(self.inverse, self.powers[1], torch.finfo(torch.float32).tiny)
+
+
+class GrowthObserver:
+    """Streams `RangeGrowth` of one layer of C x C matrices."""
+
+    def __init__(self, chunk: int) -> None:
+        self._powers = RangeObserver(neumann_doubling(chunk))
+        self._matrices = 0
+        self._inverse = 0.0
+
+    def update(self, lower: torch.Tensor) -> None:
+        """Add checked matrices ``(..., C, C)``."""
+        flat = lower.reshape(-1, *lower.shape[-2:])
+        self._matrices += flat.shape[0]
+        self._powers.update(flat)
+        self._inverse = max(self._inverse, float(torch.tril(solve(flat), -1).abs().max()))
+
+    def result(self) -> RangeGrowth:
+        """Return the growth seen so far."""
+        ranges = self._powers.ranges
+        powers = {1: ranges[INPUT]}
+        for name, largest in ranges.items():
+            if name.startswith("power_"):
+                powers[int(name.removeprefix("power_"))] = largest
+        return RangeGrowth(matrices=self._matrices, powers=powers, inverse=self._inverse)
+
+
+def range_growth(matrices: Iterable[tuple[str, torch.Tensor]]) -> dict[str, RangeGrowth]:
+    """Return the growth per layer of ``(layer, checked L)`` pairs, in one pass."""
+    observers: dict[str, GrowthObserver] = {}
+    for layer, lower in matrices:
+        if layer not in observers:
+            observers[layer] = GrowthObserver(lower.shape[-1])
+        observers[layer].update(lower)
+    return {layer: observer.result() for layer, observer in observers.items()}

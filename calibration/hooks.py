@@ -1,0 +1,186 @@
+"""Puts another inverse into a Hugging Face model, and captures L from it.
+
+Models call a chunked gated delta rule through a global of their module, or
+(transformers up to 5.14) through an attribute of the layer.  Both are replaced
+by `qinvert.delta_rule.chunk_gated_delta_rule` with a pluggable inverse, for
+the time of a ``with`` block.  No model code is copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Final, TypeAlias
+from weakref import WeakSet
+
+import torch
+
+from qinvert.calibration.tokens import token_batches
+from qinvert.delta_rule import Inverse, chunk_gated_delta_rule, exact
+from qinvert.errors import InputError, PlanError
+from qinvert.plan import LayerPlan, Plan
+
+#: ``inverse(layer, L) -> T``.
+LayerInverse: TypeAlias = Callable[[str, torch.Tensor], torch.Tensor]
+
+#: Module global that models call in prefill.
+GLOBAL_NAME: Final = "torch_chunk_gated_delta_rule"
+#: Attribute of a layer in older transformers.
+ATTRIBUTE_NAME: Final = "chunk_gated_delta_rule"
+
+_patched_models: WeakSet[torch.nn.Module] = WeakSet()
+
+
+@contextmanager
+def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iterator[torch.nn.Module]:
+    """Run ``model`` with another inverse inside a ``with`` block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face model with gated delta layers.
+    inverse : Plan, LayerPlan or callable
+        A plan simulates each layer's integer program; a callable maps
+        ``L [batch, heads, chunks, C, C]`` to T.
+
+    Yields
+    ------
+    torch.nn.Module
+        ``model``; everything is restored on exit, also after an exception.
+
+    Raises
+    ------
+    InputError
+        If the model has no such layer, or is patched already.
+    PlanError
+        If the plan lacks a layer of the model.
+    """
+    with patched_by_layer(model, _by_layer(model, inverse)):
+        yield model
+
+
+def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
+    match inverse:
+        case Plan():
+            lacking = [name for name in delta_layers(model) if name not in inverse.layers]
+            if lacking:
+                raise PlanError(
+                    f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; calibrate this model"
+                )
+            return lambda layer, lower: inverse.layers[layer].inverse(lower)
+        case LayerPlan():
+            return lambda layer, lower: inverse.inverse(lower)
+        case _ if callable(inverse):
+            return lambda layer, lower: inverse(lower)
+    raise InputError(f"cannot use {type(inverse).__name__} as an inverse; pass a plan or a callable inverse(L)")
+
+
+def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the model's gated delta layers by module name.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
+    layers = {name: m for name, m in model.named_modules() if _calls_global(m) or hasattr(m, ATTRIBUTE_NAME)}
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no gated delta layer; supported are the Hugging Face models that call "
+            f"{GLOBAL_NAME}: qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp, olmo_hybrid"
+        )
+    return layers
+
+
+def _calls_global(module: torch.nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and GLOBAL_NAME in code.co_names
+
+
+@contextmanager
+def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[None]:
+    """`patched` with an inverse that is told the layer's name."""
+    layers = delta_layers(model)
+    if model in _patched_models:
+        raise InputError("this model is patched already; leave the outer `with patched(...)` first")
+    running: list[str] = []
+    with ExitStack() as undo:
+        _patched_models.add(model)
+        undo.callback(_patched_models.discard, model)
+        for name, layer in layers.items():
+            _track(layer, name, running, undo)
+            if hasattr(layer, ATTRIBUTE_NAME):
+                _replace(layer, ATTRIBUTE_NAME, running, inverse, undo)
+        for module in {sys.modules[type(m).__module__] for m in layers.values() if _calls_global(m)}:
+            _replace(module, GLOBAL_NAME, running, inverse, undo)
+        yield
+
+
+def _track(layer: torch.nn.Module, name: str, running: list[str], undo: ExitStack) -> None:
+    def enter(*_: Any) -> None:
+        running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    undo.callback(layer.register_forward_pre_hook(enter).remove)
+    # always_call: after an exception in forward the name must go, too.
+    undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
+
+
+def _replace(owner: Any, name: str, running: list[str], inverse: LayerInverse, undo: ExitStack) -> None:
+    original = getattr(owner, name)
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        # A module global is shared: other models of the family keep the original.
+        if not running:
+            return original(*args, **kwargs)
+        return chunk_gated_delta_rule(*args, **kwargs, inverse=partial(inverse, running[-1]))
+
+    setattr(owner, name, replacement)
+    undo.callback(setattr, owner, name, original)
+
+
+def capture(model: torch.nn.Module, data: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream ``(layer, L)`` from the model's forward passes over ``data``.
+
+    Holds the matrices of one batch at a time.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    data
+        See `qinvert.calibration.tokens.token_batches`.
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+
+    def record(layer: str, lower: torch.Tensor) -> torch.Tensor:
+        found.append((layer, lower))
+        return exact(lower)
+
+    for batch in token_batches(data):
+        with patched_by_layer(model, record):
+            run_model(model, batch)
+        yield from found
+        found.clear()
+
+
+def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the logits of one batch, computed on the model's device without gradients.
+
+    Raises
+    ------
+    InputError
+        If a token lies outside the vocabulary.
+    """
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    tokens, size = inputs.get("input_ids"), getattr(getattr(model, "config", None), "vocab_size", None)
+    if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
+        raise InputError(f"token ids reach {int(tokens.max())}, the model's vocabulary has {size}; tokenize for this model")
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs).logits
+    return logits

@@ -1,0 +1,165 @@
+"""`qinvert.simulate`: what the integers of a plan cost, per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qinvert.calibration.sources import DEFAULT_LAYER, open_source
+from qinvert.errors import InputError
+from qinvert.matrices import solve
+from qinvert.metrics import ErrorStatistics, floor_inverse
+from qinvert.plan import LayerPlan, Plan
+from qinvert.simulator import simulate_inverse
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """Errors of one layer; every metric as defined in `qinvert.metrics`."""
+
+    #: Matrices simulated.
+    matrices: int
+    #: Formats of the plan.
+    formats: str
+    #: Title of the program.
+    program: str
+    #: Signal to quantization noise below the diagonal, all matrices together.
+    sqnr_db: float
+    #: The same for the exact inverse on the plan's input and output grids.
+    floor_db: float
+    #: max over matrices of ||E||_F / ||T||_F.
+    worst_rel: float
+    #: max|E|.
+    max_abs: float
+    #: Values of T that are NaN or Inf.
+    non_finite: int
+    #: Values on the ends of their grid, per tensor that has any.
+    saturations: dict[str, int]
+
+    @property
+    def loss_db(self) -> float:
+        """``floor_db - sqnr_db``: what the algorithm loses."""
+        return self.floor_db - self.sqnr_db if math.isfinite(self.floor_db) else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types; infinities become None."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One `LayerReport` per layer."""
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    @property
+    def worst_sqnr_db(self) -> float:
+        """Smallest sqnr of all layers."""
+        return min(layer.sqnr_db for layer in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {"layers": {name: layer.to_dict() for name, layer in self.layers.items()}}
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{name}: sqnr {r.sqnr_db:.1f} dB (floor {r.floor_db:.1f}), worst_rel {r.worst_rel:.2e}, "
+            f"max_abs {r.max_abs:.2e}, {r.matrices} matrices"
+            for name, r in self.layers.items()
+        )
+
+
+class LayerSimulation:
+    """Streams the errors of one layer's plan."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.achieved = ErrorStatistics()
+        self.floor = ErrorStatistics()
+        self.saturations: dict[str, int] = {}
+
+    def update(self, lower: torch.Tensor) -> None:
+        """Add checked matrices ``(..., C, C)``."""
+        truth = solve(lower)
+        self.achieved.update(simulate_inverse(self.plan, lower, self._observe), truth)
+        self.floor.update(floor_inverse(self.plan, lower), truth)
+
+    def _observe(self, name: str, integers: torch.Tensor) -> None:
+        fmt = self.plan.tensors[name].format
+        count = int(((integers <= fmt.minimum) | (integers >= fmt.maximum)).sum())
+        if count:
+            self.saturations[name] = self.saturations.get(name, 0) + count
+
+    def result(self) -> LayerReport:
+        """Return the report of what was seen."""
+        return LayerReport(
+            matrices=self.achieved.matrices,
+            formats=self.plan.formats,
+            program=self.plan.program.title,
+            sqnr_db=self.achieved.sqnr_db,
+            floor_db=self.floor.sqnr_db,
+            worst_rel=self.achieved.worst_rel,
+            max_abs=self.achieved.max_abs,
+            non_finite=self.achieved.non_finite,
+            saturations=self.saturations,
+        )
+
+
+def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | None = None) -> Report:
+    """Run every layer's integer program on ``source`` and measure the error of T.
+
+    Parameters
+    ----------
+    plan : Plan
+    source, data
+        Where L comes from; see `qinvert.calibration.sources.open_source`.
+        Layers are matched by name; a source with one unnamed layer goes with
+        a plan of one layer.
+    progress : callable, optional
+        Called as ``progress(layer, matrices)`` after every batch.
+
+    Raises
+    ------
+    InputError
+        If a matrix is not legal, or the source lacks a layer of the plan.
+    PlanError
+        If the source has a layer that the plan does not know.
+    """
+    running: dict[str, LayerSimulation] = {}
+    for given, lower in open_source(source, data):
+        layer = _match(plan, given)
+        if layer not in running:
+            running[layer] = LayerSimulation(plan.layer(layer))
+        _check_size(plan.layer(layer), layer, lower)
+        running[layer].update(lower)
+        if progress is not None:
+            progress(layer, running[layer].achieved.matrices)
+    lacking = [name for name in plan.layers if name not in running]
+    if lacking:
+        raise InputError(f"the source has no matrices for layer {lacking[0]!r}; pass all layers of the plan")
+    return Report(layers={name: running[name].result() for name in plan.layers})
+
+
+def _match(plan: Plan, given: str) -> str:
+    if given == DEFAULT_LAYER and given not in plan.layers and len(plan.layers) == 1:
+        return next(iter(plan.layers))
+    plan.layer(given)
+    return given
+
+
+def _check_size(plan: LayerPlan, layer: str, lower: torch.Tensor) -> None:
+    if lower.shape[-1] != plan.chunk:
+        raise InputError(
+            f"layer {layer!r} has {lower.shape[-1]} x {lower.shape[-1]} matrices, its plan is for "
+            f"{plan.chunk} x {plan.chunk}; calibrate at that size"
+        )

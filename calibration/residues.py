@@ -1,0 +1,86 @@
+"""Ranges of tensors that are zero in real arithmetic and hold only rounding residue.
+
+The residual ``R = M S + M - S`` of a correction vanishes in a float run, so
+its range shows only once its inputs are quantized.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+
+from qinvert import arithmetic
+from qinvert.calibration.scales import ScaleRule, choose_quantizations, choose_scale, scale_groups
+from qinvert.execute import FloatEvaluator
+from qinvert.formats import IntFormat
+from qinvert.plan import Quantization, Requantize
+from qinvert.program import INPUT, Add, MatMul, Program, Rescale
+
+#: Room above the largest residue seen on the sample.
+MARGIN: Final = 2.0
+
+
+class _ResidueEvaluator(FloatEvaluator):
+    """Steps in float64 on quantized inputs; widens ranges that turn out too small."""
+
+    def __init__(self, batch: int, device: torch.device, tensors: dict[str, Quantization], free: set[str]) -> None:
+        super().__init__(batch, torch.float64, device)
+        self.tensors = tensors
+        self.free = free
+        self.widened: dict[str, float] = {}
+
+    def matmul(
+        self,
+        step: MatMul,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        add: list[torch.Tensor],
+        subtract: list[torch.Tensor],
+    ) -> torch.Tensor:
+        return self.round(step.output, super().matmul(step, left, right, add, subtract))
+
+    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.round(step.output, super().add(step, left, right))
+
+    def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        return self.round(step.output, source)
+
+    def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        grid = self.tensors[name]
+        largest = MARGIN * float(values.abs().max())
+        if name in self.free and largest > MARGIN**2 * grid.limit:
+            self.widened[name] = largest
+            scale = choose_scale(largest, grid.format, ScaleRule.FLOAT)
+            grid = Quantization(format=grid.format, scale=scale)
+        integers = arithmetic.quantize(values, grid.scale, grid.format)
+        return arithmetic.dequantize(integers, grid.scale, grid.format).to(torch.float64)
+
+
+def settle_residues(
+    program: Program, ranges: Mapping[str, float], sample: torch.Tensor, fmt: IntFormat
+) -> dict[str, float]:
+    """Return ``ranges`` with residue tensors at `MARGIN` times what they reach on the sample.
+
+    A tensor counts as residue if it shares its grid with no other and exceeds
+    the range of the float run more than twice once its inputs are quantized.
+
+    Parameters
+    ----------
+    program : Program
+    ranges : mapping
+        max|x| per tensor of float runs over all data.
+    sample : torch.Tensor, shape ``[n, C, C]``
+        Checked matrices.
+    fmt : IntFormat
+        Of every tensor.
+    """
+    tensors = choose_quantizations(program, ranges, fmt, ScaleRule.FLOAT, Requantize.DIVIDE)
+    groups = scale_groups(program)
+    sizes = Counter(groups.values())
+    free = {name for name, group in groups.items() if sizes[group] == 1}
+    evaluator = _ResidueEvaluator(sample.shape[0], sample.device, tensors, free)
+    program.evaluate(evaluator, evaluator.round(INPUT, -sample.to(torch.float64)))
+    return {**ranges, **evaluator.widened}

@@ -1,0 +1,155 @@
+"""From ranges to scales: one quantization per group of tensors that share a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+
+from qinvert import arithmetic
+from qinvert.formats import IntFormat
+from qinvert.plan import Quantization, Requantize
+from qinvert.program import MOVES, MatMul, Program
+
+#: Scales stay between these powers of two, inside what `arithmetic.check_scale` takes.
+SMALLEST = 2.0**-99
+LARGEST = 2.0**49
+#: 1.0 on a grid is at most this many times the grid's largest integer: a graph
+#: that widens a product by identity blocks needs that many of them.
+MAX_IDENTITY_BLOCKS = 16
+#: A reciprocal of an odd integer is preferred while it is at most this much coarser.
+TIE_FREE_COST = 1.02
+
+
+class ScaleRule(StrEnum):
+    """Which scales are allowed."""
+
+    #: Any float32: reciprocals of odd integers where that costs little (no exact ties
+    #: arise on such grids), or where a residual term needs 1.0 on the grid.
+    FLOAT = "float"
+    #: Powers of two: every product and sum is exact in float32, in any order.
+    POW2 = "pow2"
+
+
+def scale_groups(program: Program) -> dict[str, str]:
+    """Return for every tensor the representative of the tensors that must share its grid.
+
+    Slices, masks and concats move values without rounding, so they connect
+    their inputs and outputs.
+    """
+    parent = {name: name for name in program.tensors}
+
+    def find(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for step in program.steps:
+        if isinstance(step, MOVES):
+            for name in step.inputs:
+                if name in parent:
+                    parent[find(step.output)] = find(name)
+    return {name: find(name) for name in parent}
+
+
+def residual_partners(program: Program) -> set[str]:
+    """Return the tensors on whose grid a residual term needs the integer 1 / scale."""
+    partners = set()
+    for step in program.steps:
+        if isinstance(step, MatMul):
+            for term in (*step.add, *step.subtract):
+                partners.add(step.left if term == step.right else step.right)
+    return partners
+
+
+def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFormat) -> bool:
+    """Whether residual terms can be integers of the accumulator.
+
+    Each must be an operand of its product, and 1.0 must lie on the other
+    operand's grid: the other range must not exceed ``fmt.largest``.
+    """
+    operands = all(
+        term in (step.left, step.right)
+        for step in program.steps
+        if isinstance(step, MatMul)
+        for term in (*step.add, *step.subtract)
+    )
+    shared = group_ranges(program, ranges)
+    return operands and all(shared[name] <= fmt.largest for name in residual_partners(program))
+
+
+def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
+    """Return for every tensor the largest range within its group."""
+    groups = scale_groups(program)
+    largest: dict[str, float] = {}
+    for name, group in groups.items():
+        largest[group] = max(largest.get(group, 0.0), ranges[name])
+    return {name: largest[group] for name, group in groups.items()}
+
+
+def choose_quantizations(
+    program: Program,
+    ranges: Mapping[str, float],
+    fmt: IntFormat,
+    rule: ScaleRule,
+    requantize: Requantize,
+) -> dict[str, Quantization]:
+    """Return the finest legal quantization of every tensor that covers its group's range.
+
+    Parameters
+    ----------
+    program : Program
+    ranges : mapping
+        max|x| per tensor; infinite where the method overflowed.
+    fmt : IntFormat
+    rule : ScaleRule
+    requantize : Requantize
+        `MULTIPLIER` makes the scales of `residual_partners` reciprocals.
+    """
+    shared = group_ranges(program, ranges)
+    groups = scale_groups(program)
+    reciprocal: set[str] = set()
+    if requantize is Requantize.MULTIPLIER:
+        reciprocal = {groups[name] for name in residual_partners(program)}
+    return {
+        name: Quantization(format=fmt, scale=choose_scale(limit, fmt, rule, groups[name] in reciprocal))
+        for name, limit in shared.items()
+    }
+
+
+def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool = False) -> float:
+    """Return the smallest legal scale with ``largest * scale >= limit``, up to float32 rounding.
+
+    Parameters
+    ----------
+    limit : float
+        Range to cover; 0 (an all-zero tensor) is treated as 1, Inf as the
+        largest legal scale.
+    fmt : IntFormat
+    rule : ScaleRule
+    reciprocal : bool
+        Only ``float32(1 / k)`` for an odd integer k up to `MAX_IDENTITY_BLOCKS`
+        times ``fmt.largest``.
+    """
+    wanted = min(max((limit or 1.0) / fmt.largest, SMALLEST), LARGEST)
+    if reciprocal:
+        wanted = max(wanted, 1 / (MAX_IDENTITY_BLOCKS * fmt.largest))
+    if rule is ScaleRule.POW2:
+        return _power_of_two(wanted)
+    tie_free = 1 / _odd_below(1 / wanted)
+    if reciprocal or tie_free <= TIE_FREE_COST * wanted:
+        return arithmetic.float32(tie_free)
+    return arithmetic.float32(wanted)
+
+
+def _odd_below(value: float) -> int:
+    # On grids 1/k with odd k no exact ties arise: twice an accumulator is never an odd
+    # multiple of odd denominators, so float and fixed-point back ends round alike.
+    # A range of 1.0 seen as 1 + 1e-7 must not cost a whole integer.
+    k = max(1, math.floor(value + 1e-4))
+    return k if k % 2 else k - 1
+
+
+def _power_of_two(wanted: float) -> float:
+    # A range of 1.0 seen as 1 + 1e-7 must not cost a whole bit.
+    return 2.0 ** math.ceil(math.log2(wanted) - 1e-5)

@@ -1,0 +1,124 @@
+"""Turns whatever a user has into a stream of ``(layer, L)`` pairs."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from qinvert.errors import InputError
+from qinvert.matrices import check_matrices
+
+#: Name of the only layer where a source does not name its layers.
+DEFAULT_LAYER: Final = "layer"
+
+
+def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream checked ``(layer, L)`` pairs, L of shape ``(..., C, C)``.
+
+    Parameters
+    ----------
+    source
+        One of: a Hugging Face model (then ``data`` holds token batches, see
+        `qinvert.calibration.tokens.token_batches`); ``{layer: L}``; a tensor
+        or array L; a path to .npz or .safetensors with one array a layer; an
+        object with ``get_next()`` that returns such a dict or None at the
+        end; an iterable of L or of such dicts.
+    data : optional
+        Only for models.
+
+    Raises
+    ------
+    InputError
+        If the source is of no such kind, is empty, or holds a matrix that is
+        not legal (while streaming).
+    """
+    if isinstance(source, torch.nn.Module):
+        from qinvert.calibration.hooks import capture
+
+        if data is None:
+            raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
+        return capture(source, data)
+    if data is not None:
+        raise InputError("data=... goes with a model; pass matrices alone as the source")
+    return _checked(_pairs(source))
+
+
+def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
+    match source:
+        case str() | os.PathLike():
+            yield from read_arrays(source).items()
+        case torch.Tensor() | np.ndarray():
+            yield DEFAULT_LAYER, source
+        case Mapping():
+            yield from source.items()
+        case _ if hasattr(source, "get_next"):
+            for item in iter(source.get_next, None):
+                yield from _named(item)
+        case Iterable():
+            for item in source:
+                yield from _named(item)
+        case _:
+            raise InputError(
+                f"cannot read matrices from {type(source).__name__}; pass a model with data=..., {{layer: L}}, "
+                "an iterable of L, a path to .npz or .safetensors, or a get_next() reader"
+            )
+
+
+def _named(item: Any) -> Iterable[tuple[str, Any]]:
+    return item.items() if isinstance(item, Mapping) else [(DEFAULT_LAYER, item)]
+
+
+def _checked(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    empty = True
+    for layer, matrices in pairs:
+        empty = False
+        yield str(layer), check_matrices(matrices, name=f"L of layer {str(layer)!r}")
+    if empty:
+        raise InputError("the source holds no matrices; pass at least one L")
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the arrays of a .npz or .safetensors file; pickles are never loaded.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, of another kind, or holds objects.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"cannot read {file}: no such file; pass a .npz or .safetensors file")
+    if file.suffix == ".npz":
+        return _read_npz(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    raise InputError(f"cannot read {file}: unknown kind {file.suffix!r}; use .npz or .safetensors")
+
+
+def _read_npz(file: Path) -> dict[str, Any]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("not a zip archive")
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise InputError(f"cannot read {file}: {error}; write it with numpy.savez") from None
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"cannot read {file} without safetensors; run: pip install 'qinvert[hf]'") from None
+    try:
+        return dict(load_file(file))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"cannot read {file}: {error}; write it with safetensors") from None

@@ -1,0 +1,109 @@
+"""Builds an ONNX graph node by node, with names that read in Netron."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qinvert.errors import ExportError
+
+#: IR version that every runtime of the last two years reads.
+IR_VERSION = 9
+
+#: ONNX element type by NumPy name.
+ELEMENT_TYPES: Mapping[str, int] = {
+    "float32": TensorProto.FLOAT,
+    "int8": TensorProto.INT8,
+    "int32": TensorProto.INT32,
+}
+
+
+class GraphBuilder:
+    """Append-only ONNX graph; every tensor has a static shape and an element type.
+
+    Names are unique: a second tensor of the same name is an error of the
+    caller.  Initializers of equal name must have equal content.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._values: dict[str, onnx.ValueInfoProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def input(self, name: str, shape: Sequence[int]) -> str:
+        """Declare a float32 input."""
+        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
+
+    def output(self, name: str, shape: Sequence[int]) -> str:
+        """Declare a float32 output; a node must write it."""
+        self._values.pop(name, None)
+        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
+
+    def initializer(self, name: str, array: npt.NDArray[Any]) -> str:
+        """Add a constant, or return the one of that name."""
+        tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
+        if self._initializers.setdefault(name, tensor) != tensor:
+            raise ExportError(f"two different constants are called {name!r}; rename one in the program")
+        return name
+
+    def scalar(self, name: str, value: float) -> str:
+        """Add a float32 scalar."""
+        return self.initializer(name, np.array(value, dtype=np.float32))
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        output: str,
+        shape: Sequence[int],
+        element: str = "float32",
+        **attributes: Any,
+    ) -> str:
+        """Append a node with one output and return the output's name; the node has the same name."""
+        if output in self._values:
+            raise ExportError(f"two nodes write {output!r}; rename a step of the program")
+        self._nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
+        self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
+        return output
+
+    def model(self, name: str, opset: int, metadata: Mapping[str, str], doc: str) -> onnx.ModelProto:
+        """Return the finished model, checked by onnx with strict shape inference.
+
+        Raises
+        ------
+        ExportError
+            If onnx finds the graph illegal.
+        """
+        graph = helper.make_graph(
+            self._nodes,
+            name,
+            self._inputs,
+            self._outputs,
+            list(self._initializers.values()),
+            doc_string=doc,
+            value_info=list(self._values.values()),
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=IR_VERSION,
+            producer_name="qinvert",
+        )
+        helper.set_model_props(model, dict(metadata))
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"onnx refuses the exported graph: {error}") from error
+        return model

@@ -1,0 +1,157 @@
+"""What both lowerings share: shapes, scales, data movement, widened products."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qinvert.execute import constant_matrix
+from qinvert.export.graph import GraphBuilder
+from qinvert.plan import LayerPlan, Quantization
+from qinvert.program import INPUT, Axis, Concat, Constant, Evaluator, MatMul, Slice
+
+#: Tensor axis of a concat or slice; axis 0 is always 1.
+AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}
+
+Int8Array = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of the program, or a constant that waits for its consumer's scale."""
+
+    #: Graph tensor that consumers read; empty for a constant.
+    name: str
+    #: Name in the plan.
+    tensor: str
+    #: Set for constants.
+    constant: Constant | None = None
+
+
+class GraphLowering(Evaluator[Value]):
+    """Appends the nodes of a plan's program to a graph, for a fixed batch.
+
+    A tensor of ``blocks`` blocks is ``[1, blocks * batch, rows, columns]``.
+    Subclasses say how a value is read (`operand`) and finished.
+    """
+
+    def __init__(self, plan: LayerPlan, batch: int, graph: GraphBuilder) -> None:
+        self.plan = plan
+        self.batch = batch
+        self.graph = graph
+
+    @abstractmethod
+    def source(self, name: str) -> Value:
+        """Quantize the float tensor ``name``, which holds M, and return M."""
+
+    @abstractmethod
+    def finish(self, name: str) -> str:
+        """Append the dequantized output of the program as float tensor ``name``."""
+
+    @abstractmethod
+    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
+        """Add int8 values on ``grid`` and return what operators read."""
+
+    @abstractmethod
+    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+        """Append a Concat of operands that share ``grid``."""
+
+    def grid(self, tensor: str) -> Quantization:
+        """Quantization of a tensor of the program."""
+        return self.plan.tensors[tensor]
+
+    def shape(self, tensor: str) -> list[int]:
+        """Shape of a tensor of the program in the graph."""
+        blocks, rows, columns = self.plan.program.shapes[tensor]
+        return [1, blocks * self.batch, rows, columns]
+
+    def scale(self, grid: Quantization) -> str:
+        """Scalar initializer of a scale, shared by all tensors that have it."""
+        return self.graph.scalar(f"scale/{grid.scale!r}", grid.scale)
+
+    @property
+    def zero_point(self) -> str:
+        """The int8 zero point 0."""
+        return self.graph.initializer("zero_point", np.array(0, dtype=np.int8))
+
+    def constant(self, constant: Constant, blocks: int) -> Value:
+        return Value("", constant.name, constant)
+
+    def concat(self, step: Concat, sources: list[Value]) -> Value:
+        grid, shape = self.grid(step.output), self.shape(step.output)
+        parts = [self._part(value, shape[1], grid) for value in sources]
+        name = self.joined(step.output, parts, AXES[step.axis], shape, grid)
+        return Value(name, step.output)
+
+    def _part(self, value: Value, blocks: int, grid: Quantization) -> str:
+        if value.constant is None:
+            return value.name
+        matrix = constant_matrix(value.constant).numpy().astype(np.int8)
+        return self.literal(value.tensor, np.broadcast_to(matrix, (1, blocks, *matrix.shape)), grid)
+
+    def slice_inputs(self, step: Slice) -> list[str]:
+        """Return the initializers ``starts, ends, axes`` of a slice, one node for all axes."""
+        blocks = None if step.blocks is None else (step.blocks[0] * self.batch, step.blocks[1] * self.batch)
+        spans = [(1, blocks), (2, step.rows), (3, step.columns)]
+        cut = [(axis, *span) for axis, span in spans if span is not None]
+        axes, starts, ends = zip(*cut, strict=True)
+        return [self._indices(values) for values in (starts, ends, axes)]
+
+    def _indices(self, values: tuple[int, ...]) -> str:
+        name = f"indices/{'_'.join(map(str, values))}"
+        return self.graph.initializer(name, np.array(values, dtype=np.int64))
+
+    def widened(self, step: MatMul, left: Value, right: Value) -> tuple[str, str]:
+        """Return operands whose plain product holds the residual terms, too.
+
+        ``A B + B = [A, kI] [B; B]`` and ``A B + A = [A, A] [B; kI]``, with
+        ``k = 1 / scale`` split into as many identity blocks of at most 127 as
+        it takes.  The sum happens in the accumulator: exact, int8 only.
+        """
+        lefts, rights = [left.name], [right.name]
+        for sign, names in ((1, step.add), (-1, step.subtract)):
+            for name in names:
+                for value in self._identity_values(step, name):
+                    if name == step.right:
+                        lefts.append(self._identity(step.left, sign * value))
+                        rights.append(right.name)
+                    else:
+                        lefts.append(left.name)
+                        rights.append(self._identity(step.right, sign * value))
+        return self._wide(step, "left", step.left, lefts, 3), self._wide(step, "right", step.right, rights, 2)
+
+    def _identity_values(self, step: MatMul, term: str) -> list[int]:
+        partner = step.left if term == step.right else step.right
+        largest = self.grid(partner).format.largest
+        full, rest = divmod(self.plan.residual_factor(step, term), largest)
+        return [largest] * full + [rest] * (rest > 0)
+
+    def _identity(self, tensor: str, value: int) -> str:
+        blocks, size = self.shape(tensor)[1:3]
+        grid = self.grid(tensor)
+        eye = np.broadcast_to(value * np.eye(size, dtype=np.int8), (1, blocks, size, size))
+        return self.literal(f"identity/{blocks}x{size}/{value}", eye, grid)
+
+    def _wide(self, step: MatMul, side: str, tensor: str, parts: list[str], axis: int) -> str:
+        if len(parts) == 1:
+            return parts[0]
+        shape = self.shape(tensor)
+        shape[axis] *= len(parts)
+        return self.joined(f"{step.output}/{side}", parts, axis, shape, self.grid(tensor))
+
+    def identity_matrix(self) -> str:
+        """Float32 identity that turns S into T."""
+        eye = np.eye(self.plan.chunk, dtype=np.float32)[None, None]
+        return self.graph.initializer("identity", eye)
+
+    def run(self, source: str, output: str) -> None:
+        """Append the whole program between two float tensors."""
+        self.plan.program.evaluate(self, self.source(source))
+        if not self.plan.program.implicit_identity:
+            self.finish(output)
+            return
+        strict = self.finish(f"{output}/strictly_lower")
+        self.graph.node("Add", [strict, self.identity_matrix()], output, self.shape(INPUT))

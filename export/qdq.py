@@ -1,0 +1,89 @@
+"""QDQ lowering: float operators between DequantizeLinear and QuantizeLinear.
+
+Compilers fuse each group into one integer kernel.  A program tensor ``x``
+becomes the int8 tensor ``x`` between ``x/quantize`` and ``x/dequantized``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qinvert.execute import constant_matrix
+from qinvert.export.lowering import GraphLowering, Int8Array, Value
+from qinvert.formats import INT8
+from qinvert.plan import Quantization, Requantize
+from qinvert.program import INPUT, Add, Mask, MatMul, Rescale, Slice
+
+#: Grid of 0/1 masks.
+MASK_GRID = Quantization(format=INT8, scale=1.0)
+
+
+class QdqLowering(GraphLowering):
+    """Values are dequantized float tensors; every one has just been quantized."""
+
+    def source(self, name: str) -> Value:
+        return self._quantized(INPUT, name, self.shape(INPUT), self.grid(INPUT))
+
+    def finish(self, name: str) -> str:
+        # A dequantize node of its own: the output's name is the caller's.
+        output = self.plan.program.output
+        return self._dequantize(name, output, self.shape(output), self.plan.output)
+
+    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
+        values = self.graph.initializer(f"{name}/int8", array)
+        output = f"{name}/{grid.scale!r}"
+        if output not in self.graph:
+            self._dequantize(output, values, list(array.shape), grid)
+        return output
+
+    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+        joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
+        return self._quantized(name, joined, shape, grid).name
+
+    def matmul(self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]) -> Value:
+        shape = self.shape(step.output)
+        if self.plan.requantize is Requantize.MULTIPLIER:
+            operands = self.widened(step, left, right)
+            return self._finished(step.output, self.graph.node("MatMul", operands, self._float(step.output), shape))
+        # Residuals join in float, unquantized: exact, but only some back ends fuse it.
+        terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
+        names = [f"{step.output}/product_{i}" for i in range(len(terms))] + [self._float(step.output)]
+        total = self.graph.node("MatMul", [left.name, right.name], names[0], shape)
+        for (operator, term), name in zip(terms, names[1:], strict=True):
+            total = self.graph.node(operator, [total, term.name], name, shape)
+        return self._finished(step.output, total)
+
+    def add(self, step: Add, left: Value, right: Value) -> Value:
+        return self._operator("Add", step.output, [left.name, right.name])
+
+    def rescale(self, step: Rescale, source: Value) -> Value:
+        # Adding zero keeps an operator between the two scales: back ends merge
+        # adjacent quantize/dequantize pairs, which would skip one rounding.
+        zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
+        return self._operator("Add", step.output, [source.name, zero])
+
+    def mask(self, step: Mask, source: Value, constant: Value) -> Value:
+        assert constant.constant is not None  # noqa: S101 - a law of Program
+        matrix = constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
+        return self._operator("Mul", step.output, [source.name, self.literal(constant.tensor, matrix, MASK_GRID)])
+
+    def slice(self, step: Slice, source: Value) -> Value:
+        return self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
+
+    def _operator(self, operator: str, tensor: str, inputs: list[str]) -> Value:
+        return self._finished(tensor, self.graph.node(operator, inputs, self._float(tensor), self.shape(tensor)))
+
+    @staticmethod
+    def _float(tensor: str) -> str:
+        return f"{tensor}/float"
+
+    def _finished(self, tensor: str, value: str) -> Value:
+        return self._quantized(tensor, value, self.shape(tensor), self.grid(tensor))
+
+    def _quantized(self, tensor: str, value: str, shape: list[int], grid: Quantization) -> Value:
+        inputs = [value, self.scale(grid), self.zero_point]
+        self.graph.node("QuantizeLinear", inputs, tensor, shape, "int8")
+        return Value(self._dequantize(f"{tensor}/dequantized", tensor, shape, grid), tensor)
+
+    def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
+        return self.graph.node("DequantizeLinear", [values, self.scale(grid), self.zero_point], name, shape)

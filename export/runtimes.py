@@ -1,0 +1,51 @@
+"""Runtimes that verification can use, each found by import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+
+from qinvert.errors import ExportError
+
+#: ``run({"L": array}) -> T`` of a loaded graph.
+Run: TypeAlias = Callable[[Mapping[str, npt.NDArray[Any]]], npt.NDArray[Any]]
+#: Yields (setting, run) for each way to run a serialized model.
+Loader: TypeAlias = Callable[[bytes], Iterator[tuple[str, Run]]]
+
+
+def onnxruntime_settings(content: bytes) -> Iterator[tuple[str, Run]]:
+    """Yield onnxruntime on the CPU, unoptimized and optimized.
+
+    ``session.qdqisint8allowed`` keeps int8 as int8: by default an x64 session
+    turns int8 QDQ into uint8 for single nodes and leaves chains unfused, in
+    float MatMuls.
+    """
+    import onnxruntime
+
+    levels = onnxruntime.GraphOptimizationLevel
+    for setting, level in (("unoptimized", levels.ORT_DISABLE_ALL), ("optimized", levels.ORT_ENABLE_ALL)):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        yield setting, lambda feed, session=session: session.run(None, dict(feed))[0]  # type: ignore[misc]
+
+
+#: Every runtime by its name.
+RUNTIMES: dict[str, Loader] = {"onnxruntime": onnxruntime_settings}
+
+
+def find_runtime(name: str) -> Loader:
+    """Return the runtime of that name.
+
+    Raises
+    ------
+    ExportError
+        If there is none; the message lists the legal names.
+    """
+    if name not in RUNTIMES:
+        raise ExportError(f"unknown runtime {name!r}; use one of {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]

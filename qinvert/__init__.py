@@ -1,0 +1,98 @@
+"""Triangular inverses of delta-rule linear attention as low-bit integer MatMuls.
+
+``qinvert.calibrate`` measures the ranges of a model's matrices and returns a
+`Plan`; ``simulate`` runs it bit-exactly, ``export`` writes it as ONNX,
+``verify`` proves it on runtimes, ``patched`` and ``evaluate`` put it into the
+model.
+
+Names load on first use, so that ``import qinvert`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qinvert.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from qinvert.calibration.calibrate import calibrate as calibrate
+    from qinvert.calibration.evaluation import Evaluation as Evaluation
+    from qinvert.calibration.evaluation import evaluate as evaluate
+    from qinvert.calibration.growth import RangeGrowth as RangeGrowth
+    from qinvert.calibration.growth import range_growth as range_growth
+    from qinvert.calibration.hooks import capture as capture
+    from qinvert.calibration.hooks import patched as patched
+    from qinvert.calibration.reports import LayerReport as LayerReport
+    from qinvert.calibration.reports import Report as Report
+    from qinvert.calibration.reports import simulate as simulate
+    from qinvert.delta_rule import chunk_gated_delta_rule as chunk_gated_delta_rule
+    from qinvert.errors import ExportError as ExportError
+    from qinvert.errors import InputError as InputError
+    from qinvert.errors import MissingDependencyError as MissingDependencyError
+    from qinvert.errors import PlanError as PlanError
+    from qinvert.errors import ProgramError as ProgramError
+    from qinvert.errors import QInvertError as QInvertError
+    from qinvert.errors import VerificationError as VerificationError
+    from qinvert.export.verifying import Verification as Verification
+    from qinvert.export.verifying import verify as verify
+    from qinvert.formats import IntFormat as IntFormat
+    from qinvert.matrices import exact_inverse as exact_inverse
+    from qinvert.methods import block_merge as block_merge
+    from qinvert.methods import neumann as neumann
+    from qinvert.methods import neumann_doubling as neumann_doubling
+    from qinvert.plan import LayerPlan as LayerPlan
+    from qinvert.plan import Plan as Plan
+    from qinvert.plan import Quantization as Quantization
+    from qinvert.program import Program as Program
+
+#: Public name -> module that defines it.
+_HOMES = {
+    "Evaluation": "calibration.evaluation",
+    "ExportError": "errors",
+    "InputError": "errors",
+    "IntFormat": "formats",
+    "LayerPlan": "plan",
+    "LayerReport": "calibration.reports",
+    "MissingDependencyError": "errors",
+    "Plan": "plan",
+    "PlanError": "errors",
+    "Program": "program",
+    "ProgramError": "errors",
+    "QInvertError": "errors",
+    "Quantization": "plan",
+    "RangeGrowth": "calibration.growth",
+    "Report": "calibration.reports",
+    "Verification": "export.verifying",
+    "VerificationError": "errors",
+    "block_merge": "methods",
+    "calibrate": "calibration.calibrate",
+    "capture": "calibration.hooks",
+    "chunk_gated_delta_rule": "delta_rule",
+    "evaluate": "calibration.evaluation",
+    "exact_inverse": "matrices",
+    "neumann": "methods",
+    "neumann_doubling": "methods",
+    "patched": "calibration.hooks",
+    "range_growth": "calibration.growth",
+    "simulate": "calibration.reports",
+    "verify": "export.verifying",
+}
+#: Packages that are public by themselves; ``export`` is also a verb.
+_PACKAGES = ("calibration", "export", "stress")
+
+__all__ = ["__version__", *sorted(_HOMES), *_PACKAGES]  # noqa: PLE0604 - strings
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"qinvert.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qinvert' has no attribute {name!r}; public are {', '.join(__all__)}")
+    value = getattr(import_module(f"qinvert.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,241 @@
+"""The only module that rounds to integers.
+
+Every primitive comes twice: a scalar twin over Python integers and
+`numpy.float32`, written to be read, and the vectorised form over
+`torch.Tensor` that the simulator runs.  Tests hold the two, and onnxruntime,
+to the same values.
+
+Quantized values travel as *integer-valued float32 tensors*: every integer of
+up to 16 bits is exact in float32, and so is an int8 accumulator
+(``K * 127**2 < 2**24`` for ``K <= 1040``), so matrix products run on the
+fastest kernels without losing a bit.  `integer_matmul` switches to float64
+where a caller's bound says that float32 would not be exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import torch
+
+from qinvert.errors import InputError, PlanError
+from qinvert.formats import IntFormat
+
+#: A scale below this comes near the smallest normal float32 once multiplied.
+MIN_SCALE: Final = 1e-30
+#: Two scales above this, times an accumulator, come near the largest float32.
+MAX_SCALE: Final = 1e15
+#: Integers up to this magnitude are exact in float32, in every summation order.
+FLOAT32_EXACT: Final = 2**24
+#: Accumulators of every target are int32.
+INT32_LIMIT: Final = 2**31
+
+
+def float32(value: float) -> float:
+    """Return ``value`` rounded to the nearest float32, as a Python float."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def check_scale(scale: float) -> None:
+    """Refuse a scale that is no float32 in [`MIN_SCALE`, `MAX_SCALE`].
+
+    Inside that interval no product of scales and accumulator overflows, so
+    NaN cannot arise from finite inputs.
+
+    Raises
+    ------
+    PlanError
+        With the value and the legal range.
+    """
+    legal = isinstance(scale, (int, float)) and MIN_SCALE <= scale <= MAX_SCALE
+    if not legal or float32(scale) != scale:
+        raise PlanError(f"scale {scale!r} is not a float32 in [{MIN_SCALE:g}, {MAX_SCALE:g}]; calibrate again")
+
+
+def product_scale(left: float, right: float) -> float:
+    """``float32(left * right)``: the real value of one accumulator step."""
+    return float(np.float32(left) * np.float32(right))
+
+
+def multiplier(left: float, right: float, output: float) -> float:
+    """``float32(float32(left * right) / output)``, the factor QLinearMatMul applies."""
+    return float(np.float32(product_scale(left, right)) / np.float32(output))
+
+
+def quantize_scalar(x: float, scale: float, fmt: IntFormat) -> int:
+    """``sat(round_half_even(x / scale) + zero_point)`` of one number.
+
+    The division is a true float32 division, as in ONNX QuantizeLinear.
+
+    Raises
+    ------
+    InputError
+        If ``x`` is NaN: it has no integer.
+    """
+    with np.errstate(over="ignore"):
+        steps = float(np.float32(x) / np.float32(scale))
+    if math.isnan(steps):
+        raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
+    if math.isinf(steps):
+        return fmt.maximum if steps > 0 else fmt.minimum
+    # Python's round is half-to-even on floats and exact.
+    return max(fmt.minimum, min(fmt.maximum, round(steps) + fmt.zero_point))
+
+
+def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    """``sat(round_half_even(x / scale) + zero_point)``, elementwise.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape; converted to float32 first.
+    scale : float
+        A float32 value.
+    fmt : IntFormat
+        Where to saturate.
+
+    Returns
+    -------
+    torch.Tensor
+        Integer-valued float32; bit-exact with ONNX QuantizeLinear.
+
+    Raises
+    ------
+    InputError
+        If ``x`` holds a NaN.  Infinities saturate.
+    """
+    x = x.to(torch.float32)
+    if bool(torch.isnan(x).any()):
+        raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
+    return _saturate(_divide(x, scale), fmt)
+
+
+def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
+    # A scalar divisor on the host lets CUDA multiply by its reciprocal instead,
+    # which is off by one step now and then: divide by a tensor on the device.
+    return x / torch.tensor(scale, dtype=torch.float32, device=x.device)
+
+
+def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
+    return torch.clamp(torch.round(steps) + fmt.zero_point, fmt.minimum, fmt.maximum)
+
+
+def dequantize_scalar(q: int, scale: float, fmt: IntFormat) -> float:
+    """``float32(q - zero_point) * scale`` of one integer, rounded to float32."""
+    return float(np.float32(q - fmt.zero_point) * np.float32(scale))
+
+
+def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    """``float32(q - zero_point) * scale``; bit-exact with ONNX DequantizeLinear."""
+    return (q.to(torch.float32) - fmt.zero_point) * scale
+
+
+def dot_scalar(left: list[int], right: list[int]) -> int:
+    """``sum_k left[k] * right[k]`` in Python integers, which never wrap."""
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int) -> torch.Tensor:
+    """Exact ``left @ right`` of integer-valued tensors.
+
+    Parameters
+    ----------
+    left, right : torch.Tensor
+        Integer-valued float32, shapes ``(..., m, k)`` and ``(..., k, n)``.
+    bound : int
+        Largest magnitude that the accumulator can reach, proved by the plan.
+
+    Returns
+    -------
+    torch.Tensor
+        Integer-valued float32 if ``bound < 2**24`` (every partial sum is then
+        exact, in any order and with any fused kernel), else float64.
+
+    Raises
+    ------
+    PlanError
+        If ``bound`` does not fit an int32 accumulator.
+    """
+    check_accumulator(bound)
+    if bound < FLOAT32_EXACT:
+        return left @ right
+    return left.to(torch.float64) @ right.to(torch.float64)
+
+
+def check_accumulator(bound: int) -> None:
+    """Refuse an accumulator that can reach ``2**31``.
+
+    Raises
+    ------
+    PlanError
+        With the bound and the remedy.
+    """
+    if bound >= INT32_LIMIT:
+        raise PlanError(
+            f"an accumulator can reach {bound}, an int32 holds less than {INT32_LIMIT}; "
+            "use a narrower format or a larger scale"
+        )
+
+
+def requantize_divide_scalar(
+    accumulator: int, unit: float, addends: list[tuple[int, float]], scale: float, fmt: IntFormat
+) -> int:
+    """Scalar twin of `requantize_divide`; ``addends`` are (integer, signed scale) pairs."""
+    x = np.float32(accumulator) * np.float32(unit)
+    for q, addend_scale in addends:
+        x = x + np.float32(q) * np.float32(addend_scale)
+    return quantize_scalar(float(x), scale, fmt)
+
+
+def requantize_divide(
+    accumulator: torch.Tensor,
+    unit: float,
+    addends: list[tuple[torch.Tensor, float]],
+    scale: float,
+    fmt: IntFormat,
+) -> torch.Tensor:
+    """``sat(round_half_even((float32(acc) * unit + sum_i float32(q_i) * s_i) / scale))``.
+
+    What MatMulInteger, Cast, Mul, Add and QuantizeLinear compute one after the
+    other: each product and each sum is rounded to float32, from left to right.
+
+    Parameters
+    ----------
+    accumulator : torch.Tensor
+        Exact integers, float32 or float64.
+    unit : float
+        Real value of one accumulator step, `product_scale` of the operands.
+    addends : list of (torch.Tensor, float)
+        Residual tensors with their scales; a negative scale subtracts.
+    scale, fmt
+        Of the result.
+    """
+    x = accumulator.to(torch.float32) * unit
+    for q, addend_scale in addends:
+        x = x + q * addend_scale
+    return _saturate(_divide(x, scale), fmt)
+
+
+def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat) -> int:
+    """Scalar twin of `requantize_multiplier`."""
+    steps = float(np.float32(accumulator) * np.float32(factor))
+    return max(fmt.minimum, min(fmt.maximum, round(steps) + fmt.zero_point))
+
+
+def requantize_multiplier(accumulator: torch.Tensor, factor: float, fmt: IntFormat) -> torch.Tensor:
+    """``sat(round_half_even(float32(acc) * factor))``, bit-exact with QLinearMatMul.
+
+    Parameters
+    ----------
+    accumulator : torch.Tensor
+        Exact integers, float32 or float64, residual terms already added as
+        integers.
+    factor : float
+        `multiplier` of the three scales.
+    fmt : IntFormat
+        Of the result.
+    """
+    return _saturate(accumulator.to(torch.float32) * factor, fmt)

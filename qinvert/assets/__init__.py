@@ -1,0 +1,1 @@
+"""Trained example models that ship with the package."""

@@ -1,0 +1,94 @@
+"""What a program costs, counted from its step list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qinvert.program import INPUT, MatMul, Program, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Work per input matrix."""
+
+    #: Multiply-accumulates of all products, dense.
+    macs: int
+    #: Products; a stack of blocks counts once.
+    matmuls: int
+    #: Longest chain of products that wait for each other.
+    depth: int
+    #: Steps of any kind.
+    steps: int
+    #: Elements that all steps read and write.
+    elements: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.macs:,} multiply-accumulates, {self.matmuls} products, depth {self.depth}, "
+            f"{self.steps} steps, {self.elements:,} elements moved"
+        )
+
+
+def program_cost(program: Program) -> Cost:
+    """Return the cost of ``program`` for one matrix."""
+    return Cost(
+        macs=sum(_macs(program, step) for step in program.steps),
+        matmuls=sum(isinstance(step, MatMul) for step in program.steps),
+        depth=_depth(program),
+        steps=len(program.steps),
+        elements=sum(_elements(program, step) for step in program.steps),
+    )
+
+
+def _macs(program: Program, step: Step) -> int:
+    if not isinstance(step, MatMul):
+        return 0
+    left, output = program.shapes[step.left], program.shapes[step.output]
+    return output.blocks * output.rows * output.columns * left.columns
+
+
+def _elements(program: Program, step: Step) -> int:
+    total = 0
+    for name in (*step.inputs, step.output):
+        if name in program.shapes:
+            blocks, rows, columns = program.shapes[name]
+            total += blocks * rows * columns
+    return total
+
+
+def _depth(program: Program) -> int:
+    depth = {INPUT: 0}
+    for step in program.steps:
+        before = max(depth.get(name, 0) for name in step.inputs)
+        depth[step.output] = before + isinstance(step, MatMul)
+    return depth[program.output]
+
+
+def step_formula(step: Step) -> str:
+    """Return the right-hand side of a step, such as ``S @ Y + Y``."""
+    if isinstance(step, MatMul):
+        plus = "".join(f" + {name}" for name in step.add)
+        minus = "".join(f" - {name}" for name in step.subtract)
+        return f"{step.left} @ {step.right}{plus}{minus}"
+    return f"{type(step).__name__.lower()}({', '.join(step.inputs)})"
+
+
+def step_table(program: Program) -> str:
+    """Return the title, one line per step (shape, formula, cost), and the total."""
+    rows = [("tensor", "shape", "multiply-accumulates", "formula")]
+    for step in program.steps:
+        macs = _macs(program, step)
+        shape = str(program.shapes[step.output])
+        rows.append((step.output, shape, f"{macs:,}" if macs else "-", _shorten(step_formula(step))))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [program.title]
+    lines += [
+        f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {macs:>{widths[2]}}  {formula}"
+        for name, shape, macs, formula in rows
+    ]
+    result = f"I + {program.output}" if program.implicit_identity else program.output
+    return "\n".join([*lines, f"T = {result}: {program_cost(program)}"])
+
+
+def _shorten(formula: str, limit: int = 72) -> str:
+    return formula if len(formula) <= limit else f"{formula[: limit - 4]} ..."

@@ -1,0 +1,35 @@
+"""Everything that qinvert raises on purpose.
+
+A message says what was given, what is legal, and what to do next.  The
+command line prints it as one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class QInvertError(ValueError):
+    """Base class of every error that a caller can cause."""
+
+
+class InputError(QInvertError):
+    """Matrices, model inputs or data files that the library cannot accept."""
+
+
+class ProgramError(QInvertError):
+    """A program whose steps do not fit together, or illegal method arguments."""
+
+
+class PlanError(QInvertError):
+    """A plan that is damaged, inconsistent, or lacks what was asked of it."""
+
+
+class ExportError(QInvertError):
+    """A plan that the chosen export profile cannot express."""
+
+
+class VerificationError(QInvertError):
+    """A runtime computed something other than the plan says."""
+
+
+class MissingDependencyError(QInvertError, ImportError):
+    """An optional package is needed for this call and is not installed."""

@@ -1,0 +1,142 @@
+"""Runs a program in floating point, rounding to a storage type after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from qinvert.errors import InputError
+from qinvert.matrices import check_matrices, like
+from qinvert.program import Add, Axis, Concat, Constant, Evaluator, Mask, MatMul, Program, Range, Rescale, Slice
+
+#: Storage types; products of the 16-bit ones accumulate in float32.
+STORAGE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class TorchEvaluator(Evaluator[torch.Tensor]):
+    """Steps that only move values, shared by float and integer execution.
+
+    Tensors are ``[blocks * batch, rows, columns]``.
+    """
+
+    def __init__(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.batch = batch
+        self.dtype = dtype
+        self.device = device
+
+    def constant(self, constant: Constant, blocks: int) -> torch.Tensor:
+        matrix = constant_matrix(constant).to(self.device, self.dtype)
+        return matrix.expand(blocks * self.batch, -1, -1)
+
+    def mask(self, step: Mask, source: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        # where, not a product: inf * 0 would be NaN.
+        return torch.where(constant != 0, source, torch.zeros((), dtype=self.dtype, device=self.device))
+
+    def slice(self, step: Slice, source: torch.Tensor) -> torch.Tensor:
+        blocks = None if step.blocks is None else (step.blocks[0] * self.batch, step.blocks[1] * self.batch)
+        return source[_span(blocks), _span(step.rows), _span(step.columns)]
+
+    def concat(self, step: Concat, sources: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(sources, dim=list(Axis).index(step.axis))
+
+
+def _span(span: Range | None) -> slice:
+    return slice(None) if span is None else slice(*span)
+
+
+def constant_matrix(constant: Constant) -> torch.Tensor:
+    """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``."""
+    columns = torch.arange(constant.columns)
+    starts, stops = torch.tensor(constant.ones).T.unsqueeze(-1)
+    return ((columns >= starts) & (columns < stops)).to(torch.float32)
+
+
+class FloatEvaluator(TorchEvaluator):
+    """Every step computes in float32 (float64 for float64), then rounds to ``dtype``."""
+
+    def __init__(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(batch, dtype, device)
+        self.compute = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def matmul(
+        self,
+        step: MatMul,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        add: list[torch.Tensor],
+        subtract: list[torch.Tensor],
+    ) -> torch.Tensor:
+        total = left.to(self.compute) @ right.to(self.compute)
+        for term in add:
+            total = total + term
+        for term in subtract:
+            total = total - term
+        return total.to(self.dtype)
+
+    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left.to(self.compute) + right.to(self.compute)).to(self.dtype)
+
+    def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        return source
+
+
+def run(
+    program: Program,
+    L: torch.Tensor,  # noqa: N803 - the field's name of this matrix
+    dtype: torch.dtype | None = None,
+    observe: Callable[[str, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """``T = (I + L)^-1`` by the program's steps in floating point.
+
+    Parameters
+    ----------
+    program : Program
+    L : tensor or array, shape ``(..., C, C)``
+        Strictly lower triangular.
+    dtype : torch.dtype, optional
+        Storage type after every step: float64, float32 (default), float16 or
+        bfloat16; the last two accumulate in float32.
+    observe : callable, optional
+        ``observe(name, tensor)`` receives M and every step's output,
+        ``[blocks * batch, rows, columns]``.
+
+    Returns
+    -------
+    tensor or array
+        ``T`` in ``dtype`` (as an array: float32 for bfloat16).  May hold Inf
+        or NaN where the method overflows: that is what a float study shows.
+
+    Raises
+    ------
+    InputError
+        If ``L`` or ``dtype`` is not legal.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in STORAGE_TYPES:
+        raise InputError(f"dtype {dtype} is no storage type; use float64, float32, float16 or bfloat16")
+    lower = check_matrices(L, program.chunk)
+    result = run_checked(program, lower, dtype, observe)
+    if not isinstance(L, torch.Tensor) and dtype == torch.bfloat16:
+        result = result.to(torch.float32)
+    return like(result, L)  # type: ignore[return-value] # arrays in, arrays out
+
+
+def run_checked(
+    program: Program,
+    lower: torch.Tensor,
+    dtype: torch.dtype,
+    observe: Callable[[str, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """`run` of a checked tensor."""
+    flat = lower.reshape(-1, program.chunk, program.chunk)
+    evaluator = FloatEvaluator(flat.shape[0], dtype, flat.device)
+    result = program.evaluate(evaluator, -flat.to(dtype), observe)
+    return add_identity(program, result).reshape(lower.shape)
+
+
+def add_identity(program: Program, result: torch.Tensor) -> torch.Tensor:
+    """Return ``T`` from the program's output: ``I + S``, or the output itself."""
+    if not program.implicit_identity:
+        return result
+    return result + torch.eye(program.chunk, dtype=result.dtype, device=result.device)

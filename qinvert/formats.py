@@ -1,0 +1,89 @@
+"""Integer formats of a quantized tensor, as data.
+
+A format describes the integers; the scale that turns them into real numbers
+belongs to each tensor (`qinvert.plan.Quantization`).  All formats but
+`UINT8` are symmetric: their zero point is 0, because that is the only 8-bit
+form which every NPU compiler in reach multiplies natively.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qinvert.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntFormat:
+    """Values ``q`` with ``minimum <= q <= maximum``, meaning ``(q - zero_point) * scale``.
+
+    Invariants: ``minimum <= zero_point <= maximum``, and all values fit the
+    container.
+    """
+
+    #: Name in plans and on the command line.
+    name: str
+    #: Bits of one stored plane (the container), 8 or 16.
+    container_bits: int
+    #: Smallest integer that is stored; quantize saturates here.
+    minimum: int
+    #: Largest integer that is stored; quantize saturates here.
+    maximum: int
+    #: Integer that means 0.0.
+    zero_point: int = 0
+    #: Planes per tensor; with 2 the value is ``s_hi * hi + s_lo * lo``.
+    planes: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.minimum <= self.zero_point <= self.maximum:
+            raise PlanError(
+                f"format {self.name}: zero point {self.zero_point} lies outside "
+                f"[{self.minimum}, {self.maximum}]; choose one inside"
+            )
+        if self.maximum - self.minimum >= 2**self.container_bits:
+            raise PlanError(
+                f"format {self.name}: [{self.minimum}, {self.maximum}] does not fit "
+                f"{self.container_bits} bits; use a wider container"
+            )
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude on both sides of zero; a range maps onto it."""
+        return min(self.maximum - self.zero_point, self.zero_point - self.minimum)
+
+    @property
+    def magnitude(self) -> int:
+        """Largest ``|q - zero_point|`` that can occur, saturation included."""
+        return max(self.maximum - self.zero_point, self.zero_point - self.minimum)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+#: 4-bit values in an int8 container: no runtime multiplies int4 activations.
+INT4 = IntFormat(name="int4", container_bits=8, minimum=-7, maximum=7)
+#: Native on OpenVINO, QNN, RKNN, Vela and TensorRT.
+INT8 = IntFormat(name="int8", container_bits=8, minimum=-128, maximum=127)
+#: The grid of `INT8` shifted by 128: same real values, faster on x86 CPUs.
+UINT8 = IntFormat(name="uint8", container_bits=8, minimum=0, maximum=255, zero_point=128)
+#: Native only as int16 x int8 (QNN) or on Ethos-U85.
+INT16 = IntFormat(name="int16", container_bits=16, minimum=-32768, maximum=32767)
+#: Two int8 planes: about 15 bits from int8 products only.
+INT8X2 = IntFormat(name="int8x2", container_bits=8, minimum=-128, maximum=127, planes=2)
+
+#: Every format by its name.
+FORMATS: dict[str, IntFormat] = {f.name: f for f in (INT4, INT8, UINT8, INT16, INT8X2)}
+
+
+def find_format(name: str) -> IntFormat:
+    """Return the format of that name.
+
+    Raises
+    ------
+    PlanError
+        If there is none; the message lists the legal names.
+    """
+    try:
+        return FORMATS[name]
+    except (KeyError, TypeError):
+        raise PlanError(f"unknown integer format {name!r}; use one of {', '.join(FORMATS)}") from None

@@ -1,0 +1,112 @@
+"""Input matrices: what is accepted as ``L``, and its exact inverse."""
+
+from __future__ import annotations
+
+from typing import TypeAlias, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qinvert.errors import InputError
+from qinvert.program import check_chunk
+
+Array: TypeAlias = npt.NDArray[np.floating]
+Matrices: TypeAlias = "torch.Tensor | Array"
+M = TypeVar("M", torch.Tensor, Array)
+
+
+def as_tensor(matrices: object, name: str = "L") -> torch.Tensor:
+    """Return ``matrices`` as a floating tensor, without checking their structure.
+
+    Raises
+    ------
+    InputError
+        If it is not a real numeric array.
+    """
+    if isinstance(matrices, torch.Tensor):
+        tensor = matrices.detach()
+    else:
+        try:
+            array = np.asarray(matrices)
+            if array.dtype.kind not in "fiu":
+                raise TypeError(f"dtype {array.dtype}")
+            tensor = torch.as_tensor(array)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} is not a real numeric array ({error}); pass a tensor or an array") from None
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{name} has dtype {tensor.dtype}; pass float16, bfloat16, float32 or float64")
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
+
+
+def check_matrices(matrices: object, chunk: int | None = None, name: str = "L") -> torch.Tensor:
+    """Return ``matrices`` as a tensor ``(..., C, C)`` that is safe to invert.
+
+    Parameters
+    ----------
+    matrices : tensor or array
+        Strictly lower triangular, finite, C a power of two.
+    chunk : int, optional
+        The C that a plan was made for.
+    name : str
+        What the messages call the input.
+
+    Raises
+    ------
+    InputError
+        For a wrong shape, NaN or Inf, or a nonzero upper part or diagonal.
+    """
+    tensor = as_tensor(matrices, name)
+    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.numel() == 0:
+        raise InputError(f"{name} has shape {list(tensor.shape)}; pass square matrices (..., C, C)")
+    size = tensor.shape[-1]
+    if chunk is not None and size != chunk:
+        raise InputError(f"{name} is {size} x {size}, the plan is for {chunk} x {chunk}; calibrate at that size")
+    try:
+        check_chunk(size)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{name} holds {bad} NaN or Inf values; look for them upstream (gates, key norms)")
+    if bool(torch.triu(tensor).any()):
+        raise InputError(
+            f"{name} is not strictly lower triangular: its upper part or diagonal is not zero; "
+            "pass L of T = (I + L)^-1, for example tril(A, -1)"
+        )
+    return tensor
+
+
+def like(result: torch.Tensor, given: object) -> torch.Tensor | Array:
+    """Return ``result`` as the kind of container that the caller passed in."""
+    return result if isinstance(given, torch.Tensor) else cast(Array, result.cpu().numpy())
+
+
+def exact_inverse(L: M) -> M:  # noqa: N803 - the field's name of this matrix
+    """``T = (I + L)^-1`` by a float64 triangular solve.
+
+    Parameters
+    ----------
+    L : tensor or array, shape ``(..., C, C)``
+        Strictly lower triangular.
+
+    Returns
+    -------
+    tensor or array
+        float64, of the kind that was given.
+
+    Raises
+    ------
+    InputError
+        See `check_matrices`.
+    """
+    return cast(M, like(solve(check_matrices(L)), L))
+
+
+def solve(lower: torch.Tensor) -> torch.Tensor:
+    """`exact_inverse` of a checked tensor."""
+    eye = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
+    # unitriangular: the diagonal of the system is taken as 1 without being read.
+    return torch.linalg.solve_triangular(
+        lower.to(torch.float64), eye.expand(lower.shape), upper=False, unitriangular=True
+    )

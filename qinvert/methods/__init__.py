@@ -1,0 +1,36 @@
+"""The algorithms, one file each: functions ``(chunk, ...) -> Program``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+
+from qinvert.errors import ProgramError
+from qinvert.methods.block_merge import block_merge
+from qinvert.methods.neumann import neumann
+from qinvert.methods.neumann_doubling import neumann_doubling
+from qinvert.program import Program
+
+#: Every method by its name.
+METHODS: dict[str, Callable[..., Program]] = {
+    f.__name__: f for f in (block_merge, neumann, neumann_doubling)
+}
+
+
+def find_method(name: str) -> Callable[..., Program]:
+    """Return the method of that name.
+
+    Raises
+    ------
+    ProgramError
+        If there is none; the message lists the legal names.
+    """
+    try:
+        return METHODS[name]
+    except (KeyError, TypeError):
+        raise ProgramError(f"unknown method {name!r}; use auto, {', '.join(METHODS)}, or a Program") from None
+
+
+def method_arguments(name: str) -> str:
+    """Return the method's signature, such as ``(chunk, order=15)``."""
+    return str(signature(find_method(name)))

@@ -1,0 +1,78 @@
+"""Collects the steps of a program; each call appends one and returns its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qinvert.program import Add, Axis, Concat, Constant, Mask, MatMul, Program, Range, Rescale, Slice, Step
+
+
+class Builder:
+    """Append-only list of steps and constants."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.constants: dict[str, Constant] = {}
+
+    def matmul(
+        self,
+        output: str,
+        left: str,
+        right: str,
+        *,
+        add: tuple[str, ...] = (),
+        subtract: tuple[str, ...] = (),
+        bound: float | None = None,
+    ) -> str:
+        step = MatMul(output=output, left=left, right=right, add=add, subtract=subtract, bound=bound)
+        return self._append(step)
+
+    def add(self, output: str, left: str, right: str, bound: float | None = None) -> str:
+        return self._append(Add(output=output, left=left, right=right, bound=bound))
+
+    def rescale(self, output: str, source: str, bound: float | None = None) -> str:
+        return self._append(Rescale(output=output, source=source, bound=bound))
+
+    def mask(self, output: str, source: str, constant: Constant, bound: float | None = None) -> str:
+        self.constants[constant.name] = constant
+        return self._append(Mask(output=output, source=source, constant=constant.name, bound=bound))
+
+    def slice(
+        self,
+        output: str,
+        source: str,
+        *,
+        blocks: Range | None = None,
+        rows: Range | None = None,
+        columns: Range | None = None,
+        bound: float | None = None,
+    ) -> str:
+        return self._append(
+            Slice(output=output, source=source, blocks=blocks, rows=rows, columns=columns, bound=bound)
+        )
+
+    def concat(
+        self, output: str, sources: list[str | Constant], axis: Axis, bound: float | None = None
+    ) -> str:
+        names = []
+        for source in sources:
+            if isinstance(source, Constant):
+                self.constants[source.name] = source
+            names.append(source.name if isinstance(source, Constant) else source)
+        return self._append(Concat(output=output, sources=tuple(names), axis=axis, bound=bound))
+
+    def program(
+        self, name: str, chunk: int, parameters: Mapping[str, int | str], output: str
+    ) -> Program:
+        return Program(
+            name=name,
+            chunk=chunk,
+            parameters=dict(parameters),
+            constants=tuple(self.constants.values()),
+            steps=tuple(self.steps),
+            output=output,
+        )
+
+    def _append(self, step: Step) -> str:
+        self.steps.append(step)
+        return step.output

@@ -1,0 +1,237 @@
+"""Inverse of diagonal blocks, merged pairwise: every range has a bound."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from qinvert.errors import ProgramError
+from qinvert.methods._builder import Builder
+from qinvert.program import INPUT, Axis, Constant, Program, check_chunk
+
+#: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta).
+PROVED = 1.0
+
+
+class Layout(StrEnum):
+    """How the blocks of one merge level are laid out."""
+
+    #: Blocks stacked on the batch axis: the least arithmetic.
+    PACKED = "packed"
+    #: Dense C x C products of masked matrices: no slicing, for wide matrix units.
+    MASKED = "masked"
+
+
+def block_merge(
+    chunk: int,
+    base: int = 4,
+    layout: str = "packed",
+    tile: int | None = None,
+    corrections: int = 0,
+) -> Program:
+    """``T21 = T22 M21 T11``, from diagonal blocks of size ``base`` up to C.
+
+    A block ``[[I - M11, 0], [-M21, I - M22]]`` has the inverse
+    ``[[T11, 0], [T21, T22]]``.  With ``T = I + S`` the identities never become
+    integers: they turn into residual terms inside the accumulator,
+
+        Y = M21 S11 + M21 = M21 T11,      S21 = S22 Y + Y = T22 Y.
+
+    Blocks of size ``base`` start from the Neumann series by doubling inside
+    the block; with base 1 the first merge is M itself (method MBH), with base
+    16 this is method MXR.  Inside tiles larger than ``base`` the merges of one
+    level run as one masked product each, ``S <- S + Y + S Y`` with
+    ``Y = m S + m``, m the masked M.
+
+    Each of the ``corrections`` measures what rounding left behind, on a fine
+    scale of its own, and takes it off: with ``R = I - (I - M)(I + S)``,
+
+        R = M S + M - S,      S <- S + (S R + R).
+
+    In integers R is exact up to its one rounding, so one correction brings
+    int8 onto the floor that the quantized M and the output grid leave.
+
+    Cost: ``2 log2(C / base)`` products of half blocks (packed, 0.1 M
+    multiply-accumulates at C = 64 and base 4), or of dense tiles (masked);
+    2 dense products more for each correction.
+    Range: for unit keys and ``0 <= beta_i <= 2``, ``|M|, |S|, |Y| <= beta_i``:
+    an entry of S or Y is ``beta_i k_i^T (product of contractions) k_j``.
+    Powers inside a base block have no such bound: keep ``base`` small.
+    Stability: logarithmic in C.
+
+    Parameters
+    ----------
+    chunk : int
+        Size C, a power of two.
+    base : int
+        Size of the first blocks, a power of two up to ``chunk``.
+    layout : {"packed", "masked"}
+        ``packed`` is ``tile=base``, ``masked`` is ``tile=chunk``.
+    tile : int, optional
+        Merge by masks up to this size and by packed blocks above it, with all
+        tiles stacked; 16 keeps the products wide enough for a matrix unit.
+    corrections : int
+        Residual corrections at the end, 0 to 4.
+
+    Raises
+    ------
+    ProgramError
+        If an argument is out of range.
+
+    References
+    ----------
+    arXiv 2605.21325, methods MBH (base 1) and MXR (base 16).
+    """
+    tile = _check_arguments(chunk, base, layout, tile, corrections)
+    builder = Builder()
+    tiles = INPUT if tile == chunk else _stack_diagonal(builder, chunk, tile)
+    total = _invert_tiles(builder, tiles, base, tile)
+    half = tile
+    while half < chunk:
+        total = _merge_packed(builder, total, chunk, half)
+        half *= 2
+    for k in range(1, corrections + 1):
+        total = _correct(builder, total, k)
+    parameters: dict[str, int | str] = {"base": base}
+    if tile != max(base, 2):
+        parameters |= {"layout": Layout.MASKED} if tile == chunk else {"tile": tile}
+    if corrections:
+        parameters["corrections"] = corrections
+    return builder.program("block_merge", chunk, parameters, total)
+
+
+def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corrections: int) -> int:
+    check_chunk(chunk)
+    _check_size("base", base, 1, chunk)
+    if layout not in list(Layout):
+        raise ProgramError(f"layout {layout!r} is unknown; use {' or '.join(Layout)}")
+    if isinstance(corrections, bool) or not isinstance(corrections, int) or not 0 <= corrections <= 4:
+        raise ProgramError(f"corrections {corrections!r} is not in [0, 4]; 1 is enough for int8")
+    if tile is None:
+        return chunk if layout == Layout.MASKED else max(base, 2)
+    _check_size("tile", tile, max(base, 2), chunk)
+    if layout == Layout.MASKED and tile != chunk:
+        raise ProgramError(f"layout 'masked' means tile={chunk}; leave out one of layout and tile={tile}")
+    return tile
+
+
+def _check_size(name: str, value: int, low: int, high: int) -> None:
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or not low <= value <= high or value & (value - 1):
+        raise ProgramError(f"{name} {value!r} is not a power of two in [{low}, {high}]")
+
+
+def bit_reversed(count: int) -> list[int]:
+    """Order of a stack of ``count`` blocks in which even blocks come before odd ones.
+
+    The two halves of every merge are then the two halves of the stack, at
+    every level.
+    """
+    if count == 1:
+        return [0]
+    half = bit_reversed(count // 2)
+    return [2 * i for i in half] + [2 * i + 1 for i in half]
+
+
+def _stack_diagonal(builder: Builder, chunk: int, size: int) -> str:
+    blocks: list[str | Constant] = []
+    for i in bit_reversed(chunk // size):
+        span = (i * size, (i + 1) * size)
+        blocks.append(
+            builder.slice(f"base_{size}/M_{i}", INPUT, rows=span, columns=span, bound=PROVED)
+        )
+    return builder.concat(f"base_{size}/M", blocks, Axis.BLOCKS, bound=PROVED)
+
+
+def _invert_tiles(builder: Builder, source: str, base: int, tile: int) -> str:
+    size = max(base, 2)
+    blocks = source
+    if size < tile:
+        blocks = builder.mask(f"base_{size}/masked_M", source, _diagonal_mask(tile, size), bound=PROVED)
+    total = _invert_base(builder, blocks, size)
+    while size < tile:
+        masked = builder.mask(
+            f"merge_{2 * size}/M21", source, _merge_mask(tile, size), bound=PROVED
+        )
+        half_product = builder.matmul(
+            f"merge_{2 * size}/Y", masked, total, add=(masked,), bound=PROVED
+        )
+        total = builder.matmul(
+            f"merge_{2 * size}/S", total, half_product, add=(half_product, total), bound=PROVED
+        )
+        size *= 2
+    return total
+
+
+def _invert_base(builder: Builder, blocks: str, size: int) -> str:
+    if size == 2:
+        return builder.rescale("base_2/S", blocks, bound=PROVED)
+    power = total = blocks
+    k = 1
+    while 2 * k < size:
+        k *= 2
+        power = builder.matmul(f"base_{size}/power_{k}", power, power)
+        total = builder.matmul(
+            f"base_{size}/S" if 2 * k == size else f"base_{size}/sum_{2 * k}",
+            total,
+            power,
+            add=(total, power),
+            bound=PROVED if 2 * k == size else None,
+        )
+    return total
+
+
+def _merge_packed(builder: Builder, total: str, chunk: int, half: int) -> str:
+    name = f"merge_{2 * half}"
+    merges = chunk // (2 * half)
+    lower = _stack_lower(builder, name, merges, half)
+    first = builder.slice(f"{name}/S11", total, blocks=(0, merges), bound=PROVED)
+    second = builder.slice(f"{name}/S22", total, blocks=(merges, 2 * merges), bound=PROVED)
+    half_product = builder.matmul(f"{name}/Y", lower, first, add=(lower,), bound=PROVED)
+    corner = builder.matmul(f"{name}/S21", second, half_product, add=(half_product,), bound=PROVED)
+    # Rows first, then columns: the other order miscompiles on QNN.
+    left = builder.concat(f"{name}/left", [first, corner], Axis.ROWS, bound=PROVED)
+    zeros = _zeros(half)
+    right = builder.concat(f"{name}/right", [zeros, second], Axis.ROWS, bound=PROVED)
+    return builder.concat(f"{name}/S", [left, right], Axis.COLUMNS, bound=PROVED)
+
+
+def _stack_lower(builder: Builder, name: str, merges: int, half: int) -> str:
+    blocks: list[str | Constant] = []
+    for i in bit_reversed(merges):
+        start = 2 * half * i
+        blocks.append(
+            builder.slice(
+                f"{name}/M21_{i}" if merges > 1 else f"{name}/M21",
+                INPUT,
+                rows=(start + half, start + 2 * half),
+                columns=(start, start + half),
+                bound=PROVED,
+            )
+        )
+    if merges == 1:
+        return f"{name}/M21"
+    return builder.concat(f"{name}/M21", blocks, Axis.BLOCKS, bound=PROVED)
+
+
+def _correct(builder: Builder, total: str, k: int) -> str:
+    residual = builder.matmul(f"correction_{k}/R", INPUT, total, add=(INPUT,), subtract=(total,))
+    update = builder.matmul(f"correction_{k}/update", total, residual, add=(residual,))
+    return builder.add(f"correction_{k}/S", total, update, bound=PROVED)
+
+
+def _zeros(size: int) -> Constant:
+    return Constant(name=f"zeros_{size}", rows=size, columns=size, ones=((0, 0),) * size)
+
+
+def _diagonal_mask(tile: int, size: int) -> Constant:
+    """Return 1 inside the diagonal blocks of ``size``."""
+    ones = tuple((i // size * size, (i // size + 1) * size) for i in range(tile))
+    return Constant(name=f"diagonal_mask_{size}", rows=tile, columns=tile, ones=ones)
+
+
+def _merge_mask(tile: int, half: int) -> Constant:
+    """Return 1 where M21 of the merges of two blocks of ``half`` lies."""
+    ones = tuple(
+        ((i // half - 1) * half, i // half * half) if i // half % 2 else (0, 0) for i in range(tile)
+    )
+    return Constant(name=f"merge_mask_{2 * half}", rows=tile, columns=tile, ones=ones)

@@ -1,0 +1,47 @@
+"""Truncated Neumann series, one power at a time."""
+
+from __future__ import annotations
+
+from qinvert.errors import ProgramError
+from qinvert.methods._builder import Builder
+from qinvert.program import INPUT, Program, check_chunk
+
+
+def neumann(chunk: int, order: int = 15) -> Program:
+    """``T = I + M + M^2 + ... + M^order``.
+
+    Exact for ``order >= chunk - 1``, because M is nilpotent.  Every power is a
+    tensor of its own, with its own scale and format.
+
+    Cost: ``order - 1`` dense products, depth ``order - 1``.
+    Range: none is guaranteed; ``max|M^k|`` grows like binomial(C, k) in the
+    worst case and reaches 1e4 to 1e10 on trained models.
+    Stability: truncation drops everything ``order + 1`` or more steps away
+    from the diagonal along any path; cancellation between large powers does
+    the rest.
+
+    Parameters
+    ----------
+    chunk : int
+        Size C, a power of two.
+    order : int
+        Largest power, 1 to ``chunk - 1``.
+
+    Raises
+    ------
+    ProgramError
+        If an argument is out of range.
+
+    References
+    ----------
+    arXiv 2606.06034, the truncated series before its mask and correction.
+    """
+    check_chunk(chunk)
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order < chunk:
+        raise ProgramError(f"order {order!r} is not in [1, {chunk - 1}]; chunk - 1 is exact")
+    builder = Builder()
+    power = total = INPUT
+    for k in range(2, order + 1):
+        power = builder.matmul(f"power_{k}", power, INPUT)
+        total = builder.add(f"sum_{k}", total, power)
+    return builder.program("neumann", chunk, {"order": order}, total)

@@ -1,0 +1,97 @@
+"""Errors of an approximate inverse, each defined once.
+
+Everywhere E = T_hat - T, with T the float64 inverse of the *unquantized* L.
+The strictly lower part is scored: the identity on the diagonal would hide
+faults.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qinvert import arithmetic
+from qinvert.matrices import solve
+from qinvert.plan import LayerPlan
+
+
+@dataclass(slots=True)
+class ErrorStatistics:
+    """Streaming sums over matrices; memory does not grow with the data."""
+
+    #: Sum of squares of tril(T, -1).
+    signal: float = 0.0
+    #: Sum of squares of tril(E, -1).
+    noise: float = 0.0
+    #: Matrices seen.
+    matrices: int = 0
+    #: max over matrices of ||E||_F / ||T||_F.
+    worst_rel: float = 0.0
+    #: max|E|.
+    max_abs: float = 0.0
+    #: Values of T_hat that are NaN or Inf.
+    non_finite: int = 0
+
+    def update(self, estimate: torch.Tensor, exact: torch.Tensor) -> None:
+        """Add matrices ``(..., C, C)``: an approximate T and the float64 one."""
+        size = exact.shape[-1]
+        estimate = estimate.to(torch.float64).reshape(-1, size, size)
+        exact = exact.reshape(-1, size, size)
+        error = estimate - exact
+        self.matrices += error.shape[0]
+        self.non_finite += int((~torch.isfinite(estimate)).sum())
+        self.signal += float(torch.tril(exact, -1).square().sum())
+        self.noise += float(torch.tril(error, -1).square().sum())
+        relative = torch.linalg.matrix_norm(error) / torch.linalg.matrix_norm(exact)
+        self.worst_rel = _largest(self.worst_rel, float(relative.max()))
+        self.max_abs = _largest(self.max_abs, float(error.abs().max()))
+
+    @property
+    def sqnr_db(self) -> float:
+        """``20 log10(||tril(T, -1)|| / ||tril(E, -1)||)`` over all matrices together.
+
+        ``inf`` without an error, ``-inf`` where an estimate was not finite or
+        the signal is zero and the error is not.
+        """
+        if math.isnan(self.noise) or math.isinf(self.noise):
+            return -math.inf
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+def _largest(old: float, new: float) -> float:
+    return math.inf if math.isnan(new) else max(old, new)
+
+
+def floor_inverse(plan: LayerPlan, lower: torch.Tensor) -> torch.Tensor:
+    """Return the best that any algorithm can do on the plan's input and output grids.
+
+    The exact inverse of the quantized L, put onto the output's grid.  What a
+    plan achieves minus this floor is what its *algorithm* loses.
+
+    Parameters
+    ----------
+    plan : LayerPlan
+    lower : torch.Tensor, shape ``(..., C, C)``
+        Checked L.
+
+    Returns
+    -------
+    torch.Tensor
+        float32.
+    """
+    grid = plan.input
+    quantized = arithmetic.quantize(-lower.to(torch.float32), grid.scale, grid.format)
+    exact = solve(-arithmetic.dequantize(quantized, grid.scale, grid.format))
+    if not plan.program.implicit_identity:
+        return _on_grid(exact, plan)
+    return _on_grid(torch.tril(exact, -1), plan) + torch.eye(plan.chunk, device=lower.device)
+
+
+def _on_grid(values: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    output = plan.output
+    integers = arithmetic.quantize(values, output.scale, output.format)
+    return arithmetic.dequantize(integers, output.scale, output.format)

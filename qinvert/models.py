@@ -1,0 +1,48 @@
+"""Loads Hugging Face models; transformers is imported only here and only when asked."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qinvert.errors import InputError, MissingDependencyError
+
+
+def load_pretrained(path: str | PathLike[str]) -> Any:
+    """Load a causal language model from a local folder, float32, in eval mode.
+
+    Nothing is downloaded and no code from the folder is run.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no model that transformers knows.
+    MissingDependencyError
+        Without transformers.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no model folder: it has no config.json; pass a local Hugging Face model")
+    transformers = require_transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # transformers raises anything from KeyError to RuntimeError here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load the model in {folder}: {reason}") from error
+    return model.eval()
+
+
+def require_transformers() -> Any:
+    """Import transformers, or say how to get it."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingDependencyError(
+            "this needs transformers, which is not installed; run: pip install 'qinvert[hf]'"
+        ) from None
+    return transformers

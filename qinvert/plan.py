@@ -1,0 +1,263 @@
+"""A program with an integer format and a scale for every tensor.
+
+`LayerPlan` is everything that the simulator and the exporter need to know
+about one layer, and `Plan` is what `qinvert.calibrate` returns: one
+`LayerPlan` per layer.  Both are checked on construction, so a plan that
+exists can be executed and exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from os import PathLike
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+from qinvert import arithmetic
+from qinvert.errors import PlanError
+from qinvert.formats import IntFormat
+from qinvert.matrices import M, check_matrices, like
+from qinvert.program import INPUT, MOVES, MatMul, Program
+
+if TYPE_CHECKING:
+    from qinvert.proof import Proof
+
+
+class Requantize(StrEnum):
+    """How an accumulator becomes an integer again; both are one float32 rounding chain."""
+
+    #: Residuals join as float32, then divide by the scale: MatMulInteger, Cast, Mul, Add, QuantizeLinear.
+    DIVIDE = "divide"
+    #: Residuals join as integers, then one float32 factor: QLinearMatMul and fused QDQ MatMul.
+    MULTIPLIER = "multiplier"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Real value = ``(q - format.zero_point) * scale``.
+
+    Invariant: ``scale`` is a float32 of at least `arithmetic.MIN_SCALE`.
+    """
+
+    #: Integers that are stored.
+    format: IntFormat
+    #: Real value of one step.
+    scale: float
+
+    def __post_init__(self) -> None:
+        arithmetic.check_scale(self.scale)
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude that both signs can represent."""
+        return self.format.largest * self.scale
+
+    def __str__(self) -> str:
+        return f"{self.format} s={self.scale:.4g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """One layer's integer program.
+
+    Invariants: every tensor of the program has a quantization and no other
+    name has one; tensors that slices, masks and concats connect share it;
+    every accumulator fits int32; with `Requantize.MULTIPLIER`, residual terms
+    are exact integers of the accumulator (see `residual_factor`).
+
+    Raises
+    ------
+    PlanError
+        At construction, naming the tensor and the remedy.
+    """
+
+    program: Program
+    tensors: Mapping[str, Quantization]
+    requantize: Requantize
+    #: Largest magnitude of each tensor seen in calibration.
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    #: Where the numbers come from: sample counts, expected sqnr, reasons.
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        _check_names(self.program, self.tensors)
+        _check_moves(self.program, self.tensors)
+        for step in self.program.steps:
+            if isinstance(step, MatMul):
+                arithmetic.check_accumulator(self.accumulator_bound(step))
+
+    @property
+    def chunk(self) -> int:
+        """Size C of the matrices."""
+        return self.program.chunk
+
+    @property
+    def input(self) -> Quantization:
+        """Grid of M = -L."""
+        return self.tensors[INPUT]
+
+    @property
+    def output(self) -> Quantization:
+        """Grid of the program's result."""
+        return self.tensors[self.program.output]
+
+    @property
+    def formats(self) -> str:
+        """Names of the formats in use, joined by ``+``."""
+        return "+".join(dict.fromkeys(q.format.name for q in self.tensors.values()))
+
+    def residual_factor(self, step: MatMul, term: str) -> int:
+        """Accumulator steps that one step of the residual ``term`` is worth.
+
+        ``left @ right + right = (left + I) @ right``: on left's grid the
+        identity is the integer ``k`` with ``float32(1 / k) = scale(left)``, so
+        the term enters the accumulator as ``k * q``, exactly.
+
+        Raises
+        ------
+        PlanError
+            If the term is neither operand, or the other operand's scale is
+            no float32 reciprocal of an integer.
+        """
+        partner = step.left if term == step.right else step.right
+        if term not in (step.left, step.right):
+            raise PlanError(
+                f"step {step.output!r}: residual {term!r} is no operand of the product; "
+                "plan it with requantize='divide'"
+            )
+        scale = self.tensors[partner].scale
+        factor = round(1 / scale)
+        if factor < 1 or arithmetic.float32(1 / factor) != scale:
+            raise PlanError(
+                f"step {step.output!r}: 1.0 is no integer on the grid of {partner!r} (scale {scale!r}); "
+                "use a scale 1/k or requantize='divide'"
+            )
+        return factor
+
+    def accumulator_bound(self, step: MatMul) -> int:
+        """Largest magnitude of the step's accumulator, ``K * max|qa| * max|qb|`` plus residuals."""
+        left, right = self.tensors[step.left].format, self.tensors[step.right].format
+        depth = self.program.shapes[step.left].columns
+        bound = depth * left.magnitude * right.magnitude
+        if self.requantize is Requantize.MULTIPLIER:
+            for term in (*step.add, *step.subtract):
+                bound += self.residual_factor(step, term) * self.tensors[term].format.magnitude
+        return bound
+
+    def inverse(self, L: M) -> M:  # noqa: N803 - the field's name of this matrix
+        """``T = (I + L)^-1`` by the integer program, simulated bit-exactly.
+
+        Parameters
+        ----------
+        L : tensor or array, shape ``(..., C, C)``
+            Strictly lower triangular; any float dtype, quantized from float32.
+
+        Returns
+        -------
+        tensor or array
+            float32, dequantized, of the kind that was given; on L's device.
+
+        Raises
+        ------
+        InputError
+            See `qinvert.matrices.check_matrices`.
+        """
+        from qinvert.simulator import simulate_inverse
+
+        return cast(M, like(simulate_inverse(self, check_matrices(L, self.chunk)), L))
+
+    def proof(self) -> Proof:
+        """What holds for every input, derived from the plan; see `qinvert.proof`."""
+        from qinvert.proof import prove
+
+        return prove(self)
+
+    def __str__(self) -> str:
+        return f"{self.program.title} {self.formats}, requantize by {self.requantize}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The layers of a model, each with its integer program."""
+
+    layers: Mapping[str, LayerPlan]
+    #: Export profile that the plan was made for.
+    target: str
+    #: Where the numbers come from: source, method, bits, seed.
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise PlanError("a plan needs at least one layer; calibrate on data that has matrices")
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def layer(self, name: str | None = None) -> LayerPlan:
+        """Return the layer of that name; None is the only layer.
+
+        Raises
+        ------
+        PlanError
+            If there is no such layer, or several and no name.
+        """
+        if name is None and len(self.layers) == 1:
+            return next(iter(self.layers.values()))
+        if name is None or name not in self.layers:
+            given = "no layer named" if name is None else f"unknown layer {name!r}"
+            raise PlanError(f"{given}; the plan has {_names(self.layers)}")
+        return self.layers[name]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        from qinvert.plan_io import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises
+        ------
+        PlanError
+            If the file is missing, damaged, inconsistent, or of a newer schema.
+        """
+        from qinvert.plan_io import load
+
+        return load(path)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {layer}" for name, layer in self.layers.items())
+
+
+def _names(layers: Mapping[str, LayerPlan], limit: int = 8) -> str:
+    names = list(layers)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
+    missing = [name for name in program.tensors if name not in tensors]
+    surplus = [name for name in tensors if name not in program.tensors]
+    if missing or surplus:
+        wrong = f"lacks {missing[0]!r}" if missing else f"has {surplus[0]!r}, which no step writes"
+        raise PlanError(f"plan does not match its program {program.title}: it {wrong}; calibrate again")
+    for name, quantization in tensors.items():
+        if quantization.format.planes > 1 or quantization.format.zero_point:
+            raise PlanError(
+                f"tensor {name!r}: format {quantization.format} cannot be simulated as one symmetric plane; "
+                "use int4, int8 or int16"
+            )
+
+
+def _check_moves(program: Program, tensors: Mapping[str, Quantization]) -> None:
+    for step in program.steps:
+        if isinstance(step, MOVES):
+            for name in step.inputs:
+                if name in tensors and tensors[name] != tensors[step.output]:
+                    raise PlanError(
+                        f"step {step.output!r} moves {name!r} ({tensors[name]}) without rounding, but has "
+                        f"{tensors[step.output]}; give both one quantization"
+                    )

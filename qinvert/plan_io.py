@@ -1,0 +1,160 @@
+"""Plans as JSON files.
+
+Scales are written as decimal float64 of a float32, which round-trips bit for
+bit.  Layers that share a program refer to one copy of it.  Nothing in a file
+is executed; everything is checked by the same constructors that calibration
+uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Final, TypeVar
+
+from qinvert.errors import PlanError, QInvertError
+from qinvert.files import read_bytes, write_atomically
+from qinvert.formats import find_format
+from qinvert.plan import LayerPlan, Plan, Quantization, Requantize
+from qinvert.program_io import Json, program_from_json, program_to_json, require
+from qinvert.version import __version__
+
+#: Version of the file layout; readers take this one and all older ones.
+SCHEMA_VERSION: Final = 1
+
+T = TypeVar("T")
+
+
+def save(plan: Plan, path: str | PathLike[str]) -> None:
+    """Write ``plan`` to ``path``, atomically."""
+    write_atomically(path, to_bytes(plan))
+
+
+def load(path: str | PathLike[str]) -> Plan:
+    """Read a plan.
+
+    Raises
+    ------
+    PlanError
+        With the path and the reason.
+    """
+    try:
+        return from_bytes(read_bytes(path))
+    except QInvertError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def sha256(plan: Plan) -> str:
+    """Hash of the plan's file content; identifies it in exported graphs."""
+    return hashlib.sha256(to_bytes(plan)).hexdigest()
+
+
+def to_bytes(plan: Plan) -> bytes:
+    """Return the file content; equal plans give equal bytes."""
+    programs: list[Json] = []
+    layers: Json = {}
+    for name, layer in plan.layers.items():
+        program = program_to_json(layer.program)
+        if program not in programs:
+            programs.append(program)
+        layers[name] = _layer_to_json(layer, programs.index(program))
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "producer": {"package": "qinvert", "version": __version__},
+        "target": plan.target,
+        "provenance": dict(plan.provenance),
+        "programs": programs,
+        "layers": layers,
+    }
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+
+
+def from_bytes(content: bytes) -> Plan:
+    """Read a plan from file content.
+
+    Raises
+    ------
+    PlanError
+        If it is no plan, of a newer schema, or inconsistent.
+    """
+    document = _parse(content)
+    version = require(document, "schema_version", int)
+    if version > SCHEMA_VERSION:
+        raise PlanError(
+            f"plan has schema version {version}, this qinvert {__version__} reads up to {SCHEMA_VERSION}; "
+            "upgrade qinvert"
+        )
+    if version < 1:
+        raise PlanError(f"plan has schema version {version}; versions start at 1")
+    programs = [program_from_json(p) for p in require(document, "programs", list)]
+    layers: dict[str, LayerPlan] = {}
+    for name, layer in require(document, "layers", dict).items():
+        index = require(layer, "program", int)
+        if not 0 <= index < len(programs):
+            raise PlanError(f"layer {name!r} names program {index}, the plan has {len(programs)}")
+        layers[name] = _layer_from_json(layer, name, programs[index])
+    return Plan(
+        layers=layers,
+        target=require(document, "target", str),
+        provenance=require(document, "provenance", dict),
+    )
+
+
+def _parse(content: bytes) -> Json:
+    try:
+        document = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"not a plan file ({error}); is it truncated?") from None
+    if not isinstance(document, dict):
+        raise PlanError("not a plan file: the top level is no object; pass a file that Plan.save wrote")
+    return document
+
+
+def _refuse_constant(token: str) -> None:
+    raise ValueError(f"{token} is no JSON number")
+
+
+def _layer_to_json(layer: LayerPlan, program: int) -> Json:
+    return {
+        "program": program,
+        "requantize": str(layer.requantize),
+        "tensors": {
+            name: {"format": q.format.name, "scale": q.scale} for name, q in layer.tensors.items()
+        },
+        "ranges": dict(layer.ranges),
+        "provenance": dict(layer.provenance),
+    }
+
+
+def _layer_from_json(layer: Any, name: str, program: Any) -> LayerPlan:
+    try:
+        ranges = require(layer, "ranges", dict)
+        if not all(isinstance(v, (int, float)) for v in ranges.values()):
+            raise PlanError("'ranges' must map names to numbers")
+        return LayerPlan(
+            program=program,
+            tensors=_tensors_from_json(require(layer, "tensors", dict)),
+            requantize=_requantize(require(layer, "requantize", str)),
+            ranges=ranges,
+            provenance=require(layer, "provenance", dict),
+        )
+    except PlanError as error:
+        raise PlanError(f"layer {name!r}: {error}") from None
+
+
+def _tensors_from_json(tensors: Mapping[str, Any]) -> dict[str, Quantization]:
+    return {
+        name: Quantization(
+            format=find_format(require(entry, "format", str)), scale=float(require(entry, "scale", float))
+        )
+        for name, entry in tensors.items()
+    }
+
+
+def _requantize(name: str) -> Requantize:
+    try:
+        return Requantize(name)
+    except ValueError:
+        raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None

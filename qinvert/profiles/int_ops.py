@@ -1,0 +1,21 @@
+"""MatMulInteger on int8: the literal integer program, bit-exact everywhere."""
+
+from __future__ import annotations
+
+from qinvert.formats import INT4, INT8
+from qinvert.plan import Requantize
+from qinvert.profiles._profile import Lowering, Profile
+
+PROFILE = Profile(
+    name="int-ops",
+    summary="MatMulInteger s8 x s8, then Cast, Mul, Add, QuantizeLinear; data movement on int8",
+    lowering=Lowering.INTEGER,
+    opset=19,
+    formats=(INT8, INT4),
+    requantize=Requantize.DIVIDE,
+    operators=frozenset(
+        {"QuantizeLinear", "DequantizeLinear", "MatMulInteger", "Cast", "Mul", "Add", "Sub", "Slice", "Concat", "Clip", "BitwiseAnd"}
+    ),
+    proved=("onnxruntime",),
+    caveats="no NPU compiler takes MatMulInteger; s8 x s8 is slow on x86 in onnxruntime",
+)

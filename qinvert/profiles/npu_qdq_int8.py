@@ -1,0 +1,19 @@
+"""QDQ int8, symmetric, static 4-D: the portable form for NPU compilers."""
+
+from __future__ import annotations
+
+from qinvert.formats import INT8
+from qinvert.plan import Requantize
+from qinvert.profiles._profile import Lowering, Profile
+
+PROFILE = Profile(
+    name="npu-qdq-int8",
+    summary="QuantizeLinear/DequantizeLinear around MatMul, Add, Slice, Concat; int8, zero point 0",
+    lowering=Lowering.QDQ,
+    opset=19,
+    formats=(INT8,),
+    requantize=Requantize.MULTIPLIER,
+    operators=frozenset({"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}),
+    proved=("onnxruntime",),
+    caveats="back ends that leave a MatMul in float32 may differ by one step at rounding ties",
+)

@@ -1,0 +1,358 @@
+"""The inverse as a flat list of typed steps over named tensors.
+
+A `Program` is pure data.  It computes the strictly lower part ``S`` of
+
+    T = (I - M)^-1 = I + S,        M = -L strictly lower triangular,
+
+(or ``T`` itself where `Program.implicit_identity` is false).  Float execution,
+observation, integer simulation, cost and ONNX lowering are all interpreters
+of the same list: each implements `Evaluator` and is driven by
+`Program.evaluate`.
+
+Every tensor is a stack of equal blocks, ``[blocks, rows, columns]`` per input
+matrix.  A batch of ``B`` inputs is folded into the first axis with the block
+index slowest, ``[blocks * B, rows, columns]``, so that slicing and
+concatenating blocks never touches the batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
+
+from qinvert.errors import ProgramError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qinvert.cost import Cost
+
+V = TypeVar("V")
+
+#: Name of the one input of every program: M = -L.
+INPUT: Final = "M"
+#: Chunk sizes that block structure and the runtimes support.
+MAX_CHUNK: Final = 1024
+
+Range: TypeAlias = tuple[int, int]
+
+
+class Shape(NamedTuple):
+    """``[blocks, rows, columns]`` of a tensor, per input matrix."""
+
+    #: Blocks stacked on the batch axis.
+    blocks: int
+    #: Rows of one block.
+    rows: int
+    #: Columns of one block.
+    columns: int
+
+    def __str__(self) -> str:
+        return f"[{self.blocks},{self.rows},{self.columns}]"
+
+
+class Axis(StrEnum):
+    """The axis along which `Concat` joins."""
+
+    #: Stack on the batch axis.
+    BLOCKS = "blocks"
+    #: One above the other.
+    ROWS = "rows"
+    #: Side by side.
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """A 0/1 matrix, the same for every block: masks and zero blocks."""
+
+    name: str
+    rows: int
+    columns: int
+    #: Column ranges ``start <= j < stop`` that hold 1, one per row.
+    ones: tuple[Range, ...]
+
+    def __post_init__(self) -> None:
+        legal = all(0 <= a <= b <= self.columns for a, b in self.ones)
+        if len(self.ones) != self.rows or not legal:
+            raise ProgramError(
+                f"constant {self.name!r}: needs one column range inside [0, {self.columns}] for "
+                f"each of its {self.rows} rows; got {len(self.ones)} ranges"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatMul:
+    """``output = left @ right + sum(add) - sum(subtract)``, one rounding at the end.
+
+    The residual terms join in the accumulator's precision.  Each of them is
+    ``left`` or ``right`` itself or any tensor of the result's shape.
+    """
+
+    output: str
+    left: str
+    right: str
+    add: tuple[str, ...] = ()
+    subtract: tuple[str, ...] = ()
+    #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.left, self.right, *self.add, *self.subtract)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Add:
+    """``output = left + right``."""
+
+    output: str
+    left: str
+    right: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.left, self.right)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescale:
+    """``output = source``, rounded onto a scale of its own."""
+
+    output: str
+    source: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """``output = source * constant``: keeps or clears elements, never rounds."""
+
+    output: str
+    source: str
+    constant: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source, self.constant)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """``output = source[blocks, rows, columns]`` with half-open ranges; None keeps an axis."""
+
+    output: str
+    source: str
+    blocks: Range | None = None
+    rows: Range | None = None
+    columns: Range | None = None
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concat:
+    """``output = sources`` joined along ``axis``; all share the output's scale."""
+
+    output: str
+    sources: tuple[str, ...]
+    axis: Axis
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.sources
+
+
+Step: TypeAlias = MatMul | Add | Rescale | Mask | Slice | Concat
+#: Steps that move values without rounding: input and output share one scale.
+MOVES: Final = (Mask, Slice, Concat)
+
+
+class Evaluator(ABC, Generic[V]):
+    """One meaning of a program: a value type ``V`` and one method per kind of step.
+
+    Laws: methods are pure, ``mask``, ``slice`` and ``concat`` return values of
+    their sources unchanged, and ``matmul`` rounds at most once.
+    """
+
+    @abstractmethod
+    def constant(self, constant: Constant, blocks: int) -> V:
+        """Return the constant, repeated for ``blocks`` blocks."""
+
+    @abstractmethod
+    def matmul(self, step: MatMul, left: V, right: V, add: list[V], subtract: list[V]) -> V:
+        """Return ``left @ right + sum(add) - sum(subtract)``."""
+
+    @abstractmethod
+    def add(self, step: Add, left: V, right: V) -> V:
+        """Return ``left + right``."""
+
+    @abstractmethod
+    def rescale(self, step: Rescale, source: V) -> V:
+        """Return ``source`` on the output's scale."""
+
+    @abstractmethod
+    def mask(self, step: Mask, source: V, constant: V) -> V:
+        """Return ``source * constant``."""
+
+    @abstractmethod
+    def slice(self, step: Slice, source: V) -> V:
+        """Return the sub-blocks that ``step`` names."""
+
+    @abstractmethod
+    def concat(self, step: Concat, sources: list[V]) -> V:
+        """Return ``sources`` joined along ``step.axis``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """Steps that compute ``T = (I - M)^-1`` from ``M``.
+
+    Invariants, checked on construction: every name is defined once and before
+    its use, shapes fit, and the output has the shape of the input.
+
+    Raises
+    ------
+    ProgramError
+        At construction, naming the step, what it was given and what fits.
+    """
+
+    #: Method name, such as ``block_merge``.
+    name: str
+    #: Size C of the input matrices, a power of two.
+    chunk: int
+    #: Arguments of the method, for display and provenance.
+    parameters: Mapping[str, int | str] = field(default_factory=dict)
+    #: 0/1 matrices that the steps use.
+    constants: tuple[Constant, ...] = ()
+    #: In execution order.
+    steps: tuple[Step, ...] = ()
+    #: Tensor that holds the result.
+    output: str = INPUT
+    #: The result is S = T - I: the identity is added after dequantization.
+    implicit_identity: bool = True
+    #: Shape of every tensor, derived.
+    shapes: Mapping[str, Shape] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        from qinvert.shapes import infer_shapes
+
+        check_chunk(self.chunk)
+        object.__setattr__(self, "shapes", infer_shapes(self))
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the input and of every step's output, in order."""
+        return (INPUT, *(step.output for step in self.steps))
+
+    def evaluate(
+        self, evaluator: Evaluator[V], source: V, observe: Callable[[str, V], None] | None = None
+    ) -> V:
+        """Run every step through ``evaluator`` and return the output's value.
+
+        Parameters
+        ----------
+        evaluator : Evaluator
+            Gives the steps their meaning.
+        source : V
+            Value of M.
+        observe : callable, optional
+            Called as ``observe(name, value)`` for M and after every step.
+            A value is dropped as soon as no later step needs it.
+        """
+        values: dict[str, V] = {INPUT: source}
+        if observe is not None:
+            observe(INPUT, source)
+        for step, dead in self._schedule():
+            for constant in self.constants:
+                if constant.name in step.inputs:
+                    blocks = self.shapes[step.output].blocks
+                    values[constant.name] = evaluator.constant(constant, blocks)
+            value = _apply(evaluator, step, values)
+            values[step.output] = value
+            if observe is not None:
+                observe(step.output, value)
+            for name in dead:
+                values.pop(name, None)
+        return values[self.output]
+
+    def _schedule(self) -> Iterator[tuple[Step, list[str]]]:
+        last = {name: i for i, step in enumerate(self.steps) for name in (*step.inputs, step.output)}
+        last[self.output] = len(self.steps)
+        for i, step in enumerate(self.steps):
+            yield step, [name for name in (*step.inputs, step.output) if last[name] == i]
+
+    def run(
+        self,
+        L: torch.Tensor,  # noqa: N803 - the field's name of this matrix
+        dtype: torch.dtype | None = None,
+        observe: Callable[[str, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """``T = (I + L)^-1`` in floating point; see `qinvert.execute.run`."""
+        from qinvert.execute import run
+
+        return run(self, L, dtype=dtype, observe=observe)
+
+    def cost(self) -> Cost:
+        """Multiply-accumulates, products, depth and steps; see `qinvert.cost`."""
+        from qinvert.cost import program_cost
+
+        return program_cost(self)
+
+    def __str__(self) -> str:
+        from qinvert.cost import step_table
+
+        return step_table(self)
+
+    @property
+    def title(self) -> str:
+        """One line, such as ``block_merge(chunk=64, base=4)``."""
+        arguments = [f"chunk={self.chunk}", *(f"{k}={v}" for k, v in self.parameters.items())]
+        return f"{self.name}({', '.join(arguments)})"
+
+
+def check_chunk(chunk: int) -> None:
+    """Refuse a chunk size that is not a power of two in [2, `MAX_CHUNK`].
+
+    Raises
+    ------
+    ProgramError
+        With the value and the legal ones.
+    """
+    integer = isinstance(chunk, int) and not isinstance(chunk, bool)
+    if not integer or not 2 <= chunk <= MAX_CHUNK or chunk & (chunk - 1):
+        raise ProgramError(
+            f"chunk {chunk!r} is not a power of two from 2 to {MAX_CHUNK}; "
+            "pad the last chunk with zero rows to the next power of two"
+        )
+
+
+def _apply(evaluator: Evaluator[V], step: Step, values: Mapping[str, V]) -> V:
+    match step:
+        case MatMul():
+            add = [values[name] for name in step.add]
+            subtract = [values[name] for name in step.subtract]
+            return evaluator.matmul(step, values[step.left], values[step.right], add, subtract)
+        case Add():
+            return evaluator.add(step, values[step.left], values[step.right])
+        case Rescale():
+            return evaluator.rescale(step, values[step.source])
+        case Mask():
+            return evaluator.mask(step, values[step.source], values[step.constant])
+        case Slice():
+            return evaluator.slice(step, values[step.source])
+        case Concat():
+            return evaluator.concat(step, [values[name] for name in step.sources])

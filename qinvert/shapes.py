@@ -1,0 +1,140 @@
+"""Shape and name laws of a program, checked once when it is constructed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qinvert.errors import ProgramError
+from qinvert.program import (
+    INPUT,
+    Add,
+    Axis,
+    Concat,
+    Mask,
+    MatMul,
+    Program,
+    Range,
+    Rescale,
+    Shape,
+    Slice,
+    Step,
+)
+
+
+def infer_shapes(program: Program) -> Mapping[str, Shape]:
+    """Return the shape of every tensor of ``program``.
+
+    Raises
+    ------
+    ProgramError
+        If a name is unknown or defined twice, shapes do not fit, or the
+        output is not ``[1, C, C]``.
+    """
+    whole = Shape(1, program.chunk, program.chunk)
+    shapes = {INPUT: whole}
+    constants = {c.name: Shape(1, c.rows, c.columns) for c in program.constants}
+    if len(constants) != len(program.constants) or INPUT in constants:
+        raise ProgramError(f"{program.name}: two constants share a name, or one is called {INPUT!r}")
+    for step in program.steps:
+        if step.output in shapes or step.output in constants:
+            raise ProgramError(f"step {step.output!r}: the name is taken; every step needs a new one")
+        for name in step.inputs:
+            if name not in shapes and name not in constants:
+                raise ProgramError(
+                    f"step {step.output!r} reads {name!r}, which no earlier step writes; "
+                    "order the steps so that tensors are written first"
+                )
+        shapes[step.output] = _output_shape(step, shapes, constants)
+    _check_output(program, shapes, whole)
+    return shapes
+
+
+def _check_output(program: Program, shapes: Mapping[str, Shape], whole: Shape) -> None:
+    if shapes.get(program.output) != whole:
+        raise ProgramError(
+            f"{program.name}: output {program.output!r} must be a tensor of shape {whole}, "
+            f"got {shapes.get(program.output)}"
+        )
+
+
+def _output_shape(step: Step, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:
+    match step:
+        case MatMul():
+            return _matmul_shape(step, *_tensors(step, shapes))
+        case Add():
+            left, right = _tensors(step, shapes)
+            return _same(step, left, right)
+        case Rescale():
+            (source,) = _tensors(step, shapes)
+            return source
+        case Mask():
+            return _mask_shape(step, shapes, constants)
+        case Slice():
+            (source,) = _tensors(step, shapes)
+            ranges = (step.blocks, step.rows, step.columns)
+            return Shape(*(_extent(step, r, n) for r, n in zip(ranges, source, strict=True)))
+        case Concat():
+            return _concat_shape(step, shapes, constants)
+
+
+def _tensors(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
+    for name in step.inputs:
+        if name not in shapes:
+            raise ProgramError(f"step {step.output!r}: constant {name!r} may only feed a mask or a concat")
+    return [shapes[name] for name in step.inputs]
+
+
+def _matmul_shape(step: MatMul, left: Shape, right: Shape, *residuals: Shape) -> Shape:
+    if left.blocks != right.blocks or left.columns != right.rows:
+        raise ProgramError(f"step {step.output!r}: cannot multiply {left} by {right}; inner sizes must agree")
+    shape = Shape(left.blocks, left.rows, right.columns)
+    for residual in residuals:
+        _same(step, shape, residual)
+    return shape
+
+
+def _same(step: Step, left: Shape, right: Shape) -> Shape:
+    if left != right:
+        raise ProgramError(f"step {step.output!r}: shapes {left} and {right} differ; a sum needs equal ones")
+    return left
+
+
+def _mask_shape(step: Mask, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:
+    source, mask = shapes.get(step.source), constants.get(step.constant)
+    if source is None or mask is None or source[1:] != mask[1:]:
+        raise ProgramError(
+            f"step {step.output!r}: needs a tensor and a constant of its size, got {source} and {mask}"
+        )
+    return source
+
+
+def _extent(step: Slice, span: Range | None, size: int) -> int:
+    if span is None:
+        return size
+    start, stop = span
+    if not 0 <= start < stop <= size:
+        raise ProgramError(f"step {step.output!r}: range {span} is empty or outside [0, {size}]")
+    return stop - start
+
+
+def _concat_shape(step: Concat, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:
+    tensors = [shapes[name] for name in step.sources if name in shapes]
+    if not tensors:
+        raise ProgramError(f"step {step.output!r}: a concat needs at least one tensor source")
+    # A constant takes the number of blocks of the tensors it is joined with.
+    parts = [
+        shapes[name] if name in shapes else constants[name]._replace(blocks=tensors[0].blocks)
+        for name in step.sources
+    ]
+    axis = list(Axis).index(Axis(step.axis))
+    if axis == 0 and len(parts) != len(tensors):
+        raise ProgramError(f"step {step.output!r}: constants cannot be stacked on the batch axis")
+    rest = {part[:axis] + part[axis + 1 :] for part in parts}
+    if len(rest) != 1:
+        raise ProgramError(
+            f"step {step.output!r}: cannot join {', '.join(map(str, parts))} along {step.axis}; "
+            "all other axes must agree"
+        )
+    sizes = list(parts[0])
+    sizes[axis] = sum(part[axis] for part in parts)
+    return Shape(*sizes)
