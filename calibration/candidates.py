@@ -15,7 +15,7 @@ from qinvert.matrices import solve
 from qinvert.methods import block_merge
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Requantize
-from qinvert.program import Program
+from qinvert.program import INPUT, Program
 from qinvert.simulator import simulate_inverse
 
 
@@ -59,11 +59,18 @@ def plan_program(
     """Choose every scale of ``program`` and measure it on the sample by real simulation."""
     if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, ranges, fmt):
         requantize = Requantize.DIVIDE
-    settled = settle_residues(program, ranges, sample, fmt)
+    settled = settle_residues(program, _share_bound(program, ranges), sample, fmt)
     tensors = choose_quantizations(program, settled, fmt, rule, requantize)
     plan = LayerPlan(program=program, tensors=tensors, requantize=requantize, ranges=settled)
     achieved, floor = measure(plan, sample)
     return Candidate(plan=plan, sqnr_db=achieved.sqnr_db, floor_db=floor.sqnr_db)
+
+
+def _share_bound(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
+    # Tensors under the input's bound can hold its largest entry, wherever that falls
+    # in unseen data: a merge that saw only smaller blocks must not saturate on it.
+    bounded = {step.output for step in program.steps if step.bound is not None}
+    return {name: max(r, ranges[INPUT]) if name in bounded else r for name, r in ranges.items()}
 
 
 def measure(plan: LayerPlan, lower: torch.Tensor) -> tuple[ErrorStatistics, ErrorStatistics]:

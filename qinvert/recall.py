@@ -1,6 +1,6 @@
 """The embedded example: a task that hangs on T, and a small model trained on it.
 
-A sequence is 128 pairs of tokens.  A *write* is (key, value); a *read* is
+A sequence is 256 pairs of tokens.  A *write* is (key, value); a *read* is
 (key + 64, the latest value of that key).  The model must remember 32 keys
 that are overwritten again and again inside one chunk, so its answers are
 wrong as soon as the triangular inverse is.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Name under which the command line offers this model.
 NAME: Final = "recall"
 #: Pairs of tokens in a sequence.
-PAIRS: Final = 128
+PAIRS: Final = 256
 #: Key tokens are 0 to 31; a read shows the key plus `READ_OFFSET`.
 KEYS: Final = 32
 #: Distance from a key token to its read token.

@@ -1,0 +1,110 @@
+"""The whole job on the embedded model, in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from qinvert import recall
+from qinvert.calibration.calibrate import calibrate
+from qinvert.calibration.evaluation import evaluate
+from qinvert.calibration.growth import range_growth
+from qinvert.calibration.hooks import capture
+from qinvert.calibration.reports import simulate
+from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options
+from qinvert.cli.graphs import export_all, verification_to_dict
+from qinvert.cli.plans import growth_to_dict, show_choices, show_growth
+from qinvert.export.verifying import Verification, verify
+from qinvert.files import make_folder
+from qinvert.plan import Plan
+
+#: Seeds of the two data sets.
+CALIBRATION_SEED, TEST_SEED = 0, 1
+
+
+@click.command()
+@click.option("-o", "--output", "folder", default="qinvert-demo", show_default=True, type=click.Path(file_okay=False))
+@output_options
+def demo(folder: str, as_json: bool, quiet: bool) -> None:
+    """Calibrate, simulate, export, verify and evaluate the embedded model.
+
+    The model (0.39 M parameters, two gated-delta layers) recalls the latest
+    value of a key; with a wrong inverse it cannot.  Everything it writes goes
+    into one folder.
+
+    \b
+    Example: qinvert demo
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    model = load_model(recall.NAME)
+    seen, unseen = recall.sequences(SEQUENCES, CALIBRATION_SEED), recall.sequences(SEQUENCES, TEST_SEED)
+    with output.progress("measuring"):
+        growth = range_growth(capture(model, seen))
+    show_growth(output, growth)
+    with output.progress("calibrating") as progress:
+        plan = calibrate(model, seen, progress=progress)
+    plan = Plan(layers=plan.layers, target=plan.target, provenance={**plan.provenance, "source": recall.NAME})
+    show_choices(output, plan)
+    path = make_folder(folder) / "plan.json"
+    plan.save(path)
+    output.say(f"wrote {path}")
+    rows = _layer_rows(output, model, plan, folder, unseen)
+    accuracy = _accuracy(output, model, plan, unseen)
+    output.result(
+        {
+            "plan": str(path),
+            "growth": {name: growth_to_dict(g) for name, g in growth.items()},
+            "layers": rows,
+            "accuracy": accuracy,
+        }
+    )
+
+
+def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: torch.Tensor) -> dict[str, Any]:
+    with output.progress("simulating") as progress:
+        report = simulate(plan, model, unseen, progress=progress)
+    files = export_all(plan, folder)
+    for file in files.values():
+        output.say(f"wrote {file}")
+    with output.progress("running in onnxruntime"):
+        verified = _verify(model, plan, files, unseen)
+    table = [
+        [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), f"{r.worst_rel:.2e}",
+         *(f"{v.values - v.mismatches} of {v.values}" for v in verified[name])]
+        for name, r in report.layers.items()
+    ]  # fmt: skip
+    runs = [f"{v.runtime} == simulator" for v in next(iter(verified.values()))]
+    output.table("Unseen data", ["layer", "format", "sqnr_db", "floor_db", "worst_rel", *runs], table)
+    return {
+        name: {**r.to_dict(), "file": files[name], "verified": [verification_to_dict(v) for v in verified[name]]}
+        for name, r in report.layers.items()
+    }
+
+
+def _verify(model: Any, plan: Plan, files: dict[str, str], unseen: torch.Tensor) -> dict[str, list[Verification]]:
+    captured: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layers}
+    for name, lower in capture(model, unseen):
+        captured[name].append(lower.flatten(0, -3))
+    return {
+        name: verify(Path(file), plan, torch.cat(captured[name]), layer=name) for name, file in files.items()
+    }
+
+
+def _accuracy(output: Output, model: Any, plan: Plan, unseen: torch.Tensor) -> dict[str, float]:
+    def no_inverse(lower: torch.Tensor) -> torch.Tensor:
+        return torch.eye(lower.shape[-1]).expand(lower.shape)
+
+    with output.progress("recalling") as progress:
+        integer = evaluate(model, plan, unseen, score=recall.accuracy, progress=progress)
+        identity = evaluate(model, no_inverse, unseen, score=recall.accuracy, progress=progress)
+    scores = {"exact": integer.exact_score or 0.0, "integer": integer.score or 0.0, "T = I": identity.score or 0.0}
+    rows = [
+        ["exact, float64", f"{scores['exact']:.4f}", "-"],
+        ["integer, simulated", f"{scores['integer']:.4f}", f"{integer.kl:.2g}"],
+        ["T = I", f"{scores['T = I']:.4f}", f"{identity.kl:.2g}"],
+    ]
+    output.table("Recall accuracy of the model", ["inverse", "accuracy", "KL to exact, nats"], rows)
+    return scores

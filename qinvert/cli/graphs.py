@@ -1,0 +1,169 @@
+"""Verbs about ONNX graphs: export, verify, profiles."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from qinvert.calibration.sources import DEFAULT_LAYER, open_source
+from qinvert.cli.common import Output, output_options
+from qinvert.errors import InputError
+from qinvert.export.exporting import export as export_layer
+from qinvert.export.verifying import Verification
+from qinvert.export.verifying import verify as verify_layer
+from qinvert.files import make_folder
+from qinvert.plan import Plan
+from qinvert.profiles import PROFILES, find_profile
+from qinvert.stress import STRESS, stress_matrices
+
+#: Name of the plan beside the graphs.
+PLAN_FILE = "plan.json"
+
+
+@click.command()
+@click.argument("plan_path", metavar="PLAN")
+@click.option("-o", "--output", "folder", required=True, type=click.Path(file_okay=False), help="Folder to write.")
+@click.option("--profile", help=f"{', '.join(PROFILES)}; the plan's target by default.")
+@click.option("--layer", "layers", multiple=True, help="Layer to export, repeatable; all by default.")
+@click.option("--batch", default=8, show_default=True, help="Matrices per call of the graph.")
+@click.option("--input", "source", default="L", show_default=True, type=click.Choice(("L", "M")), help="M takes -L.")
+@output_options
+def export(
+    plan_path: str,
+    folder: str,
+    profile: str | None,
+    layers: tuple[str, ...],
+    batch: int,
+    source: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write one ONNX file a layer, and the plan beside them.
+
+    \b
+    Example: qinvert export plan.json -o graphs/ --profile npu-qdq-int8
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(plan_path)
+    find_profile(profile if profile is not None else plan.target)
+    for name in layers:
+        plan.layer(name)
+    files = export_all(plan, folder, profile, batch, source, layers)
+    for file in files.values():
+        output.say(f"wrote {file}")
+    output.result({"files": files})
+
+
+def export_all(
+    plan: Plan,
+    folder: str,
+    profile: str | None = None,
+    batch: int = 8,
+    source: str = "L",
+    layers: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Export the named layers (all by default) into ``folder``; return the file of each.
+
+    A folder that this call created is removed again if an export fails.
+    """
+    existed = Path(folder).exists()
+    target = make_folder(folder)
+    try:
+        names = file_names(plan)
+        files = {name: str(target / names[name]) for name in layers or plan.layers}
+        for name, file in files.items():
+            export_layer(plan, file, profile=profile, layer=name, batch=batch, input=source)
+        plan.save(target / PLAN_FILE)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    return files
+
+
+def file_names(plan: Plan) -> dict[str, str]:
+    """Return a safe, unique file name for every layer."""
+    names: dict[str, str] = {}
+    for i, layer in enumerate(plan.layers):
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
+        names[layer] = f"{stem}.onnx" if f"{stem}.onnx" not in names.values() else f"{stem}_{i}.onnx"
+    return names
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--data", type=click.Path(), help="Matrices L, .npz or .safetensors; stress matrices by default.")
+@click.option("--runtime", "runtimes", multiple=True, default=("onnxruntime",), show_default=True)
+@output_options
+def verify(folder: str, data: str | None, runtimes: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Run exported graphs and compare every value with the simulator.
+
+    FOLDER is what `qinvert export` wrote.
+
+    \b
+    Example: qinvert verify graphs/
+             qinvert verify graphs/ --data L.npz
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(Path(folder) / PLAN_FILE)
+    files = {name: Path(folder) / file for name, file in file_names(plan).items()}
+    found = {name: file for name, file in files.items() if file.is_file()}
+    if not found:
+        raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
+    results: dict[str, list[Verification]] = {}
+    for name, file in found.items():
+        lower = matrices_for(plan, name, data)
+        with output.progress(f"verifying {name}"):
+            results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name)
+    show_verifications(output, results)
+    output.result({name: [verification_to_dict(r) for r in rows] for name, rows in results.items()})
+
+
+def matrices_for(plan: Plan, layer: str, data: str | None) -> torch.Tensor:
+    """Return the matrices to verify a layer with: from a file, or every stress set."""
+    chunk = plan.layer(layer).chunk
+    if data is None:
+        return torch.cat([stress_matrices(name, 4, chunk) for name in STRESS])
+    parts = [lower for name, lower in open_source(data) if name in (layer, DEFAULT_LAYER)]
+    if not parts:
+        raise InputError(f"{data} has no matrices for layer {layer!r}; name an array after the layer")
+    return torch.cat([lower.reshape(-1, *lower.shape[-2:]) for lower in parts])
+
+
+def show_verifications(output: Output, results: dict[str, list[Verification]]) -> None:
+    """Print how many values agree."""
+    rows = [
+        [name, r.runtime, f"{r.values - r.mismatches} of {r.values}", f"{r.max_steps:.3g}", "yes" if r.exact else "no"]
+        for name, verifications in results.items()
+        for r in verifications
+    ]
+    columns = ["layer", "runtime", "values equal to the simulator", "largest difference, steps", "must be exact"]
+    output.table("Verification", columns, rows)
+
+
+def verification_to_dict(result: Verification) -> dict[str, Any]:
+    """Return JSON types."""
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+@click.command()
+@output_options
+def profiles(as_json: bool, quiet: bool) -> None:
+    """List the export profiles.
+
+    \b
+    Example: qinvert profiles
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    rows = [
+        [p.name, ", ".join(map(str, p.formats)), str(p.opset), ", ".join(p.proved), p.summary, p.caveats]
+        for p in PROFILES.values()
+    ]
+    output.table("Profiles", ["profile", "formats", "opset", "proved on", "form", "caveats"], rows)
+    output.result({p.name: {"formats": [f.name for f in p.formats], "opset": p.opset, "proved": list(p.proved),
+                            "summary": p.summary, "caveats": p.caveats} for p in PROFILES.values()})  # fmt: skip
