@@ -16,7 +16,8 @@ from qinvert.formats import INT4, INT8, IntFormat
 from qinvert.methods import find_method
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import Profile, find_profile
-from qinvert.program import INPUT, Program
+from qinvert.program import Program
+from qinvert.steps import INPUT
 
 #: Called after every batch with the layer's name and the matrices seen so far.
 Progress = Callable[[str, int], None]
@@ -96,9 +97,7 @@ def calibrate(
         observers[layer].update(lower)
         if progress is not None:
             progress(layer, observers[layer].matrices)
-    layers = {
-        layer: _choose(observer, fmt, rule, profile, goals) for layer, observer in observers.items()
-    }
+    layers = {layer: _choose(observer, fmt, rule, profile, goals) for layer, observer in observers.items()}
     provenance = {
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
@@ -114,10 +113,10 @@ def _choose(
     observer: LayerObserver, fmt: IntFormat, rule: ScaleRule, profile: Profile, goals: tuple[float, float]
 ) -> LayerPlan:
     sample = observer.sample.matrices
-    slow_growing = [ranges for ranges in observer.ranges if growth(ranges) <= MAX_GROWTH]
+    slow_growing = [seen for seen in observer.ranges if growth(seen) <= MAX_GROWTH]
     tried: list[Candidate] = []
-    for ranges in slow_growing or [min(observer.ranges, key=growth)]:
-        tried.append(plan_program(ranges.program, ranges.ranges, sample, fmt, rule, profile.requantize))
+    for seen in slow_growing or [min(observer.ranges, key=growth)]:
+        tried.append(plan_program(seen.program, seen.ranges, sample, fmt, rule, profile.requantize))
         if tried[-1].meets(*goals):
             break
     best = tried[-1] if tried[-1].meets(*goals) else max(tried, key=lambda c: (c.sqnr_db, -c.loss_db))
@@ -167,7 +166,9 @@ def _find_bits(bits: int | str, profile: Profile) -> IntFormat:
         raise PlanError(f"bits {bits!r} is not supported; use {', '.join(BITS)}")
     if fmt not in profile.formats:
         names = ", ".join(f.name for f in profile.formats)
-        raise PlanError(f"target {profile.name!r} takes {names}, not {fmt}; choose other bits or another target")
+        raise PlanError(
+            f"target {profile.name!r} takes {names}, not {fmt}; choose other bits or another target"
+        )
     return fmt
 
 
@@ -182,4 +183,3 @@ def _check_goal(name: str, value: float) -> float:
     if not isinstance(value, (int, float)) or math.isnan(value) or math.isinf(value):
         raise PlanError(f"{name} {value!r} is no number of decibels; pass for example 20.0")
     return float(value)
-

@@ -15,8 +15,9 @@ from qinvert.matrices import solve
 from qinvert.methods import block_merge
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Requantize
-from qinvert.program import INPUT, Program
+from qinvert.program import Program
 from qinvert.simulator import simulate_inverse
+from qinvert.steps import INPUT
 
 
 def auto_programs(chunk: int) -> list[Program]:
@@ -80,4 +81,3 @@ def measure(plan: LayerPlan, lower: torch.Tensor) -> tuple[ErrorStatistics, Erro
     achieved.update(simulate_inverse(plan, lower), truth)
     floor.update(floor_inverse(plan, lower), truth)
     return achieved, floor
-

@@ -10,7 +10,7 @@ import torch
 from qinvert.calibration.observers import RangeObserver
 from qinvert.matrices import solve
 from qinvert.methods import neumann_doubling
-from qinvert.program import INPUT
+from qinvert.steps import INPUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

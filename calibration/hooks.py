@@ -68,14 +68,17 @@ def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> La
             lacking = [name for name in delta_layers(model) if name not in inverse.layers]
             if lacking:
                 raise PlanError(
-                    f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; calibrate this model"
+                    f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
+                    "calibrate this model"
                 )
             return lambda layer, lower: inverse.layers[layer].inverse(lower)
         case LayerPlan():
-            return lambda layer, lower: inverse.inverse(lower)
+            return lambda _, lower: inverse.inverse(lower)
         case _ if callable(inverse):
-            return lambda layer, lower: inverse(lower)
-    raise InputError(f"cannot use {type(inverse).__name__} as an inverse; pass a plan or a callable inverse(L)")
+            return lambda _, lower: inverse(lower)
+    raise InputError(
+        f"cannot use {type(inverse).__name__} as an inverse; pass a plan or a callable inverse(L)"
+    )
 
 
 def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -89,8 +92,8 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     layers = {name: m for name, m in model.named_modules() if _calls_global(m) or hasattr(m, ATTRIBUTE_NAME)}
     if not layers:
         raise InputError(
-            f"{type(model).__name__} has no gated delta layer; supported are the Hugging Face models that call "
-            f"{GLOBAL_NAME}: qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp, olmo_hybrid"
+            f"{type(model).__name__} has no gated delta layer; supported are the Hugging Face models "
+            f"that call {GLOBAL_NAME}: qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp, olmo_hybrid"
         )
     return layers
 
@@ -180,7 +183,9 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     tokens, size = inputs.get("input_ids"), getattr(getattr(model, "config", None), "vocab_size", None)
     if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
-        raise InputError(f"token ids reach {int(tokens.max())}, the model's vocabulary has {size}; tokenize for this model")
+        raise InputError(
+            f"token ids reach {int(tokens.max())}, the model's vocabulary has {size}; tokenize for this model"
+        )
     with torch.no_grad():
         logits: torch.Tensor = model(**inputs).logits
     return logits

@@ -17,7 +17,8 @@ from qinvert.calibration.scales import ScaleRule, choose_quantizations, choose_s
 from qinvert.execute import FloatEvaluator
 from qinvert.formats import IntFormat
 from qinvert.plan import Quantization, Requantize
-from qinvert.program import INPUT, Add, MatMul, Program, Rescale
+from qinvert.program import Program
+from qinvert.steps import INPUT, Add, MatMul, Rescale
 
 #: Room above the largest residue seen on the sample.
 MARGIN: Final = 2.0
@@ -26,7 +27,9 @@ MARGIN: Final = 2.0
 class _ResidueEvaluator(FloatEvaluator):
     """Steps in float64 on quantized inputs; widens ranges that turn out too small."""
 
-    def __init__(self, batch: int, device: torch.device, tensors: dict[str, Quantization], free: set[str]) -> None:
+    def __init__(
+        self, batch: int, device: torch.device, tensors: dict[str, Quantization], free: set[str]
+    ) -> None:
         super().__init__(batch, torch.float64, device)
         self.tensors = tensors
         self.free = free

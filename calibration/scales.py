@@ -9,7 +9,8 @@ from enum import StrEnum
 from qinvert import arithmetic
 from qinvert.formats import IntFormat
 from qinvert.plan import Quantization, Requantize
-from qinvert.program import MOVES, MatMul, Program
+from qinvert.program import Program
+from qinvert.steps import MOVES, MatMul
 
 #: Scales stay between these powers of two, inside what `arithmetic.check_scale` takes.
 SMALLEST = 2.0**-99

@@ -66,8 +66,8 @@ def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
                 yield from _named(item)
         case _:
             raise InputError(
-                f"cannot read matrices from {type(source).__name__}; pass a model with data=..., {{layer: L}}, "
-                "an iterable of L, a path to .npz or .safetensors, or a get_next() reader"
+                f"cannot read matrices from {type(source).__name__}; pass a model with data=..., "
+                "{layer: L}, an iterable of L, a path to .npz or .safetensors, or a get_next() reader"
             )
 
 
@@ -108,7 +108,15 @@ def _read_npz(file: Path) -> dict[str, Any]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("not a zip archive")
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         raise InputError(f"cannot read {file}: {error}; write it with numpy.savez") from None
 
 

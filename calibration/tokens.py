@@ -82,5 +82,8 @@ def _token_ids(item: Any) -> torch.Tensor:
         raise InputError(f"token ids are no integer array ({error}); pass [count, length]") from None
     tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-        raise InputError(f"token ids have shape {list(tokens.shape)} and dtype {tokens.dtype}; pass integers [count, length]")
+        raise InputError(
+            f"token ids have shape {list(tokens.shape)} and dtype {tokens.dtype}; "
+            "pass integers [count, length]"
+        )
     return tokens.to(torch.int64)

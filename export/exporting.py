@@ -89,7 +89,9 @@ def export(
     return model
 
 
-def lower(plan: LayerPlan, profile: Profile, batch: int, source: str, metadata: dict[str, str]) -> onnx.ModelProto:
+def lower(
+    plan: LayerPlan, profile: Profile, batch: int, source: str, metadata: dict[str, str]
+) -> onnx.ModelProto:
     """Return the graph of one layer under ``profile``; nothing is written."""
     graph = GraphBuilder()
     shape = [1, batch, plan.chunk, plan.chunk]

@@ -8,7 +8,7 @@ from qinvert import arithmetic
 from qinvert.execute import constant_matrix
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
 from qinvert.plan import Quantization, Requantize
-from qinvert.program import INPUT, Add, Mask, MatMul, Rescale, Slice
+from qinvert.steps import INPUT, Add, Mask, MatMul, Rescale, Slice
 
 
 class IntegerLowering(GraphLowering):
@@ -28,7 +28,9 @@ class IntegerLowering(GraphLowering):
     def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
         return self.graph.node("Concat", parts, name, shape, "int8", axis=axis)
 
-    def matmul(self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]) -> Value:
+    def matmul(
+        self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
+    ) -> Value:
         scales = self.grid(step.left).scale, self.grid(step.right).scale
         if self.plan.requantize is Requantize.MULTIPLIER:
             factor = arithmetic.multiplier(*scales, self.grid(step.output).scale)
@@ -38,7 +40,9 @@ class IntegerLowering(GraphLowering):
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
         for i, (operator, term) in enumerate(terms, start=1):
             real = self._dequantized(f"{step.output}/residual_{i}", term.name)
-            total = self.graph.node(operator, [total, real], f"{step.output}/sum_{i}", self.shape(step.output))
+            total = self.graph.node(
+                operator, [total, real], f"{step.output}/sum_{i}", self.shape(step.output)
+            )
         return self._quantized(step.output, total, self.grid(step.output).scale)
 
     def _product(self, step: MatMul, operands: tuple[str, str], factor: float) -> str:
@@ -51,7 +55,10 @@ class IntegerLowering(GraphLowering):
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         name = step.output
-        sides = [self._dequantized(f"{name}/{side}", value.name) for side, value in (("left", left), ("right", right))]
+        sides = [
+            self._dequantized(f"{name}/{side}", value.name)
+            for side, value in (("left", left), ("right", right))
+        ]
         total = self.graph.node("Add", sides, f"{name}/sum", self.shape(name))
         return self._quantized(name, total, self.grid(name).scale)
 
@@ -60,15 +67,19 @@ class IntegerLowering(GraphLowering):
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
-        assert constant.constant is not None  # noqa: S101 - a law of Program
+        assert constant.constant is not None
         # All bits set where the mask is 1.
         bits = -constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
         inputs = [source.name, self.graph.initializer(f"{constant.tensor}/bits", bits)]
-        return Value(self.graph.node("BitwiseAnd", inputs, step.output, self.shape(step.output), "int8"), step.output)
+        return Value(
+            self.graph.node("BitwiseAnd", inputs, step.output, self.shape(step.output), "int8"), step.output
+        )
 
     def slice(self, step: Slice, source: Value) -> Value:
         inputs = [source.name, *self.slice_inputs(step)]
-        return Value(self.graph.node("Slice", inputs, step.output, self.shape(step.output), "int8"), step.output)
+        return Value(
+            self.graph.node("Slice", inputs, step.output, self.shape(step.output), "int8"), step.output
+        )
 
     def _dequantized(self, name: str, tensor: str) -> str:
         # Cast and Mul, not DequantizeLinear: optimizers fuse dequantize, operator and

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder
 from qinvert.plan import LayerPlan, Quantization
-from qinvert.program import INPUT, Axis, Concat, Constant, Evaluator, MatMul, Slice
+from qinvert.program import Evaluator
+from qinvert.steps import INPUT, Axis, Concat, Constant, MatMul, Slice
 
 #: Tensor axis of a concat or slice; axis 0 is always 1.
 AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}

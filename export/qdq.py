@@ -12,7 +12,7 @@ from qinvert.execute import constant_matrix
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
 from qinvert.formats import INT8
 from qinvert.plan import Quantization, Requantize
-from qinvert.program import INPUT, Add, Mask, MatMul, Rescale, Slice
+from qinvert.steps import INPUT, Add, Mask, MatMul, Rescale, Slice
 
 #: Grid of 0/1 masks.
 MASK_GRID = Quantization(format=INT8, scale=1.0)
@@ -40,11 +40,15 @@ class QdqLowering(GraphLowering):
         joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
         return self._quantized(name, joined, shape, grid).name
 
-    def matmul(self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]) -> Value:
+    def matmul(
+        self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
+    ) -> Value:
         shape = self.shape(step.output)
         if self.plan.requantize is Requantize.MULTIPLIER:
             operands = self.widened(step, left, right)
-            return self._finished(step.output, self.graph.node("MatMul", operands, self._float(step.output), shape))
+            return self._finished(
+                step.output, self.graph.node("MatMul", operands, self._float(step.output), shape)
+            )
         # Residuals join in float, unquantized: exact, but only some back ends fuse it.
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
         names = [f"{step.output}/product_{i}" for i in range(len(terms))] + [self._float(step.output)]
@@ -63,15 +67,19 @@ class QdqLowering(GraphLowering):
         return self._operator("Add", step.output, [source.name, zero])
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
-        assert constant.constant is not None  # noqa: S101 - a law of Program
+        assert constant.constant is not None
         matrix = constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
-        return self._operator("Mul", step.output, [source.name, self.literal(constant.tensor, matrix, MASK_GRID)])
+        return self._operator(
+            "Mul", step.output, [source.name, self.literal(constant.tensor, matrix, MASK_GRID)]
+        )
 
     def slice(self, step: Slice, source: Value) -> Value:
         return self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
 
     def _operator(self, operator: str, tensor: str, inputs: list[str]) -> Value:
-        return self._finished(tensor, self.graph.node(operator, inputs, self._float(tensor), self.shape(tensor)))
+        return self._finished(
+            tensor, self.graph.node(operator, inputs, self._float(tensor), self.shape(tensor))
+        )
 
     @staticmethod
     def _float(tensor: str) -> str:

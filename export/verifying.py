@@ -91,7 +91,9 @@ def verify(
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     name = layer if layer is not None else metadata.get("qinvert.layer")
     layer_plan = plan.layer(name)
-    lower = check_matrices(L, layer_plan.chunk).to(torch.float32).reshape(-1, layer_plan.chunk, layer_plan.chunk)
+    lower = (
+        check_matrices(L, layer_plan.chunk).to(torch.float32).reshape(-1, layer_plan.chunk, layer_plan.chunk)
+    )
     source, batch = _graph_input(model, layer_plan)
     expected = layer_plan.inverse(lower).numpy()
     exact = _is_exact(metadata, layer_plan)
@@ -130,7 +132,9 @@ def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
     if len(shapes) != 1 or name not in ("L", "M") or outputs != ["T"] or len(shape) != 4:
         raise ExportError("the graph has no input L or M and output T; pass a file that qinvert exported")
     if shape[2:] != [plan.chunk, plan.chunk]:
-        raise ExportError(f"the graph takes {shape}, the plan's matrices are {plan.chunk} x {plan.chunk}; export again")
+        raise ExportError(
+            f"the graph takes {shape}, the plan's matrices are {plan.chunk} x {plan.chunk}; export again"
+        )
     return name, shape[1]
 
 
@@ -164,8 +168,9 @@ def _judge(result: Verification, actual: Any, expected: Any, hint: str) -> None:
         return
     index = tuple(int(i) for i in np.argwhere(~(actual == expected))[0])
     raise VerificationError(
-        f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, by up to "
-        f"{result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of {expected[index]!r}; {hint}"
+        f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
+        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of "
+        f"{expected[index]!r}; {hint}"
     )
 
 

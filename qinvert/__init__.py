@@ -81,7 +81,7 @@ _HOMES = {
 #: Packages that are public by themselves; ``export`` is also a verb.
 _PACKAGES = ("calibration", "export", "stress")
 
-__all__ = ["__version__", *sorted(_HOMES), *_PACKAGES]  # noqa: PLE0604 - strings
+__all__ = ["__version__", *sorted(_HOMES), *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,9 @@ def check_scale(scale: float) -> None:
     """
     legal = isinstance(scale, (int, float)) and MIN_SCALE <= scale <= MAX_SCALE
     if not legal or float32(scale) != scale:
-        raise PlanError(f"scale {scale!r} is not a float32 in [{MIN_SCALE:g}, {MAX_SCALE:g}]; calibrate again")
+        raise PlanError(
+            f"scale {scale!r} is not a float32 in [{MIN_SCALE:g}, {MAX_SCALE:g}]; calibrate again"
+        )
 
 
 def product_scale(left: float, right: float) -> float:

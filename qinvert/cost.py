@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qinvert.program import INPUT, MatMul, Program, Step
+from qinvert.program import Program
+from qinvert.steps import INPUT, MatMul, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

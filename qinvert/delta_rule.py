@@ -87,7 +87,8 @@ def chunk_gated_delta_rule(
     """
     if g.ndim != beta.ndim:
         raise InputError(
-            f"g has shape {list(g.shape)}, beta {list(beta.shape)}; this rule takes one decay a head, not per channel"
+            f"g has shape {list(g.shape)}, beta {list(beta.shape)}; "
+            "this rule takes one decay a head, not per channel"
         )
     if cu_seqlens is not None:
         raise InputError("packed sequences (cu_seqlens) are not supported; pass one sequence a row")

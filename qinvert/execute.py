@@ -8,7 +8,8 @@ import torch
 
 from qinvert.errors import InputError
 from qinvert.matrices import check_matrices, like
-from qinvert.program import Add, Axis, Concat, Constant, Evaluator, Mask, MatMul, Program, Range, Rescale, Slice
+from qinvert.program import Evaluator, Program
+from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Slice
 
 #: Storage types; products of the 16-bit ones accumulate in float32.
 STORAGE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +50,8 @@ def constant_matrix(constant: Constant) -> torch.Tensor:
     """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``."""
     columns = torch.arange(constant.columns)
     starts, stops = torch.tensor(constant.ones).T.unsqueeze(-1)
-    return ((columns >= starts) & (columns < stops)).to(torch.float32)
+    ones: torch.Tensor = (columns >= starts) & (columns < stops)
+    return ones.to(torch.float32)
 
 
 class FloatEvaluator(TorchEvaluator):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from qinvert.errors import InputError
-from qinvert.program import check_chunk
+from qinvert.steps import check_chunk
 
 Array: TypeAlias = npt.NDArray[np.floating]
 Matrices: TypeAlias = "torch.Tensor | Array"
@@ -33,7 +33,9 @@ def as_tensor(matrices: object, name: str = "L") -> torch.Tensor:
                 raise TypeError(f"dtype {array.dtype}")
             tensor = torch.as_tensor(array)
         except (TypeError, ValueError) as error:
-            raise InputError(f"{name} is not a real numeric array ({error}); pass a tensor or an array") from None
+            raise InputError(
+                f"{name} is not a real numeric array ({error}); pass a tensor or an array"
+            ) from None
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(f"{name} has dtype {tensor.dtype}; pass float16, bfloat16, float32 or float64")
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
@@ -61,7 +63,9 @@ def check_matrices(matrices: object, chunk: int | None = None, name: str = "L") 
         raise InputError(f"{name} has shape {list(tensor.shape)}; pass square matrices (..., C, C)")
     size = tensor.shape[-1]
     if chunk is not None and size != chunk:
-        raise InputError(f"{name} is {size} x {size}, the plan is for {chunk} x {chunk}; calibrate at that size")
+        raise InputError(
+            f"{name} is {size} x {size}, the plan is for {chunk} x {chunk}; calibrate at that size"
+        )
     try:
         check_chunk(size)
     except ValueError as error:
@@ -79,7 +83,7 @@ def check_matrices(matrices: object, chunk: int | None = None, name: str = "L") 
 
 def like(result: torch.Tensor, given: object) -> torch.Tensor | Array:
     """Return ``result`` as the kind of container that the caller passed in."""
-    return result if isinstance(given, torch.Tensor) else cast(Array, result.cpu().numpy())
+    return result if isinstance(given, torch.Tensor) else cast("Array", result.cpu().numpy())
 
 
 def exact_inverse(L: M) -> M:  # noqa: N803 - the field's name of this matrix
@@ -100,13 +104,14 @@ def exact_inverse(L: M) -> M:  # noqa: N803 - the field's name of this matrix
     InputError
         See `check_matrices`.
     """
-    return cast(M, like(solve(check_matrices(L)), L))
+    return cast("M", like(solve(check_matrices(L)), L))
 
 
 def solve(lower: torch.Tensor) -> torch.Tensor:
     """`exact_inverse` of a checked tensor."""
     eye = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
     # unitriangular: the diagonal of the system is taken as 1 without being read.
-    return torch.linalg.solve_triangular(
+    inverse: torch.Tensor = torch.linalg.solve_triangular(
         lower.to(torch.float64), eye.expand(lower.shape), upper=False, unitriangular=True
     )
+    return inverse

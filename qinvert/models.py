@@ -25,7 +25,9 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder: it has no config.json; pass a local Hugging Face model")
+        raise InputError(
+            f"{folder} is no model folder: it has no config.json; pass a local Hugging Face model"
+        )
     transformers = require_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

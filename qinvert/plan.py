@@ -19,7 +19,8 @@ from qinvert import arithmetic
 from qinvert.errors import PlanError
 from qinvert.formats import IntFormat
 from qinvert.matrices import M, check_matrices, like
-from qinvert.program import INPUT, MOVES, MatMul, Program
+from qinvert.program import Program
+from qinvert.steps import INPUT, MOVES, MatMul
 
 if TYPE_CHECKING:
     from qinvert.proof import Proof
@@ -167,7 +168,7 @@ class LayerPlan:
         """
         from qinvert.simulator import simulate_inverse
 
-        return cast(M, like(simulate_inverse(self, check_matrices(L, self.chunk)), L))
+        return cast("M", like(simulate_inverse(self, check_matrices(L, self.chunk)), L))
 
     def proof(self) -> Proof:
         """What holds for every input, derived from the plan; see `qinvert.proof`."""

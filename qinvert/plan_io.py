@@ -120,9 +120,7 @@ def _layer_to_json(layer: LayerPlan, program: int) -> Json:
     return {
         "program": program,
         "requantize": str(layer.requantize),
-        "tensors": {
-            name: {"format": q.format.name, "scale": q.scale} for name, q in layer.tensors.items()
-        },
+        "tensors": {name: {"format": q.format.name, "scale": q.scale} for name, q in layer.tensors.items()},
         "ranges": dict(layer.ranges),
         "provenance": dict(layer.provenance),
     }

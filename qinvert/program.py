@@ -9,10 +9,7 @@ observation, integer simulation, cost and ONNX lowering are all interpreters
 of the same list: each implements `Evaluator` and is driven by
 `Program.evaluate`.
 
-Every tensor is a stack of equal blocks, ``[blocks, rows, columns]`` per input
-matrix.  A batch of ``B`` inputs is folded into the first axis with the block
-index slowest, ``[blocks * B, rows, columns]``, so that slicing and
-concatenating blocks never touches the batch.
+The steps and the shapes of tensors are described in `qinvert.steps`.
 """
 
 from __future__ import annotations
@@ -20,10 +17,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from qinvert.errors import ProgramError
+from qinvert.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Shape, Slice, Step, check_chunk
 
 if TYPE_CHECKING:
     import torch
@@ -31,154 +27,6 @@ if TYPE_CHECKING:
     from qinvert.cost import Cost
 
 V = TypeVar("V")
-
-#: Name of the one input of every program: M = -L.
-INPUT: Final = "M"
-#: Chunk sizes that block structure and the runtimes support.
-MAX_CHUNK: Final = 1024
-
-Range: TypeAlias = tuple[int, int]
-
-
-class Shape(NamedTuple):
-    """``[blocks, rows, columns]`` of a tensor, per input matrix."""
-
-    #: Blocks stacked on the batch axis.
-    blocks: int
-    #: Rows of one block.
-    rows: int
-    #: Columns of one block.
-    columns: int
-
-    def __str__(self) -> str:
-        return f"[{self.blocks},{self.rows},{self.columns}]"
-
-
-class Axis(StrEnum):
-    """The axis along which `Concat` joins."""
-
-    #: Stack on the batch axis.
-    BLOCKS = "blocks"
-    #: One above the other.
-    ROWS = "rows"
-    #: Side by side.
-    COLUMNS = "columns"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constant:
-    """A 0/1 matrix, the same for every block: masks and zero blocks."""
-
-    name: str
-    rows: int
-    columns: int
-    #: Column ranges ``start <= j < stop`` that hold 1, one per row.
-    ones: tuple[Range, ...]
-
-    def __post_init__(self) -> None:
-        legal = all(0 <= a <= b <= self.columns for a, b in self.ones)
-        if len(self.ones) != self.rows or not legal:
-            raise ProgramError(
-                f"constant {self.name!r}: needs one column range inside [0, {self.columns}] for "
-                f"each of its {self.rows} rows; got {len(self.ones)} ranges"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatMul:
-    """``output = left @ right + sum(add) - sum(subtract)``, one rounding at the end.
-
-    The residual terms join in the accumulator's precision.  Each of them is
-    ``left`` or ``right`` itself or any tensor of the result's shape.
-    """
-
-    output: str
-    left: str
-    right: str
-    add: tuple[str, ...] = ()
-    subtract: tuple[str, ...] = ()
-    #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.
-    bound: float | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.left, self.right, *self.add, *self.subtract)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Add:
-    """``output = left + right``."""
-
-    output: str
-    left: str
-    right: str
-    bound: float | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.left, self.right)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rescale:
-    """``output = source``, rounded onto a scale of its own."""
-
-    output: str
-    source: str
-    bound: float | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.source,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mask:
-    """``output = source * constant``: keeps or clears elements, never rounds."""
-
-    output: str
-    source: str
-    constant: str
-    bound: float | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.source, self.constant)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slice:
-    """``output = source[blocks, rows, columns]`` with half-open ranges; None keeps an axis."""
-
-    output: str
-    source: str
-    blocks: Range | None = None
-    rows: Range | None = None
-    columns: Range | None = None
-    bound: float | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.source,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Concat:
-    """``output = sources`` joined along ``axis``; all share the output's scale."""
-
-    output: str
-    sources: tuple[str, ...]
-    axis: Axis
-    bound: float | None = None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return self.sources
-
-
-Step: TypeAlias = MatMul | Add | Rescale | Mask | Slice | Concat
-#: Steps that move values without rounding: input and output share one scale.
-MOVES: Final = (Mask, Slice, Concat)
 
 
 class Evaluator(ABC, Generic[V]):
@@ -322,22 +170,6 @@ class Program:
         """One line, such as ``block_merge(chunk=64, base=4)``."""
         arguments = [f"chunk={self.chunk}", *(f"{k}={v}" for k, v in self.parameters.items())]
         return f"{self.name}({', '.join(arguments)})"
-
-
-def check_chunk(chunk: int) -> None:
-    """Refuse a chunk size that is not a power of two in [2, `MAX_CHUNK`].
-
-    Raises
-    ------
-    ProgramError
-        With the value and the legal ones.
-    """
-    integer = isinstance(chunk, int) and not isinstance(chunk, bool)
-    if not integer or not 2 <= chunk <= MAX_CHUNK or chunk & (chunk - 1):
-        raise ProgramError(
-            f"chunk {chunk!r} is not a power of two from 2 to {MAX_CHUNK}; "
-            "pad the last chunk with zero rows to the next power of two"
-        )
 
 
 def _apply(evaluator: Evaluator[V], step: Step, values: Mapping[str, V]) -> V:

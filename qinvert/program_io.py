@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any, Final, TypeAlias, TypeVar
 
 from qinvert.errors import PlanError
-from qinvert.program import Add, Axis, Concat, Constant, Mask, MatMul, Program, Rescale, Slice, Step
+from qinvert.program import Program
+from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice, Step
 
 Json: TypeAlias = dict[str, Any]
 T = TypeVar("T")
@@ -137,7 +138,7 @@ def _range(value: Any) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def _axis(key: str, value: Any) -> Axis:
+def _axis(_key: str, value: Any) -> Axis:
     try:
         return Axis(value)
     except ValueError:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qinvert.arithmetic import FLOAT32_EXACT, MIN_SCALE
 from qinvert.plan import LayerPlan
-from qinvert.program import MatMul, Step
+from qinvert.steps import MatMul, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +49,7 @@ class Proof:
 def prove(plan: LayerPlan) -> Proof:
     """Return the facts; a plan that exists already satisfies the int32 limit."""
     bounds = {
-        step.output: plan.accumulator_bound(step)
-        for step in plan.program.steps
-        if isinstance(step, MatMul)
+        step.output: plan.accumulator_bound(step) for step in plan.program.steps if isinstance(step, MatMul)
     }
     widest = max(bounds, key=lambda name: bounds[name], default="none")
     bounded = [step for step in plan.program.steps if step.bound is not None]

@@ -83,4 +83,3 @@ def load_model() -> Any:
         Without transformers.
     """
     return load_pretrained(str(files("qinvert") / "assets" / "recall"))
-

@@ -5,20 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qinvert.errors import ProgramError
-from qinvert.program import (
-    INPUT,
-    Add,
-    Axis,
-    Concat,
-    Mask,
-    MatMul,
-    Program,
-    Range,
-    Rescale,
-    Shape,
-    Slice,
-    Step,
-)
+from qinvert.program import Program
+from qinvert.steps import INPUT, Add, Axis, Concat, Mask, MatMul, Range, Rescale, Shape, Slice, Step
 
 
 def infer_shapes(program: Program) -> Mapping[str, Shape]:

@@ -15,7 +15,7 @@ import torch
 from qinvert import arithmetic
 from qinvert.execute import TorchEvaluator, add_identity
 from qinvert.plan import LayerPlan, Requantize
-from qinvert.program import Add, MatMul, Rescale
+from qinvert.steps import Add, MatMul, Rescale
 
 Observer = Callable[[str, torch.Tensor], None]
 
@@ -65,9 +65,7 @@ class IntegerEvaluator(TorchEvaluator):
         return arithmetic.requantize_divide(source, unit, [], output.scale, output.format)
 
 
-def simulate_inverse(
-    plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None
-) -> torch.Tensor:
+def simulate_inverse(plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
     """`LayerPlan.inverse` of a checked tensor ``L``; float32 on its device.
 
     Raises
@@ -80,9 +78,7 @@ def simulate_inverse(
     return add_identity(plan.program, values)
 
 
-def simulate_integers(
-    plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None
-) -> torch.Tensor:
+def simulate_integers(plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
     """Integers of the program's output for a checked ``L``, as integer-valued float32.
 
     ``observe(name, integers)`` receives M and every step's output.

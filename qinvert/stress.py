@@ -79,7 +79,7 @@ def _rows_of_beta(count: int, chunk: int, seed: int) -> torch.Tensor:
     return torch.tril(beta.expand(count, chunk, chunk), -1)
 
 
-def _filled_blocks(count: int, chunk: int, seed: int) -> torch.Tensor:
+def _filled_blocks(count: int, chunk: int, _seed: int) -> torch.Tensor:
     index = torch.arange(chunk) // min(16, chunk)
     same_block = index.unsqueeze(0) == index.unsqueeze(1)
     return torch.tril(1.45 * same_block.to(torch.float32), -1).repeat(count, 1, 1)

@@ -16,6 +16,8 @@ def main() -> None:
     except ImportError as error:
         if error.name not in ("click", "rich"):
             raise
-        print(f"qinvert: the command line needs {error.name}; run: pip install 'qinvert[cli]'", file=sys.stderr)
+        print(
+            f"qinvert: the command line needs {error.name}; run: pip install 'qinvert[cli]'", file=sys.stderr
+        )
         sys.exit(2)
     cli()

@@ -29,7 +29,7 @@ class OneLineErrors(click.Group):
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Triangular inverses of delta-rule linear attention as low-bit integer MatMuls.
+    r"""Triangular inverses of delta-rule linear attention as low-bit integer MatMuls.
 
     \b
     qinvert demo                                    everything, on the embedded model

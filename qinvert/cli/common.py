@@ -82,11 +82,18 @@ def output_options(function: F) -> F:
 def data_options(function: F) -> F:
     """Add ``--data``, ``--sequences`` and ``--seed``."""
     options = (
-        click.option("--data", type=click.Path(), help="Token ids for a model, or matrices L: .npz or .safetensors."),
-        click.option("--sequences", default=SEQUENCES, show_default=True, type=click.IntRange(1, 100_000),
-                     help="Sequences that the embedded recall task generates without --data."),
+        click.option(
+            "--data", type=click.Path(), help="Token ids for a model, or matrices L (.npz, .safetensors)."
+        ),
+        click.option(
+            "--sequences",
+            default=SEQUENCES,
+            show_default=True,
+            type=click.IntRange(1, 100_000),
+            help="Sequences that the recall task generates without --data.",
+        ),
         click.option("--seed", default=0, show_default=True, help="Of generated data and samples."),
-    )  # fmt: skip
+    )
     for option in reversed(options):
         function = option(function)
     return function
@@ -119,7 +126,9 @@ def open_pair(source: str, data: str | None, sequences: int, seed: int) -> tuple
         return source, None
     if data is None:
         if source != recall.NAME:
-            raise InputError("a model needs --data FILE with token ids (.npz or .safetensors, array input_ids)")
+            raise InputError(
+                "a model needs --data FILE with token ids (.npz or .safetensors, array input_ids)"
+            )
         return load_model(source), recall.sequences(sequences, seed)
     return load_model(source), data
 

@@ -26,10 +26,12 @@ CALIBRATION_SEED, TEST_SEED = 0, 1
 
 
 @click.command()
-@click.option("-o", "--output", "folder", default="qinvert-demo", show_default=True, type=click.Path(file_okay=False))
+@click.option(
+    "-o", "--output", "folder", default="qinvert-demo", show_default=True, type=click.Path(file_okay=False)
+)
 @output_options
 def demo(folder: str, as_json: bool, quiet: bool) -> None:
-    """Calibrate, simulate, export, verify and evaluate the embedded model.
+    r"""Calibrate, simulate, export, verify and evaluate the embedded model.
 
     The model (0.39 M parameters, two gated-delta layers) recalls the latest
     value of a key; with a wrong inverse it cannot.  Everything it writes goes
@@ -79,12 +81,18 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
     runs = [f"{v.runtime} == simulator" for v in next(iter(verified.values()))]
     output.table("Unseen data", ["layer", "format", "sqnr_db", "floor_db", "worst_rel", *runs], table)
     return {
-        name: {**r.to_dict(), "file": files[name], "verified": [verification_to_dict(v) for v in verified[name]]}
+        name: {
+            **r.to_dict(),
+            "file": files[name],
+            "verified": [verification_to_dict(v) for v in verified[name]],
+        }
         for name, r in report.layers.items()
     }
 
 
-def _verify(model: Any, plan: Plan, files: dict[str, str], unseen: torch.Tensor) -> dict[str, list[Verification]]:
+def _verify(
+    model: Any, plan: Plan, files: dict[str, str], unseen: torch.Tensor
+) -> dict[str, list[Verification]]:
     captured: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layers}
     for name, lower in capture(model, unseen):
         captured[name].append(lower.flatten(0, -3))
@@ -100,7 +108,11 @@ def _accuracy(output: Output, model: Any, plan: Plan, unseen: torch.Tensor) -> d
     with output.progress("recalling") as progress:
         integer = evaluate(model, plan, unseen, score=recall.accuracy, progress=progress)
         identity = evaluate(model, no_inverse, unseen, score=recall.accuracy, progress=progress)
-    scores = {"exact": integer.exact_score or 0.0, "integer": integer.score or 0.0, "T = I": identity.score or 0.0}
+    scores = {
+        "exact": integer.exact_score or 0.0,
+        "integer": integer.score or 0.0,
+        "T = I": identity.score or 0.0,
+    }
     rows = [
         ["exact, float64", f"{scores['exact']:.4f}", "-"],
         ["integer, simulated", f"{scores['integer']:.4f}", f"{integer.kl:.2g}"],

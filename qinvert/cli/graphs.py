@@ -18,7 +18,7 @@ from qinvert.export.verifying import Verification
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.files import make_folder
 from qinvert.plan import Plan
-from qinvert.profiles import PROFILES, find_profile
+from qinvert.profiles import PROFILES, Profile, find_profile
 from qinvert.stress import STRESS, stress_matrices
 
 #: Name of the plan beside the graphs.
@@ -27,11 +27,15 @@ PLAN_FILE = "plan.json"
 
 @click.command()
 @click.argument("plan_path", metavar="PLAN")
-@click.option("-o", "--output", "folder", required=True, type=click.Path(file_okay=False), help="Folder to write.")
+@click.option(
+    "-o", "--output", "folder", required=True, type=click.Path(file_okay=False), help="Folder to write."
+)
 @click.option("--profile", help=f"{', '.join(PROFILES)}; the plan's target by default.")
 @click.option("--layer", "layers", multiple=True, help="Layer to export, repeatable; all by default.")
 @click.option("--batch", default=8, show_default=True, help="Matrices per call of the graph.")
-@click.option("--input", "source", default="L", show_default=True, type=click.Choice(("L", "M")), help="M takes -L.")
+@click.option(
+    "--input", "source", default="L", show_default=True, type=click.Choice(("L", "M")), help="M takes -L."
+)
 @output_options
 def export(
     plan_path: str,
@@ -43,7 +47,7 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write one ONNX file a layer, and the plan beside them.
+    r"""Write one ONNX file a layer, and the plan beside them.
 
     \b
     Example: qinvert export plan.json -o graphs/ --profile npu-qdq-int8
@@ -97,11 +101,13 @@ def file_names(plan: Plan) -> dict[str, str]:
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False))
-@click.option("--data", type=click.Path(), help="Matrices L, .npz or .safetensors; stress matrices by default.")
+@click.option(
+    "--data", type=click.Path(), help="Matrices L, .npz or .safetensors; stress matrices by default."
+)
 @click.option("--runtime", "runtimes", multiple=True, default=("onnxruntime",), show_default=True)
 @output_options
 def verify(folder: str, data: str | None, runtimes: tuple[str, ...], as_json: bool, quiet: bool) -> None:
-    """Run exported graphs and compare every value with the simulator.
+    r"""Run exported graphs and compare every value with the simulator.
 
     FOLDER is what `qinvert export` wrote.
 
@@ -138,11 +144,23 @@ def matrices_for(plan: Plan, layer: str, data: str | None) -> torch.Tensor:
 def show_verifications(output: Output, results: dict[str, list[Verification]]) -> None:
     """Print how many values agree."""
     rows = [
-        [name, r.runtime, f"{r.values - r.mismatches} of {r.values}", f"{r.max_steps:.3g}", "yes" if r.exact else "no"]
+        [
+            name,
+            r.runtime,
+            f"{r.values - r.mismatches} of {r.values}",
+            f"{r.max_steps:.3g}",
+            "yes" if r.exact else "no",
+        ]
         for name, verifications in results.items()
         for r in verifications
     ]
-    columns = ["layer", "runtime", "values equal to the simulator", "largest difference, steps", "must be exact"]
+    columns = [
+        "layer",
+        "runtime",
+        "values equal to the simulator",
+        "largest difference, steps",
+        "must be exact",
+    ]
     output.table("Verification", columns, rows)
 
 
@@ -154,7 +172,7 @@ def verification_to_dict(result: Verification) -> dict[str, Any]:
 @click.command()
 @output_options
 def profiles(as_json: bool, quiet: bool) -> None:
-    """List the export profiles.
+    r"""List the export profiles.
 
     \b
     Example: qinvert profiles
@@ -165,5 +183,15 @@ def profiles(as_json: bool, quiet: bool) -> None:
         for p in PROFILES.values()
     ]
     output.table("Profiles", ["profile", "formats", "opset", "proved on", "form", "caveats"], rows)
-    output.result({p.name: {"formats": [f.name for f in p.formats], "opset": p.opset, "proved": list(p.proved),
-                            "summary": p.summary, "caveats": p.caveats} for p in PROFILES.values()})  # fmt: skip
+    output.result({p.name: profile_to_dict(p) for p in PROFILES.values()})
+
+
+def profile_to_dict(profile: Profile) -> dict[str, Any]:
+    """Return JSON types."""
+    return {
+        "formats": [fmt.name for fmt in profile.formats],
+        "opset": profile.opset,
+        "proved": list(profile.proved),
+        "summary": profile.summary,
+        "caveats": profile.caveats,
+    }

@@ -16,7 +16,16 @@ from qinvert.calibration.growth import RangeGrowth, range_growth
 from qinvert.calibration.reports import Report
 from qinvert.calibration.reports import simulate as run_simulation
 from qinvert.calibration.sources import open_source
-from qinvert.cli.common import Output, data_options, decibels, is_matrix_file, load_model, open_for_plan, open_pair, output_options
+from qinvert.cli.common import (
+    Output,
+    data_options,
+    decibels,
+    is_matrix_file,
+    load_model,
+    open_for_plan,
+    open_pair,
+    output_options,
+)
 from qinvert.errors import InputError
 from qinvert.methods import METHODS
 from qinvert.plan import Plan
@@ -30,7 +39,7 @@ BITS_CHOICES = ("auto", "8", "4")
 @data_options
 @output_options
 def inspect(source: str, data: str | None, sequences: int, seed: int, as_json: bool, quiet: bool) -> None:
-    """Show how far powers of M outgrow the inverse, or what is in a plan.
+    r"""Show how far powers of M outgrow the inverse, or what is in a plan.
 
     SOURCE is a model folder, `recall`, a file of matrices L, or a plan.
 
@@ -53,7 +62,12 @@ def show_growth(output: Output, growth: dict[str, RangeGrowth]) -> None:
     powers = sorted({k for g in growth.values() for k in g.powers})
     columns = ["layer", "matrices", *(f"max|M^{k}|" for k in powers), "max|T - I|"]
     rows = [
-        [name, str(g.matrices), *(f"{g.powers[k]:.3g}" if k in g.powers else "-" for k in powers), f"{g.inverse:.3g}"]
+        [
+            name,
+            str(g.matrices),
+            *(f"{g.powers[k]:.3g}" if k in g.powers else "-" for k in powers),
+            f"{g.inverse:.3g}",
+        ]
         for name, g in growth.items()
     ]
     output.table("Range growth: powers of M against the inverse", columns, rows)
@@ -94,7 +108,9 @@ def layer_to_dict(layer: Any) -> dict[str, Any]:
 @click.option("--target", default="npu-qdq-int8", show_default=True, help=f"{', '.join(PROFILES)}.")
 @click.option("--scales", default="float", show_default=True, type=click.Choice(("float", "pow2")))
 @click.option("--min-sqnr", default=20.0, show_default=True, help="Goal for each layer, dB.")
-@click.option("--max-loss", default=MAX_LOSS_DB, show_default=True, help="Goal for the distance to the floor, dB.")
+@click.option(
+    "--max-loss", default=MAX_LOSS_DB, show_default=True, help="Goal for the distance to the floor, dB."
+)
 @data_options
 @output_options
 def calibrate(
@@ -112,7 +128,7 @@ def calibrate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure ranges and write an integer plan for every layer.
+    r"""Measure ranges and write an integer plan for every layer.
 
     SOURCE is a model folder with --data, `recall`, or a file of matrices L
     (.npz or .safetensors, one array a layer).  Exit code 1 if a layer misses
@@ -173,7 +189,7 @@ def simulate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run the integer programs bit-exactly and measure the error of T.
+    r"""Run the integer programs bit-exactly and measure the error of T.
 
     \b
     Example: qinvert simulate plan.json --min-sqnr 20
@@ -215,7 +231,7 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compare the model under the plan with the model under the exact inverse.
+    r"""Compare the model under the plan with the model under the exact inverse.
 
     \b
     Example: qinvert evaluate plan.json
@@ -246,5 +262,8 @@ def show_evaluation(output: Output, evaluation: Evaluation) -> None:
         ["tokens", str(evaluation.tokens)],
     ]
     if evaluation.score is not None and evaluation.exact_score is not None:
-        rows += [["task accuracy", f"{evaluation.score:.4f}"], ["with the exact inverse", f"{evaluation.exact_score:.4f}"]]
+        rows += [
+            ["task accuracy", f"{evaluation.score:.4f}"],
+            ["with the exact inverse", f"{evaluation.exact_score:.4f}"],
+        ]
     output.table("Model under the plan", ["metric", "value"], rows)

@@ -11,10 +11,10 @@ from qinvert.methods.neumann import neumann
 from qinvert.methods.neumann_doubling import neumann_doubling
 from qinvert.program import Program
 
+__all__ = ["METHODS", "block_merge", "find_method", "method_arguments", "neumann", "neumann_doubling"]
+
 #: Every method by its name.
-METHODS: dict[str, Callable[..., Program]] = {
-    f.__name__: f for f in (block_merge, neumann, neumann_doubling)
-}
+METHODS: dict[str, Callable[..., Program]] = {f.__name__: f for f in (block_merge, neumann, neumann_doubling)}
 
 
 def find_method(name: str) -> Callable[..., Program]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qinvert.program import Add, Axis, Concat, Constant, Mask, MatMul, Program, Range, Rescale, Slice, Step
+from qinvert.program import Program
+from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Slice, Step
 
 
 class Builder:
@@ -61,9 +62,7 @@ class Builder:
             names.append(source.name if isinstance(source, Constant) else source)
         return self._append(Concat(output=output, sources=tuple(names), axis=axis, bound=bound))
 
-    def program(
-        self, name: str, chunk: int, parameters: Mapping[str, int | str], output: str
-    ) -> Program:
+    def program(self, name: str, chunk: int, parameters: Mapping[str, int | str], output: str) -> Program:
         return Program(
             name=name,
             chunk=chunk,

@@ -6,7 +6,8 @@ from enum import StrEnum
 
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
-from qinvert.program import INPUT, Axis, Constant, Program, check_chunk
+from qinvert.program import Program
+from qinvert.steps import INPUT, Axis, Constant, check_chunk
 
 #: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta).
 PROVED = 1.0
@@ -136,9 +137,7 @@ def _stack_diagonal(builder: Builder, chunk: int, size: int) -> str:
     blocks: list[str | Constant] = []
     for i in bit_reversed(chunk // size):
         span = (i * size, (i + 1) * size)
-        blocks.append(
-            builder.slice(f"base_{size}/M_{i}", INPUT, rows=span, columns=span, bound=PROVED)
-        )
+        blocks.append(builder.slice(f"base_{size}/M_{i}", INPUT, rows=span, columns=span, bound=PROVED))
     return builder.concat(f"base_{size}/M", blocks, Axis.BLOCKS, bound=PROVED)
 
 
@@ -149,12 +148,8 @@ def _invert_tiles(builder: Builder, source: str, base: int, tile: int) -> str:
         blocks = builder.mask(f"base_{size}/masked_M", source, _diagonal_mask(tile, size), bound=PROVED)
     total = _invert_base(builder, blocks, size)
     while size < tile:
-        masked = builder.mask(
-            f"merge_{2 * size}/M21", source, _merge_mask(tile, size), bound=PROVED
-        )
-        half_product = builder.matmul(
-            f"merge_{2 * size}/Y", masked, total, add=(masked,), bound=PROVED
-        )
+        masked = builder.mask(f"merge_{2 * size}/M21", source, _merge_mask(tile, size), bound=PROVED)
+        half_product = builder.matmul(f"merge_{2 * size}/Y", masked, total, add=(masked,), bound=PROVED)
         total = builder.matmul(
             f"merge_{2 * size}/S", total, half_product, add=(half_product, total), bound=PROVED
         )
@@ -231,7 +226,5 @@ def _diagonal_mask(tile: int, size: int) -> Constant:
 
 def _merge_mask(tile: int, half: int) -> Constant:
     """Return 1 where M21 of the merges of two blocks of ``half`` lies."""
-    ones = tuple(
-        ((i // half - 1) * half, i // half * half) if i // half % 2 else (0, 0) for i in range(tile)
-    )
+    ones = tuple(((i // half - 1) * half, i // half * half) if i // half % 2 else (0, 0) for i in range(tile))
     return Constant(name=f"merge_mask_{2 * half}", rows=tile, columns=tile, ones=ones)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
-from qinvert.program import INPUT, Program, check_chunk
+from qinvert.program import Program
+from qinvert.steps import INPUT, check_chunk
 
 
 def neumann(chunk: int, order: int = 15) -> Program:

@@ -14,7 +14,19 @@ PROFILE = Profile(
     formats=(INT8, INT4),
     requantize=Requantize.DIVIDE,
     operators=frozenset(
-        {"QuantizeLinear", "DequantizeLinear", "MatMulInteger", "Cast", "Mul", "Add", "Sub", "Slice", "Concat", "Clip", "BitwiseAnd"}
+        {
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "MatMulInteger",
+            "Cast",
+            "Mul",
+            "Add",
+            "Sub",
+            "Slice",
+            "Concat",
+            "Clip",
+            "BitwiseAnd",
+        }
     ),
     proved=("onnxruntime",),
     caveats="no NPU compiler takes MatMulInteger; s8 x s8 is slow on x86 in onnxruntime",

@@ -13,7 +13,9 @@ PROFILE = Profile(
     opset=19,
     formats=(INT8,),
     requantize=Requantize.MULTIPLIER,
-    operators=frozenset({"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}),
+    operators=frozenset(
+        {"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}
+    ),
     proved=("onnxruntime",),
     caveats="back ends that leave a MatMul in float32 may differ by one step at rounding ties",
 )
