@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from qinvert.calibration.candidates import Candidate, auto_programs, plan_program
+from qinvert.calibration.candidates import Candidate, auto_programs, plan_program, unproved
 from qinvert.calibration.observers import LayerObserver, RangeObserver
 from qinvert.calibration.scales import ScaleRule
-from qinvert.calibration.sources import open_source
-from qinvert.errors import PlanError
+from qinvert.calibration.sources import check_size, open_source
+from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, IntFormat
 from qinvert.methods import find_method
 from qinvert.plan import LayerPlan, Plan
@@ -26,8 +26,8 @@ Progress = Callable[[str, int], None]
 BITS: Final[dict[str, IntFormat]] = {"auto": INT8, "8": INT8, "4": INT4}
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
-#: ``auto`` passes over programs whose intermediates outgrow input and output by more.
-MAX_GROWTH: Final = 4.0
+#: ``auto`` passes over programs whose powers outgrow both M and T by more.
+MAX_GROWTH: Final = 1.0
 #: Matrices per layer that candidates are simulated on.
 SAMPLE_SIZE: Final = 64
 
@@ -91,9 +91,9 @@ def calibrate(
     goals = (_check_goal("min_sqnr_db", min_sqnr_db), _check_goal("max_loss_db", max_loss_db))
     observers: dict[str, LayerObserver] = {}
     for layer, lower in open_source(source, data):
-        chunk = lower.shape[-1]
         if layer not in observers:
-            observers[layer] = LayerObserver(_programs(method, chunk), SAMPLE_SIZE, seed)
+            observers[layer] = LayerObserver(_programs(method, lower.shape[-1]), SAMPLE_SIZE, seed)
+        check_size(lower, observers[layer].chunk, layer)
         observers[layer].update(lower)
         if progress is not None:
             progress(layer, observers[layer].matrices)
@@ -129,7 +129,7 @@ def _choose(
         "growth": _finite(next(growth(r) for r in observer.ranges if r.program is best.plan.program)),
         "rejected": [
             *(
-                f"{r.program.title}: intermediates grow {growth(r):.3g} times beyond M and T"
+                f"{r.program.title}: powers grow to {growth(r):.3g} times M and T"
                 for r in observer.ranges
                 if growth(r) > MAX_GROWTH and r.program is not best.plan.program
             ),
@@ -141,12 +141,13 @@ def _choose(
 
 
 def growth(observer: RangeObserver) -> float:
-    """Return the largest magnitude of any tensor over the larger of max|M| and max|output|."""
+    """Return the largest tensor without a proved range, over the larger of max|M| and max|output|."""
     ranges = observer.ranges
     scale = max(ranges[INPUT], ranges[observer.program.output])
-    if scale == 0:
-        return 1.0
-    return max(ranges.values()) / scale if math.isfinite(scale) else math.inf
+    largest = max((ranges[name] for name in unproved(observer.program)), default=0.0)
+    if scale == 0 or largest == 0:
+        return 0.0
+    return largest / scale if math.isfinite(scale) else math.inf
 
 
 def _finite(value: float) -> float:
@@ -156,6 +157,10 @@ def _finite(value: float) -> float:
 
 def _programs(method: str | Program, chunk: int) -> list[Program]:
     if isinstance(method, Program):
+        if method.chunk != chunk:
+            raise ProgramError(
+                f"{method.title} is for {method.chunk} x {method.chunk}, the data is {chunk} x {chunk}"
+            )
         return [method]
     return auto_programs(chunk) if method == "auto" else [find_method(method)(chunk)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -18,6 +19,9 @@ from qinvert.plan import LayerPlan, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_inverse
 from qinvert.steps import INPUT
+
+#: Room above what calibration saw, for tensors without a proved range.
+HEADROOM: Final = 2.0
 
 
 def auto_programs(chunk: int) -> list[Program]:
@@ -60,18 +64,29 @@ def plan_program(
     """Choose every scale of ``program`` and measure it on the sample by real simulation."""
     if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, ranges, fmt):
         requantize = Requantize.DIVIDE
-    settled = settle_residues(program, _share_bound(program, ranges), sample, fmt)
+    settled = settle_residues(program, _widened(program, ranges), sample, fmt)
     tensors = choose_quantizations(program, settled, fmt, rule, requantize)
     plan = LayerPlan(program=program, tensors=tensors, requantize=requantize, ranges=settled)
     achieved, floor = measure(plan, sample)
     return Candidate(plan=plan, sqnr_db=achieved.sqnr_db, floor_db=floor.sqnr_db)
 
 
-def _share_bound(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
-    # Tensors under the input's bound can hold its largest entry, wherever that falls
-    # in unseen data: a merge that saw only smaller blocks must not saturate on it.
-    bounded = {step.output for step in program.steps if step.bound is not None}
-    return {name: max(r, ranges[INPUT]) if name in bounded else r for name, r in ranges.items()}
+def unproved(program: Program) -> list[str]:
+    """Return the tensors without a proved range: powers, partial sums, residues."""
+    proved = {step.output for step in program.steps if step.bound is not None}
+    return [name for name in program.tensors if name not in proved | {INPUT, program.output}]
+
+
+def _widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
+    # A tensor under the input's bound can hold the input's largest entry, wherever that
+    # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
+    # A tensor without a bound can exceed what was seen, but room beyond M and T would
+    # coarsen the partial sums that hold them.
+    free, scale = unproved(program), max(ranges[INPUT], ranges[program.output])
+    return {
+        name: max(r, min(HEADROOM * r, scale)) if name in free else max(r, ranges[INPUT])
+        for name, r in ranges.items()
+    }
 
 
 def measure(plan: LayerPlan, lower: torch.Tensor) -> tuple[ErrorStatistics, ErrorStatistics]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qinvert.calibration.observers import RangeObserver
+from qinvert.calibration.sources import check_size
 from qinvert.matrices import solve
 from qinvert.methods import neumann_doubling
 from qinvert.steps import INPUT
@@ -34,6 +35,7 @@ class GrowthObserver:
     """Streams `RangeGrowth` of one layer of C x C matrices."""
 
     def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
         self._powers = RangeObserver(neumann_doubling(chunk))
         self._matrices = 0
         self._inverse = 0.0
@@ -61,5 +63,6 @@ def range_growth(matrices: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Rang
     for layer, lower in matrices:
         if layer not in observers:
             observers[layer] = GrowthObserver(lower.shape[-1])
+        check_size(lower, observers[layer].chunk, layer)
         observers[layer].update(lower)
     return {layer: observer.result() for layer, observer in observers.items()}

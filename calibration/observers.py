@@ -68,6 +68,7 @@ class LayerObserver:
     def __init__(self, programs: Sequence[Program], capacity: int, seed: int) -> None:
         self.ranges = [RangeObserver(program) for program in programs]
         self.sample = MatrixSample(capacity, seed)
+        self.chunk = programs[0].chunk
         self.matrices = 0
 
     def update(self, lower: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qinvert.calibration.sources import DEFAULT_LAYER, open_source
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
 from qinvert.errors import InputError
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, floor_inverse
@@ -140,7 +140,7 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
         layer = _match(plan, given)
         if layer not in running:
             running[layer] = LayerSimulation(plan.layer(layer))
-        _check_size(plan.layer(layer), layer, lower)
+        check_size(lower, plan.layer(layer).chunk, layer)
         running[layer].update(lower)
         if progress is not None:
             progress(layer, running[layer].achieved.matrices)
@@ -155,11 +155,3 @@ def _match(plan: Plan, given: str) -> str:
         return next(iter(plan.layers))
     plan.layer(given)
     return given
-
-
-def _check_size(plan: LayerPlan, layer: str, lower: torch.Tensor) -> None:
-    if lower.shape[-1] != plan.chunk:
-        raise InputError(
-            f"layer {layer!r} has {lower.shape[-1]} x {lower.shape[-1]} matrices, its plan is for "
-            f"{plan.chunk} x {plan.chunk}; calibrate at that size"
-        )

@@ -21,7 +21,7 @@ from qinvert.program import Program
 from qinvert.steps import INPUT, Add, MatMul, Rescale
 
 #: Room above the largest residue seen on the sample.
-MARGIN: Final = 2.0
+MARGIN: Final = 4.0
 
 
 class _ResidueEvaluator(FloatEvaluator):
@@ -53,10 +53,10 @@ class _ResidueEvaluator(FloatEvaluator):
 
     def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
         grid = self.tensors[name]
-        largest = MARGIN * float(values.abs().max())
-        if name in self.free and largest > MARGIN**2 * grid.limit:
-            self.widened[name] = largest
-            scale = choose_scale(largest, grid.format, ScaleRule.FLOAT)
+        largest = float(values.abs().max())
+        if name in self.free and largest > 2 * grid.limit:
+            self.widened[name] = MARGIN * largest
+            scale = choose_scale(self.widened[name], grid.format, ScaleRule.FLOAT)
             grid = Quantization(format=grid.format, scale=scale)
         integers = arithmetic.quantize(values, grid.scale, grid.format)
         return arithmetic.dequantize(integers, grid.scale, grid.format).to(torch.float64)

@@ -138,7 +138,7 @@ def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool
     if rule is ScaleRule.POW2:
         return _power_of_two(wanted)
     tie_free = 1 / _odd_below(1 / wanted)
-    if reciprocal or tie_free <= TIE_FREE_COST * wanted:
+    if reciprocal or wanted <= tie_free * (1 + 1e-4) <= TIE_FREE_COST * wanted:
         return arithmetic.float32(tie_free)
     return arithmetic.float32(wanted)
 

@@ -84,6 +84,22 @@ def _checked(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tens
         raise InputError("the source holds no matrices; pass at least one L")
 
 
+def check_size(lower: torch.Tensor, chunk: int, layer: str) -> None:
+    """Refuse matrices of another size than the layer's.
+
+    Raises
+    ------
+    InputError
+        With both sizes.
+    """
+    size = lower.shape[-1]
+    if size != chunk:
+        raise InputError(
+            f"layer {layer!r} has {size} x {size} matrices where {chunk} x {chunk} are expected; "
+            "use one chunk size per layer, the same in calibration and simulation"
+        )
+
+
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the arrays of a .npz or .safetensors file; pickles are never loaded.
 
@@ -104,11 +120,12 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read_npz(file: Path) -> dict[str, Any]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("not a zip archive")
+        with file.open("rb") as handle, zipfile.ZipFile(handle):
+            handle.seek(0)
+            archive = np.load(handle, allow_pickle=False)
             return {name: archive[name] for name in archive.files}
     except (
+        MemoryError,
         OSError,
         ValueError,
         EOFError,

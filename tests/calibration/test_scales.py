@@ -1,0 +1,80 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qinvert import arithmetic
+from qinvert.calibration.scales import (
+    MAX_IDENTITY_BLOCKS,
+    ScaleRule,
+    allows_multiplier,
+    choose_quantizations,
+    choose_scale,
+    residual_partners,
+    scale_groups,
+)
+from qinvert.formats import INT4, INT8
+from qinvert.methods import block_merge, neumann_doubling
+from qinvert.plan import Requantize
+
+LIMITS = st.floats(1e-25, 1e12)
+
+
+@given(limit=LIMITS, fmt=st.sampled_from([INT8, INT4]), rule=st.sampled_from(ScaleRule))
+def test_a_scale_covers_its_range_to_a_small_part_of_a_step(limit, fmt, rule):
+    scale = choose_scale(limit, fmt, rule)
+    arithmetic.check_scale(scale)
+    assert limit / scale <= fmt.largest + 0.01
+
+
+@given(limit=LIMITS, fmt=st.sampled_from([INT8, INT4]))
+def test_a_float_scale_wastes_little(limit, fmt):
+    assert choose_scale(limit, fmt, ScaleRule.FLOAT) <= 1.03 * limit / fmt.largest
+
+
+@given(limit=LIMITS)
+def test_a_power_of_two_scale_wastes_less_than_a_bit(limit):
+    scale = choose_scale(limit, INT8, ScaleRule.POW2)
+    assert math.frexp(scale)[0] == 0.5
+    assert scale < 2.001 * limit / 127
+
+
+@given(limit=st.floats(1e-9, 127), fmt=st.sampled_from([INT8, INT4]), rule=st.sampled_from(ScaleRule))
+def test_a_reciprocal_scale_holds_one_in_a_bounded_number_of_blocks(limit, fmt, rule):
+    scale = choose_scale(min(limit, fmt.largest), fmt, rule, reciprocal=True)
+    k = round(1 / scale)
+    assert arithmetic.float32(1 / k) == scale
+    assert 1 <= k <= MAX_IDENTITY_BLOCKS * fmt.largest
+    assert rule is ScaleRule.POW2 or k % 2 == 1
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(1.0, 1 / 127), (1 + 1e-7, 1 / 127), (0.0, 1 / 127)])
+def test_a_range_of_one_is_the_grid_of_127_steps(limit, scale):
+    assert choose_scale(limit, INT8, ScaleRule.FLOAT) == arithmetic.float32(scale)
+
+
+def test_an_infinite_range_gets_the_largest_scale():
+    arithmetic.check_scale(choose_scale(math.inf, INT8, ScaleRule.FLOAT))
+    assert choose_scale(math.inf, INT8, ScaleRule.FLOAT) > 1e14
+
+
+def test_moves_share_a_grid_and_products_do_not():
+    program = block_merge(16, base=4)
+    groups = scale_groups(program)
+    assert groups["merge_8/S11"] == groups["merge_16/S"] == groups["base_4/S"]
+    assert groups["merge_8/M21"] == groups["M"]
+    assert groups["merge_8/Y"] != groups["merge_16/S"]
+    quantizations = choose_quantizations(
+        program, dict.fromkeys(program.tensors, 0.5), INT8, ScaleRule.FLOAT, Requantize.MULTIPLIER
+    )
+    assert quantizations["merge_8/S11"] == quantizations["merge_16/S"]
+
+
+def test_one_must_lie_on_the_grid_that_a_residual_is_multiplied_by():
+    program = block_merge(16, base=4)
+    assert {"merge_8/S11", "merge_8/S22"} <= residual_partners(program)
+    ranges = dict.fromkeys(program.tensors, 0.5)
+    assert allows_multiplier(program, ranges, INT8)
+    assert not allows_multiplier(program, ranges | {"base_4/power_2": 1e4}, INT8)
+    assert allows_multiplier(neumann_doubling(16), dict.fromkeys(neumann_doubling(16).tensors, 1e9), INT8)

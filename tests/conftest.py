@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# On matrices this small, threads only wait for each other.
+torch.set_num_threads(1)
+# No deadline: a slow machine is no bug.  The same examples on every run.
+settings.register_profile("qinvert", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("qinvert")
+
+
+def forward_substitution(lower: torch.Tensor) -> torch.Tensor:
+    rows = lower.detach().to(torch.float64).numpy()
+    inverse = np.broadcast_to(np.eye(rows.shape[-1]), rows.shape).copy()
+    for i in range(1, rows.shape[-1]):
+        inverse[..., i, :] -= (rows[..., i : i + 1, :i] @ inverse[..., :i, :])[..., 0, :]
+    return torch.from_numpy(inverse)
+
+
+@pytest.fixture(scope="session")
+def solved():
+    return forward_substitution

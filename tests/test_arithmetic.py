@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qinvert import arithmetic
+from qinvert.errors import InputError, PlanError
+from qinvert.formats import INT4, INT8, INT16, UINT8
+
+FORMATS = (INT4, INT8, UINT8, INT16)
+numbers = st.floats(width=32, allow_nan=False)
+scales = st.floats(min_value=2.0**-33, max_value=2.0**33, width=32)
+accumulators = st.integers(-(2**31) + 1, 2**31 - 1)
+integers = st.integers(-(2**15), 2**15 - 1)
+formats = st.sampled_from(FORMATS)
+
+
+def nearest(x: Fraction) -> Fraction | float:
+    """The float32 next to a rational number, ties to even, from integers alone."""
+    if x == 0:
+        return Fraction(0)
+    exponent = math.frexp(abs(x.numerator) / x.denominator)[1] - 1 if 2**-1000 < abs(x) < 2**1000 else 0
+    ulp = Fraction(2) ** (max(exponent, -126) - 23)
+    rounded = round(x / ulp) * ulp
+    if abs(rounded) >= 2**128:
+        return math.inf if x > 0 else -math.inf
+    return rounded
+
+
+def on_grid(x: float, scale: float, fmt) -> int:
+    if math.isinf(x):
+        return fmt.maximum if x > 0 else fmt.minimum
+    steps = nearest(Fraction(x) / Fraction(scale))
+    if isinstance(steps, float):
+        return fmt.maximum if steps > 0 else fmt.minimum
+    return min(max(round(steps) + fmt.zero_point, fmt.minimum), fmt.maximum)
+
+
+def single(value) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.float32)
+
+
+def step_from(value: float, direction: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(direction)))
+
+
+def quantize_vector(x, scale, fmt):
+    return int(arithmetic.quantize(single(x), scale, fmt)[0])
+
+
+both_quantize = pytest.mark.parametrize("quantize", [arithmetic.quantize_scalar, quantize_vector])
+
+
+@both_quantize
+@pytest.mark.parametrize("scale", [1.0, 0.25, 2.0**-20, 2.0**10])
+@pytest.mark.parametrize(
+    ("tie", "below", "exact", "above"),
+    [
+        (-128.5, -128, -128, -128),
+        (-127.5, -128, -128, -127),
+        (-2.5, -3, -2, -2),
+        (-1.5, -2, -2, -1),
+        (-0.5, -1, 0, 0),
+        (0.5, 0, 0, 1),
+        (1.5, 1, 2, 2),
+        (2.5, 2, 2, 3),
+        (63.5, 63, 64, 64),
+        (126.5, 126, 126, 127),
+        (127.5, 127, 127, 127),
+    ],
+)
+def test_int8_ties_go_to_even_and_one_float_step_decides(quantize, scale, tie, below, exact, above):
+    at = [step_from(tie * scale, -math.inf), tie * scale, step_from(tie * scale, math.inf)]
+    assert [quantize(x, scale, INT8) for x in at] == [below, exact, above]
+
+
+@both_quantize
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("x", [1e6, 3.4e38, math.inf])
+def test_both_ends_saturate_infinities_included(quantize, fmt, x):
+    assert (quantize(-x, 1.0, fmt), quantize(x, 1.0, fmt)) == (fmt.minimum, fmt.maximum)
+
+
+@both_quantize
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("zero", [0.0, -0.0, 1e-45])
+def test_zero_is_the_zero_point(quantize, fmt, zero):
+    assert quantize(zero, 0.5, fmt) == fmt.zero_point
+
+
+@both_quantize
+def test_nan_is_an_error_with_a_hint(quantize):
+    with pytest.raises(InputError, match="cannot quantize NaN; look for the NaN upstream"):
+        quantize(math.nan, 1.0, INT8)
+
+
+def test_one_nan_among_many_values_is_found():
+    x = torch.zeros(3, 5)
+    x[2, 4] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        arithmetic.quantize(x, 1.0, INT8)
+
+
+@given(x=numbers, scale=scales, fmt=formats)
+def test_quantize_is_one_correctly_rounded_division_then_half_even(x, scale, fmt):
+    expected = on_grid(x, scale, fmt)
+    assert arithmetic.quantize_scalar(x, scale, fmt) == expected
+    assert quantize_vector(x, scale, fmt) == expected
+
+
+@given(half=st.integers(-130, 130), scale=scales)
+def test_quantize_near_half_steps_of_any_scale(half, scale):
+    middle = float(np.float32((half + 0.5) * scale))
+    for x in (step_from(middle, -math.inf), middle, step_from(middle, math.inf)):
+        expected = on_grid(x, scale, INT8)
+        assert arithmetic.quantize_scalar(x, scale, INT8) == expected
+        assert quantize_vector(x, scale, INT8) == expected
+
+
+def test_multiplying_by_the_reciprocal_would_be_wrong_somewhere():
+    scale = float(np.float32(1 / 127))
+    x = (torch.arange(-127, 127) + 0.5) * scale
+    by_division = arithmetic.quantize(x, scale, INT8)
+    assert by_division.tolist() == [on_grid(v, scale, INT8) for v in x.tolist()]
+    assert by_division.tolist() != torch.round(x * (1 / scale)).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int32])
+def test_any_numeric_input_becomes_integer_valued_float32(dtype):
+    q = arithmetic.quantize(torch.tensor([[3, -4]], dtype=dtype), 2.0, INT8)
+    assert q.dtype == torch.float32
+    assert q.tolist() == [[2.0, -2.0]]
+
+
+@given(fmt=formats, scale=scales, data=st.data())
+def test_dequantize_is_one_correctly_rounded_product(fmt, scale, data):
+    q = data.draw(st.integers(fmt.minimum, fmt.maximum))
+    expected = nearest((q - fmt.zero_point) * Fraction(scale))
+    assert arithmetic.dequantize_scalar(q, scale, fmt) == expected
+    assert float(arithmetic.dequantize(single(q), scale, fmt)[0]) == expected
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8, UINT8], ids=str)
+@pytest.mark.parametrize("scale", [1.0, float(np.float32(1 / 127)), float(np.float32(0.3))])
+def test_every_integer_survives_dequantize_and_quantize(fmt, scale):
+    q = torch.arange(fmt.minimum, fmt.maximum + 1, dtype=torch.float32)
+    assert torch.equal(arithmetic.quantize(arithmetic.dequantize(q, scale, fmt), scale, fmt), q)
+
+
+@given(st.floats(allow_nan=False))
+def test_float32_rounds_to_nearest_and_overflows_to_infinity(value):
+    expected = value if math.isinf(value) else nearest(Fraction(value))
+    assert arithmetic.float32(value) == expected
+
+
+@pytest.mark.parametrize("scale", [1, 1.0, 0.25, 2.0**-99, 2.0**49, float(np.float32(0.1))])
+def test_float32_scales_are_taken(scale):
+    arithmetic.check_scale(scale)
+
+
+@pytest.mark.parametrize(
+    "scale", [0.0, -1.0, math.nan, math.inf, 0.1, 2.0**-101, 2.0**50, 10**400, "1", None, [1.0]]
+)
+def test_other_scales_are_refused_with_the_legal_range(scale):
+    with pytest.raises(PlanError, match=r"is not a float32 in \[1e-30, 1e\+15\]; calibrate again"):
+        arithmetic.check_scale(scale)
+
+
+@given(left=scales, right=scales, output=scales)
+def test_products_of_scales_round_once_per_operation(left, right, output):
+    product = nearest(Fraction(left) * Fraction(right))
+    assert arithmetic.product_scale(left, right) == product
+    assert arithmetic.multiplier(left, right, output) == nearest(Fraction(product) / Fraction(output))
+
+
+@given(
+    acc=accumulators,
+    unit=scales,
+    addends=st.lists(st.tuples(integers, scales, st.sampled_from((1, -1))), max_size=3),
+    scale=scales,
+    fmt=formats,
+)
+def test_requantize_by_division_rounds_every_product_and_sum_once(acc, unit, addends, scale, fmt):
+    signed = [(q, sign * s) for q, s, sign in addends]
+    x = nearest(nearest(Fraction(acc)) * Fraction(unit))
+    for q, s in signed:
+        x = nearest(x + nearest(q * Fraction(s)))
+    expected = on_grid(float(x), scale, fmt)
+    assert arithmetic.requantize_divide_scalar(acc, unit, signed, scale, fmt) == expected
+    exact = torch.tensor([acc], dtype=torch.float64)
+    tensors = [(single(q), s) for q, s in signed]
+    assert int(arithmetic.requantize_divide(exact, unit, tensors, scale, fmt)[0]) == expected
+
+
+@given(acc=accumulators, factor=scales, fmt=formats)
+def test_requantize_by_multiplier_rounds_accumulator_and_product_once(acc, factor, fmt):
+    expected = on_grid(float(nearest(nearest(Fraction(acc)) * Fraction(factor))), 1.0, fmt)
+    assert arithmetic.requantize_multiplier_scalar(acc, factor, fmt) == expected
+    exact = torch.tensor([acc], dtype=torch.float64)
+    assert int(arithmetic.requantize_multiplier(exact, factor, fmt)[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("acc", "factor", "expected"),
+    [(1, 0.5, 0), (3, 0.5, 2), (5, 0.5, 2), (-1, 0.5, 0), (-3, 0.5, -2), (255, 0.5, 127), (-257, 0.5, -128)],
+)
+def test_requantize_ties_go_to_even_in_both_forms(acc, factor, expected):
+    assert arithmetic.requantize_multiplier_scalar(acc, factor, INT8) == expected
+    assert int(arithmetic.requantize_multiplier(single(acc), factor, INT8)[0]) == expected
+    assert arithmetic.requantize_divide_scalar(acc, factor, [], 1.0, INT8) == expected
+    assert int(arithmetic.requantize_divide(single(acc), factor, [], 1.0, INT8)[0]) == expected
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1e38])
+def test_requantize_saturates_at_both_ends(fmt, factor):
+    for acc, end in ((-(2**31) + 1, fmt.minimum), (2**31 - 1, fmt.maximum)):
+        assert int(arithmetic.requantize_multiplier(single(acc), factor, fmt)[0]) == end
+        assert int(arithmetic.requantize_divide(single(acc), 1.0, [], 1 / factor, fmt)[0]) == end
+
+
+@pytest.mark.xfail(raises=(OverflowError, RuntimeWarning), reason="the scalar twin cannot round an infinity")
+def test_the_scalar_multiplier_saturates_where_the_product_overflows():
+    assert arithmetic.requantize_multiplier_scalar(2**31 - 1, 1e38, INT8) == 127
+
+
+@pytest.mark.xfail(raises=(AssertionError, RuntimeWarning), reason="an overflowing multiplier gives 0 * inf")
+def test_legal_scales_never_make_nan_of_an_accumulator():
+    factor = arithmetic.multiplier(2.0**49, 2.0**49, 2.0**-99)
+    assert not arithmetic.requantize_multiplier(torch.zeros(1), factor, INT8).isnan().any()
+
+
+@given(st.lists(st.tuples(integers, integers), max_size=20))
+def test_dot_of_python_integers_is_the_int64_dot(pairs):
+    left, right = [a for a, _ in pairs], [b for _, b in pairs]
+    assert arithmetic.dot_scalar(left, right) == int(np.dot(np.int64(left), np.int64(right)))
+
+
+def test_dot_refuses_rows_of_different_length():
+    with pytest.raises(ValueError, match="shorter"):
+        arithmetic.dot_scalar([1, 2], [1])
+
+
+@pytest.mark.parametrize("formats", [(INT8, INT8), (INT4, INT4), (INT16, INT4), (UINT8, INT8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (16, 33, 7), (4, 1024, 4)], ids=str)
+def test_products_are_exact_whatever_the_format(formats, shape):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(k)
+    left, right = (
+        torch.randint(fmt.minimum, fmt.maximum + 1, (2, *size), generator=generator)
+        for fmt, size in zip(formats, ((m, k), (k, n)), strict=True)
+    )
+    bound = k * max(255, formats[0].magnitude) * formats[1].magnitude
+    product = arithmetic.integer_matmul(left.float(), right.float(), bound)
+    assert torch.equal(product.to(torch.int64), left @ right)
+    rows, columns = left[1].tolist(), right[1].T.tolist()
+    assert product[1].tolist() == [[arithmetic.dot_scalar(row, column) for column in columns] for row in rows]
+
+
+@pytest.mark.parametrize(("bound", "dtype"), [(2**24 - 1, torch.float32), (2**24, torch.float64)])
+def test_float64_takes_over_where_float32_stops_being_exact(bound, dtype):
+    assert arithmetic.integer_matmul(torch.ones(2, 3), torch.ones(3, 2), bound).dtype == dtype
+
+
+def test_int16_products_need_the_float64_path():
+    left = torch.tensor([[32767.0, 1.0]])
+    right = torch.tensor([[32767.0], [1.0]])
+    exact = 32767 * 32767 + 1
+    assert int(arithmetic.integer_matmul(left, right, 2 * 32768**2 - 1)) == exact
+    assert int(left @ right) != exact
+
+
+def test_an_int8_accumulator_is_exact_in_float32_up_to_its_worst_case():
+    left, right = torch.full((1, 1023), -128.0), torch.full((1023, 1), -128.0)
+    product = arithmetic.integer_matmul(left, right, 1023 * 128**2)
+    assert product.dtype == torch.float32
+    assert int(product) == 1023 * 128**2
+
+
+@pytest.mark.parametrize("bound", [2**31, 2**31 + 1, 2**40])
+def test_an_accumulator_beyond_int32_is_refused(bound):
+    for check in (arithmetic.check_accumulator, lambda b: arithmetic.integer_matmul(single(1), single(1), b)):
+        with pytest.raises(PlanError, match=f"can reach {bound}, an int32 holds less than {2**31}"):
+            check(bound)
+
+
+def test_an_accumulator_that_just_fits_int32_is_taken():
+    arithmetic.check_accumulator(2**31 - 1)

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import qinvert
+from qinvert import arithmetic
+from qinvert.errors import InputError
+from qinvert.formats import INT4, INT8, INT16
+from qinvert.methods import block_merge, neumann, neumann_doubling
+from qinvert.plan import LayerPlan, Quantization, Requantize
+from qinvert.program import Program
+from qinvert.simulator import simulate_integers, simulate_inverse
+from qinvert.steps import INPUT, Add, Concat, Mask, MatMul, Rescale, Slice
+from qinvert.stress import stress_matrices
+
+PROGRAMS = {
+    "packed": block_merge(16, 2),
+    "base 8": block_merge(16, 8),
+    "masked": block_merge(8, 2, layout="masked"),
+    "tiled": block_merge(16, 1, tile=4),
+    "corrected": block_merge(8, 4, corrections=2),
+    "series": neumann(8, 5),
+    "doubling": neumann_doubling(16),
+}
+TARGETS = {Requantize.DIVIDE: "int-ops", Requantize.MULTIPLIER: "npu-qdq-int8"}
+
+
+@cache
+def calibrated(name: str, requantize=Requantize.MULTIPLIER, data="half_random", **options) -> LayerPlan:
+    program = PROGRAMS[name]
+    lower = stress_matrices(data, 4, program.chunk)
+    plan = qinvert.calibrate(lower, method=program, target=TARGETS[requantize], **options).layer()
+    assert plan.requantize is requantize
+    return plan
+
+
+def mixed() -> LayerPlan:
+    formats = {"M": INT8, "power_2": INT16, "sum_2": INT16, "power_3": INT4}
+    program = neumann(8, 3)
+    tensors = {
+        name: Quantization(
+            format=formats.get(name, INT16),
+            scale=arithmetic.float32(3 / formats.get(name, INT16).largest),
+        )
+        for name in program.tensors
+    }
+    return LayerPlan(program=program, tensors=tensors, requantize=Requantize.DIVIDE)
+
+
+def observed(plan: LayerPlan, lower: torch.Tensor) -> dict[str, np.ndarray]:
+    seen = {}
+    simulate_integers(plan, lower, lambda name, q: seen.update({name: q.numpy()}))
+    assert all(np.array_equal(q, np.rint(q)) for q in seen.values())
+    return {name: q.astype(np.int64) for name, q in seen.items()}
+
+
+def single(values) -> np.ndarray:
+    return np.asarray(values).astype(np.float32)
+
+
+def product(plan: LayerPlan, step: MatMul, q: dict[str, np.ndarray]) -> np.ndarray:
+    scale = {name: np.float32(t.scale) for name, t in plan.tensors.items()}
+    accumulator = q[step.left] @ q[step.right]
+    terms = [(name, 1) for name in step.add] + [(name, -1) for name in step.subtract]
+    unit = scale[step.left] * scale[step.right]
+    if plan.requantize is Requantize.MULTIPLIER:
+        for name, sign in terms:
+            other = step.left if name == step.right else step.right
+            accumulator = accumulator + sign * round(1 / float(scale[other])) * q[name]
+        return single(accumulator) * (unit / scale[step.output])
+    x = single(accumulator) * unit
+    for name, sign in terms:
+        x = x + single(q[name]) * (sign * scale[name])
+    return x / scale[step.output]
+
+
+def recomputed(plan: LayerPlan, step, q: dict[str, np.ndarray], batch: int) -> np.ndarray:
+    scale = {name: np.float32(t.scale) for name, t in plan.tensors.items()}
+    match step:
+        case MatMul():
+            steps = product(plan, step, q)
+        case Add():
+            x = single(q[step.left]) * scale[step.left] + single(q[step.right]) * scale[step.right]
+            steps = x / scale[step.output]
+        case Rescale():
+            steps = single(q[step.source]) * scale[step.source] / scale[step.output]
+        case Mask():
+            (constant,) = [c for c in plan.program.constants if c.name == step.constant]
+            kept = [[start <= j < stop for j in range(constant.columns)] for start, stop in constant.ones]
+            return np.where(kept, q[step.source], 0)
+        case Slice():
+            blocks = [batch * b for b in step.blocks] if step.blocks else [None, None]
+            spans = (blocks, step.rows or (None, None), step.columns or (None, None))
+            return q[step.source][tuple(slice(*span) for span in spans)]
+        case Concat():
+            zeros = {c.name: (c.rows, c.columns) for c in plan.program.constants}
+            blocks = batch * plan.program.shapes[step.output].blocks
+            parts = [q[n] if n in q else np.zeros((blocks, *zeros[n]), dtype=np.int64) for n in step.sources]
+            return np.concatenate(parts, axis=["blocks", "rows", "columns"].index(step.axis))
+    fmt = plan.tensors[step.output].format
+    return np.clip(np.rint(steps), fmt.minimum, fmt.maximum).astype(np.int64)
+
+
+def check_every_step(plan: LayerPlan, lower: torch.Tensor) -> None:
+    seen = observed(plan, lower)
+    assert tuple(seen) == plan.program.tensors
+    grid = plan.input
+    m = np.rint(-lower.numpy() / np.float32(grid.scale))
+    assert np.array_equal(seen[INPUT], np.clip(m, grid.format.minimum, grid.format.maximum))
+    for step in plan.program.steps:
+        assert np.array_equal(seen[step.output], recomputed(plan, step, seen, len(lower))), step.output
+
+
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+@pytest.mark.parametrize("requantize", Requantize)
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("data", ["half_random", "repeated_keys", "negative_eigenvalues"])
+def test_every_step_is_exact_integer_arithmetic_and_one_float32_chain(name, requantize, data, scales):
+    plan = calibrated(name, requantize, scales=scales)
+    check_every_step(plan, stress_matrices(data, 3, plan.chunk, seed=1))
+
+
+@pytest.mark.parametrize("name", ["packed", "corrected", "doubling"])
+def test_int4_steps_too(name):
+    plan = calibrated(name, Requantize.DIVIDE, bits=4)
+    check_every_step(plan, stress_matrices("half_random", 3, plan.chunk, seed=1))
+
+
+def test_mixed_formats_and_float64_accumulators_too():
+    plan = mixed()
+    assert plan.proof().accumulator_bound >= 2**24
+    check_every_step(plan, stress_matrices("correlated_keys", 5, 8))
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="a residual times its factor is rounded to float32")
+def test_a_residual_beyond_float32_enters_the_accumulator_exactly():
+    step = MatMul(output="y", left=INPUT, right=INPUT, add=(INPUT,))
+    program = Program(name="test", chunk=4, steps=(step,), output="y")
+    grid = Quantization(format=INT8, scale=arithmetic.float32(1 / 200001))
+    coarse = Quantization(format=INT8, scale=0.00018142764747608453)
+    plan = LayerPlan(program=program, tensors={"M": grid, "y": coarse}, requantize=Requantize.MULTIPLIER)
+    m = torch.zeros(1, 4, 4)
+    m[0, 1, 0], m[0, 3, 0], m[0, 3, 1] = 1, 127, -1
+    check_every_step(plan, -m * grid.scale)
+
+
+def test_the_result_is_the_dequantized_output_plus_the_identity():
+    plan, lower = calibrated("packed"), stress_matrices("half_random", 3, 16)
+    integers = simulate_integers(plan, lower).numpy()
+    expected = integers * np.float32(plan.output.scale) + np.eye(16, dtype=np.float32)
+    assert np.array_equal(simulate_inverse(plan, lower), expected)
+    assert np.array_equal(np.triu(integers), np.zeros_like(integers))
+
+
+def test_an_explicit_inverse_gets_no_identity():
+    grid = Quantization(format=INT8, scale=2.0**-7)
+    program = Program(name="test", chunk=4, implicit_identity=False)
+    plan = LayerPlan(program=program, tensors={"M": grid}, requantize=Requantize.DIVIDE)
+    lower = torch.tril(torch.full((4, 4), 0.25), -1)
+    assert torch.equal(plan.inverse(lower), -lower)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_matrices_of_a_batch_do_not_touch_each_other(name):
+    plan = calibrated(name)
+    lower = stress_matrices("wide_gates", 7, plan.chunk)
+    alone = [plan.inverse(matrix) for matrix in lower]
+    assert torch.equal(plan.inverse(lower), torch.stack(alone))
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (3, 1, 2)], ids=str)
+def test_leading_dimensions_survive(leading):
+    plan, lower = calibrated("packed"), stress_matrices("half_random", 6, 16)
+    lower = lower[: math.prod(leading)]
+    result = plan.inverse(lower.reshape(*leading, 16, 16))
+    assert torch.equal(result, plan.inverse(lower).reshape(*leading, 16, 16))
+
+
+def test_the_layout_in_memory_does_not_matter():
+    plan, lower = calibrated("packed"), stress_matrices("half_random", 6, 16)
+    expected = plan.inverse(lower)
+    assert torch.equal(plan.inverse(lower.mT.contiguous().mT), expected)
+    assert torch.equal(plan.inverse(lower.repeat_interleave(2, 0)[::2]), expected)
+    assert np.array_equal(plan.inverse(np.asfortranarray(lower.numpy())), expected)
+    assert torch.equal(plan.inverse(lower[:1].expand(6, -1, -1)), expected[:1].expand(6, -1, -1))
+
+
+def test_negative_zeros_are_zeros():
+    plan, lower = calibrated("corrected"), stress_matrices("outlier", 4, 8)
+    lower[1:] = 0
+    signed = torch.where(lower == 0, -0.0, lower)
+    assert torch.equal(plan.inverse(signed), plan.inverse(lower))
+    assert torch.equal(plan.inverse(signed)[1], torch.eye(8))
+
+
+def test_values_beyond_the_grid_act_as_its_end():
+    plan, lower = calibrated("packed"), stress_matrices("half_random", 4, 16)
+    grid = plan.input
+    wide = lower.clone()
+    wide[0, 9, 3], wide[1, 5, 4] = 1e30, -1e30
+    clamped = wide.clamp(-grid.format.maximum * grid.scale, -grid.format.minimum * grid.scale)
+    assert torch.equal(plan.inverse(wide), plan.inverse(clamped))
+    assert observed(plan, wide)["M"].min() == -128
+    assert observed(plan, wide)["M"].max() == 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_every_float_type_is_quantized_from_float32(dtype):
+    plan, lower = calibrated("packed"), stress_matrices("half_random", 4, 16).to(dtype)
+    assert torch.equal(plan.inverse(lower), plan.inverse(lower.float()))
+
+
+def test_simulating_changes_neither_input_nor_plan():
+    plan, lower = calibrated("packed"), stress_matrices("half_random", 4, 16)
+    before = lower.clone()
+    first = plan.inverse(lower)
+    assert torch.equal(lower, before)
+    assert torch.equal(plan.inverse(lower), first)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 16), (2, 0, 16, 16)], ids=str)
+def test_an_empty_batch_is_refused(shape):
+    with pytest.raises(InputError, match="pass square matrices"):
+        calibrated("packed").inverse(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(value):
+    lower = stress_matrices("half_random", 4, 16)
+    lower[2, 9, 1] = value
+    with pytest.raises(InputError, match="L holds 1 NaN or Inf"):
+        calibrated("packed").inverse(lower)
