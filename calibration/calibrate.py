@@ -159,7 +159,8 @@ def _programs(method: str | Program, chunk: int) -> list[Program]:
     if isinstance(method, Program):
         if method.chunk != chunk:
             raise ProgramError(
-                f"{method.title} is for {method.chunk} x {method.chunk}, the data is {chunk} x {chunk}"
+                f"{method.title} is for {method.chunk} x {method.chunk} matrices, the data has "
+                f"{chunk} x {chunk}; build the program for that chunk"
             )
         return [method]
     return auto_programs(chunk) if method == "auto" else [find_method(method)(chunk)]

@@ -19,7 +19,7 @@ class IntegerLowering(GraphLowering):
 
     def finish(self, name: str) -> str:
         output = self.plan.program.output
-        inputs = [output, self.scale(self.plan.output), self.zero_point]
+        inputs = [self.stored(output), self.scale(self.plan.output), self.zero_point]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
@@ -39,7 +39,7 @@ class IntegerLowering(GraphLowering):
         total = self._product(step, (left.name, right.name), arithmetic.product_scale(*scales))
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
         for i, (operator, term) in enumerate(terms, start=1):
-            real = self._dequantized(f"{step.output}/residual_{i}", term.name)
+            real = self._dequantized(f"{step.output}/residual_{i}", term)
             total = self.graph.node(
                 operator, [total, real], f"{step.output}/sum_{i}", self.shape(step.output)
             )
@@ -56,14 +56,13 @@ class IntegerLowering(GraphLowering):
     def add(self, step: Add, left: Value, right: Value) -> Value:
         name = step.output
         sides = [
-            self._dequantized(f"{name}/{side}", value.name)
-            for side, value in (("left", left), ("right", right))
+            self._dequantized(f"{name}/{side}", value) for side, value in (("left", left), ("right", right))
         ]
         total = self.graph.node("Add", sides, f"{name}/sum", self.shape(name))
         return self._quantized(name, total, self.grid(name).scale)
 
     def rescale(self, step: Rescale, source: Value) -> Value:
-        real = self._dequantized(f"{step.output}/scaled", source.tensor)
+        real = self._dequantized(f"{step.output}/scaled", source)
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
@@ -81,12 +80,12 @@ class IntegerLowering(GraphLowering):
             self.graph.node("Slice", inputs, step.output, self.shape(step.output), "int8"), step.output
         )
 
-    def _dequantized(self, name: str, tensor: str) -> str:
+    def _dequantized(self, name: str, value: Value) -> str:
         # Cast and Mul, not DequantizeLinear: optimizers fuse dequantize, operator and
         # quantize into kernels that round in another order.
-        shape = self.shape(tensor)
-        real = self.graph.node("Cast", [tensor], f"{name}/cast", shape, to=1)
-        return self.graph.node("Mul", [real, self.scale(self.grid(tensor))], name, shape)
+        shape = self.shape(value.tensor)
+        real = self.graph.node("Cast", [value.name], f"{name}/cast", shape, to=1)
+        return self.graph.node("Mul", [real, self.scale(self.grid(value.tensor))], name, shape)
 
     def _quantized(self, tensor: str, value: str, scale: float) -> Value:
         fmt, shape = self.grid(tensor).format, self.shape(tensor)
@@ -94,4 +93,4 @@ class IntegerLowering(GraphLowering):
             bounds = [self.graph.scalar(f"clip/{scale * q!r}", scale * q) for q in (fmt.minimum, fmt.maximum)]
             value = self.graph.node("Clip", [value, *bounds], f"{tensor}/clip", shape)
         inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point]
-        return Value(self.graph.node("QuantizeLinear", inputs, tensor, shape, "int8"), tensor)
+        return Value(self.graph.node("QuantizeLinear", inputs, self.stored(tensor), shape, "int8"), tensor)

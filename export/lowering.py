@@ -60,6 +60,11 @@ class GraphLowering(Evaluator[Value]):
     def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
         """Append a Concat of operands that share ``grid``."""
 
+    @staticmethod
+    def stored(tensor: str) -> str:
+        """Name of the int8 tensor; M has a suffix, because the graph's input may be called M."""
+        return f"{tensor}/int8" if tensor == INPUT else tensor
+
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""
         return self.plan.tensors[tensor]

@@ -27,7 +27,7 @@ class QdqLowering(GraphLowering):
     def finish(self, name: str) -> str:
         # A dequantize node of its own: the output's name is the caller's.
         output = self.plan.program.output
-        return self._dequantize(name, output, self.shape(output), self.plan.output)
+        return self._dequantize(name, self.stored(output), self.shape(output), self.plan.output)
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
         values = self.graph.initializer(f"{name}/int8", array)
@@ -90,8 +90,8 @@ class QdqLowering(GraphLowering):
 
     def _quantized(self, tensor: str, value: str, shape: list[int], grid: Quantization) -> Value:
         inputs = [value, self.scale(grid), self.zero_point]
-        self.graph.node("QuantizeLinear", inputs, tensor, shape, "int8")
-        return Value(self._dequantize(f"{tensor}/dequantized", tensor, shape, grid), tensor)
+        stored = self.graph.node("QuantizeLinear", inputs, self.stored(tensor), shape, "int8")
+        return Value(self._dequantize(f"{tensor}/dequantized", stored, shape, grid), tensor)
 
     def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
         return self.graph.node("DequantizeLinear", [values, self.scale(grid), self.zero_point], name, shape)

@@ -1,0 +1,233 @@
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import qinvert
+from qinvert import recall
+from qinvert.cli.app import cli
+from qinvert.cli.graphs import file_names
+from qinvert.stress import stress_matrices
+
+VERBS = ("demo", "inspect", "calibrate", "simulate", "export", "verify", "evaluate", "profiles")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    """Run a call that must end with one line on stderr, nothing on stdout, and exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("qinvert: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+@pytest.fixture
+def matrices(tmp_path):
+    path = tmp_path / "l.npz"
+    np.savez(path, layer=stress_matrices("correlated_keys", 8, 16).numpy())
+    return path
+
+
+@pytest.fixture
+def plan(matrices, tmp_path):
+    path = tmp_path / "plan.json"
+    assert run("calibrate", matrices, "-o", path).exit_code == 0
+    return path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(verb):
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert f"Example: qinvert {verb}" in result.stdout
+    assert "--json" in result.stdout
+    assert "--quiet" in result.stdout
+
+
+def test_the_whole_job_on_matrices(matrices, plan, tmp_path):
+    shown = json.loads(run("inspect", plan, "--json").stdout)
+    assert shown["layers"]["layer"]["accumulator_bound"] < 2**31
+    report = json.loads(run("simulate", plan, "--data", matrices, "--json").stdout)
+    assert report["layers"]["layer"]["sqnr_db"] > 20
+    exported = run("export", plan, "-o", tmp_path / "graphs", "--batch", 4, "--json")
+    assert json.loads(exported.stdout)["files"] == {"layer": str(tmp_path / "graphs" / "layer.onnx")}
+    assert sorted(os.listdir(tmp_path / "graphs")) == ["layer.onnx", "plan.json"]
+    for extra in ((), ("--data", matrices)):
+        verified = json.loads(run("verify", tmp_path / "graphs", *extra, "--json").stdout)
+        assert [r["mismatches"] for r in verified["layer"]] == [0, 0]
+
+
+def test_results_are_tables_unless_json_or_quiet(matrices, plan):
+    assert "sqnr_db" in run("simulate", plan).stdout
+    assert "powers of M against the inverse" in run("inspect", matrices).stdout
+    assert "calibrated max" in run("inspect", plan).stdout
+    assert run("simulate", plan, "--quiet").output == ""
+    assert (
+        json.loads(run("inspect", matrices, "--json", "--quiet").stdout)["layers"]["layer"]["matrices"] == 8
+    )
+
+
+def test_profiles_are_listed():
+    assert "npu-qdq-int8" in run("profiles").stdout
+    assert json.loads(run("profiles", "--json").stdout)["int-ops"]["opset"] == 19
+
+
+def test_a_missed_goal_is_exit_code_1(matrices, plan, tmp_path):
+    assert run("simulate", plan, "--min-sqnr", 20).exit_code == 0
+    result = run("simulate", plan, "--min-sqnr", 80)
+    assert result.exit_code == 1
+    assert "missed" in result.stdout
+    missing = run("calibrate", matrices, "-o", tmp_path / "p.json", "--min-sqnr", 80)
+    assert missing.exit_code == 1
+    assert "NO" in missing.stdout
+    assert (tmp_path / "p.json").is_file()
+
+
+def test_the_embedded_model_needs_no_data(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "plan.json"
+    assert run("calibrate", "recall", "--sequences", 4, "-o", path).exit_code == 0
+    tokens = tmp_path / "tokens.npz"
+    np.savez(tokens, input_ids=recall.sequences(2).numpy())
+    for extra in (("--sequences", 2), ("--data", tokens)):
+        result = json.loads(run("evaluate", path, *extra, "--json").stdout)
+        assert result["score"] == result["exact_score"] == 1.0
+        report = json.loads(run("simulate", path, *extra, "--json").stdout)
+        assert {r["matrices"] for r in report["layers"].values()} == {32}
+    growth = json.loads(run("inspect", "recall", "--sequences", 2, "--json").stdout)
+    assert growth["layers"]["model.layers.1.linear_attn"]["powers"]["8"] > 1e3
+
+
+def test_a_model_folder_takes_token_files(tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    recall.load_model().save_pretrained(folder)
+    np.savez(tmp_path / "tokens.npz", input_ids=recall.sequences(2).numpy())
+    path = tmp_path / "plan.json"
+    assert run("calibrate", folder, "--data", tmp_path / "tokens.npz", "-o", path).exit_code == 0
+    assert "--data FILE" in refused("calibrate", folder, "-o", tmp_path / "other.json")
+    assert "--data FILE" in refused("evaluate", path)
+
+
+BAD_MATRICES = {
+    "nan": lambda m: m.__setitem__((0, 5, 1), np.nan),
+    "infinite": lambda m: m.__setitem__((0, 5, 1), np.inf),
+    "upper": lambda m: m.__setitem__((0, 1, 5), 1.0),
+    "diagonal": lambda m: m.__setitem__((0, 5, 5), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MATRICES)
+def test_bad_matrices_are_refused_and_leave_no_plan(kind, tmp_path):
+    lower = stress_matrices("small_random", 2, 16).numpy()
+    BAD_MATRICES[kind](lower)
+    np.savez(tmp_path / "bad.npz", a=lower)
+    assert "'a'" in refused("calibrate", tmp_path / "bad.npz", "-o", tmp_path / "plan.json")
+    assert os.listdir(tmp_path) == ["bad.npz"]
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 12), (2, 16, 8), (16,), (0, 16, 16)])
+def test_bad_sizes_are_refused(shape, tmp_path):
+    np.savez(tmp_path / "bad.npz", a=np.zeros(shape, dtype=np.float32))
+    refused("calibrate", tmp_path / "bad.npz", "-o", tmp_path / "plan.json")
+    assert os.listdir(tmp_path) == ["bad.npz"]
+
+
+def test_damaged_files_are_refused(matrices, plan, tmp_path):
+    matrices.write_bytes(matrices.read_bytes()[:-30])
+    assert "cannot read" in refused("calibrate", matrices, "-o", tmp_path / "new.json")
+    content = plan.read_text()
+    plan.write_text(content[: len(content) // 2])
+    assert "truncated" in refused("simulate", plan)
+    assert "truncated" in refused("export", plan, "-o", tmp_path / "graphs")
+    assert not (tmp_path / "new.json").exists()
+    assert not (tmp_path / "graphs").exists()
+
+
+def test_a_newer_schema_is_refused(plan):
+    document = json.loads(plan.read_text())
+    document["schema_version"] = 99
+    plan.write_text(json.dumps(document))
+    assert "upgrade qinvert" in refused("simulate", plan)
+
+
+def test_a_plan_whose_program_does_not_match_is_refused(plan):
+    document = json.loads(plan.read_text())
+    del document["layers"]["layer"]["tensors"]["M"]
+    plan.write_text(json.dumps(document))
+    assert "lacks 'M'" in refused("export", plan, "-o", plan.parent / "graphs")
+    assert not (plan.parent / "graphs").exists()
+
+
+def test_damaged_graphs_are_refused(plan, tmp_path):
+    run("export", plan, "-o", tmp_path / "graphs")
+    graph = tmp_path / "graphs" / "layer.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    assert "no ONNX model" in refused("verify", tmp_path / "graphs")
+    graph.unlink()
+    assert "no exported layer" in refused("verify", tmp_path / "graphs")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("calibrate", "nowhere.npz", "-o", "p.json"),
+        ("calibrate", "nowhere", "--data", "t.npz", "-o", "p.json"),
+        ("calibrate", "recall", "--data", "nowhere.npz", "-o", "p.json"),
+        ("simulate", "nowhere.json"),
+        ("export", "nowhere.json", "-o", "graphs"),
+        ("verify", "nowhere"),
+        ("evaluate", "nowhere.json"),
+        ("inspect", "nowhere"),
+    ],
+)
+def test_missing_files_are_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(*arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_illegal_options_are_refused(matrices, plan, tmp_path):
+    out = tmp_path / "out"
+    assert "unknown layer 'x'" in refused("export", plan, "-o", out, "--layer", "x")
+    assert "unknown profile" in refused("export", plan, "-o", out, "--profile", "x")
+    assert "batch 0" in refused("export", plan, "-o", out, "--batch", 0)
+    assert "unknown method" in refused("calibrate", matrices, "-o", out, "--method", "x")
+    assert "takes int8" in refused("calibrate", matrices, "-o", out, "--bits", 4)
+    assert "leave out --data" in refused("calibrate", matrices, "--data", matrices, "-o", out)
+    assert not out.exists()
+
+
+def test_unwritable_places_are_refused(matrices, plan, tmp_path):
+    assert "cannot write" in refused("calibrate", matrices, "-o", tmp_path / "missing" / "plan.json")
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot create folder" in refused("export", plan, "-o", tmp_path / "file" / "graphs")
+
+
+def test_layer_names_never_leave_the_folder(plan):
+    layer = qinvert.Plan.load(plan).layer()
+    hostile = ("../../up", "/etc/passwd", "..", "", "a/b", "a_b", "." * 300, "con\x00trol")
+    names = file_names(qinvert.Plan(layers=dict.fromkeys(hostile, layer), target="int-ops"))
+    assert len(set(names.values())) == len(hostile)
+    for name in names.values():
+        assert pathlib.PurePath(name).name == name
+        assert not name.startswith(".")
+
+
+def test_a_failed_gate_of_verify_is_an_error_not_a_traceback(plan, tmp_path):
+    run("export", plan, "-o", tmp_path / "graphs", "--profile", "int-ops")
+    document = json.loads((tmp_path / "graphs" / "plan.json").read_text())
+    for tensor in document["layers"]["layer"]["tensors"].values():
+        tensor["scale"] = tensor["scale"] * 2
+    document["layers"]["layer"]["requantize"] = "divide"
+    (tmp_path / "graphs" / "plan.json").write_text(json.dumps(document))
+    assert "differs from the simulator" in refused("verify", tmp_path / "graphs")

@@ -1,0 +1,133 @@
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import qinvert
+from qinvert import recall
+from qinvert.errors import ExportError, InputError, VerificationError
+from qinvert.plan import Quantization
+from qinvert.stress import STRESS, stress_matrices
+
+METHODS = {
+    "auto": lambda _: "auto",
+    "packed": lambda chunk: qinvert.block_merge(chunk, base=4),
+    "masked": lambda chunk: qinvert.block_merge(chunk, base=2, layout="masked"),
+    "tiled": lambda chunk: qinvert.block_merge(chunk, base=1, tile=16),
+    "corrected": lambda chunk: qinvert.block_merge(chunk, base=4, corrections=1),
+}
+
+
+def everything(chunk, count):
+    return torch.cat([stress_matrices(name, count, chunk, seed=7) for name in STRESS])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("chunk", "count"), [(16, 352), (32, 88), (64, 22), (128, 6)])
+@pytest.mark.parametrize(
+    ("profile", "scales", "share"),
+    [("int-ops", "float", 0.0), ("npu-qdq-int8", "pow2", 0.0), ("npu-qdq-int8", "float", 1e-4)],
+)
+def test_onnxruntime_equals_the_simulator(method, chunk, count, profile, scales, share, tmp_path, capsys):
+    # More than 1e6 values per chunk size and profile, optimized and not.
+    lower = everything(chunk, count)
+    assert lower.numel() > 1e6
+    plan = qinvert.calibrate(lower[::16], method=METHODS[method](chunk), target=profile, scales=scales)
+    qinvert.export(plan, tmp_path / "t.onnx", batch=64)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower):
+        if result.mismatches:
+            with capsys.disabled():
+                print(f"\n{profile} {scales} {method} C={chunk}: {result}, steps: {result.max_steps:.3g}")
+        assert result.values == lower.numel()
+        assert result.exact == (share == 0)
+        assert result.mismatches <= share * result.values
+        assert result.max_steps < 1.5
+
+
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+@pytest.mark.parametrize("profile", ["int-ops", "npu-qdq-int8"])
+def test_captured_matrices_are_equal_in_onnxruntime(profile, scales, tmp_path):
+    pytest.importorskip("transformers")
+    model = recall.load_model()
+    captured = {name: lower.flatten(0, -3) for name, lower in qinvert.capture(model, recall.sequences(8))}
+    plan = qinvert.calibrate(captured, target=profile, scales=scales)
+    for name, lower in captured.items():
+        qinvert.export(plan, tmp_path / "t.onnx", layer=name, batch=32)
+        for result in qinvert.verify(tmp_path / "t.onnx", plan, lower):
+            assert result.mismatches <= (1e-4 * result.values if not result.exact else 0)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    lower = stress_matrices("correlated_keys", 10, 16)
+    plan = qinvert.calibrate(lower, target="int-ops")
+    qinvert.export(plan, tmp_path / "t.onnx", batch=4)
+    return tmp_path / "t.onnx", plan, lower
+
+
+def test_a_last_batch_is_filled_up(exported):
+    path, plan, lower = exported
+    assert [r.values for r in qinvert.verify(path, plan, lower)] == [10 * 256] * 2
+    assert [r.values for r in qinvert.verify(path, plan, lower[0])] == [256] * 2
+
+
+def test_a_graph_from_minus_l_is_fed_minus_l(exported, tmp_path):
+    _, plan, lower = exported
+    qinvert.export(plan, tmp_path / "m.onnx", input="M")
+    assert all(r.mismatches == 0 for r in qinvert.verify(tmp_path / "m.onnx", plan, lower))
+
+
+def tampered(path):
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("factor/"):
+            changed = onnx.numpy_helper.to_array(tensor) * np.float32(1.02)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+            break
+    onnx.save(model, path)
+
+
+def test_a_wrong_constant_is_caught_with_the_first_element(exported):
+    path, plan, lower = exported
+    tampered(path)
+    with pytest.raises(VerificationError, match=r"first at \[\d+, \d+, \d+\]: .* instead of"):
+        qinvert.verify(path, plan, lower)
+
+
+def test_another_plan_is_caught_and_said(exported):
+    path, plan, lower = exported
+    layer = plan.layer()
+    coarser = {name: Quantization(format=q.format, scale=q.scale * 2) for name, q in layer.tensors.items()}
+    other = qinvert.Plan(layers={"layer": dataclasses.replace(layer, tensors=coarser)}, target=plan.target)
+    with pytest.raises(VerificationError, match="exported from another plan"):
+        qinvert.verify(path, other, lower)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"not an onnx file" * 10, b"\xff" * 100])
+def test_what_is_no_graph_is_an_export_error(exported, content):
+    path, plan, lower = exported
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=r"no ONNX model|no input L"):
+        qinvert.verify(path, plan, lower)
+
+
+def test_foreign_graphs_are_refused(exported, tmp_path):
+    _, plan, lower = exported
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 4, 16, 16])
+    y = onnx.helper.make_tensor_value_info("T", onnx.TensorProto.FLOAT, [1, 4, 16, 16])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["T"])], "g", [x], [y])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "f.onnx")
+    with pytest.raises(ExportError, match="no input L or M"):
+        qinvert.verify(tmp_path / "f.onnx", plan, lower, layer="layer")
+
+
+def test_missing_files_and_unknown_runtimes_are_errors(exported, tmp_path):
+    path, plan, lower = exported
+    with pytest.raises(InputError, match="cannot read"):
+        qinvert.verify(tmp_path / "missing.onnx", plan, lower)
+    with pytest.raises(ExportError, match="unknown runtime 'abacus'; use one of onnxruntime"):
+        qinvert.verify(path, plan, lower, runtimes=("abacus",))
+    with pytest.raises(InputError, match="the plan is for 16 x 16"):
+        qinvert.verify(path, plan, torch.zeros(2, 8, 8))

@@ -1,0 +1,59 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import qinvert
+from qinvert.errors import QInvertError
+
+CONTRACT = "Plan block_merge calibrate evaluate exact_inverse export neumann neumann_doubling patched simulate verify"
+
+
+@pytest.mark.parametrize("name", CONTRACT.split())
+def test_the_contract_is_public(name):
+    assert callable(getattr(qinvert, name))
+    assert name in qinvert.__all__
+
+
+def test_every_public_name_exists_and_dir_lists_it():
+    assert dir(qinvert) == sorted(qinvert.__all__)
+    for name in qinvert.__all__:
+        assert getattr(qinvert, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = qinvert.nope
+
+
+def test_every_error_is_one_error():
+    errors = importlib.import_module("qinvert.errors")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not QInvertError]
+    assert 3 <= len(kinds) <= 7
+    assert all(issubclass(kind, QInvertError) for kind in kinds)
+    assert issubclass(QInvertError, ValueError)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, qinvert; print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher"),
+    [("qinvert", "calibration"), ("qinvert", "export"), ("qinvert", "cli"), ("calibration", "export")],
+)
+def test_dependencies_point_one_way(lower, higher, pytestconfig):
+    root = pytestconfig.rootpath
+    files = root.joinpath(lower).glob("*.py") if lower != "qinvert" else [
+        *root.glob("qinvert/*.py"),
+        *root.glob("qinvert/methods/*.py"),
+        *root.glob("qinvert/profiles/*.py"),
+    ]  # fmt: skip
+    # The package's __init__ only names what lives above it.
+    files = [f for f in files if f != root / "qinvert" / "__init__.py"]
+    assert len(files) > 5
+    for file in files:
+        assert f"qinvert.{higher}" not in file.read_text().replace(f"`qinvert.{higher}", ""), file
