@@ -22,6 +22,8 @@ from qinvert.steps import INPUT, Add, MatMul, Rescale
 
 #: Room above the largest residue seen on the sample.
 MARGIN: Final = 4.0
+#: Residue is what a float run leaves this far below M.
+SMALL: Final = 0.01
 
 
 class _ResidueEvaluator(FloatEvaluator):
@@ -67,8 +69,9 @@ def settle_residues(
 ) -> dict[str, float]:
     """Return ``ranges`` with residue tensors at `MARGIN` times what they reach on the sample.
 
-    A tensor counts as residue if it shares its grid with no other and exceeds
-    the range of the float run more than twice once its inputs are quantized.
+    A tensor counts as residue if it shares its grid with no other, stayed below
+    `SMALL` times M in the float run, and exceeds that range more than
+    twice once its inputs are quantized.
 
     Parameters
     ----------
@@ -83,7 +86,8 @@ def settle_residues(
     tensors = choose_quantizations(program, ranges, fmt, ScaleRule.FLOAT, Requantize.DIVIDE)
     groups = scale_groups(program)
     sizes = Counter(groups.values())
-    free = {name for name, group in groups.items() if sizes[group] == 1}
+    small = SMALL * ranges[INPUT]
+    free = {name for name, group in groups.items() if sizes[group] == 1 and ranges[name] <= small}
     evaluator = _ResidueEvaluator(sample.shape[0], sample.device, tensors, free)
     program.evaluate(evaluator, evaluator.round(INPUT, -sample.to(torch.float64)))
     return {**ranges, **evaluator.widened}

@@ -81,6 +81,8 @@ def test_printing_an_explicit_inverse_adds_no_identity():
     assert "T = square: " in str(program(square, output="square", implicit_identity=False))
 
 
-def test_titles_name_the_arguments():
+def test_titles_name_the_arguments_that_matter():
+    assert block_merge(64).title == block_merge(64, tile=4).title == "block_merge(chunk=64, base=4)"
     assert block_merge(64, 4, tile=16).title == "block_merge(chunk=64, base=4, tile=16)"
+    assert block_merge(64, 4, tile=64).title == "block_merge(chunk=64, base=4, layout=masked)"
     assert neumann(32, 7).title == "neumann(chunk=32, order=7)"

@@ -146,7 +146,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, place):
     ("content", "words"),
     [
         (b"", "not a plan file .* is it truncated"),
-        (b"{", "is it truncated"),
         (b"\xff\xfe\xfa\x00", "not a plan file"),
         (b"\x80\x04\x95.", "not a plan file"),
         (b"[]", "the top level is no object"),
@@ -196,6 +195,7 @@ WRONG = [
     ((*STEP,), {"operation": "concat", "output": "x", "sources": ["M"], "axis": []}, "axis .* is unknown"),
     (("layers", LAYER), [], "layer 'layer'|'program' must be a int"),
     (("layers", LAYER, "program"), 1, "layer 'layer' names program 1, the plan has 1"),
+    (("layers", LAYER, "program"), -1, "names program -1"),
     (("layers", LAYER, "program"), False, "'program' must be a int, got False"),
     (("layers", LAYER, "requantize"), "shift", "requantize 'shift' is unknown; use divide or multiplier"),
     (("layers", LAYER, "ranges", "M"), "1", "'ranges' must map names to numbers"),

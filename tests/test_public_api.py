@@ -7,7 +7,10 @@ import pytest
 import qinvert
 from qinvert.errors import QInvertError
 
-CONTRACT = "Plan block_merge calibrate evaluate exact_inverse export neumann neumann_doubling patched simulate verify"
+CONTRACT = (
+    "Plan block_merge calibrate evaluate exact_inverse export neumann neumann_doubling patched "
+    "simulate verify"
+)
 
 
 @pytest.mark.parametrize("name", CONTRACT.split())

@@ -1,0 +1,88 @@
+"""Time inverses of 64 x 64 matrices in one run and print ratios.
+
+Every contender is timed round-robin, so that a drift of the machine hits all
+of them alike; the ratio to a copy of the data is what to quote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import qinvert
+from qinvert.execute import run_checked
+from qinvert.export.runtimes import onnxruntime_settings
+from qinvert.simulator import simulate_inverse
+from qinvert.stress import stress_matrices
+
+Contender = Callable[[], Any]
+
+
+def graph(plan: qinvert.Plan, profile: str, lower: torch.Tensor) -> Contender:
+    """Return a call of the exported graph in optimized onnxruntime."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        qinvert.export(plan, path, profile=profile, batch=lower.shape[0])
+        (_, run) = list(onnxruntime_settings(path.read_bytes()))[-1]
+    feed = {"L": lower[None].numpy()}
+    return lambda: run(feed)
+
+
+def contenders(lower: torch.Tensor) -> dict[str, Contender]:
+    """Return what is compared, by name."""
+    chunk = lower.shape[-1]
+    merge = qinvert.block_merge(chunk, base=4)
+    tiled = qinvert.block_merge(chunk, base=1, tile=min(16, chunk))
+    doubling = qinvert.neumann_doubling(chunk)
+    plan = qinvert.calibrate(lower, method=merge)
+    direct = qinvert.calibrate(lower, method=tiled, target="int-ops")
+    eye = torch.eye(chunk).expand(lower.shape)
+    return {
+        "copy": lower.clone,
+        "torch.linalg.solve_triangular float32": lambda: torch.linalg.solve_triangular(
+            lower, eye, upper=False, unitriangular=True
+        ),
+        "block_merge float32": lambda: run_checked(merge, lower, torch.float32),
+        "neumann_doubling float32": lambda: run_checked(doubling, lower, torch.float32),
+        "simulator int8, base 4": lambda: simulate_inverse(plan.layer(), lower),
+        "simulator int8, tile 16": lambda: simulate_inverse(direct.layer(), lower),
+        "onnxruntime npu-qdq-int8, base 4": graph(plan, "npu-qdq-int8", lower),
+        "onnxruntime int-ops, tile 16": graph(direct, "int-ops", lower),
+    }
+
+
+def measure(calls: dict[str, Contender], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each call over interleaved rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """Print microseconds per matrix and the ratio to a copy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    lower = stress_matrices("correlated_keys", arguments.count, arguments.chunk)
+    seconds = measure(contenders(lower), arguments.rounds)
+    print(f"{arguments.count} matrices, C = {arguments.chunk}, {torch.get_num_threads()} threads")
+    for name, value in seconds.items():
+        print(f"{name:<40}{1e6 * value / arguments.count:>8.2f} us{value / seconds['copy']:>8.1f} x copy")
+
+
+if __name__ == "__main__":
+    main()
