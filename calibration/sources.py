@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -124,26 +123,20 @@ def _read_npz(file: Path) -> dict[str, Any]:
             handle.seek(0)
             archive = np.load(handle, allow_pickle=False)
             return {name: archive[name] for name in archive.files}
-    except (
-        MemoryError,
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        raise InputError(f"cannot read {file}: {error}; write it with numpy.savez") from None
+    except Exception as error:  # damaged archives raise anything from LZMAError to TokenError
+        raise InputError(f"cannot read {file}: {_reason(error)}; write it with numpy.savez") from None
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:
     try:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         raise InputError(f"cannot read {file} without safetensors; run: pip install 'qinvert[hf]'") from None
     try:
         return dict(load_file(file))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"cannot read {file}: {error}; write it with safetensors") from None
+    except Exception as error:  # the reader has error types of its own, and torch's
+        raise InputError(f"cannot read {file}: {_reason(error)}; write it with safetensors") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -133,6 +133,7 @@ def _scan(
 
 
 def _normalize(x: torch.Tensor) -> torch.Tensor:
+    x = x.to(torch.float32)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
 

@@ -31,7 +31,8 @@ def as_tensor(matrices: object, name: str = "L") -> torch.Tensor:
             array = np.asarray(matrices)
             if array.dtype.kind not in "fiu":
                 raise TypeError(f"dtype {array.dtype}")
-            tensor = torch.as_tensor(array)
+            # torch knows the machine's byte order only.
+            tensor = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{name} is not a real numeric array ({error}); pass a tensor or an array"

@@ -123,14 +123,19 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     assert (out.double() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
-def test_normalizing_divides_by_the_norm_with_its_epsilon():
-    arguments = inputs(9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalizing_divides_by_the_norm_with_its_epsilon(dtype):
+    arguments = inputs(9, dtype=dtype)
     arguments["query"], arguments["key"] = 3 * arguments["query"], 0.2 * arguments["key"]
-    out, _ = chunk_gated_delta_rule(**arguments, chunk_size=4, use_qk_l2norm_in_kernel=True)
+    options = {"chunk_size": 4, "use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    _, state = chunk_gated_delta_rule(**arguments, **options)
+    out, _ = chunk_gated_delta_rule(**{name: x.float() for name, x in arguments.items()}, **options)
     for name in ("query", "key"):
         squares = arguments[name].double().square().sum(-1, keepdim=True)
         arguments[name] = arguments[name].double() / (squares + 1e-6).sqrt()
-    assert close(out, token_by_token(**arguments)[0])
+    expected, expected_state = token_by_token(**arguments)
+    assert close(out, expected)
+    assert close(state, expected_state)
 
 
 def test_the_final_state_is_returned_only_on_request():
