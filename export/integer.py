@@ -31,12 +31,11 @@ class IntegerLowering(GraphLowering):
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
-        scales = self.grid(step.left).scale, self.grid(step.right).scale
         if self.plan.requantize is Requantize.MULTIPLIER:
-            factor = arithmetic.multiplier(*scales, self.grid(step.output).scale)
-            steps = self._product(step, self.widened(step, left, right), factor)
+            steps = self._product(step, self.widened(step, left, right), self.plan.multiplier(step))
             return self._quantized(step.output, steps, 1.0)
-        total = self._product(step, (left.name, right.name), arithmetic.product_scale(*scales))
+        unit = arithmetic.product_scale(self.grid(step.left).scale, self.grid(step.right).scale)
+        total = self._product(step, (left.name, right.name), unit)
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
         for i, (operator, term) in enumerate(terms, start=1):
             real = self._dequantized(f"{step.output}/residual_{i}", term)

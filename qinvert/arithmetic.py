@@ -42,8 +42,7 @@ def float32(value: float) -> float:
 def check_scale(scale: float) -> None:
     """Refuse a scale that is no float32 in [`MIN_SCALE`, `MAX_SCALE`].
 
-    Inside that interval no product of scales and accumulator overflows, so
-    NaN cannot arise from finite inputs.
+    Inside that interval no product of two scales and an accumulator overflows.
 
     Raises
     ------
@@ -63,8 +62,21 @@ def product_scale(left: float, right: float) -> float:
 
 
 def multiplier(left: float, right: float, output: float) -> float:
-    """``float32(float32(left * right) / output)``, the factor QLinearMatMul applies."""
-    return float(np.float32(product_scale(left, right)) / np.float32(output))
+    """``float32(float32(left * right) / output)``, the factor QLinearMatMul applies.
+
+    Raises
+    ------
+    PlanError
+        If it overflows: zero times it would be NaN.
+    """
+    with np.errstate(over="ignore"):
+        factor = float(np.float32(product_scale(left, right)) / np.float32(output))
+    if math.isinf(factor):
+        raise PlanError(
+            f"scales {left:.3g} * {right:.3g} / {output:.3g} overflow float32; "
+            "use a larger scale for the product"
+        )
+    return factor
 
 
 def quantize_scalar(x: float, scale: float, fmt: IntFormat) -> int:
@@ -81,6 +93,10 @@ def quantize_scalar(x: float, scale: float, fmt: IntFormat) -> int:
         steps = float(np.float32(x) / np.float32(scale))
     if math.isnan(steps):
         raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
+    return _saturate_scalar(steps, fmt)
+
+
+def _saturate_scalar(steps: float, fmt: IntFormat) -> int:
     if math.isinf(steps):
         return fmt.maximum if steps > 0 else fmt.minimum
     # Python's round is half-to-even on floats and exact.
@@ -186,9 +202,10 @@ def requantize_divide_scalar(
     accumulator: int, unit: float, addends: list[tuple[int, float]], scale: float, fmt: IntFormat
 ) -> int:
     """Scalar twin of `requantize_divide`; ``addends`` are (integer, signed scale) pairs."""
-    x = np.float32(accumulator) * np.float32(unit)
-    for q, addend_scale in addends:
-        x = x + np.float32(q) * np.float32(addend_scale)
+    with np.errstate(over="ignore"):
+        x = np.float32(accumulator) * np.float32(unit)
+        for q, addend_scale in addends:
+            x = x + np.float32(q) * np.float32(addend_scale)
     return quantize_scalar(float(x), scale, fmt)
 
 
@@ -223,8 +240,8 @@ def requantize_divide(
 
 def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat) -> int:
     """Scalar twin of `requantize_multiplier`."""
-    steps = float(np.float32(accumulator) * np.float32(factor))
-    return max(fmt.minimum, min(fmt.maximum, round(steps) + fmt.zero_point))
+    with np.errstate(over="ignore"):
+        return _saturate_scalar(float(np.float32(accumulator) * np.float32(factor)), fmt)
 
 
 def requantize_multiplier(accumulator: torch.Tensor, factor: float, fmt: IntFormat) -> torch.Tensor:

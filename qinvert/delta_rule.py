@@ -85,13 +85,9 @@ def chunk_gated_delta_rule(
     ----------
     Gated DeltaNet, arXiv 2412.06464, section 3.3.
     """
-    if g.ndim != beta.ndim:
-        raise InputError(
-            f"g has shape {list(g.shape)}, beta {list(beta.shape)}; "
-            "this rule takes one decay a head, not per channel"
-        )
     if cu_seqlens is not None:
         raise InputError("packed sequences (cu_seqlens) are not supported; pass one sequence a row")
+    _check_shapes(query, key, value, g, beta, chunk_size, initial_state)
     length, dtype = query.shape[1], query.dtype
     heads = value.shape[2]
     if use_qk_l2norm_in_kernel:
@@ -106,6 +102,35 @@ def chunk_gated_delta_rule(
     out, state = _scan(q, k, v, torch.cumsum(log_decay, -1), b, t, state)
     out = out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)
     return out.contiguous(), state if output_final_state else None
+
+
+def _check_shapes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    chunk_size: int,
+    state: torch.Tensor | None,
+) -> None:
+    shapes = ", ".join(
+        f"{name} {list(x.shape)}"
+        for name, x in (("query", query), ("key", key), ("value", value), ("g", g), ("beta", beta))
+    )
+    if g.ndim == 4:
+        raise InputError(f"{shapes}: this rule takes one decay a head, not per channel")
+    legal = query.ndim == key.ndim == value.ndim == 4 and query.shape == key.shape
+    legal = legal and g.shape == beta.shape == value.shape[:3] and key.shape[:2] == value.shape[:2]
+    if not legal or value.shape[1] == 0 or value.shape[2] % max(1, key.shape[2]):
+        raise InputError(
+            f"{shapes} do not fit; pass query, key [B, T, Hk, Dk], value [B, T, H, Dv], "
+            "g, beta [B, T, H] with T > 0 and H a multiple of Hk"
+        )
+    if chunk_size < 1:
+        raise InputError(f"chunk_size {chunk_size} is not positive; models use 64")
+    wanted = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    if state is not None and state.shape != wanted:
+        raise InputError(f"initial_state has shape {list(state.shape)}, {list(wanted)} fits")
 
 
 def _scan(

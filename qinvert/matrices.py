@@ -15,6 +15,9 @@ Array: TypeAlias = npt.NDArray[np.floating]
 Matrices: TypeAlias = "torch.Tensor | Array"
 M = TypeVar("M", torch.Tensor, Array)
 
+#: Types that L may have.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def as_tensor(matrices: object, name: str = "L") -> torch.Tensor:
     """Return ``matrices`` as a floating tensor, without checking their structure.
@@ -31,15 +34,20 @@ def as_tensor(matrices: object, name: str = "L") -> torch.Tensor:
             array = np.asarray(matrices)
             if array.dtype.kind not in "fiu":
                 raise TypeError(f"dtype {array.dtype}")
-            # torch knows the machine's byte order only.
-            tensor = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+            # torch takes writeable arrays with positive strides in the machine's byte order.
+            plain = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+            tensor = torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=not plain, order="C"))
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{name} is not a real numeric array ({error}); pass a tensor or an array"
             ) from None
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name} is sparse; pass a dense tensor")
+    if tensor.dtype in FLOATS:
+        return tensor
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         raise InputError(f"{name} has dtype {tensor.dtype}; pass float16, bfloat16, float32 or float64")
-    return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
+    return tensor.to(torch.float32)
 
 
 def check_matrices(matrices: object, chunk: int | None = None, name: str = "L") -> torch.Tensor:

@@ -55,7 +55,7 @@ class ErrorStatistics:
         ``inf`` without an error, ``-inf`` where an estimate was not finite or
         the signal is zero and the error is not.
         """
-        if math.isnan(self.noise) or math.isinf(self.noise):
+        if self.non_finite or not math.isfinite(self.noise):
             return -math.inf
         if self.noise == 0:
             return math.inf

@@ -49,6 +49,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         arithmetic.check_scale(self.scale)
+        object.__setattr__(self, "scale", float(self.scale))
 
     @property
     def limit(self) -> float:
@@ -83,12 +84,17 @@ class LayerPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        object.__setattr__(self, "requantize", _requantize(self.requantize))
         _check_names(self.program, self.tensors)
+        # In the program's order: equal plans must give equal files.
+        ordered = {name: self.tensors[name] for name in self.program.tensors}
+        object.__setattr__(self, "tensors", MappingProxyType(ordered))
         _check_moves(self.program, self.tensors)
         for step in self.program.steps:
             if isinstance(step, MatMul):
                 arithmetic.check_accumulator(self.accumulator_bound(step))
+                if self.requantize is Requantize.MULTIPLIER:
+                    self.multiplier(step)
 
     @property
     def chunk(self) -> int:
@@ -137,6 +143,11 @@ class LayerPlan:
                 "use a scale 1/k or requantize='divide'"
             )
         return factor
+
+    def multiplier(self, step: MatMul) -> float:
+        """Factor from the step's accumulator to the integers of its output."""
+        names = (step.left, step.right, step.output)
+        return arithmetic.multiplier(*(self.tensors[name].scale for name in names))
 
     def accumulator_bound(self, step: MatMul) -> int:
         """Largest magnitude of the step's accumulator, ``K * max|qa| * max|qb|`` plus residuals."""
@@ -237,6 +248,13 @@ def _names(layers: Mapping[str, LayerPlan], limit: int = 8) -> str:
     names = list(layers)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def _requantize(name: str) -> Requantize:
+    try:
+        return Requantize(name)
+    except ValueError:
+        raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None
 
 
 def _check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Final, TypeVar
 
-from qinvert.errors import PlanError, QInvertError
+from qinvert.errors import PlanError, ProgramError, QInvertError
 from qinvert.files import read_bytes, write_atomically
 from qinvert.formats import find_format
-from qinvert.plan import LayerPlan, Plan, Quantization, Requantize
+from qinvert.plan import LayerPlan, Plan, Quantization
 from qinvert.program_io import Json, program_from_json, program_to_json, require
 from qinvert.version import __version__
 
@@ -79,7 +80,13 @@ def from_bytes(content: bytes) -> Plan:
     PlanError
         If it is no plan, of a newer schema, or inconsistent.
     """
-    document = _parse(content)
+    try:
+        return _from_json(_parse(content))
+    except ProgramError as error:
+        raise PlanError(f"damaged program: {error}") from None
+
+
+def _from_json(document: Json) -> Plan:
     version = require(document, "schema_version", int)
     if version > SCHEMA_VERSION:
         raise PlanError(
@@ -104,7 +111,9 @@ def from_bytes(content: bytes) -> Plan:
 
 def _parse(content: bytes) -> Json:
     try:
-        document = json.loads(content, parse_constant=_refuse_constant)
+        document = json.loads(
+            content, parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_small_int
+        )
     except (ValueError, RecursionError) as error:
         raise PlanError(f"not a plan file ({error}); is it truncated?") from None
     if not isinstance(document, dict):
@@ -114,6 +123,20 @@ def _parse(content: bytes) -> Json:
 
 def _refuse_constant(token: str) -> None:
     raise ValueError(f"{token} is no JSON number")
+
+
+def _finite_float(token: str) -> float:
+    value = float(token)
+    if math.isinf(value):
+        raise ValueError(f"{token[:40]} is too large")
+    return value
+
+
+def _small_int(token: str) -> int:
+    # 64 bits are more than any count or index; longer ones only serve to break readers.
+    if len(token) > 19:
+        raise ValueError(f"{token[:40]} is too large")
+    return int(token)
 
 
 def _layer_to_json(layer: LayerPlan, program: int) -> Json:
@@ -134,7 +157,7 @@ def _layer_from_json(layer: Any, name: str, program: Any) -> LayerPlan:
         return LayerPlan(
             program=program,
             tensors=_tensors_from_json(require(layer, "tensors", dict)),
-            requantize=_requantize(require(layer, "requantize", str)),
+            requantize=require(layer, "requantize", str),  # type: ignore[arg-type] # LayerPlan converts
             ranges=ranges,
             provenance=require(layer, "provenance", dict),
         )
@@ -149,10 +172,3 @@ def _tensors_from_json(tensors: Mapping[str, Any]) -> dict[str, Quantization]:
         )
         for name, entry in tensors.items()
     }
-
-
-def _requantize(name: str) -> Requantize:
-    try:
-        return Requantize(name)
-    except ValueError:
-        raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None

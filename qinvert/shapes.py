@@ -20,6 +20,7 @@ def infer_shapes(program: Program) -> Mapping[str, Shape]:
     """
     whole = Shape(1, program.chunk, program.chunk)
     shapes = {INPUT: whole}
+    zeros = {c.name for c in program.constants if not any(stop > start for start, stop in c.ones)}
     constants = {c.name: Shape(1, c.rows, c.columns) for c in program.constants}
     if len(constants) != len(program.constants) or INPUT in constants:
         raise ProgramError(f"{program.name}: two constants share a name, or one is called {INPUT!r}")
@@ -32,9 +33,20 @@ def infer_shapes(program: Program) -> Mapping[str, Shape]:
                     f"step {step.output!r} reads {name!r}, which no earlier step writes; "
                     "order the steps so that tensors are written first"
                 )
+        if isinstance(step, Concat):
+            _check_zeros(step, set(constants) - zeros)
         shapes[step.output] = _output_shape(step, shapes, constants)
     _check_output(program, shapes, whole)
     return shapes
+
+
+def _check_zeros(step: Concat, others: set[str]) -> None:
+    # A one would mean 1.0 in floating point and one step of the grid in integers.
+    for name in step.sources:
+        if name in others:
+            raise ProgramError(
+                f"step {step.output!r}: constant {name!r} is not all zeros; only zeros can be joined"
+            )
 
 
 def _check_output(program: Program, shapes: Mapping[str, Shape], whole: Shape) -> None:
@@ -114,7 +126,9 @@ def _concat_shape(step: Concat, shapes: Mapping[str, Shape], constants: Mapping[
         shapes[name] if name in shapes else constants[name]._replace(blocks=tensors[0].blocks)
         for name in step.sources
     ]
-    axis = list(Axis).index(Axis(step.axis))
+    if step.axis not in list(Axis):
+        raise ProgramError(f"step {step.output!r}: axis {step.axis!r} is unknown; use {', '.join(Axis)}")
+    axis = list(Axis).index(step.axis)
     if axis == 0 and len(parts) != len(tensors):
         raise ProgramError(f"step {step.output!r}: constants cannot be stacked on the batch axis")
     rest = {part[:axis] + part[axis + 1 :] for part in parts}

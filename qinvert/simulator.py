@@ -42,14 +42,14 @@ class IntegerEvaluator(TorchEvaluator):
         ]
         tensors = self.plan.tensors
         output = tensors[step.output]
-        scales = tensors[step.left].scale, tensors[step.right].scale
         if self.plan.requantize is Requantize.MULTIPLIER:
             for name, sign, value in signed:
-                accumulator = accumulator + value * (sign * self.plan.residual_factor(step, name))
-            factor = arithmetic.multiplier(*scales, output.scale)
-            return arithmetic.requantize_multiplier(accumulator, factor, output.format)
+                # In the accumulator's dtype: the product may exceed what float32 holds exactly.
+                term = value.to(accumulator.dtype)
+                accumulator = accumulator + term * (sign * self.plan.residual_factor(step, name))
+            return arithmetic.requantize_multiplier(accumulator, self.plan.multiplier(step), output.format)
         addends = [(value, sign * tensors[name].scale) for name, sign, value in signed]
-        unit = arithmetic.product_scale(*scales)
+        unit = arithmetic.product_scale(tensors[step.left].scale, tensors[step.right].scale)
         return arithmetic.requantize_divide(accumulator, unit, addends, output.scale, output.format)
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

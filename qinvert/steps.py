@@ -59,10 +59,10 @@ class Constant:
 
     def __post_init__(self) -> None:
         legal = all(0 <= a <= b <= self.columns for a, b in self.ones)
-        if len(self.ones) != self.rows or not legal:
+        if self.rows < 1 or len(self.ones) != self.rows or not legal:
             raise ProgramError(
-                f"constant {self.name!r}: needs one column range inside [0, {self.columns}] for "
-                f"each of its {self.rows} rows; got {len(self.ones)} ranges"
+                f"constant {self.name!r}: needs at least one row, and one column range inside "
+                f"[0, {self.columns}] for each of its {self.rows} rows; got {len(self.ones)} ranges"
             )
 
 

@@ -155,6 +155,8 @@ def stress_matrices(name: str, count: int = 16, chunk: int = 64, seed: int = 0) 
     InputError
         If there is no such generator; the message lists them.
     """
-    if name not in STRESS:
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"count {count!r} is not a positive integer")
+    if not isinstance(name, str) or name not in STRESS:
         raise InputError(f"unknown stress set {name!r}; use one of {', '.join(STRESS)}")
     return STRESS[name](count, chunk, seed)

@@ -208,7 +208,6 @@ def test_packed_sequences_are_refused():
         chunk_gated_delta_rule(**inputs(4), cu_seqlens=torch.tensor([0, 2, 4]))
 
 
-@pytest.mark.xfail(raises=(RuntimeError, ZeroDivisionError), reason="shapes are not checked")
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [

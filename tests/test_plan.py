@@ -137,7 +137,6 @@ def test_a_residual_that_is_no_operand_is_refused_by_the_multiplier_form_only():
         planned(program, Requantize.MULTIPLIER)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="a plain string is taken and always means divide")
 def test_a_requantize_form_given_by_its_name_means_that_form():
     assert planned(square("copy"), "multiplier").requantize is Requantize.MULTIPLIER
 

@@ -187,7 +187,7 @@ WRONG = [
     ((*STEP, "surprise"), 1, "has no field 'surprise'"),
     ((*STEP, "source"), "base_2/S", "which no earlier step writes; order the steps"),
     ((*STEP, "output"), "M", "step 'M': the name is taken"),
-    ((*STEP, "rows"), [0, 10**30], "is empty or outside"),
+    ((*STEP, "rows"), [0, 10**12], "is empty or outside"),
     ((*STEP, "bound"), "1", "'bound' must be a float"),
     ((*STEP,), {"operation": "slice"}, "missing 2 required keyword-only arguments"),
     ((*STEP,), {"operation": "concat", "output": "x", "sources": "M", "axis": "rows"}, "'sources' must be"),
@@ -206,7 +206,7 @@ WRONG = [
     ((*TENSOR, "format"), "int16", "without rounding"),
     ((*TENSOR, "scale"), 0.0, "is not a float32 in"),
     ((*TENSOR, "scale"), 0.1, "is not a float32 in"),
-    ((*TENSOR, "scale"), 10**300, "is not a float32 in"),
+    ((*TENSOR, "scale"), 10**17, "is not a float32 in"),
     ((*TENSOR, "scale"), 1.0, "without rounding"),
 ]
 
@@ -225,28 +225,26 @@ def test_deep_nesting_is_refused(load_bytes, path, start, end):
         load_bytes(changed(path, 12345678).replace(b"12345678", deep))
 
 
-@pytest.mark.xfail(raises=OverflowError, reason="a large JSON integer does not convert to float")
 @pytest.mark.parametrize("path", [(*TENSOR, "scale"), (*STEP, "bound")], ids=str)
 def test_an_integer_beyond_every_float_is_refused(load_bytes, path):
     with pytest.raises(PlanError):
         load_bytes(changed(path, 10**400))
 
 
-@pytest.mark.xfail(raises=(ValueError, pytest.fail.Exception), reason="1e999 is read as infinity")
 @pytest.mark.parametrize("path", [(*STEP, "bound"), ("layers", LAYER, "ranges", "M"), ("provenance", "note")])
 def test_a_number_beyond_every_float_is_refused(load_bytes, path):
     with pytest.raises(PlanError):
         load_bytes(changed(path, 12345678).replace(b"12345678", b"1e999"))
 
 
-@pytest.mark.xfail(raises=(ValueError, UserWarning), reason="a constant without rows cannot be made")
-def test_a_plan_that_loads_can_be_executed(load_bytes):
+def test_a_constant_without_rows_is_refused(load_bytes):
     result = document()
     result["programs"][0]["constants"].append({"name": "none", "rows": 0, "columns": 8, "ones": []})
     step = {"operation": "concat", "output": "odd", "sources": ["M", "none"], "axis": "rows"}
     result["programs"][0]["steps"].insert(0, step)
     result["layers"][LAYER]["tensors"]["odd"] = result["layers"][LAYER]["tensors"]["M"]
-    load_bytes(json.dumps(result).encode()).layer().inverse(torch.zeros(8, 8))
+    with pytest.raises(PlanError, match="at least one row"):
+        load_bytes(json.dumps(result).encode())
 
 
 def paths(node, prefix=()):

@@ -137,7 +137,6 @@ def test_mixed_formats_and_float64_accumulators_too():
     check_every_step(plan, stress_matrices("correlated_keys", 5, 8))
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="a residual times its factor is rounded to float32")
 def test_a_residual_beyond_float32_enters_the_accumulator_exactly():
     step = MatMul(output="y", left=INPUT, right=INPUT, add=(INPUT,))
     program = Program(name="test", chunk=4, steps=(step,), output="y")

@@ -24,7 +24,7 @@ class Layout(StrEnum):
 
 def block_merge(
     chunk: int,
-    base: int = 4,
+    base: int | None = None,
     layout: str = "packed",
     tile: int | None = None,
     corrections: int = 0,
@@ -63,8 +63,9 @@ def block_merge(
     ----------
     chunk : int
         Size C, a power of two.
-    base : int
-        Size of the first blocks, a power of two up to ``chunk``.
+    base : int, optional
+        Size of the first blocks, a power of two up to ``chunk``; 4 or less by
+        default.
     layout : {"packed", "masked"}
         ``packed`` is ``tile=base``, ``masked`` is ``tile=chunk``.
     tile : int, optional
@@ -82,6 +83,8 @@ def block_merge(
     ----------
     arXiv 2605.21325, methods MBH (base 1) and MXR (base 16).
     """
+    check_chunk(chunk)
+    base = min(4, chunk) if base is None else base
     tile = _check_arguments(chunk, base, layout, tile, corrections)
     builder = Builder()
     tiles = INPUT if tile == chunk else _stack_diagonal(builder, chunk, tile)
@@ -101,7 +104,6 @@ def block_merge(
 
 
 def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corrections: int) -> int:
-    check_chunk(chunk)
     _check_size("base", base, 1, chunk)
     if layout not in list(Layout):
         raise ProgramError(f"layout {layout!r} is unknown; use {' or '.join(Layout)}")

@@ -8,7 +8,7 @@ from qinvert.program import Program
 from qinvert.steps import INPUT, check_chunk
 
 
-def neumann(chunk: int, order: int = 15) -> Program:
+def neumann(chunk: int, order: int | None = None) -> Program:
     """``T = I + M + M^2 + ... + M^order``.
 
     Exact for ``order >= chunk - 1``, because M is nilpotent.  Every power is a
@@ -25,8 +25,8 @@ def neumann(chunk: int, order: int = 15) -> Program:
     ----------
     chunk : int
         Size C, a power of two.
-    order : int
-        Largest power, 1 to ``chunk - 1``.
+    order : int, optional
+        Largest power, 1 to ``chunk - 1``; 15 or less by default.
 
     Raises
     ------
@@ -38,6 +38,7 @@ def neumann(chunk: int, order: int = 15) -> Program:
     arXiv 2606.06034, the truncated series before its mask and correction.
     """
     check_chunk(chunk)
+    order = min(15, chunk - 1) if order is None else order
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order < chunk:
         raise ProgramError(f"order {order!r} is not in [1, {chunk - 1}]; chunk - 1 is exact")
     builder = Builder()

@@ -124,7 +124,6 @@ def test_an_illegal_argument_is_named_with_what_is_legal(arguments, words):
         block_merge(**{"chunk": 64, **arguments})
 
 
-@pytest.mark.xfail(raises=ProgramError, reason="the default base is 4")
 def test_the_default_base_fits_every_chunk():
     assert block_merge(2).run(torch.zeros(2, 2)).tolist() == [[1, 0], [0, 1]]
 

@@ -21,4 +21,4 @@ def test_an_unknown_method_lists_the_legal_names(name):
 
 
 def test_arguments_are_shown_with_their_defaults():
-    assert "order: 'int' = 15" in methods.method_arguments("neumann")
+    assert "order: 'int | None' = None" in methods.method_arguments("neumann")
