@@ -52,7 +52,9 @@ def row(name: str, chunk: int) -> list[str]:
 
 def table(chunk: int) -> str:
     """Return the Markdown table."""
-    titles = [f"`{p.name}`<br>{', '.join(f'{k} {v}' for k, v in p.parameters.items())}" for p in programs(chunk)]
+    titles = [
+        f"`{p.name}`<br>{', '.join(f'{k} {v}' for k, v in p.parameters.items())}" for p in programs(chunk)
+    ]
     lines = [["set", *titles, "`auto`", "floor", "`auto` chose"], ["---"] * (len(titles) + 4)]
     lines += [row(name, chunk) for name in STRESS]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
