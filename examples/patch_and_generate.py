@@ -9,8 +9,8 @@ from qinvert import recall
 def main() -> None:
     """Calibrate the embedded model, patch it, and compare what it recalls."""
     model = recall.load_model()
-    plan = qinvert.calibrate(model, data=recall.sequences(16, seed=0))
-    tokens = recall.sequences(16, seed=1)
+    plan = qinvert.calibrate(model, data=recall.sequences(8, seed=0))
+    tokens = recall.sequences(8, seed=1)
 
     exact = recall.accuracy(model(tokens).logits, tokens)
     with qinvert.patched(model, plan):

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+
+# Before NumPy loads: on matrices this small, BLAS threads only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
-# On matrices this small, threads only wait for each other.
+# As above, for torch.
 torch.set_num_threads(1)
 # No deadline: a slow machine is no bug.  The same examples on every run.
 settings.register_profile("qinvert", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -56,7 +56,8 @@ def test_memory_does_not_grow_with_the_data():
     sizes = []
     for seed in range(20):
         observer.update(stress_matrices("independent_keys", 64, 16, seed=seed))
-        sizes.append(live_tensor_bytes())
+        if seed in (0, 19):
+            sizes.append(live_tensor_bytes())
     assert observer.matrices == 20 * 64
     assert observer.sample.matrices.shape[0] == 32
     # Keeping one batch alive would add 65,536 bytes.
