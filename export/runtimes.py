@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
-from qinvert.errors import ExportError
+from qinvert.errors import ExportError, lookup
 
 #: ``run({"L": array}) -> T`` of a loaded graph.
 Run: TypeAlias = Callable[[Mapping[str, npt.NDArray[Any]]], npt.NDArray[Any]]
@@ -46,6 +46,4 @@ def find_runtime(name: str) -> Loader:
     ExportError
         If there is none; the message lists the legal names.
     """
-    if name not in RUNTIMES:
-        raise ExportError(f"unknown runtime {name!r}; use one of {', '.join(RUNTIMES)}")
-    return RUNTIMES[name]
+    return lookup(RUNTIMES, name, "runtime", ExportError)

@@ -6,6 +6,11 @@ command line prints it as one line and exits with code 2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class QInvertError(ValueError):
     """Base class of every error that a caller can cause."""
@@ -33,3 +38,10 @@ class VerificationError(QInvertError):
 
 class MissingDependencyError(QInvertError, ImportError):
     """An optional package is needed for this call and is not installed."""
+
+
+def lookup(table: Mapping[str, T], name: object, kind: str, error: type[QInvertError], more: str = "") -> T:
+    """Return ``table[name]``, or raise ``error`` with the legal names and what ``more`` is legal."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    raise error(f"unknown {kind} {name!r}; use one of {', '.join(table)}{more}")

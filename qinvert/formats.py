@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qinvert.errors import PlanError
+from qinvert.errors import PlanError, lookup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,4 @@ def find_format(name: str) -> IntFormat:
     PlanError
         If there is none; the message lists the legal names.
     """
-    try:
-        return FORMATS[name]
-    except (KeyError, TypeError):
-        raise PlanError(f"unknown integer format {name!r}; use one of {', '.join(FORMATS)}") from None
+    return lookup(FORMATS, name, "integer format", PlanError)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from qinvert.errors import InputError
+from qinvert.errors import InputError, lookup
 
 Generator = Callable[[int, int, int], torch.Tensor]
 
@@ -157,6 +157,4 @@ def stress_matrices(name: str, count: int = 16, chunk: int = 64, seed: int = 0) 
     """
     if not isinstance(count, int) or count < 1:
         raise InputError(f"count {count!r} is not a positive integer")
-    if not isinstance(name, str) or name not in STRESS:
-        raise InputError(f"unknown stress set {name!r}; use one of {', '.join(STRESS)}")
-    return STRESS[name](count, chunk, seed)
+    return lookup(STRESS, name, "stress set", InputError)(count, chunk, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import signature
 
-from qinvert.errors import ProgramError
+from qinvert.errors import ProgramError, lookup
 from qinvert.methods.block_merge import block_merge
 from qinvert.methods.neumann import neumann
 from qinvert.methods.neumann_doubling import neumann_doubling
@@ -25,10 +25,7 @@ def find_method(name: str) -> Callable[..., Program]:
     ProgramError
         If there is none; the message lists the legal names.
     """
-    try:
-        return METHODS[name]
-    except (KeyError, TypeError):
-        raise ProgramError(f"unknown method {name!r}; use auto, {', '.join(METHODS)}, or a Program") from None
+    return lookup(METHODS, name, "method", ProgramError, ", auto, or a Program")
 
 
 def method_arguments(name: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from qinvert.errors import ExportError
+from qinvert.errors import ExportError, lookup
 from qinvert.profiles._profile import Lowering, Profile
 
 __all__ = ["PROFILES", "Lowering", "Profile", "find_profile"]
@@ -34,7 +34,4 @@ def find_profile(name: str) -> Profile:
     ExportError
         If there is none; the message lists the legal names.
     """
-    try:
-        return PROFILES[name]
-    except (KeyError, TypeError):
-        raise ExportError(f"unknown profile {name!r}; use one of {', '.join(PROFILES)}") from None
+    return lookup(PROFILES, name, "profile", ExportError)

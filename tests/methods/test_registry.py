@@ -15,7 +15,7 @@ def test_every_method_is_found_by_the_name_of_its_programs(name):
 @pytest.mark.parametrize("name", ["auto", "block-merge", "", None, ["neumann"]])
 def test_an_unknown_method_lists_the_legal_names(name):
     with pytest.raises(
-        ProgramError, match=r"unknown method .*; use auto, block_merge, neumann, neumann_doubling"
+        ProgramError, match=r"unknown method .*; use one of block_merge, neumann, neumann_doubling, auto"
     ):
         methods.find_method(name)
 
