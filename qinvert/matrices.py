@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -120,7 +122,20 @@ def solve(lower: torch.Tensor) -> torch.Tensor:
     """`exact_inverse` of a checked tensor."""
     eye = torch.eye(lower.shape[-1], dtype=torch.float64, device=lower.device)
     # unitriangular: the diagonal of the system is taken as 1 without being read.
-    inverse: torch.Tensor = torch.linalg.solve_triangular(
-        lower.to(torch.float64), eye.expand(lower.shape), upper=False, unitriangular=True
-    )
+    with _one_thread():
+        inverse: torch.Tensor = torch.linalg.solve_triangular(
+            lower.to(torch.float64), eye.expand(lower.shape), upper=False, unitriangular=True
+        )
     return inverse
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # LAPACK splits every single small matrix over the threads and waits for all of them:
+    # no gain on an idle machine, and hundreds of times slower as soon as one core is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
