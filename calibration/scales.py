@@ -10,7 +10,7 @@ from qinvert import arithmetic
 from qinvert.formats import IntFormat
 from qinvert.plan import Quantization, Requantize
 from qinvert.program import Program
-from qinvert.steps import MOVES, MatMul
+from qinvert.steps import INPUT, MOVES, MatMul
 
 #: Scales stay between these powers of two, inside what `arithmetic.check_scale` takes.
 SMALLEST = 2.0**-99
@@ -67,7 +67,8 @@ def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFor
     """Whether residual terms can be integers of the accumulator.
 
     Each must be an operand of its product, and 1.0 must lie on the other
-    operand's grid: the other range must not exceed ``fmt.largest``.
+    operand's grid: the other range must not exceed ``fmt.largest``.  Matrices
+    below ``1 / MAX_IDENTITY_BLOCKS`` would lose resolution on such a grid.
     """
     operands = all(
         term in (step.left, step.right)
@@ -75,8 +76,11 @@ def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFor
         if isinstance(step, MatMul)
         for term in (*step.add, *step.subtract)
     )
+    partners = residual_partners(program)
     shared = group_ranges(program, ranges)
-    return operands and all(shared[name] <= fmt.largest for name in residual_partners(program))
+    fits = all(shared[name] <= fmt.largest for name in partners)
+    tiny = min(ranges[INPUT], ranges[program.output]) < 1 / MAX_IDENTITY_BLOCKS
+    return operands and fits and not (tiny and partners)
 
 
 def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:

@@ -150,6 +150,17 @@ def test_a_layer_of_zeros_inverts_to_the_identity():
     assert torch.equal(plan.layer().inverse(torch.zeros(3, 16, 16)), torch.eye(16).expand(3, 16, 16))
 
 
+@pytest.mark.parametrize("factor", [0.03, 1e-3, 1e-6])
+def test_layers_of_small_entries_keep_their_resolution(factor, tmp_path):
+    lower = factor * stress_matrices("correlated_keys", 32, 32)
+    plan = qinvert.calibrate(lower)
+    report = report_of(plan, lower)
+    assert report.sqnr_db > 30
+    assert report.sqnr_db > independent_floor(lower.double().numpy()) - 1
+    qinvert.export(plan, tmp_path / "t.onnx")
+    assert all(r.max_steps < 1.5 for r in qinvert.verify(tmp_path / "t.onnx", plan, lower))
+
+
 def test_progress_is_told_every_batch():
     calls = []
     lower = stress_matrices("small_random", 6, 16)
