@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 
 from qinvert.errors import ProgramError, lookup
 from qinvert.methods.block_merge import block_merge
@@ -11,7 +10,7 @@ from qinvert.methods.neumann import neumann
 from qinvert.methods.neumann_doubling import neumann_doubling
 from qinvert.program import Program
 
-__all__ = ["METHODS", "block_merge", "find_method", "method_arguments", "neumann", "neumann_doubling"]
+__all__ = ["METHODS", "block_merge", "find_method", "neumann", "neumann_doubling"]
 
 #: Every method by its name.
 METHODS: dict[str, Callable[..., Program]] = {f.__name__: f for f in (block_merge, neumann, neumann_doubling)}
@@ -26,8 +25,3 @@ def find_method(name: str) -> Callable[..., Program]:
         If there is none; the message lists the legal names.
     """
     return lookup(METHODS, name, "method", ProgramError, ", auto, or a Program")
-
-
-def method_arguments(name: str) -> str:
-    """Return the method's signature, such as ``(chunk, order=15)``."""
-    return str(signature(find_method(name)))

@@ -18,7 +18,3 @@ def test_an_unknown_method_lists_the_legal_names(name):
         ProgramError, match=r"unknown method .*; use one of block_merge, neumann, neumann_doubling, auto"
     ):
         methods.find_method(name)
-
-
-def test_arguments_are_shown_with_their_defaults():
-    assert "order: 'int | None' = None" in methods.method_arguments("neumann")
