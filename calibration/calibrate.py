@@ -11,6 +11,7 @@ from qinvert.calibration.candidates import Candidate, auto_programs, plan_progra
 from qinvert.calibration.observers import LayerObserver, RangeObserver
 from qinvert.calibration.scales import ScaleRule
 from qinvert.calibration.sources import check_size, open_source
+from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, IntFormat
 from qinvert.methods import find_method
@@ -88,7 +89,11 @@ def calibrate(
     """
     profile = find_profile(target)
     fmt, rule = _find_bits(bits, profile), _find_rule(scales)
-    goals = (_check_goal("min_sqnr_db", min_sqnr_db), _check_goal("max_loss_db", max_loss_db))
+    goals = (
+        check_decibels("min_sqnr_db", min_sqnr_db, PlanError),
+        check_decibels("max_loss_db", max_loss_db, PlanError),
+    )
+    check_seed(seed, PlanError)
     observers: dict[str, LayerObserver] = {}
     for layer, lower in open_source(source, data):
         if layer not in observers:
@@ -183,9 +188,3 @@ def _find_rule(scales: str) -> ScaleRule:
         return ScaleRule(scales)
     except ValueError:
         raise PlanError(f"scales {scales!r} is unknown; use {' or '.join(ScaleRule)}") from None
-
-
-def _check_goal(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or math.isnan(value) or math.isinf(value):
-        raise PlanError(f"{name} {value!r} is no number of decibels; pass for example 20.0")
-    return float(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from qinvert.calibration.hooks import patched, run_model
 from qinvert.calibration.tokens import token_batches
 from qinvert.delta_rule import Inverse, exact
+from qinvert.documents import to_document
 from qinvert.plan import LayerPlan, Plan
 
 
@@ -36,7 +37,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types."""
-        return asdict(self)
+        document: dict[str, Any] = to_document(self)
+        return document
 
 
 #: ``score(logits, tokens)``: a task's accuracy on one batch.
@@ -91,7 +93,8 @@ def evaluate(
             progress("tokens", tokens)
     loss = sums["loss"] / max(targets, 1)
     return Evaluation(
-        kl=max(0.0, sums["kl"] / tokens),
+        # Rounding may leave a tiny negative sum; NaN must stay visible.
+        kl=sums["kl"] / tokens if not sums["kl"] < 0 else 0.0,
         top1_agreement=sums["top1"] / tokens,
         loss=loss,
         loss_delta=sums["other_loss"] / max(targets, 1) - loss,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 from weakref import WeakSet
@@ -20,7 +22,7 @@ import torch
 
 from qinvert.calibration.tokens import token_batches
 from qinvert.delta_rule import Inverse, chunk_gated_delta_rule, exact
-from qinvert.errors import InputError, PlanError
+from qinvert.errors import InputError, PlanError, QInvertError, reason
 from qinvert.plan import LayerPlan, Plan
 
 #: ``inverse(layer, L) -> T``.
@@ -32,6 +34,18 @@ GLOBAL_NAME: Final = "torch_chunk_gated_delta_rule"
 ATTRIBUTE_NAME: Final = "chunk_gated_delta_rule"
 
 _patched_models: WeakSet[torch.nn.Module] = WeakSet()
+
+
+class _Running(threading.local):
+    """Patched layers whose forward pass is under way in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[str, LayerInverse]] = []
+        #: What an inverse raised last: that is its caller's business, not the model's.
+        self.failure: Exception | None = None
+
+
+_running = _Running()
 
 
 @contextmanager
@@ -109,42 +123,69 @@ def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[
     layers = delta_layers(model)
     if model in _patched_models:
         raise InputError("this model is patched already; leave the outer `with patched(...)` first")
-    running: list[str] = []
     with ExitStack() as undo:
         _patched_models.add(model)
         undo.callback(_patched_models.discard, model)
         for name, layer in layers.items():
-            _track(layer, name, running, undo)
+            _track(layer, name, inverse, undo)
             if hasattr(layer, ATTRIBUTE_NAME):
-                _replace(layer, ATTRIBUTE_NAME, running, inverse, undo)
+                _redirect(layer, ATTRIBUTE_NAME, undo)
         for module in {sys.modules[type(m).__module__] for m in layers.values() if _calls_global(m)}:
-            _replace(module, GLOBAL_NAME, running, inverse, undo)
+            _redirect(module, GLOBAL_NAME, undo)
         yield
 
 
-def _track(layer: torch.nn.Module, name: str, running: list[str], undo: ExitStack) -> None:
+def _track(layer: torch.nn.Module, name: str, inverse: LayerInverse, undo: ExitStack) -> None:
     def enter(*_: Any) -> None:
-        running.append(name)
+        _running.layers.append((name, inverse))
 
     def leave(*_: Any) -> None:
-        running.pop()
+        _running.layers.pop()
 
     undo.callback(layer.register_forward_pre_hook(enter).remove)
-    # always_call: after an exception in forward the name must go, too.
+    # always_call: after an exception in forward the entry must go, too.
     undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
 
 
-def _replace(owner: Any, name: str, running: list[str], inverse: LayerInverse, undo: ExitStack) -> None:
-    original = getattr(owner, name)
+@dataclass(slots=True)
+class _Redirection:
+    """A function that patched models share: which layer runs decides what a call does."""
 
-    def replacement(*args: Any, **kwargs: Any) -> Any:
+    owner: Any
+    name: str
+    original: Callable[..., Any]
+    #: Patches in force; the last one to leave restores the original.
+    users: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A module global is shared: other models of the family keep the original.
-        if not running:
-            return original(*args, **kwargs)
-        return chunk_gated_delta_rule(*args, **kwargs, inverse=partial(inverse, running[-1]))
+        if not _running.layers:
+            return self.original(*args, **kwargs)
+        layer, inverse = _running.layers[-1]
+        try:
+            return chunk_gated_delta_rule(*args, **kwargs, inverse=partial(inverse, layer))
+        except Exception as error:
+            _running.failure = error
+            raise
 
-    setattr(owner, name, replacement)
-    undo.callback(setattr, owner, name, original)
+    def release(self) -> None:
+        """Count one patch less."""
+        with _redirecting:
+            self.users -= 1
+            if self.users == 0 and getattr(self.owner, self.name) is self:
+                setattr(self.owner, self.name, self.original)
+
+
+_redirecting = threading.Lock()
+
+
+def _redirect(owner: Any, name: str, undo: ExitStack) -> None:
+    with _redirecting:
+        current = getattr(owner, name)
+        redirection = current if isinstance(current, _Redirection) else _Redirection(owner, name, current)
+        redirection.users += 1
+        setattr(owner, name, redirection)
+    undo.callback(redirection.release)
 
 
 def capture(model: torch.nn.Module, data: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -177,7 +218,7 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     Raises
     ------
     InputError
-        If a token lies outside the vocabulary.
+        If a token lies outside the vocabulary, or the model refuses the batch.
     """
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -186,6 +227,18 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         raise InputError(
             f"token ids reach {int(tokens.max())}, the model's vocabulary has {size}; tokenize for this model"
         )
-    with torch.no_grad():
+    with torch.no_grad(), _refusals(inputs):
         logits: torch.Tensor = model(**inputs).logits
     return logits
+
+
+@contextmanager
+def _refusals(inputs: dict[str, Any]) -> Iterator[None]:
+    # What a model raises on inputs that do not fit it is of any type.
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        failure, _running.failure = _running.failure, None
+        if error is failure or isinstance(error, QInvertError):
+            raise
+        raise InputError(f"the model refuses the batch ({', '.join(inputs)}): {reason(error)}") from error

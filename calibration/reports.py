@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
+from qinvert.documents import to_document
 from qinvert.errors import InputError
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, floor_inverse
@@ -49,11 +50,8 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types; infinities become None."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
+        document: dict[str, Any] = to_document(self)
+        return document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +67,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types."""
-        return {"layers": {name: layer.to_dict() for name, layer in self.layers.items()}}
+        document: dict[str, Any] = to_document(self)
+        return document
 
     def __str__(self) -> str:
         return "\n".join(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from qinvert.errors import InputError
+from qinvert.errors import InputError, reason
 from qinvert.matrices import check_matrices
 
 #: Name of the only layer where a source does not name its layers.
@@ -58,7 +58,7 @@ def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
         case Mapping():
             yield from source.items()
         case _ if hasattr(source, "get_next"):
-            for item in iter(source.get_next, None):
+            for item in read_all(source):
                 yield from _named(item)
         case Iterable():
             for item in source:
@@ -68,6 +68,13 @@ def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
                 f"cannot read matrices from {type(source).__name__}; pass a model with data=..., "
                 "{layer: L}, an iterable of L, a path to .npz or .safetensors, or a get_next() reader"
             )
+
+
+def read_all(reader: Any) -> Iterator[Any]:
+    """Stream what ``reader.get_next()`` returns until it returns None."""
+    # Not iter(reader.get_next, None): that compares arrays with None, elementwise.
+    while (item := reader.get_next()) is not None:
+        yield item
 
 
 def _named(item: Any) -> Iterable[tuple[str, Any]]:
@@ -124,7 +131,7 @@ def _read_npz(file: Path) -> dict[str, Any]:
             archive = np.load(handle, allow_pickle=False)
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # damaged archives raise anything from LZMAError to TokenError
-        raise InputError(f"cannot read {file}: {_reason(error)}; write it with numpy.savez") from None
+        raise InputError(f"cannot read {file}: {reason(error)}; write it with numpy.savez") from None
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:
@@ -135,8 +142,4 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
     try:
         return dict(load_file(file))
     except Exception as error:  # the reader has error types of its own, and torch's
-        raise InputError(f"cannot read {file}: {_reason(error)}; write it with safetensors") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"cannot read {file}: {reason(error)}; write it with safetensors") from None

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from qinvert.calibration.sources import read_arrays
+from qinvert.calibration.sources import read_all, read_arrays
 from qinvert.errors import InputError
 
 #: Sequences that go through a model at once.
@@ -51,9 +51,9 @@ def _batches(data: Any, batch_size: int) -> Iterator[dict[str, Any]]:
             for start in range(0, tokens.shape[0], batch_size):
                 yield {"input_ids": tokens[start : start + batch_size]}
         case Mapping():
-            yield dict(data)
+            yield _batch(data)
         case _ if hasattr(data, "get_next"):
-            yield from (_batch(item) for item in iter(data.get_next, None))
+            yield from (_batch(item) for item in read_all(data))
         case Iterable():
             yield from (_batch(item) for item in data)
         case _:
@@ -64,7 +64,11 @@ def _batches(data: Any, batch_size: int) -> Iterator[dict[str, Any]]:
 
 
 def _batch(item: Any) -> dict[str, Any]:
-    return dict(item) if isinstance(item, Mapping) else {"input_ids": _token_ids(item)}
+    if not isinstance(item, Mapping):
+        return {"input_ids": _token_ids(item)}
+    if "input_ids" not in item:
+        raise InputError(f"a batch has {', '.join(map(str, item)) or 'nothing'}; it needs input_ids")
+    return {**item, "input_ids": _token_ids(item["input_ids"])}
 
 
 def _only_tokens(arrays: Mapping[str, Any], path: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import onnx
 
 from qinvert import plan_io
+from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.integer import IntegerLowering
@@ -69,6 +70,20 @@ def export(
     PlanError
         If the layer is unknown.
     """
+    model = build(plan, profile=profile, layer=layer, batch=batch, input=input)
+    write_atomically(path, serialize(model))
+    return model
+
+
+def build(
+    plan: Plan,
+    *,
+    profile: str | None = None,
+    layer: str | None = None,
+    batch: int = 8,
+    input: str = "L",  # noqa: A002 - as in `export`
+) -> onnx.ModelProto:
+    """Return the model that `export` writes."""
     chosen = find_profile(plan.target if profile is None else profile)
     layer_plan = plan.layer(layer)
     name = layer if layer is not None else next(iter(plan.layers))
@@ -85,8 +100,13 @@ def export(
     }
     model = lower(layer_plan, chosen, batch, input, metadata)
     _ensure(chosen, model)
-    write_atomically(path, model.SerializeToString(deterministic=True))
     return model
+
+
+def serialize(model: onnx.ModelProto) -> bytes:
+    """Return the file content; equal models give equal bytes."""
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def lower(
@@ -105,8 +125,7 @@ def lower(
 
 
 def _check_arguments(batch: Any, source: Any) -> None:
-    if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= MAX_BATCH:
-        raise ExportError(f"batch {batch!r} is not in [1, {MAX_BATCH}]; pass the matrices per call")
+    check_integer("batch", batch, 1, MAX_BATCH, ExportError, "; pass the matrices per call")
     if source not in INPUTS:
         raise ExportError(f"input {source!r} is unknown; use {' or '.join(INPUTS)}")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
-from qinvert.errors import ExportError, lookup
+from qinvert.errors import ExportError, QInvertError, lookup, reason
 
 #: ``run({"L": array}) -> T`` of a loaded graph.
 Run: TypeAlias = Callable[[Mapping[str, npt.NDArray[Any]]], npt.NDArray[Any]]
@@ -38,12 +39,39 @@ def onnxruntime_settings(content: bytes) -> Iterator[tuple[str, Run]]:
 RUNTIMES: dict[str, Loader] = {"onnxruntime": onnxruntime_settings}
 
 
-def find_runtime(name: str) -> Loader:
-    """Return the runtime of that name.
+def run_settings(name: str, content: bytes) -> Iterator[tuple[str, Run]]:
+    """Yield (setting, run) of the named runtime for a serialized model.
 
     Raises
     ------
     ExportError
-        If there is none; the message lists the legal names.
+        If there is no such runtime (the message lists the legal names), or
+        it refuses the graph while loading or running it.
     """
-    return lookup(RUNTIMES, name, "runtime", ExportError)
+    settings = lookup(RUNTIMES, name, "runtime", ExportError)(content)
+    while True:
+        with _refusals(name):
+            found = next(settings, None)
+        if found is None:
+            return
+        setting, run = found
+        yield setting, _guarded(name, run)
+
+
+def _guarded(name: str, run: Run) -> Run:
+    def guarded(feed: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        with _refusals(name):
+            return run(feed)
+
+    return guarded
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    # Runtimes raise types of their own, derived from Exception.
+    try:
+        yield
+    except QInvertError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{name} refuses the graph: {reason(error)}; export it again") from error

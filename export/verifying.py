@@ -6,19 +6,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 
 from qinvert import plan_io
+from qinvert.checks import check_integer
 from qinvert.errors import ExportError, VerificationError
-from qinvert.export.runtimes import find_runtime
+from qinvert.export.exporting import INPUTS, MAX_BATCH
+from qinvert.export.reading import read_model
+from qinvert.export.runtimes import Run, run_settings
 from qinvert.files import read_bytes
-from qinvert.matrices import check_matrices
+from qinvert.matrices import check_matrices, solve
+from qinvert.metrics import ErrorStatistics
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import Lowering, find_profile
+
+Float32Array: TypeAlias = npt.NDArray[np.float32]
 
 #: Share of values that may differ by one step where a float MatMul stays unfused.
 ALLOWED_SHARE = 1e-4
@@ -38,6 +45,8 @@ class Verification:
     max_steps: float
     #: Whether the profile and scales promise equality bit for bit.
     exact: bool
+    #: sqnr of what the runtime returned, against the exact inverse.
+    sqnr_db: float
 
     def __str__(self) -> str:
         equal = f"{self.values - self.mismatches} of {self.values} values equal"
@@ -82,7 +91,8 @@ def verify(
     VerificationError
         With the first differing element.
     ExportError
-        If the file is no graph of this package, or a runtime is unknown.
+        If the file is no graph of this package, a runtime is unknown, or
+        refuses the graph.
     InputError
         If ``L`` is not legal.
     """
@@ -95,47 +105,36 @@ def verify(
         check_matrices(L, layer_plan.chunk).to(torch.float32).reshape(-1, layer_plan.chunk, layer_plan.chunk)
     )
     source, batch = _graph_input(model, layer_plan)
-    expected = layer_plan.inverse(lower).numpy()
-    exact = _is_exact(metadata, layer_plan)
+    expected = layer_plan.inverse(lower).cpu().numpy()
+    truth, exact = solve(lower), _is_exact(metadata, layer_plan)
     results = []
     for runtime in runtimes:
-        for setting, run in find_runtime(runtime)(content):
-            actual = _run_batches(run, source, (lower if source == "L" else -lower).numpy(), batch)
-            results.append(_compare(f"{runtime} ({setting})", actual, expected, layer_plan, exact))
+        for setting, run in run_settings(runtime, content):
+            actual = _run_batches(run, source, (lower if source == "L" else -lower).cpu().numpy(), batch)
+            errors = ErrorStatistics()
+            errors.update(torch.from_numpy(actual).to(truth.device), truth)
+            name = f"{runtime} ({setting})"
+            results.append(_compare(name, actual, expected, layer_plan, exact, errors.sqnr_db))
             _judge(results[-1], actual, expected, _hint(metadata, plan))
     return results
 
 
-def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
-    """Parse an ONNX file; external data is not followed.
-
-    Raises
-    ------
-    ExportError
-        If it is none.
-    """
-    try:
-        model = onnx.load_model_from_string(content)
-        onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and onnx raise unrelated types here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"{path} is no ONNX model ({reason}); export it again") from None
-    return model
-
-
 def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
-    shapes = {
-        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input
-    }
+    shapes = {value.name: _static_shape(value) for value in model.graph.input}
     outputs = [value.name for value in model.graph.output]
     name, shape = next(iter(shapes.items()), ("", []))
-    if len(shapes) != 1 or name not in ("L", "M") or outputs != ["T"] or len(shape) != 4:
+    if len(shapes) != 1 or name not in INPUTS or outputs != ["T"]:
         raise ExportError("the graph has no input L or M and output T; pass a file that qinvert exported")
-    if shape[2:] != [plan.chunk, plan.chunk]:
+    if len(shape) != 4 or shape[0] != 1 or shape[2:] != [plan.chunk, plan.chunk]:
         raise ExportError(
-            f"the graph takes {shape}, the plan's matrices are {plan.chunk} x {plan.chunk}; export again"
+            f"the graph takes {shape}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; export again"
         )
-    return name, shape[1]
+    return name, check_integer("batch of the graph", shape[1], 1, MAX_BATCH, ExportError, "; export again")
+
+
+def _static_shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    dims = value.type.tensor_type.shape.dim
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
 
 
 def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
@@ -143,14 +142,30 @@ def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
     return powers or find_profile(metadata.get("qinvert.profile", "")).lowering is Lowering.INTEGER
 
 
-def _run_batches(run: Any, source: str, matrices: Any, batch: int) -> Any:
-    # Cyclic repetition fills the last batch of a static graph.
-    padded = matrices[np.arange(-(-len(matrices) // batch) * batch) % len(matrices)]
-    parts = [run({source: padded[i : i + batch][None]})[0] for i in range(0, len(padded), batch)]
+def _run_batches(run: Run, source: str, matrices: Float32Array, batch: int) -> Float32Array:
+    parts = []
+    for start in range(0, len(matrices), batch):
+        # Cyclic repetition fills the last batch of a static graph.
+        index = np.arange(start, start + batch) % len(matrices)
+        result = np.asarray(run({source: matrices[index][None]}))
+        wanted = (1, batch, *matrices.shape[1:])
+        if result.shape != wanted or result.dtype != np.float32:
+            raise ExportError(
+                f"the graph returned {result.dtype} {list(result.shape)}, not float32 {list(wanted)}; "
+                "export it again"
+            )
+        parts.append(result[0])
     return np.concatenate(parts)[: len(matrices)]
 
 
-def _compare(runtime: str, actual: Any, expected: Any, plan: LayerPlan, exact: bool) -> Verification:
+def _compare(
+    runtime: str,
+    actual: Float32Array,
+    expected: Float32Array,
+    plan: LayerPlan,
+    exact: bool,
+    sqnr_db: float,
+) -> Verification:
     differ = ~(actual == expected)
     steps = np.abs(actual.astype(np.float64) - expected)[differ] / plan.output.scale
     return Verification(
@@ -159,10 +174,11 @@ def _compare(runtime: str, actual: Any, expected: Any, plan: LayerPlan, exact: b
         mismatches=int(differ.sum()),
         max_steps=float(steps.max()) if steps.size else 0.0,
         exact=exact,
+        sqnr_db=sqnr_db,
     )
 
 
-def _judge(result: Verification, actual: Any, expected: Any, hint: str) -> None:
+def _judge(result: Verification, actual: Float32Array, expected: Float32Array, hint: str) -> None:
     allowed = 0 if result.exact else ALLOWED_SHARE * result.values
     if result.mismatches <= allowed and result.max_steps < 1.5:
         return

@@ -9,7 +9,7 @@ Quantized values travel as *integer-valued float32 tensors*: every integer of
 up to 16 bits is exact in float32, and so is an int8 accumulator
 (``K * 127**2 < 2**24`` for ``K <= 1040``), so matrix products run on the
 fastest kernels without losing a bit.  `integer_matmul` switches to float64
-where a caller's bound says that float32 would not be exact.
+where a caller's bounds say that float32 would not be exact.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ MIN_SCALE: Final = 1e-30
 MAX_SCALE: Final = 1e15
 #: Integers up to this magnitude are exact in float32, in every summation order.
 FLOAT32_EXACT: Final = 2**24
+#: Integers up to this magnitude are exact in bfloat16, and so in TF32.
+BFLOAT16_EXACT: Final = 2**8
 #: Accumulators of every target are int32.
 INT32_LIMIT: Final = 2**31
 
@@ -156,7 +158,7 @@ def dot_scalar(left: list[int], right: list[int]) -> int:
     return sum(a * b for a, b in zip(left, right, strict=True))
 
 
-def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int) -> torch.Tensor:
+def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int, magnitude: int = 128) -> torch.Tensor:
     """Exact ``left @ right`` of integer-valued tensors.
 
     Parameters
@@ -165,12 +167,16 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int) -> torch
         Integer-valued float32, shapes ``(..., m, k)`` and ``(..., k, n)``.
     bound : int
         Largest magnitude that the accumulator can reach, proved by the plan.
+    magnitude : int
+        Largest magnitude of an operand's value; int8's by default.
 
     Returns
     -------
     torch.Tensor
         Integer-valued float32 if ``bound < 2**24`` (every partial sum is then
-        exact, in any order and with any fused kernel), else float64.
+        exact, in any order and with any fused kernel) and ``magnitude <= 256``
+        (operands are then exact as TF32 and bfloat16, too, which torch may
+        convert them to), else float64.
 
     Raises
     ------
@@ -178,7 +184,7 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int) -> torch
         If ``bound`` does not fit an int32 accumulator.
     """
     check_accumulator(bound)
-    if bound < FLOAT32_EXACT:
+    if bound < FLOAT32_EXACT and magnitude <= BFLOAT16_EXACT:
         return left @ right
     return left.to(torch.float64) @ right.to(torch.float64)
 

@@ -90,16 +90,18 @@ def chunk_gated_delta_rule(
     _check_shapes(query, key, value, g, beta, chunk_size, initial_state)
     length, dtype = query.shape[1], query.dtype
     heads = value.shape[2]
-    if use_qk_l2norm_in_kernel:
-        query, key = _normalize(query), _normalize(key)
-    q, k = (_chunks(_repeat_heads(x, heads), chunk_size) for x in (query, key))
-    v = _chunks(value, chunk_size)
-    log_decay, b = (_chunks(x.unsqueeze(-1), chunk_size).squeeze(-1) for x in (g, beta))
-    q = q * query.shape[-1] ** -0.5
-    lower = from_keys(k, b, log_decay)
-    t = inverse(lower).to(torch.float32)
-    state = _initial_state(initial_state, k, v)
-    out, state = _scan(q, k, v, torch.cumsum(log_decay, -1), b, t, state)
+    # Autocast would run the float32 products below in 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        if use_qk_l2norm_in_kernel:
+            query, key = _normalize(query), _normalize(key)
+        q, k = (_chunks(_repeat_heads(x, heads), chunk_size) for x in (query, key))
+        v = _chunks(value, chunk_size)
+        log_decay, b = (_chunks(x.unsqueeze(-1), chunk_size).squeeze(-1) for x in (g, beta))
+        q = q * query.shape[-1] ** -0.5
+        lower = from_keys(k, b, log_decay)
+        t = inverse(lower).to(torch.float32)
+        state = _initial_state(initial_state, k, v)
+        out, state = _scan(q, k, v, torch.cumsum(log_decay, -1), b, t, state)
     out = out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)
     return out.contiguous(), state if output_final_state else None
 

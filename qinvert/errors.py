@@ -40,6 +40,11 @@ class MissingDependencyError(QInvertError, ImportError):
     """An optional package is needed for this call and is not installed."""
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of a foreign error, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
+
+
 def lookup(table: Mapping[str, T], name: object, kind: str, error: type[QInvertError], more: str = "") -> T:
     """Return ``table[name]``, or raise ``error`` with the legal names and what ``more`` is legal."""
     if isinstance(name, str) and name in table:

@@ -133,7 +133,9 @@ def run_checked(
     """`run` of a checked tensor."""
     flat = lower.reshape(-1, program.chunk, program.chunk)
     evaluator = FloatEvaluator(flat.shape[0], dtype, flat.device)
-    result = program.evaluate(evaluator, -flat.to(dtype), observe)
+    # The storage type is this function's to choose, not autocast's.
+    with torch.autocast(flat.device.type, enabled=False):
+        result = program.evaluate(evaluator, -flat.to(dtype), observe)
     return add_identity(program, result).reshape(lower.shape)
 
 

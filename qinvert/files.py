@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -18,23 +21,46 @@ def write_atomically(path: str | PathLike[str], content: bytes) -> None:
     InputError
         If the folder does not exist or cannot be written.
     """
-    target = Path(path)
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    write_together({Path(path): content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write every file beside its path first, then rename all of them into place.
+
+    Raises
+    ------
+    InputError
+        If one cannot be written; none is renamed then.
+    """
+    with ExitStack() as undo:
+        temporaries = {target: _temporary(target, content, undo) for target, content in contents.items()}
+        for target, temporary in temporaries.items():
+            with _refusals(target):
+                os.replace(temporary, target)
+
+
+def _temporary(target: Path, content: bytes, undo: ExitStack) -> str:
+    with _refusals(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
+        undo.callback(Path(temporary).unlink, missing_ok=True)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         # mkstemp makes files private; give this one the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}; choose another place") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    return temporary
+
+
+@contextmanager
+def _refusals(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {target}: {said}; choose another place") from None
 
 
 def make_folder(path: str | PathLike[str]) -> Path:
@@ -48,8 +74,9 @@ def make_folder(path: str | PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create folder {folder}: {error.strerror}; choose another place") from None
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot create folder {folder}: {said}; choose another place") from None
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qinvert.errors import InputError, MissingDependencyError
+from qinvert.errors import InputError, MissingDependencyError, reason
 
 
 def load_pretrained(path: str | PathLike[str]) -> Any:
@@ -34,8 +34,7 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
             str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except Exception as error:  # transformers raises anything from KeyError to RuntimeError here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load the model in {folder}: {reason}") from error
+        raise InputError(f"cannot load the model in {folder}: {reason(error)}") from error
     return model.eval()
 
 

@@ -204,6 +204,9 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.layers:
             raise PlanError("a plan needs at least one layer; calibrate on data that has matrices")
+        for name in self.layers:
+            if name.encode(errors="replace").decode() != name:
+                raise PlanError(f"layer name {name!r} is no Unicode text (lone surrogate); rename the layer")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def layer(self, name: str | None = None) -> LayerPlan:

@@ -116,6 +116,10 @@ def _parse(content: bytes) -> Json:
         )
     except (ValueError, RecursionError) as error:
         raise PlanError(f"not a plan file ({error}); is it truncated?") from None
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise PlanError("not a plan file: a text in it is no Unicode (lone surrogate)") from None
     if not isinstance(document, dict):
         raise PlanError("not a plan file: the top level is no object; pass a file that Plan.save wrote")
     return document

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from qinvert.checks import check_integer, check_seed
+from qinvert.errors import InputError
 from qinvert.models import load_pretrained
 
 if TYPE_CHECKING:
@@ -38,8 +40,15 @@ KEY_SKEW: Final = 1.5
 
 
 def sequences(count: int, seed: int = 0) -> torch.Tensor:
-    """Return ``count`` random sequences, int64 ``[count, 2 * PAIRS]``."""
-    rng = np.random.default_rng(seed)
+    """Return ``count`` random sequences, int64 ``[count, 2 * PAIRS]``.
+
+    Raises
+    ------
+    InputError
+        If ``count`` or ``seed`` is not legal.
+    """
+    check_integer("count", count, 1, 2**24, InputError)
+    rng = np.random.default_rng(check_seed(seed, InputError))
     return torch.from_numpy(np.stack([_sequence(rng) for _ in range(count)]))
 
 
@@ -62,7 +71,7 @@ def read_positions(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Share of reads whose value is predicted.
+    """Share of reads whose value is predicted; NaN without reads.
 
     Parameters
     ----------

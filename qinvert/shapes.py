@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from qinvert.errors import ProgramError
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, Axis, Concat, Mask, MatMul, Range, Rescale, Shape, Slice, Step
+from qinvert.steps import (
+    INPUT,
+    MAX_EXPANSION,
+    MAX_NAME,
+    MAX_RESIDUALS,
+    MAX_STEPS,
+    Add,
+    Axis,
+    Concat,
+    Mask,
+    MatMul,
+    Range,
+    Rescale,
+    Shape,
+    Slice,
+    Step,
+)
 
 
 def infer_shapes(program: Program) -> Mapping[str, Shape]:
@@ -19,6 +36,7 @@ def infer_shapes(program: Program) -> Mapping[str, Shape]:
         output is not ``[1, C, C]``.
     """
     whole = Shape(1, program.chunk, program.chunk)
+    _check_limits(program)
     shapes = {INPUT: whole}
     zeros = {c.name for c in program.constants if not any(stop > start for start, stop in c.ones)}
     constants = {c.name: Shape(1, c.rows, c.columns) for c in program.constants}
@@ -35,9 +53,35 @@ def infer_shapes(program: Program) -> Mapping[str, Shape]:
                 )
         if isinstance(step, Concat):
             _check_zeros(step, set(constants) - zeros)
-        shapes[step.output] = _output_shape(step, shapes, constants)
+        shapes[step.output] = _bounded(step, _output_shape(step, shapes, constants), whole)
     _check_output(program, shapes, whole)
     return shapes
+
+
+def _check_limits(program: Program) -> None:
+    # Plans come from files: what a reader allocates must be bounded before it is allocated.
+    if len(program.steps) > MAX_STEPS:
+        raise ProgramError(f"{program.name}: {len(program.steps)} steps; at most {MAX_STEPS} are legal")
+    for name in (program.name, *(c.name for c in program.constants), *(s.output for s in program.steps)):
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise ProgramError(
+                f"name {name[:MAX_NAME]!r} has {len(name)} characters; use 1 to {MAX_NAME}, all printable"
+            )
+    for constant in program.constants:
+        if constant.rows * constant.columns > MAX_EXPANSION * program.chunk**2:
+            raise ProgramError(
+                f"constant {constant.name!r} is {constant.rows} x {constant.columns}; "
+                f"at most {MAX_EXPANSION} times the size of M is legal"
+            )
+
+
+def _bounded(step: Step, shape: Shape, whole: Shape) -> Shape:
+    if math.prod(shape) > MAX_EXPANSION * math.prod(whole):
+        raise ProgramError(
+            f"step {step.output!r}: shape {shape} has more than {MAX_EXPANSION} times the elements of M; "
+            "keep tensors smaller"
+        )
+    return shape
 
 
 def _check_zeros(step: Concat, others: set[str]) -> None:
@@ -72,6 +116,8 @@ def _output_shape(step: Step, shapes: Mapping[str, Shape], constants: Mapping[st
         case Slice():
             (source,) = _tensors(step, shapes)
             ranges = (step.blocks, step.rows, step.columns)
+            if ranges == (None, None, None):
+                raise ProgramError(f"step {step.output!r}: a slice needs a range on at least one axis")
             return Shape(*(_extent(step, r, n) for r, n in zip(ranges, source, strict=True)))
         case Concat():
             return _concat_shape(step, shapes, constants)
@@ -88,6 +134,8 @@ def _matmul_shape(step: MatMul, left: Shape, right: Shape, *residuals: Shape) ->
     if left.blocks != right.blocks or left.columns != right.rows:
         raise ProgramError(f"step {step.output!r}: cannot multiply {left} by {right}; inner sizes must agree")
     shape = Shape(left.blocks, left.rows, right.columns)
+    if len(residuals) > MAX_RESIDUALS:
+        raise ProgramError(f"step {step.output!r}: more than {MAX_RESIDUALS} residual terms; split the sum")
     for residual in residuals:
         _same(step, shape, residual)
     return shape

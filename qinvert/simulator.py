@@ -35,7 +35,8 @@ class IntegerEvaluator(TorchEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        accumulator = arithmetic.integer_matmul(left, right, self.plan.accumulator_bound(step))
+        magnitude = max(self.plan.tensors[name].format.magnitude for name in (step.left, step.right))
+        accumulator = arithmetic.integer_matmul(left, right, self.plan.accumulator_bound(step), magnitude)
         signed = [
             *((name, 1, value) for name, value in zip(step.add, add, strict=True)),
             *((name, -1, value) for name, value in zip(step.subtract, subtract, strict=True)),
@@ -86,4 +87,6 @@ def simulate_integers(plan: LayerPlan, lower: torch.Tensor, observe: Observer | 
     flat = lower.reshape(-1, plan.chunk, plan.chunk)
     evaluator = IntegerEvaluator(plan, flat.shape[0], flat.device)
     source = arithmetic.quantize(-flat.to(torch.float32), plan.input.scale, plan.input.format)
-    return plan.program.evaluate(evaluator, source, observe).reshape(lower.shape)
+    # Autocast would run the products of the float32 integers in 16-bit accumulators.
+    with torch.autocast(flat.device.type, enabled=False):
+        return plan.program.evaluate(evaluator, source, observe).reshape(lower.shape)

@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, TypeAlias
 
+from qinvert.checks import check_power_of_two
 from qinvert.errors import ProgramError
 
 #: Name of the one input of every program: M = -L.
 INPUT: Final = "M"
 #: Chunk sizes that block structure and the runtimes support.
 MAX_CHUNK: Final = 1024
+#: A tensor holds at most this many times the elements of M; the methods here need 1.
+MAX_EXPANSION: Final = 16
+#: Residual terms of one product; the methods here need 2.
+MAX_RESIDUALS: Final = 8
+#: Steps of a program; the methods here need about 1,000 at most.
+MAX_STEPS: Final = 20_000
+#: Length of a name: graphs and tables must stay readable.
+MAX_NAME: Final = 200
 
 Range: TypeAlias = tuple[int, int]
 
@@ -171,9 +180,5 @@ def check_chunk(chunk: int) -> None:
     ProgramError
         With the value and the legal ones.
     """
-    integer = isinstance(chunk, int) and not isinstance(chunk, bool)
-    if not integer or not 2 <= chunk <= MAX_CHUNK or chunk & (chunk - 1):
-        raise ProgramError(
-            f"chunk {chunk!r} is not a power of two from 2 to {MAX_CHUNK}; "
-            "pad the last chunk with zero rows to the next power of two"
-        )
+    hint = "; pad the last chunk with zero rows to the next power of two"
+    check_power_of_two("chunk", chunk, 2, MAX_CHUNK, ProgramError, hint)

@@ -13,10 +13,14 @@ from collections.abc import Callable
 
 import torch
 
+from qinvert.checks import check_integer, check_seed
 from qinvert.errors import InputError, lookup
+from qinvert.steps import check_chunk
 
 Generator = Callable[[int, int, int], torch.Tensor]
 
+#: Most matrices that one call makes.
+MAX_COUNT = 2**24
 #: Length of the synthetic keys.
 KEY_SIZE = 64
 
@@ -155,6 +159,7 @@ def stress_matrices(name: str, count: int = 16, chunk: int = 64, seed: int = 0) 
     InputError
         If there is no such generator; the message lists them.
     """
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"count {count!r} is not a positive integer")
+    check_integer("count", count, 1, MAX_COUNT, InputError)
+    check_seed(seed, InputError)
+    check_chunk(chunk)
     return lookup(STRESS, name, "stress set", InputError)(count, chunk, seed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from qinvert.cli.common import printable
 from qinvert.cli.demo import demo
 from qinvert.cli.graphs import export, profiles, verify
 from qinvert.cli.plans import calibrate, evaluate, inspect, simulate
@@ -15,15 +17,32 @@ from qinvert.version import __version__
 
 
 class OneLineErrors(click.Group):
-    """Turns every `QInvertError` into one line on stderr and exit code 2."""
+    """Turns every `QInvertError` and every illegal option into one line on stderr and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the verb."""
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **{**kwargs, "standalone_mode": False})
         except QInvertError as error:
-            click.echo(f"qinvert: {' '.join(str(error).split())}", err=True)
+            refuse(str(error))
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
             sys.exit(2)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "qinvert"
+            refuse(f"{error.format_message()} See: {command} --help")
+        except click.Abort:
+            refuse("interrupted")
+        except BrokenPipeError:
+            # The reader, such as `head`, has seen enough; nothing more can be flushed to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+def refuse(message: str) -> NoReturn:
+    """Print one line on stderr and leave with exit code 2."""
+    click.echo(f"qinvert: {printable(' '.join(message.split()))}", err=True)
+    sys.exit(2)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

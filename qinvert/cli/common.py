@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +15,32 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from qinvert import recall
 from qinvert.calibration.sources import read_arrays
+from qinvert.checks import MAX_SEED, check_decibels
+from qinvert.documents import to_document
 from qinvert.errors import InputError
 from qinvert.models import load_pretrained, require_transformers
 from qinvert.plan import Plan
+
+
+class Decibels(click.ParamType[float]):
+    """A finite number: NaN would pass every comparison."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return check_decibels(param.opts[-1] if param else "goal", float(value), InputError)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+#: Type of options that are goals in dB.
+DECIBELS = Decibels()
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,17 +58,18 @@ class Output:
     def say(self, text: str) -> None:
         """Print one line for people."""
         if not self.as_json and not self.quiet:
-            click.echo(text)
+            click.echo(printable(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table for people; the first column is left-aligned, the others right."""
         if self.as_json or self.quiet:
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        # Text, not str: names may hold what rich takes for markup.
+        table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         # Not a terminal: a fixed width keeps tables whole in files and logs.
         console = Console()
         if not console.is_terminal:
@@ -58,7 +79,7 @@ class Output:
     def result(self, document: dict[str, Any]) -> None:
         """Print the machine-readable result."""
         if self.as_json:
-            click.echo(json.dumps(document, indent=1, allow_nan=False))
+            click.echo(json.dumps(to_document(document), indent=1, allow_nan=False))
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[str, int], None]]:
@@ -92,7 +113,13 @@ def data_options(function: F) -> F:
             type=click.IntRange(1, 100_000),
             help="Sequences that the recall task generates without --data.",
         ),
-        click.option("--seed", default=0, show_default=True, help="Of generated data and samples."),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, MAX_SEED),
+            help="Of generated data and samples.",
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -151,6 +178,16 @@ def holds_tokens(path: str) -> bool:
     """Whether a file holds token ids (integers) rather than matrices."""
     arrays = read_arrays(path)
     return "input_ids" in arrays or all(np.asarray(a).dtype.kind in "iu" for a in arrays.values())
+
+
+def with_source(plan: Plan, source: str) -> Plan:
+    """Return the plan with the model or file it was made from, so that other verbs find it."""
+    return replace(plan, provenance={**plan.provenance, "source": source})
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with escapes for what would steer a terminal or cannot be encoded."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def decibels(value: float) -> str:

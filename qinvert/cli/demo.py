@@ -14,8 +14,8 @@ from qinvert.calibration.evaluation import evaluate
 from qinvert.calibration.growth import range_growth
 from qinvert.calibration.hooks import capture
 from qinvert.calibration.reports import simulate
-from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options
-from qinvert.cli.graphs import export_all, verification_to_dict
+from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
+from qinvert.cli.graphs import export_all
 from qinvert.cli.plans import growth_to_dict, show_choices, show_growth
 from qinvert.export.verifying import Verification, verify
 from qinvert.files import make_folder
@@ -48,7 +48,7 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     show_growth(output, growth)
     with output.progress("calibrating") as progress:
         plan = calibrate(model, seen, progress=progress)
-    plan = Plan(layers=plan.layers, target=plan.target, provenance={**plan.provenance, "source": recall.NAME})
+    plan = with_source(plan, recall.NAME)
     show_choices(output, plan)
     path = make_folder(folder) / "plan.json"
     plan.save(path)
@@ -84,7 +84,7 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
         name: {
             **r.to_dict(),
             "file": files[name],
-            "verified": [verification_to_dict(v) for v in verified[name]],
+            "verified": verified[name],
         }
         for name, r in report.layers.items()
     }

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from qinvert.calibration.sources import DEFAULT_LAYER, open_source
-from qinvert.cli.common import Output, output_options
+from qinvert import plan_io
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
+from qinvert.cli.common import DECIBELS, Output, decibels, output_options
 from qinvert.errors import InputError
-from qinvert.export.exporting import export as export_layer
+from qinvert.export.exporting import build, serialize
 from qinvert.export.verifying import Verification
 from qinvert.export.verifying import verify as verify_layer
-from qinvert.files import make_folder
+from qinvert.files import make_folder, write_together
 from qinvert.plan import Plan
 from qinvert.profiles import PROFILES, Profile, find_profile
 from qinvert.stress import STRESS, stress_matrices
@@ -73,29 +74,30 @@ def export_all(
 ) -> dict[str, str]:
     """Export the named layers (all by default) into ``folder``; return the file of each.
 
-    A folder that this call created is removed again if an export fails.
+    All graphs are built before the first is written, and all files appear together.
     """
-    existed = Path(folder).exists()
-    target = make_folder(folder)
-    try:
-        names = file_names(plan)
-        files = {name: str(target / names[name]) for name in layers or plan.layers}
-        for name, file in files.items():
-            export_layer(plan, file, profile=profile, layer=name, batch=batch, input=source)
-        plan.save(target / PLAN_FILE)
-    except BaseException:
-        if not existed:
-            shutil.rmtree(target, ignore_errors=True)
-        raise
-    return files
+    names, target = file_names(plan), Path(folder)
+    contents = {
+        target / names[name]: serialize(build(plan, profile=profile, layer=name, batch=batch, input=source))
+        for name in layers or plan.layers
+    }
+    make_folder(folder)
+    write_together({**contents, target / PLAN_FILE: plan_io.to_bytes(plan)})
+    return {name: str(target / names[name]) for name in layers or plan.layers}
 
 
 def file_names(plan: Plan) -> dict[str, str]:
     """Return a safe, unique file name for every layer."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for i, layer in enumerate(plan.layers):
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
-        names[layer] = f"{stem}.onnx" if f"{stem}.onnx" not in names.values() else f"{stem}_{i}.onnx"
+        tail = ""
+        # Without regard to case: some file systems have none.
+        while f"{stem}{tail}".casefold() in taken:
+            tail = f"_{int(tail[1:] or i) + 1}"
+        taken.add(f"{stem}{tail}".casefold())
+        names[layer] = f"{stem}{tail}.onnx"
     return names
 
 
@@ -105,15 +107,26 @@ def file_names(plan: Plan) -> dict[str, str]:
     "--data", type=click.Path(), help="Matrices L, .npz or .safetensors; stress matrices by default."
 )
 @click.option("--runtime", "runtimes", multiple=True, default=("onnxruntime",), show_default=True)
+@click.option(
+    "--min-sqnr", type=DECIBELS, help="Exit with code 1 if a runtime's T stays below, dB; goes with --data."
+)
 @output_options
-def verify(folder: str, data: str | None, runtimes: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def verify(
+    folder: str,
+    data: str | None,
+    runtimes: tuple[str, ...],
+    min_sqnr: float | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     r"""Run exported graphs and compare every value with the simulator.
 
-    FOLDER is what `qinvert export` wrote.
+    FOLDER is what `qinvert export` wrote.  A difference that the profile does
+    not allow is an error, exit code 2.
 
     \b
     Example: qinvert verify graphs/
-             qinvert verify graphs/ --data L.npz
+             qinvert verify graphs/ --data L.npz --min-sqnr 20
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(Path(folder) / PLAN_FILE)
@@ -127,7 +140,11 @@ def verify(folder: str, data: str | None, runtimes: tuple[str, ...], as_json: bo
         with output.progress(f"verifying {name}"):
             results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name)
     show_verifications(output, results)
-    output.result({name: [verification_to_dict(r) for r in rows] for name, rows in results.items()})
+    output.result(results)
+    worst = min(r.sqnr_db for rows in results.values() for r in rows)
+    if min_sqnr is not None and worst < min_sqnr:
+        output.say(f"missed: the worst runtime has {worst:.1f} dB, wanted {min_sqnr:.1f}")
+        sys.exit(1)
 
 
 def matrices_for(plan: Plan, layer: str, data: str | None) -> torch.Tensor:
@@ -138,6 +155,8 @@ def matrices_for(plan: Plan, layer: str, data: str | None) -> torch.Tensor:
     parts = [lower for name, lower in open_source(data) if name in (layer, DEFAULT_LAYER)]
     if not parts:
         raise InputError(f"{data} has no matrices for layer {layer!r}; name an array after the layer")
+    for lower in parts:
+        check_size(lower, chunk, layer)
     return torch.cat([lower.reshape(-1, *lower.shape[-2:]) for lower in parts])
 
 
@@ -149,6 +168,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]]) -
             r.runtime,
             f"{r.values - r.mismatches} of {r.values}",
             f"{r.max_steps:.3g}",
+            decibels(r.sqnr_db),
             "yes" if r.exact else "no",
         ]
         for name, verifications in results.items()
@@ -159,14 +179,10 @@ def show_verifications(output: Output, results: dict[str, list[Verification]]) -
         "runtime",
         "values equal to the simulator",
         "largest difference, steps",
+        "sqnr_db",
         "must be exact",
     ]
     output.table("Verification", columns, rows)
-
-
-def verification_to_dict(result: Verification) -> dict[str, Any]:
-    """Return JSON types."""
-    return {name: getattr(result, name) for name in result.__dataclass_fields__}
 
 
 @click.command()

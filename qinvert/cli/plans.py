@@ -17,6 +17,7 @@ from qinvert.calibration.reports import Report
 from qinvert.calibration.reports import simulate as run_simulation
 from qinvert.calibration.sources import open_source
 from qinvert.cli.common import (
+    DECIBELS,
     Output,
     data_options,
     decibels,
@@ -25,6 +26,7 @@ from qinvert.cli.common import (
     open_for_plan,
     open_pair,
     output_options,
+    with_source,
 )
 from qinvert.errors import InputError
 from qinvert.methods import METHODS
@@ -107,9 +109,13 @@ def layer_to_dict(layer: Any) -> dict[str, Any]:
 @click.option("--bits", default="auto", show_default=True, type=click.Choice(BITS_CHOICES))
 @click.option("--target", default="npu-qdq-int8", show_default=True, help=f"{', '.join(PROFILES)}.")
 @click.option("--scales", default="float", show_default=True, type=click.Choice(("float", "pow2")))
-@click.option("--min-sqnr", default=20.0, show_default=True, help="Goal for each layer, dB.")
+@click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
 @click.option(
-    "--max-loss", default=MAX_LOSS_DB, show_default=True, help="Goal for the distance to the floor, dB."
+    "--max-loss",
+    default=MAX_LOSS_DB,
+    type=DECIBELS,
+    show_default=True,
+    help="Goal for the distance to the floor, dB.",
 )
 @data_options
 @output_options
@@ -151,7 +157,7 @@ def calibrate(
             seed=seed,
             progress=progress,
         )
-    plan = Plan(layers=plan.layers, target=plan.target, provenance={**plan.provenance, "source": source})
+    plan = with_source(plan, source)
     plan.save(path)
     show_choices(output, plan)
     output.say(f"wrote {path}")
@@ -176,7 +182,7 @@ def show_choices(output: Output, plan: Plan) -> None:
 @click.command()
 @click.argument("plan_path", metavar="PLAN")
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
-@click.option("--min-sqnr", type=float, help="Exit with code 1 if a layer stays below, dB.")
+@click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below, dB.")
 @data_options
 @output_options
 def simulate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from qinvert.checks import check_integer, check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
 from qinvert.program import Program
@@ -104,23 +105,16 @@ def block_merge(
 
 
 def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corrections: int) -> int:
-    _check_size("base", base, 1, chunk)
+    check_power_of_two("base", base, 1, chunk, ProgramError)
     if layout not in list(Layout):
         raise ProgramError(f"layout {layout!r} is unknown; use {' or '.join(Layout)}")
-    if isinstance(corrections, bool) or not isinstance(corrections, int) or not 0 <= corrections <= 4:
-        raise ProgramError(f"corrections {corrections!r} is not in [0, 4]; 1 is enough for int8")
+    check_integer("corrections", corrections, 0, 4, ProgramError, "; 1 is enough for int8")
     if tile is None:
         return chunk if layout == Layout.MASKED else max(base, 2)
-    _check_size("tile", tile, max(base, 2), chunk)
+    check_power_of_two("tile", tile, max(base, 2), chunk, ProgramError)
     if layout == Layout.MASKED and tile != chunk:
         raise ProgramError(f"layout 'masked' means tile={chunk}; leave out one of layout and tile={tile}")
     return tile
-
-
-def _check_size(name: str, value: int, low: int, high: int) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or not low <= value <= high or value & (value - 1):
-        raise ProgramError(f"{name} {value!r} is not a power of two in [{low}, {high}]")
 
 
 def bit_reversed(count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
 from qinvert.program import Program
@@ -39,8 +40,7 @@ def neumann(chunk: int, order: int | None = None) -> Program:
     """
     check_chunk(chunk)
     order = min(15, chunk - 1) if order is None else order
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order < chunk:
-        raise ProgramError(f"order {order!r} is not in [1, {chunk - 1}]; chunk - 1 is exact")
+    check_integer("order", order, 1, chunk - 1, ProgramError, "; chunk - 1 is exact")
     builder = Builder()
     power = total = INPUT
     for k in range(2, order + 1):

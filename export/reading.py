@@ -1,0 +1,56 @@
+"""Reads ONNX files that may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from os import PathLike
+
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+from qinvert.errors import ExportError, reason
+
+
+def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
+    """Parse an ONNX file that is complete in itself.
+
+    External data would name files of this machine, and control flow may not
+    end: exported graphs have neither, so both are refused.
+
+    Raises
+    ------
+    ExportError
+        If it is no ONNX model, or one with external data or subgraphs.
+    """
+    try:
+        model = onnx.load_model_from_string(content)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and onnx raise unrelated types here
+        raise ExportError(f"{path} is no ONNX model ({reason(error)}); export it again") from None
+    for node in _nodes(model):
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")
+    for tensor in _tensors(model):
+        if uses_external_data(tensor):
+            raise ExportError(f"{path}: tensor {tensor.name!r} lies in another file; export it again")
+    return model
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    yield from model.graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    yield from _parts(model.graph.sparse_initializer)
+    for node in _nodes(model):
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            yield from _parts((attribute.sparse_tensor, *attribute.sparse_tensors))
+
+
+def _parts(sparse: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)

@@ -1,0 +1,69 @@
+"""Checks of plain arguments: the same words wherever a number is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+from qinvert.errors import QInvertError
+
+#: Largest seed: every random generator in use takes it.
+MAX_SEED = 2**63 - 1
+
+
+def check_integer(
+    name: str, value: object, low: int, high: int, error: type[QInvertError], hint: str = ""
+) -> int:
+    """Return ``value`` if it is an integer in ``[low, high]``; a boolean is none.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``, with the value, the legal range and ``hint``.
+    """
+    if not _is_integer(value, low, high):
+        raise error(f"{name} {value!r} is not in [{low}, {high}]{hint}")
+    return value
+
+
+def _is_integer(value: object, low: int, high: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_power_of_two(
+    name: str, value: object, low: int, high: int, error: type[QInvertError], hint: str = ""
+) -> int:
+    """Return ``value`` if it is a power of two in ``[low, high]``.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``, with the value, the legal range and ``hint``.
+    """
+    if not _is_integer(value, low, high) or value & (value - 1):
+        raise error(f"{name} {value!r} is not a power of two in [{low}, {high}]{hint}")
+    return value
+
+
+def check_seed(seed: object, error: type[QInvertError]) -> int:
+    """Return ``seed`` if random generators take it.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``.
+    """
+    return check_integer("seed", seed, 0, MAX_SEED, error)
+
+
+def check_decibels(name: str, value: object, error: type[QInvertError]) -> float:
+    """Return ``value`` if it is a finite number of decibels.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``; NaN would pass every comparison unseen.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise error(f"{name} {value!r} is no number of decibels; pass for example 20.0")
+    return float(value)

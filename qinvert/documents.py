@@ -1,0 +1,28 @@
+"""Results as JSON types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+
+def to_document(value: Any) -> Any:
+    """Return ``value`` as JSON types: dataclasses become objects, NaN and infinities null.
+
+    Parameters
+    ----------
+    value
+        A dataclass, mapping, list, tuple, or scalar, nested at will; anything
+        else becomes its text.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_document(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_document(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_document(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int)) else str(value)
