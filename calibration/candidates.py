@@ -18,7 +18,7 @@ from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_inverse
-from qinvert.steps import INPUT
+from qinvert.steps import INPUT, MatMul
 
 #: Room above what calibration saw, for tensors without a proved range.
 HEADROOM: Final = 2.0
@@ -62,7 +62,7 @@ def plan_program(
     requantize: Requantize,
 ) -> Candidate:
     """Choose every scale of ``program`` and measure it on the sample by real simulation."""
-    if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, ranges, fmt):
+    if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, ranges, fmt, rule):
         requantize = Requantize.DIVIDE
     settled = settle_residues(program, _widened(program, ranges), sample, fmt)
     tensors = choose_quantizations(program, settled, fmt, rule, requantize)
@@ -80,13 +80,13 @@ def unproved(program: Program) -> list[str]:
 def _widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     # A tensor under the input's bound can hold the input's largest entry, wherever that
     # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
-    # A tensor without a bound can exceed what was seen, but room beyond M and T would
-    # coarsen the partial sums that hold them.
+    # A tensor without a bound can exceed what was seen; for partial sums, which hold M,
+    # room beyond M and T would only make them coarser.
     free, scale = unproved(program), max(ranges[INPUT], ranges[program.output])
-    return {
-        name: max(r, min(HEADROOM * r, scale)) if name in free else max(r, ranges[INPUT])
-        for name, r in ranges.items()
-    }
+    powers = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
+    room = {name: HEADROOM * ranges[name] for name in free}
+    room |= {name: max(ranges[name], min(room[name], scale)) for name in free if name not in powers}
+    return {name: room.get(name, max(r, ranges[INPUT])) for name, r in ranges.items()}
 
 
 def measure(plan: LayerPlan, lower: torch.Tensor) -> tuple[ErrorStatistics, ErrorStatistics]:

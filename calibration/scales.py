@@ -18,6 +18,8 @@ LARGEST = 2.0**49
 #: 1.0 on a grid is at most this many times the grid's largest integer: a graph
 #: that widens a product by identity blocks needs that many of them.
 MAX_IDENTITY_BLOCKS = 16
+#: Grids of M and of the result may be this much coarser to hold 1.0: 1 dB.
+MAX_RECIPROCAL_COST = 1.12
 #: A reciprocal of an odd integer is preferred while it is at most this much coarser.
 TIE_FREE_COST = 1.02
 
@@ -63,12 +65,13 @@ def residual_partners(program: Program) -> set[str]:
     return partners
 
 
-def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFormat) -> bool:
+def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFormat, rule: ScaleRule) -> bool:
     """Whether residual terms can be integers of the accumulator.
 
     Each must be an operand of its product, and 1.0 must lie on the other
     operand's grid: the other range must not exceed ``fmt.largest``.  Matrices
-    below ``1 / MAX_IDENTITY_BLOCKS`` would lose resolution on such a grid.
+    that would lose resolution on such a grid, because they are very small or
+    larger than a few units, are refused, too.
     """
     operands = all(
         term in (step.left, step.right)
@@ -79,8 +82,11 @@ def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFor
     partners = residual_partners(program)
     shared = group_ranges(program, ranges)
     fits = all(shared[name] <= fmt.largest for name in partners)
-    tiny = min(ranges[INPUT], ranges[program.output]) < 1 / MAX_IDENTITY_BLOCKS
-    return operands and fits and not (tiny and partners)
+    costs = [
+        choose_scale(shared[name], fmt, rule, reciprocal=True) / choose_scale(shared[name], fmt, rule)
+        for name in (INPUT, program.output)
+    ]
+    return operands and fits and not (partners and max(costs) > MAX_RECIPROCAL_COST)
 
 
 def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from qinvert.errors import ExportError
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder
 from qinvert.plan import LayerPlan, Quantization
@@ -16,6 +17,9 @@ from qinvert.steps import INPUT, Axis, Concat, Constant, MatMul, Slice
 
 #: Tensor axis of a concat or slice; axis 0 is always 1.
 AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}
+
+#: Identity blocks that one residual term may add to a product; calibration needs 16.
+MAX_IDENTITY_BLOCKS = 32
 
 Int8Array = npt.NDArray[np.int8]
 
@@ -133,6 +137,11 @@ class GraphLowering(Evaluator[Value]):
         partner = step.left if term == step.right else step.right
         largest = self.grid(partner).format.largest
         full, rest = divmod(self.plan.residual_factor(step, term), largest)
+        if full >= MAX_IDENTITY_BLOCKS:
+            raise ExportError(
+                f"step {step.output!r}: 1.0 is {full} times the largest integer of {partner!r}; at most "
+                f"{MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with requantize='divide'"
+            )
         return [largest] * full + [rest] * (rest > 0)
 
     def _identity(self, tensor: str, value: int) -> str:

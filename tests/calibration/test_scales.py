@@ -75,6 +75,8 @@ def test_one_must_lie_on_the_grid_that_a_residual_is_multiplied_by():
     program = block_merge(16, base=4)
     assert {"merge_8/S11", "merge_8/S22"} <= residual_partners(program)
     ranges = dict.fromkeys(program.tensors, 0.5)
-    assert allows_multiplier(program, ranges, INT8)
-    assert not allows_multiplier(program, ranges | {"base_4/power_2": 1e4}, INT8)
-    assert allows_multiplier(neumann_doubling(16), dict.fromkeys(neumann_doubling(16).tensors, 1e9), INT8)
+    assert allows_multiplier(program, ranges, INT8, ScaleRule.FLOAT)
+    assert not allows_multiplier(program, ranges | {"base_4/power_2": 1e4}, INT8, ScaleRule.FLOAT)
+    assert allows_multiplier(
+        neumann_doubling(16), dict.fromkeys(neumann_doubling(16).tensors, 1e9), INT8, ScaleRule.FLOAT
+    )
