@@ -80,13 +80,15 @@ def unproved(program: Program) -> list[str]:
 def _widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     # A tensor under the input's bound can hold the input's largest entry, wherever that
     # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
-    # A tensor without a bound can exceed what was seen; for partial sums, which hold M,
-    # room beyond M and T would only make them coarser.
+    # A tensor without a bound can exceed what was seen: powers by any factor, partial sums
+    # hold M, so that room beyond M and T would only make them coarser.
     free, scale = unproved(program), max(ranges[INPUT], ranges[program.output])
     powers = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
-    room = {name: HEADROOM * ranges[name] for name in free}
-    room |= {name: max(ranges[name], min(room[name], scale)) for name in free if name not in powers}
-    return {name: room.get(name, max(r, ranges[INPUT])) for name, r in ranges.items()}
+    caps = {name: HEADROOM * scale if name in powers else scale for name in free}
+    return {
+        name: max(r, min(HEADROOM * r, caps[name])) if name in caps else max(r, ranges[INPUT])
+        for name, r in ranges.items()
+    }
 
 
 def measure(plan: LayerPlan, lower: torch.Tensor) -> tuple[ErrorStatistics, ErrorStatistics]:

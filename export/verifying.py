@@ -125,9 +125,11 @@ def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
     name, shape = next(iter(shapes.items()), ("", []))
     if len(shapes) != 1 or name not in INPUTS or outputs != ["T"]:
         raise ExportError("the graph has no input L or M and output T; pass a file that qinvert exported")
-    if len(shape) != 4 or shape[0] != 1 or shape[2:] != [plan.chunk, plan.chunk]:
+    returned = _static_shape(model.graph.output[0])
+    if len(shape) != 4 or shape[0] != 1 or shape[2:] != [plan.chunk, plan.chunk] or returned != shape:
         raise ExportError(
-            f"the graph takes {shape}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; export again"
+            f"the graph maps {shape} to {returned}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; "
+            "export again"
         )
     return name, check_integer("batch of the graph", shape[1], 1, MAX_BATCH, ExportError, "; export again")
 

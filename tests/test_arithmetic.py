@@ -290,3 +290,10 @@ def test_an_accumulator_beyond_int32_is_refused(bound):
 
 def test_an_accumulator_that_just_fits_int32_is_taken():
     arithmetic.check_accumulator(2**31 - 1)
+
+
+def test_wide_operands_take_the_float64_path():
+    # 257 is exact in float32 but neither in bfloat16 nor in TF32's 8 or 11 bits of every backend.
+    left, right = torch.full((1, 2), 257.0), torch.ones(2, 1)
+    assert arithmetic.integer_matmul(left, right, 600, magnitude=256).dtype == torch.float32
+    assert arithmetic.integer_matmul(left, right, 600, magnitude=257).dtype == torch.float64

@@ -296,3 +296,11 @@ def test_random_bytes_give_a_plan_error_or_a_plan(load_bytes, position, length, 
     except PlanError:
         return
     assert isinstance(plan, Plan)
+
+
+def test_a_lone_surrogate_is_refused(load_bytes):
+    content = plan_io.to_bytes(calibrated()).replace(b'"layer"', b'"lay\\ud800er"')
+    with pytest.raises(PlanError, match="no Unicode"):
+        load_bytes(content)
+    with pytest.raises(PlanError, match="rename the layer"):
+        Plan(layers={"\ud800": calibrated().layer()}, target="int-ops")

@@ -272,3 +272,31 @@ def test_values_are_dropped_once_no_later_step_needs_them():
 
 def test_a_program_without_steps_returns_its_input():
     assert program().evaluate(Expressions(), "x") == "x"
+
+
+@pytest.mark.parametrize("name", ["", "a\ud800", "tab\there", "x" * 201, "\x1b[31m"])
+def test_names_must_be_short_and_printable(name):
+    with pytest.raises(ProgramError, match="use 1 to 200, all printable"):
+        program(Rescale(output=name, source=INPUT))
+
+
+def test_a_slice_needs_a_range():
+    with pytest.raises(ProgramError, match="'a': a slice needs a range on at least one axis"):
+        program(Slice(output="a", source=INPUT))
+
+
+def test_tensors_cannot_outgrow_m_without_end():
+    steps = [Concat(output="x0", sources=(INPUT, INPUT), axis=Axis.ROWS)]
+    steps += [Concat(output=f"x{i}", sources=(f"x{i - 1}",) * 2, axis=Axis.ROWS) for i in range(1, 40)]
+    with pytest.raises(ProgramError, match=r"'x4': shape \[1,128,4\] has more than 16 times"):
+        program(*steps)
+    with pytest.raises(ProgramError, match="constant 'wide' is 1 x 1000000000"):
+        program(constants=(Constant(name="wide", rows=1, columns=10**9, ones=((0, 0),)),))
+
+
+def test_steps_and_residual_terms_have_limits():
+    many = MatMul(output="a", left=INPUT, right=INPUT, add=(INPUT,) * 9)
+    with pytest.raises(ProgramError, match="more than 8 residual terms"):
+        program(many)
+    with pytest.raises(ProgramError, match="20001 steps; at most 20000 are legal"):
+        program(*(Rescale(output=f"r{i}", source=INPUT) for i in range(20001)))

@@ -234,3 +234,22 @@ def test_what_is_not_finite_is_refused(value):
     lower[2, 9, 1] = value
     with pytest.raises(InputError, match="L holds 1 NaN or Inf"):
         calibrated("packed").inverse(lower)
+
+
+def test_autocast_and_reduced_precision_change_no_bit():
+    lower = stress_matrices("correlated_keys", 16, 32)
+    plan = qinvert.calibrate(lower).layer()
+    expected = plan.inverse(lower)
+    program = plan.program
+    exact = program.run(lower)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(plan.inverse(lower), expected)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(program.run(lower), exact)
+        # The check can fail: autocast does reach a plain product.
+        assert (lower @ lower).dtype == torch.bfloat16

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -5,6 +7,7 @@ from torch.nn.functional import cross_entropy
 import qinvert
 from qinvert import recall
 from qinvert.calibration.hooks import run_model
+from qinvert.errors import InputError
 
 pytest.importorskip("transformers")
 
@@ -83,3 +86,25 @@ def test_sequences_follow_the_rules_of_the_task():
     assert 0.3 < reads / (reads + writes) < 0.4
     assert torch.equal(UNSEEN, recall.sequences(64, seed=11))
     assert int(recall.read_positions(UNSEEN).sum()) == reads
+
+
+def test_a_model_that_turns_to_nan_is_not_called_perfect(model):
+    result = qinvert.evaluate(model, lambda lower: lower * float("nan"), UNSEEN[:2], score=recall.accuracy)
+    assert math.isnan(result.kl)
+    assert math.isnan(result.loss_delta)
+    assert result.to_dict()["kl"] is None
+    assert result.score == 0.0
+
+
+def test_tokens_without_a_read_have_no_accuracy(model, plan):
+    writes = torch.tensor([[1, 130] * 64])
+    result = qinvert.evaluate(model, plan, writes, score=recall.accuracy)
+    assert math.isnan(result.score)
+    assert result.to_dict()["score"] is None
+    assert math.isfinite(result.kl)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1), (1, -1), (True, 0)])
+def test_sequences_take_legal_counts_and_seeds(arguments):
+    with pytest.raises(InputError, match=r"count|seed"):
+        recall.sequences(*arguments)

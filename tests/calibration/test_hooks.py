@@ -1,3 +1,6 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -192,3 +195,61 @@ def test_tokens_outside_the_vocabulary_are_refused(model):
 def test_what_is_no_inverse_is_refused(model):
     with pytest.raises(InputError, match="cannot use int"), qinvert.patched(model, 3):
         pass
+
+
+def test_patches_of_two_models_may_end_in_any_order(model):
+    other = recall.load_model()
+    before = logits(model)
+    module = sys.modules[type(next(iter(delta_layers(model).values()))).__module__]
+    original = module.torch_chunk_gated_delta_rule
+    first, second = qinvert.patched(model, no_inverse), qinvert.patched(other, no_inverse)
+    first.__enter__()
+    changed = logits(model)
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(other), changed)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(other), before)
+    assert module.torch_chunk_gated_delta_rule is original
+
+
+def test_models_patched_in_two_threads_keep_their_own_inverse(model):
+    other = recall.load_model()
+    before = logits(other)
+    with (
+        qinvert.patched(model, no_inverse),
+        qinvert.patched(other, qinvert.exact_inverse),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        alone = logits(model)
+        for changed, exact in zip(pool.map(logits, [model] * 4), pool.map(logits, [other] * 4), strict=True):
+            assert torch.equal(changed, alone)
+            assert torch.allclose(exact, before, atol=1e-3)
+
+
+def test_autocast_around_the_model_leaves_the_integers_alone(model, plan):
+    captured = dict(qinvert.capture(model, TOKENS))
+    for name, lower in captured.items():
+        expected = plan.layers[name].inverse(lower)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(plan.layers[name].inverse(lower), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16), qinvert.patched(model, plan):
+        assert recall.accuracy(logits(model), TOKENS) > 0.95
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": TOKENS.to(torch.float32)},
+        {"input_ids": "text"},
+        {"input_ids": TOKENS, "attention_mask": "text"},
+        {"tokens": TOKENS},
+        {},
+    ],
+    ids=lambda batch: ",".join(batch) or "nothing",
+)
+def test_batches_that_do_not_fit_the_model_are_input_errors(model, batch):
+    with pytest.raises(InputError, match=r"batch|token ids"):
+        qinvert.calibrate(model, [batch])
+    assert torch.isfinite(logits(model)).all()

@@ -80,3 +80,12 @@ def test_one_must_lie_on_the_grid_that_a_residual_is_multiplied_by():
     assert allows_multiplier(
         neumann_doubling(16), dict.fromkeys(neumann_doubling(16).tensors, 1e9), INT8, ScaleRule.FLOAT
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "legal"), [(0.05, False), (0.07, True), (1.0, True), (7.0, True), (15.0, False)]
+)
+def test_a_grid_that_holds_one_may_not_cost_more_than_1_db(limit, legal):
+    program = block_merge(16, base=4)
+    ranges = dict.fromkeys(program.tensors, limit)
+    assert allows_multiplier(program, ranges, INT8, ScaleRule.FLOAT) == legal

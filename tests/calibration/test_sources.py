@@ -160,3 +160,21 @@ def test_token_files_name_their_array(tmp_path):
 def test_what_are_no_tokens_is_refused(data):
     with pytest.raises(InputError, match="token"):
         list(token_batches(data))
+
+
+def test_readers_may_return_arrays():
+    lower = stress_matrices("small_random", 4, 8)
+    batches = iter([lower[:2], lower[2:].numpy(), None, lower])
+
+    class Reader:
+        def get_next(self):
+            return next(batches)
+
+    assert [tuple(matrices.shape) for _, matrices in open_source(Reader())] == [(2, 8, 8), (2, 8, 8)]
+    tokens = iter([np.ones((1, 4), dtype=np.int64), None])
+
+    class TokenReader:
+        def get_next(self):
+            return next(tokens)
+
+    assert [batch["input_ids"].shape for batch in token_batches(TokenReader())] == [(1, 4)]

@@ -231,3 +231,89 @@ def test_a_failed_gate_of_verify_is_an_error_not_a_traceback(plan, tmp_path):
     document["layers"]["layer"]["requantize"] = "divide"
     (tmp_path / "graphs" / "plan.json").write_text(json.dumps(document))
     assert "differs from the simulator" in refused("verify", tmp_path / "graphs")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simulate", "p.json", "--min-sqnr", "nan"),
+        ("simulate", "p.json", "--min-sqnr", "inf"),
+        ("verify", "g", "--min-sqnr", "nan"),
+        ("calibrate", "recall", "-o", "p.json", "--min-sqnr", "nan"),
+        ("calibrate", "recall", "-o", "p.json", "--seed", "-1"),
+        ("inspect", "recall", "--seed", str(2**64)),
+        ("simulate",),
+        ("simulate", "p.json", "--no-such-option"),
+        ("no-such-verb",),
+        ("export", "p.json", "-o", "g", "--batch", "many"),
+    ],
+)
+def test_illegal_options_are_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--help" in refused(*arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_verb_is_help():
+    result = run()
+    assert result.exit_code == 2
+    assert "qinvert demo" in result.output
+
+
+def test_verify_is_a_gate_too(matrices, plan, tmp_path):
+    run("export", plan, "-o", tmp_path / "g")
+    passed = run("verify", tmp_path / "g", "--data", matrices, "--min-sqnr", 20, "--json")
+    assert passed.exit_code == 0
+    assert 20 < json.loads(passed.stdout)["layer"][0]["sqnr_db"] < 60
+    missed = run("verify", tmp_path / "g", "--data", matrices, "--min-sqnr", 80)
+    assert missed.exit_code == 1
+    assert "missed" in missed.stdout
+
+
+def test_matrices_of_two_sizes_are_refused_by_verify(plan, tmp_path):
+    run("export", plan, "-o", tmp_path / "g")
+    sizes = {"layer": np.zeros((2, 16, 16), np.float32), "other": np.zeros((2, 8, 8), np.float32)}
+    np.savez(tmp_path / "mixed.npz", **sizes)
+    assert run("verify", tmp_path / "g", "--data", tmp_path / "mixed.npz").exit_code == 0
+    np.savez(tmp_path / "small.npz", layer=sizes["other"])
+    assert "8 x 8" in refused("verify", tmp_path / "g", "--data", tmp_path / "small.npz")
+
+
+def test_a_failed_export_leaves_an_old_folder_as_it_was(plan, tmp_path):
+    layer = qinvert.Plan.load(plan).layer()
+    int4 = qinvert.calibrate(stress_matrices("half_random", 8, 16), bits=4, target="int-ops").layer()
+    qinvert.Plan(layers={"a": layer, "b": int4}, target="npu-qdq-int8").save(tmp_path / "two.json")
+    folder = tmp_path / "graphs"
+    folder.mkdir()
+    (folder / "keep.txt").write_text("mine")
+    assert "takes int8" in refused("export", tmp_path / "two.json", "-o", folder)
+    assert os.listdir(folder) == ["keep.txt"]
+    (folder / "plan.json").mkdir()
+    assert "cannot write" in refused("export", plan, "-o", folder)
+    assert sorted(os.listdir(folder)) == ["keep.txt", "plan.json"]
+
+
+def test_layers_never_share_a_file(plan):
+    layer = qinvert.Plan.load(plan).layer()
+    names = file_names(qinvert.Plan(layers=dict.fromkeys(("a_2", "a", ".a", "A", "a_3"), layer), target="x"))
+    assert len({name.casefold() for name in names.values()}) == 5
+
+
+def test_names_with_markup_and_control_codes_are_shown_as_they_are(plan, tmp_path):
+    layer = qinvert.Plan.load(plan).layer()
+    names = ("[bold]a[/bold]", "[/nothing]", "bell\x07\x1b[31m")
+    qinvert.Plan(layers=dict.fromkeys(names, layer), target="int-ops").save(tmp_path / "names.json")
+    shown = run("inspect", tmp_path / "names.json")
+    assert shown.exit_code == 0
+    assert "[bold]a[/bold]" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    assert "\\x1b[31m" in shown.stdout
+
+
+def test_tokens_without_reads_are_evaluated_without_an_accuracy(tmp_path):
+    pytest.importorskip("transformers")
+    run("calibrate", "recall", "--sequences", 2, "-o", tmp_path / "plan.json")
+    np.savez(tmp_path / "t.npz", input_ids=np.array([[1, 130] * 64]))
+    result = run("evaluate", tmp_path / "plan.json", "--data", tmp_path / "t.npz", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["score"] is None

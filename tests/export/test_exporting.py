@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx.reference
@@ -6,6 +8,7 @@ import torch
 
 import qinvert
 from qinvert.errors import ExportError, PlanError
+from qinvert.plan import Quantization
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 
@@ -142,3 +145,16 @@ def test_the_package_is_also_the_verb():
     assert callable(qinvert.export)
     assert qinvert.export.__name__ == "qinvert.export"
     assert torch.is_tensor(LOWER)
+
+
+def test_one_must_not_take_endless_identity_blocks(tmp_path):
+    lower = stress_matrices("half_random", 4, 16)
+    plan = qinvert.calibrate(lower, method=qinvert.block_merge(16, base=2))
+    layer = plan.layer()
+    fine = {
+        n: Quantization(format=q.format, scale=float(np.float32(1 / 8129))) for n, q in layer.tensors.items()
+    }
+    hostile = qinvert.Plan(layers={"layer": dataclasses.replace(layer, tensors=fine)}, target=plan.target)
+    with pytest.raises(ExportError, match="identity blocks"):
+        qinvert.export(hostile, tmp_path / "t.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -131,3 +131,89 @@ def test_missing_files_and_unknown_runtimes_are_errors(exported, tmp_path):
         qinvert.verify(path, plan, lower, runtimes=("abacus",))
     with pytest.raises(InputError, match="the plan is for 16 x 16"):
         qinvert.verify(path, plan, torch.zeros(2, 8, 8))
+
+
+def dims(value, *sizes):
+    del value.type.tensor_type.shape.dim[:]
+    for size in sizes:
+        dim = value.type.tensor_type.shape.dim.add()
+        if isinstance(size, str):
+            dim.dim_param = size
+        else:
+            dim.dim_value = size
+
+
+def external(model):
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="passwd")
+
+
+def unknown_operator(model):
+    model.graph.node[-1].domain = "nowhere"
+    model.opset_import.add(domain="nowhere", version=1)
+
+
+def loop(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    node = onnx.helper.make_node("Loop", ["", ""], ["unused"], name="forever", body=body)
+    model.graph.node.insert(0, node)
+
+
+def integer_output(model):
+    model.graph.node[-1].output[0] = "real"
+    model.graph.node.append(onnx.helper.make_node("Cast", ["real"], ["T"], to=onnx.TensorProto.INT32))
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT32
+
+
+DAMAGES = {
+    "batch 0": lambda m: dims(m.graph.input[0], 1, 0, 16, 16),
+    "negative batch": lambda m: dims(m.graph.input[0], 1, -4, 16, 16),
+    "huge batch": lambda m: dims(m.graph.input[0], 1, 2**40, 16, 16),
+    "symbolic batch": lambda m: dims(m.graph.input[0], 1, "n", 16, 16),
+    "three axes": lambda m: dims(m.graph.input[0], 4, 16, 16),
+    "other batch than declared": lambda m: dims(m.graph.input[0], 1, 3, 16, 16),
+    "two rows of matrices": lambda m: dims(m.graph.input[0], 2, 4, 16, 16),
+    "other output": lambda m: dims(m.graph.output[0], 1, 4, 16, 8),
+    "integer output": integer_output,
+    "unknown operator": unknown_operator,
+    "external data": external,
+    "subgraph": loop,
+    "wrong input type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 11),
+    "no nodes": lambda m: m.graph.ClearField("node"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_graphs_that_only_look_like_ours_are_export_errors(exported, damage, capfd):
+    path, plan, lower = exported
+    model = onnx.load(path)
+    DAMAGES[damage](model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError):
+        qinvert.verify(path, plan, lower, layer="layer")
+
+
+def test_random_damage_is_caught_or_harmless(exported):
+    path, plan, lower = exported
+    content = path.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for position in generator.integers(len(content), size=3):
+            damaged[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(bytes(damaged))
+        try:
+            qinvert.verify(path, plan, lower, layer="layer")
+        except qinvert.QInvertError:
+            refused += 1
+    assert refused > 30
+
+
+def test_the_result_says_how_good_the_runtime_is(exported):
+    path, plan, lower = exported
+    report = qinvert.simulate(plan, lower).layers["layer"]
+    for result in qinvert.verify(path, plan, lower):
+        assert result.sqnr_db == pytest.approx(report.sqnr_db, abs=1e-9)

@@ -1,0 +1,37 @@
+import math
+
+import pytest
+
+from qinvert.checks import MAX_SEED, check_decibels, check_integer, check_power_of_two, check_seed
+from qinvert.errors import InputError, PlanError
+
+
+@pytest.mark.parametrize("value", [0, 5, True, None, 2.0, "3", -(10**30)])
+def test_what_is_no_integer_of_the_range_is_named(value):
+    with pytest.raises(PlanError, match=r"order .* is not in \[1, 4\]; try 2"):
+        check_integer("order", value, 1, 4, PlanError, "; try 2")
+
+
+def test_legal_integers_come_back():
+    assert [check_integer("order", v, 1, 4, PlanError) for v in (1, 4)] == [1, 4]
+    assert [check_power_of_two("base", v, 1, 64, PlanError) for v in (1, 2, 64)] == [1, 2, 64]
+    assert [check_seed(v, InputError) for v in (0, MAX_SEED)] == [0, MAX_SEED]
+
+
+@pytest.mark.parametrize("value", [0, 3, 128, True, 2.0, None])
+def test_what_is_no_power_of_two_of_the_range_is_named(value):
+    with pytest.raises(PlanError, match=r"base .* is not a power of two in \[1, 64\]"):
+        check_power_of_two("base", value, 1, 64, PlanError)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "20", None, True])
+def test_goals_are_finite_numbers(value):
+    with pytest.raises(InputError, match=r"goal .* is no number of decibels"):
+        check_decibels("goal", value, InputError)
+    assert check_decibels("goal", 20, InputError) == 20.0
+
+
+@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 1.0, None])
+def test_seeds_that_generators_refuse_are_refused(seed):
+    with pytest.raises(InputError, match="seed"):
+        check_seed(seed, InputError)
