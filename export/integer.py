@@ -7,6 +7,7 @@ import numpy as np
 from qinvert import arithmetic
 from qinvert.execute import constant_matrix
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
+from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import INPUT, Add, Mask, MatMul, Rescale, Slice
 
@@ -19,8 +20,15 @@ class IntegerLowering(GraphLowering):
 
     def finish(self, name: str) -> str:
         output = self.plan.program.output
+        if self.grid(output).format.planes > 1:
+            return self._sum(name, output, [("Add", self.value(output))])
         inputs = [self.stored(output), self.scale(self.plan.output), self.zero_point]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
+
+    def value(self, tensor: str) -> Value:
+        """Return the value of a tensor of the program that was written before."""
+        high, *low = self.plane_names(tensor)
+        return Value(high, tensor, low="".join(low))
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
         return self.graph.initializer(f"{name}/int8", array)
@@ -31,65 +39,117 @@ class IntegerLowering(GraphLowering):
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
+        name = step.output
         if self.plan.requantize is Requantize.MULTIPLIER:
-            steps = self._product(step, self.widened(step, left, right), self.plan.multiplier(step))
-            return self._quantized(step.output, steps, 1.0)
-        unit = arithmetic.product_scale(self.grid(step.left).scale, self.grid(step.right).scale)
-        total = self._product(step, (left.name, right.name), unit)
+            steps = self._product(name, step, self.widened(step, left, right))
+            real = self._scaled(name, name, steps, self.plan.multiplier(step))
+            return self._quantized(name, real, 1.0)
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
-        for i, (operator, term) in enumerate(terms, start=1):
-            real = self._dequantized(f"{step.output}/residual_{i}", term)
-            total = self.graph.node(
-                operator, [total, real], f"{step.output}/sum_{i}", self.shape(step.output)
-            )
-        return self._quantized(step.output, total, self.grid(step.output).scale)
+        total = self._sum(f"{name}/sum", name, terms, self._products(step, left, right))
+        return self._quantized(name, total, self.grid(name).scale)
 
-    def _product(self, step: MatMul, operands: tuple[str, str], factor: float) -> str:
-        name, shape = step.output, self.shape(step.output)
+    def _products(self, step: MatMul, left: Value, right: Value) -> list[str]:
+        name, scales = step.output, [self._plane_scales(value.tensor) for value in (left, right)]
+        reals: list[str] = []
+        for pairs in arithmetic.partial_products(len(left.planes), len(right.planes)):
+            suffix = f"/{len(reals)}" if len(left.planes) * len(right.planes) > 1 else ""
+            # Pairs of one weight share an accumulator: one product of twice the depth.
+            parts = [[value.planes[pair[k]] for pair in pairs] for k, value in enumerate((left, right))]
+            operands = (
+                self.wide(f"{name}{suffix}/left", step.left, parts[0], 3),
+                self.wide(f"{name}{suffix}/right", step.right, parts[1], 2),
+            )
+            unit = arithmetic.product_scale(scales[0][pairs[0][0]], scales[1][pairs[0][1]])
+            accumulator = self._product(f"{name}{suffix}", step, operands)
+            reals.append(self._scaled(f"{name}{suffix}", name, accumulator, unit))
+        return reals
+
+    def _plane_scales(self, tensor: str) -> list[float]:
+        grid = self.grid(tensor)
+        return [scale for _, scale in arithmetic.planes_scalar(0, grid.scale, grid.format)]
+
+    def _product(self, name: str, step: MatMul, operands: tuple[str, str]) -> str:
+        shape = self.shape(step.output)
         inputs = [*operands, self.zero_point, self.zero_point]
         accumulator = self.graph.node("MatMulInteger", inputs, f"{name}/accumulator", shape, "int32")
-        real = self.graph.node("Cast", [accumulator], f"{name}/cast", shape, to=1)
+        return self.graph.node("Cast", [accumulator], f"{name}/cast", shape, to=1)
+
+    def _scaled(self, name: str, tensor: str, real: str, factor: float) -> str:
         constant = self.graph.scalar(f"factor/{factor!r}", factor)
-        return self.graph.node("Mul", [real, constant], f"{name}/product", shape)
+        return self.graph.node("Mul", [real, constant], f"{name}/product", self.shape(tensor))
+
+    def _sum(
+        self, name: str, tensor: str, terms: list[tuple[str, Value]], first: list[str] | None = None
+    ) -> str:
+        """Append ``first[0] + first[1] ... +- terms``, left to right, every plane by itself."""
+        summands = [("Add", real) for real in first or []]
+        for i, (operator, value) in enumerate(terms, start=1):
+            reals = self._reals(f"{name}/term_{i}", value)
+            summands += [(operator, real) for real in reals]
+        (_, total), *rest = summands
+        for i, (operator, real) in enumerate(rest, start=1):
+            output = name if i == len(rest) else f"{name}/partial_{i}"
+            total = self.graph.node(operator, [total, real], output, self.shape(tensor))
+        return total
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         name = step.output
-        sides = [
-            self._dequantized(f"{name}/{side}", value) for side, value in (("left", left), ("right", right))
-        ]
-        total = self.graph.node("Add", sides, f"{name}/sum", self.shape(name))
+        total = self._sum(f"{name}/sum", name, [("Add", left), ("Add", right)])
         return self._quantized(name, total, self.grid(name).scale)
 
     def rescale(self, step: Rescale, source: Value) -> Value:
-        real = self._dequantized(f"{step.output}/scaled", source)
+        real = self._sum(f"{step.output}/scaled", step.output, [("Add", source)])
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
         # All bits set where the mask is 1.
         bits = -constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
-        inputs = [source.name, self.graph.initializer(f"{constant.tensor}/bits", bits)]
-        return Value(
-            self.graph.node("BitwiseAnd", inputs, step.output, self.shape(step.output), "int8"), step.output
+        return self._move(
+            "BitwiseAnd", step, source, [self.graph.initializer(f"{constant.tensor}/bits", bits)]
         )
 
     def slice(self, step: Slice, source: Value) -> Value:
-        inputs = [source.name, *self.slice_inputs(step)]
-        return Value(
-            self.graph.node("Slice", inputs, step.output, self.shape(step.output), "int8"), step.output
-        )
+        return self._move("Slice", step, source, self.slice_inputs(step))
 
-    def _dequantized(self, name: str, value: Value) -> str:
+    def _move(self, operator: str, step: Mask | Slice, source: Value, inputs: list[str]) -> Value:
+        shape = self.shape(step.output)
+        names = zip(source.planes, self.plane_names(step.output), strict=True)
+        for plane, name in names:
+            self.graph.node(operator, [plane, *inputs], name, shape, "int8")
+        return self.value(step.output)
+
+    def _reals(self, name: str, value: Value) -> list[str]:
         # Cast and Mul, not DequantizeLinear: optimizers fuse dequantize, operator and
         # quantize into kernels that round in another order.
         shape = self.shape(value.tensor)
-        real = self.graph.node("Cast", [value.name], f"{name}/cast", shape, to=1)
-        return self.graph.node("Mul", [real, self.scale(self.grid(value.tensor))], name, shape)
+        reals: list[str] = []
+        for plane, scale in zip(value.planes, self._plane_scales(value.tensor), strict=True):
+            stem = f"{name}/{len(reals)}"
+            real = self.graph.node("Cast", [plane], f"{stem}/cast", shape, to=1)
+            constant = self.graph.scalar(f"scale/{scale!r}", scale)
+            reals.append(self.graph.node("Mul", [real, constant], stem, shape))
+        return reals
 
     def _quantized(self, tensor: str, value: str, scale: float) -> Value:
+        fmt = self.grid(tensor).format
+        if fmt.planes == 1:
+            self._rounded(tensor, value, scale, self.stored(tensor))
+            return self.value(tensor)
+        shape, (high, low) = self.shape(tensor), self.plane_names(tensor)
+        high_scale = PLANE_RATIO * scale
+        self._rounded(tensor, value, high_scale, high)
+        real = self.graph.node("Cast", [high], f"{high}/cast", shape, to=1)
+        constant = self.graph.scalar(f"scale/{high_scale!r}", high_scale)
+        real = self.graph.node("Mul", [real, constant], f"{high}/real", shape)
+        rest = self.graph.node("Sub", [value, real], f"{tensor}/rest", shape)
+        self._rounded(tensor, rest, scale, low)
+        return self.value(tensor)
+
+    def _rounded(self, tensor: str, value: str, scale: float, output: str) -> str:
         fmt, shape = self.grid(tensor).format, self.shape(tensor)
-        if (fmt.minimum, fmt.maximum) != (-128, 127):
+        if fmt.planes == 1 and (fmt.minimum, fmt.maximum) != (-128, 127):
             bounds = [self.graph.scalar(f"clip/{scale * q!r}", scale * q) for q in (fmt.minimum, fmt.maximum)]
             value = self.graph.node("Clip", [value, *bounds], f"{tensor}/clip", shape)
         inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point]
-        return Value(self.graph.node("QuantizeLinear", inputs, self.stored(tensor), shape, "int8"), tensor)
+        return self.graph.node("QuantizeLinear", inputs, output, shape, "int8")

@@ -28,12 +28,19 @@ Int8Array = npt.NDArray[np.int8]
 class Value:
     """A tensor of the program, or a constant that waits for its consumer's scale."""
 
-    #: Graph tensor that consumers read; empty for a constant.
+    #: Graph tensor that consumers read, the high one of two planes; empty for a constant.
     name: str
     #: Name in the plan.
     tensor: str
     #: Set for constants.
     constant: Constant | None = None
+    #: Graph tensor of the low plane, if there are two.
+    low: str = ""
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Graph tensors, high plane first."""
+        return (self.name, self.low) if self.low else (self.name,)
 
 
 class GraphLowering(Evaluator[Value]):
@@ -92,13 +99,21 @@ class GraphLowering(Evaluator[Value]):
 
     def concat(self, step: Concat, sources: list[Value]) -> Value:
         grid, shape = self.grid(step.output), self.shape(step.output)
-        parts = [self._part(value, shape[1], grid) for value in sources]
-        name = self.joined(step.output, parts, AXES[step.axis], shape, grid)
-        return Value(name, step.output)
+        names = []
+        for i, name in enumerate(self.plane_names(step.output)):
+            parts = [self._part(value, i, shape[1], grid) for value in sources]
+            names.append(self.joined(name, parts, AXES[step.axis], shape, grid))
+        return Value(names[0], step.output, low="".join(names[1:]))
 
-    def _part(self, value: Value, blocks: int, grid: Quantization) -> str:
+    def plane_names(self, tensor: str) -> list[str]:
+        """Names of the int8 tensors of every plane, high first."""
+        if self.grid(tensor).format.planes == 1:
+            return [self.stored(tensor)]
+        return [f"{tensor}/high", f"{tensor}/low"]
+
+    def _part(self, value: Value, plane: int, blocks: int, grid: Quantization) -> str:
         if value.constant is None:
-            return value.name
+            return value.planes[plane]
         matrix = constant_matrix(value.constant).numpy().astype(np.int8)
         return self.literal(value.tensor, np.broadcast_to(matrix, (1, blocks, *matrix.shape)), grid)
 
@@ -131,7 +146,10 @@ class GraphLowering(Evaluator[Value]):
                     else:
                         lefts.append(left.name)
                         rights.append(self._identity(step.right, sign * value))
-        return self._wide(step, "left", step.left, lefts, 3), self._wide(step, "right", step.right, rights, 2)
+        return (
+            self.wide(f"{step.output}/left", step.left, lefts, 3),
+            self.wide(f"{step.output}/right", step.right, rights, 2),
+        )
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
         partner = step.left if term == step.right else step.right
@@ -150,12 +168,13 @@ class GraphLowering(Evaluator[Value]):
         eye = np.broadcast_to(value * np.eye(size, dtype=np.int8), (1, blocks, size, size))
         return self.literal(f"identity/{blocks}x{size}/{value}", eye, grid)
 
-    def _wide(self, step: MatMul, side: str, tensor: str, parts: list[str], axis: int) -> str:
+    def wide(self, name: str, tensor: str, parts: list[str], axis: int) -> str:
+        """Join operands of the shape of ``tensor``; one alone stays as it is."""
         if len(parts) == 1:
             return parts[0]
         shape = self.shape(tensor)
         shape[axis] *= len(parts)
-        return self.joined(f"{step.output}/{side}", parts, axis, shape, self.grid(tensor))
+        return self.joined(name, parts, axis, shape, self.grid(tensor))
 
     def identity_matrix(self) -> str:
         """Float32 identity that turns S into T."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from qinvert.errors import InputError, PlanError
-from qinvert.formats import IntFormat
+from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
 
 #: A scale below this comes near the smallest normal float32 once multiplied.
 MIN_SCALE: Final = 1e-30
@@ -84,18 +84,29 @@ def multiplier(left: float, right: float, output: float) -> float:
 def quantize_scalar(x: float, scale: float, fmt: IntFormat) -> int:
     """``sat(round_half_even(x / scale) + zero_point)`` of one number.
 
-    The division is a true float32 division, as in ONNX QuantizeLinear.
+    The division is a true float32 division, as in ONNX QuantizeLinear.  Two
+    planes are rounded one after the other: ``high`` on the scale
+    ``PLANE_RATIO * scale``, then ``low`` from the float32 rest
+    ``x - high * PLANE_RATIO * scale``.
 
     Raises
     ------
     InputError
         If ``x`` is NaN: it has no integer.
     """
-    with np.errstate(over="ignore"):
-        steps = float(np.float32(x) / np.float32(scale))
-    if math.isnan(steps):
+    if math.isnan(x):
         raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
-    return _saturate_scalar(steps, fmt)
+    if fmt.planes == 1:
+        return _round_scalar(np.float32(x), scale, fmt)
+    high_scale = np.float32(PLANE_RATIO * scale)
+    high = _round_scalar(np.float32(x), float(high_scale), INT8)
+    low = _round_scalar(np.float32(x) - np.float32(high) * high_scale, scale, INT8)
+    return PLANE_RATIO * high + low
+
+
+def _round_scalar(x: np.float32, scale: float, fmt: IntFormat) -> int:
+    with np.errstate(over="ignore"):
+        return _saturate_scalar(float(x / np.float32(scale)), fmt)
 
 
 def _saturate_scalar(steps: float, fmt: IntFormat) -> int:
@@ -120,7 +131,8 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Integer-valued float32; bit-exact with ONNX QuantizeLinear.
+        Integer-valued float32; bit-exact with ONNX QuantizeLinear, or with two
+        of them around a Sub for two planes.
 
     Raises
     ------
@@ -130,7 +142,15 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     x = x.to(torch.float32)
     if bool(torch.isnan(x).any()):
         raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
-    return _saturate(_divide(x, scale), fmt)
+    return _round(x, scale, fmt)
+
+
+def _round(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    if fmt.planes == 1:
+        return _saturate(_divide(x, scale), fmt)
+    high = _saturate(_divide(x, PLANE_RATIO * scale), INT8)
+    low = _saturate(_divide(x - high * (PLANE_RATIO * scale), scale), INT8)
+    return PLANE_RATIO * high + low
 
 
 def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -143,14 +163,69 @@ def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
     return torch.clamp(torch.round(steps) + fmt.zero_point, fmt.minimum, fmt.maximum)
 
 
+def planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float]]:
+    """Scalar twin of `planes`."""
+    if fmt.planes == 1:
+        return [(q - fmt.zero_point, scale)]
+    low = (q + PLANE_RATIO // 2) % PLANE_RATIO - PLANE_RATIO // 2
+    return [((q - low) // PLANE_RATIO, PLANE_RATIO * scale), (low, scale)]
+
+
+def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
+    """Return (integers, scale) of every plane, high first: the value is ``sum_i integers_i * scale_i``."""
+    if fmt.planes == 1:
+        return [(q - fmt.zero_point if fmt.zero_point else q, scale)]
+    high = torch.floor((q + PLANE_RATIO // 2) / PLANE_RATIO)
+    return [(high, PLANE_RATIO * scale), (q - PLANE_RATIO * high, scale)]
+
+
+def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
+    """Return `planes` of the right operand of a product, int16 split into two int8 planes.
+
+    No runtime multiplies int16 by int16: the graph rounds the dequantized
+    operand to int8 and its rest to int8 again, and so does this.
+    """
+    if fmt.container_bits > INT8.container_bits:
+        q, fmt = _round(dequantize(q, scale, fmt), scale, INT8X2), INT8X2
+    return planes(q, scale, fmt)
+
+
+def operand_magnitudes(fmt: IntFormat, right: bool) -> tuple[int, ...]:
+    """Largest magnitude of every plane of an operand, high first."""
+    split = fmt.planes == 2 or (right and fmt.container_bits > INT8.container_bits)
+    return (INT8.magnitude, INT8.magnitude) if split else (fmt.magnitude,)
+
+
+def partial_products(left_planes: int, right_planes: int) -> list[list[tuple[int, int]]]:
+    """Return the plane pairs of a product, grouped by weight, heaviest first.
+
+    Pairs of one group share an accumulator.  Of two operands with two planes
+    the product of the low ones is dropped: it stays below one step of a
+    16-bit result.
+    """
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for i in range(left_planes):
+        for j in range(right_planes):
+            groups.setdefault(i + j, []).append((i, j))
+    return [groups[weight] for weight in sorted(groups) if weight < 2]
+
+
 def dequantize_scalar(q: int, scale: float, fmt: IntFormat) -> float:
-    """``float32(q - zero_point) * scale`` of one integer, rounded to float32."""
-    return float(np.float32(q - fmt.zero_point) * np.float32(scale))
+    """Scalar twin of `dequantize`."""
+    parts = [np.float32(p) * np.float32(s) for p, s in planes_scalar(q, scale, fmt)]
+    return float(sum(parts[1:], parts[0]))
 
 
 def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
-    """``float32(q - zero_point) * scale``; bit-exact with ONNX DequantizeLinear."""
-    return (q.to(torch.float32) - fmt.zero_point) * scale
+    """``float32(q - zero_point) * scale``, summed over planes in float32.
+
+    Bit-exact with ONNX DequantizeLinear, and with an Add of two for two planes.
+    """
+    (first, first_scale), *rest = planes(q.to(torch.float32), scale, fmt)
+    value = first * first_scale
+    for plane, plane_scale in rest:
+        value = value + plane * plane_scale
+    return value
 
 
 def dot_scalar(left: list[int], right: list[int]) -> int:
@@ -234,14 +309,15 @@ def requantize_divide(
     unit : float
         Real value of one accumulator step, `product_scale` of the operands.
     addends : list of (torch.Tensor, float)
-        Residual tensors with their scales; a negative scale subtracts.
+        Lighter accumulators, then residual planes, with their scales; a
+        negative scale subtracts.
     scale, fmt
         Of the result.
     """
     x = accumulator.to(torch.float32) * unit
     for q, addend_scale in addends:
-        x = x + q * addend_scale
-    return _saturate(_divide(x, scale), fmt)
+        x = x + q.to(torch.float32) * addend_scale
+    return _round(x, scale, fmt)
 
 
 def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat) -> int:

@@ -9,8 +9,13 @@ form which every NPU compiler in reach multiplies natively.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from qinvert.errors import PlanError, lookup
+
+#: One step of the high plane is this many steps of the low one: every pair of int8
+#: planes is then another integer.
+PLANE_RATIO: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +28,7 @@ class IntFormat:
 
     #: Name in plans and on the command line.
     name: str
-    #: Bits of one stored plane (the container), 8 or 16.
+    #: Bits of one container, 8 or 16.
     container_bits: int
     #: Smallest integer that is stored; quantize saturates here.
     minimum: int
@@ -31,7 +36,7 @@ class IntFormat:
     maximum: int
     #: Integer that means 0.0.
     zero_point: int = 0
-    #: Planes per tensor; with 2 the value is ``s_hi * hi + s_lo * lo``.
+    #: Containers per value; with 2 the integer is ``PLANE_RATIO * high + low``.
     planes: int = 1
 
     def __post_init__(self) -> None:
@@ -40,7 +45,7 @@ class IntFormat:
                 f"format {self.name}: zero point {self.zero_point} lies outside "
                 f"[{self.minimum}, {self.maximum}]; choose one inside"
             )
-        if self.maximum - self.minimum >= 2**self.container_bits:
+        if self.maximum - self.minimum >= 2 ** (self.container_bits * self.planes):
             raise PlanError(
                 f"format {self.name}: [{self.minimum}, {self.maximum}] does not fit "
                 f"{self.container_bits} bits; use a wider container"
@@ -68,8 +73,14 @@ INT8 = IntFormat(name="int8", container_bits=8, minimum=-128, maximum=127)
 UINT8 = IntFormat(name="uint8", container_bits=8, minimum=0, maximum=255, zero_point=128)
 #: Native only as int16 x int8 (QNN) or on Ethos-U85.
 INT16 = IntFormat(name="int16", container_bits=16, minimum=-32768, maximum=32767)
-#: Two int8 planes: about 15 bits from int8 products only.
-INT8X2 = IntFormat(name="int8x2", container_bits=8, minimum=-128, maximum=127, planes=2)
+#: Two int8 planes, ``256 * high + low``: about 15 bits from int8 products only.
+INT8X2 = IntFormat(
+    name="int8x2",
+    container_bits=8,
+    minimum=PLANE_RATIO * INT8.minimum + INT8.minimum,
+    maximum=PLANE_RATIO * INT8.maximum + INT8.maximum,
+    planes=2,
+)
 
 #: Every format by its name.
 FORMATS: dict[str, IntFormat] = {f.name: f for f in (INT4, INT8, UINT8, INT16, INT8X2)}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qinvert import arithmetic
 from qinvert.errors import PlanError
-from qinvert.formats import IntFormat
+from qinvert.formats import INT8, IntFormat
 from qinvert.matrices import M, check_matrices, like
 from qinvert.program import Program
 from qinvert.steps import INPUT, MOVES, MatMul
@@ -90,6 +90,8 @@ class LayerPlan:
         ordered = {name: self.tensors[name] for name in self.program.tensors}
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         _check_moves(self.program, self.tensors)
+        if self.requantize is Requantize.MULTIPLIER:
+            _check_narrow(self.tensors)
         for step in self.program.steps:
             if isinstance(step, MatMul):
                 arithmetic.check_accumulator(self.accumulator_bound(step))
@@ -150,10 +152,12 @@ class LayerPlan:
         return arithmetic.multiplier(*(self.tensors[name].scale for name in names))
 
     def accumulator_bound(self, step: MatMul) -> int:
-        """Largest magnitude of the step's accumulator, ``K * max|qa| * max|qb|`` plus residuals."""
-        left, right = self.tensors[step.left].format, self.tensors[step.right].format
+        """Largest magnitude of the step's accumulators, ``K * max|qa| * max|qb|`` plus residuals."""
+        left = arithmetic.operand_magnitudes(self.tensors[step.left].format, right=False)
+        right = arithmetic.operand_magnitudes(self.tensors[step.right].format, right=True)
+        groups = arithmetic.partial_products(len(left), len(right))
         depth = self.program.shapes[step.left].columns
-        bound = depth * left.magnitude * right.magnitude
+        bound = max(sum(depth * left[i] * right[j] for i, j in pairs) for pairs in groups)
         if self.requantize is Requantize.MULTIPLIER:
             for term in (*step.add, *step.subtract):
                 bound += self.residual_factor(step, term) * self.tensors[term].format.magnitude
@@ -267,10 +271,20 @@ def _check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
         wrong = f"lacks {missing[0]!r}" if missing else f"has {surplus[0]!r}, which no step writes"
         raise PlanError(f"plan does not match its program {program.title}: it {wrong}; calibrate again")
     for name, quantization in tensors.items():
-        if quantization.format.planes > 1 or quantization.format.zero_point:
+        if quantization.format.zero_point:
             raise PlanError(
-                f"tensor {name!r}: format {quantization.format} cannot be simulated as one symmetric plane; "
-                "use int4, int8 or int16"
+                f"tensor {name!r}: format {quantization.format} has a zero point, plans are symmetric; "
+                "use int4, int8, int8x2 or int16 (profiles shift the grid on export)"
+            )
+
+
+def _check_narrow(tensors: Mapping[str, Quantization]) -> None:
+    for name, quantization in tensors.items():
+        fmt = quantization.format
+        if fmt.planes > 1 or fmt.container_bits > INT8.container_bits:
+            raise PlanError(
+                f"tensor {name!r}: one factor per product cannot requantize {fmt}; "
+                "use int8, or requantize='divide'"
             )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from qinvert import arithmetic
 from qinvert.execute import TorchEvaluator, add_identity
-from qinvert.plan import LayerPlan, Requantize
+from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.steps import Add, MatMul, Rescale
 
 Observer = Callable[[str, torch.Tensor], None]
@@ -35,35 +35,61 @@ class IntegerEvaluator(TorchEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        magnitude = max(self.plan.tensors[name].format.magnitude for name in (step.left, step.right))
-        accumulator = arithmetic.integer_matmul(left, right, self.plan.accumulator_bound(step), magnitude)
+        tensors, bound = self.plan.tensors, self.plan.accumulator_bound(step)
+        accumulators = self._accumulators(tensors[step.left], tensors[step.right], left, right, bound)
         signed = [
             *((name, 1, value) for name, value in zip(step.add, add, strict=True)),
             *((name, -1, value) for name, value in zip(step.subtract, subtract, strict=True)),
         ]
-        tensors = self.plan.tensors
         output = tensors[step.output]
+        (accumulator, unit), *addends = accumulators
         if self.plan.requantize is Requantize.MULTIPLIER:
             for name, sign, value in signed:
                 # In the accumulator's dtype: the product may exceed what float32 holds exactly.
                 term = value.to(accumulator.dtype)
                 accumulator = accumulator + term * (sign * self.plan.residual_factor(step, name))
             return arithmetic.requantize_multiplier(accumulator, self.plan.multiplier(step), output.format)
-        addends = [(value, sign * tensors[name].scale) for name, sign, value in signed]
-        unit = arithmetic.product_scale(tensors[step.left].scale, tensors[step.right].scale)
+        for name, sign, value in signed:
+            addends += [(plane, sign * scale) for plane, scale in self._planes(name, value)]
         return arithmetic.requantize_divide(accumulator, unit, addends, output.scale, output.format)
 
-    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        tensors = self.plan.tensors
-        output = tensors[step.output]
-        return arithmetic.requantize_divide(
-            left, tensors[step.left].scale, [(right, tensors[step.right].scale)], output.scale, output.format
+    def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+        grid = self.plan.tensors[name]
+        return arithmetic.planes(value, grid.scale, grid.format)
+
+    @staticmethod
+    def _accumulators(
+        left_grid: Quantization,
+        right_grid: Quantization,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        bound: int,
+    ) -> list[tuple[torch.Tensor, float]]:
+        lefts = arithmetic.planes(left, left_grid.scale, left_grid.format)
+        rights = arithmetic.operand_planes(right, right_grid.scale, right_grid.format)
+        largest = max(
+            *arithmetic.operand_magnitudes(left_grid.format, right=False),
+            *arithmetic.operand_magnitudes(right_grid.format, right=True),
         )
+        accumulators = []
+        for pairs in arithmetic.partial_products(len(lefts), len(rights)):
+            (i, j), *others = pairs
+            total = arithmetic.integer_matmul(lefts[i][0], rights[j][0], bound, largest)
+            for k, m in others:
+                total = total + arithmetic.integer_matmul(lefts[k][0], rights[m][0], bound, largest)
+            accumulators.append((total, arithmetic.product_scale(lefts[i][1], rights[j][1])))
+        return accumulators
+
+    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        output = self.plan.tensors[step.output]
-        unit = self.plan.tensors[step.source].scale
-        return arithmetic.requantize_divide(source, unit, [], output.scale, output.format)
+        return self._sum(step.output, self._planes(step.source, source))
+
+    def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
+        (first, unit), *addends = terms
+        output = self.plan.tensors[name]
+        return arithmetic.requantize_divide(first, unit, addends, output.scale, output.format)
 
 
 def simulate_inverse(plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qinvert import arithmetic
 from qinvert.errors import InputError, PlanError
-from qinvert.formats import INT4, INT8, INT16, UINT8
+from qinvert.formats import INT4, INT8, INT8X2, INT16, UINT8
 
 FORMATS = (INT4, INT8, UINT8, INT16)
 numbers = st.floats(width=32, allow_nan=False)
@@ -297,3 +297,52 @@ def test_wide_operands_take_the_float64_path():
     left, right = torch.full((1, 2), 257.0), torch.ones(2, 1)
     assert arithmetic.integer_matmul(left, right, 600, magnitude=256).dtype == torch.float32
     assert arithmetic.integer_matmul(left, right, 600, magnitude=257).dtype == torch.float64
+
+
+@given(q=st.integers(INT8X2.minimum, INT8X2.maximum), scale=scales)
+def test_every_pair_of_planes_is_one_integer(q, scale):
+    (high, high_scale), (low, low_scale) = arithmetic.planes_scalar(q, scale, INT8X2)
+    assert 256 * high + low == q
+    assert -128 <= min(high, low) <= max(high, low) <= 127
+    assert (high_scale, low_scale) == (256 * scale, scale)
+    planes = arithmetic.planes(single(q), scale, INT8X2)
+    assert [int(plane) for plane, _ in planes] == [high, low]
+    assert [s for _, s in planes] == [high_scale, low_scale]
+    value = nearest(
+        Fraction(nearest(high * Fraction(256 * scale))) + Fraction(nearest(low * Fraction(scale)))
+    )
+    assert arithmetic.dequantize_scalar(q, scale, INT8X2) == value
+    assert float(arithmetic.dequantize(single(q), scale, INT8X2)[0]) == value
+
+
+@given(x=st.floats(-40000, 40000, width=32), scale=st.sampled_from([1.0, 2.0**-7, float(np.float32(0.1))]))
+def test_two_planes_round_one_after_the_other(x, scale):
+    x = float(np.float32(x * scale))
+    q = arithmetic.quantize_scalar(x, scale, INT8X2)
+    assert int(arithmetic.quantize(single(x), scale, INT8X2)[0]) == q
+    clamped = max(INT8X2.minimum, min(INT8X2.maximum, x / scale))
+    # A rest of exactly half a high step saturates the low plane: one step more than half.
+    assert abs(q - clamped) <= 1.01
+
+
+def test_two_planes_saturate_on_both_ends():
+    ends = torch.tensor([-math.inf, -1e9, 1e9, math.inf])
+    expected = [INT8X2.minimum, INT8X2.minimum, INT8X2.maximum, INT8X2.maximum]
+    assert arithmetic.quantize(ends, 1.0, INT8X2).tolist() == expected
+    assert [arithmetic.quantize_scalar(float(e), 1.0, INT8X2) for e in ends] == expected
+
+
+def test_the_right_operand_of_a_product_is_split_into_int8_planes():
+    q = torch.arange(-32639.0, 32640.0)
+    high, low = (plane for plane, _ in arithmetic.operand_planes(q, 2.0**-15, INT16))
+    assert float((256 * high + low - q).abs().max()) <= 1
+    assert int(high.abs().max()) <= 128
+    assert int(low.abs().max()) <= 128
+    (only,) = arithmetic.operand_planes(q[:3], 1.0, INT8)
+    assert torch.equal(only[0], q[:3])
+
+
+def test_partial_products_drop_low_times_low_and_share_accumulators():
+    assert arithmetic.partial_products(1, 1) == [[(0, 0)]]
+    assert arithmetic.partial_products(2, 1) == [[(0, 0)], [(1, 0)]]
+    assert arithmetic.partial_products(2, 2) == [[(0, 0)], [(0, 1), (1, 0)]]

@@ -67,10 +67,16 @@ def test_a_surplus_tensor_is_named(calibrated):
         replace(calibrated, tensors={**calibrated.tensors, "extra": grid()})
 
 
-@pytest.mark.parametrize("fmt", [UINT8, INT8X2], ids=str)
-def test_formats_that_are_no_symmetric_plane_are_refused(fmt):
-    with pytest.raises(PlanError, match=f"'copy': format {fmt} cannot be simulated.*int4, int8 or int16"):
-        planned(square(), copy=grid(fmt=fmt))
+def test_formats_with_a_zero_point_are_refused():
+    with pytest.raises(PlanError, match=r"'copy': format uint8 has a zero point.*int8x2 or int16"):
+        planned(square(), copy=grid(fmt=UINT8))
+
+
+@pytest.mark.parametrize("fmt", [INT16, INT8X2], ids=str)
+def test_formats_wider_than_8_bits_need_the_divide_form(fmt):
+    assert planned(square(), copy=grid(fmt=fmt)).tensors["copy"].format is fmt
+    with pytest.raises(PlanError, match=f"'copy': one factor per product cannot requantize {fmt}"):
+        planned(square(), Requantize.MULTIPLIER, copy=grid(fmt=fmt))
 
 
 @pytest.mark.parametrize("name", ["base_4/M_0", "merge_8/S21", "merge_8/S", "M"])
@@ -84,10 +90,12 @@ def test_tensors_that_no_move_joins_are_free():
     assert planned(block_merge(8), **{"merge_8/Y": grid(91)}).tensors["merge_8/Y"] == grid(91)
 
 
-@pytest.mark.parametrize("requantize", Requantize)
-def test_an_int16_product_overflows_int32(requantize):
-    with pytest.raises(PlanError, match=f"can reach {8 * 2**30}, an int32 holds less than {2**31}"):
-        planned(square(), requantize, default=grid(fmt=INT16))
+def test_an_int16_product_splits_its_right_operand_and_overflows_only_at_512():
+    step = square().steps[1]
+    assert planned(square(), default=grid(fmt=INT16)).accumulator_bound(step) == 8 * 2**15 * 2**7
+    wide = block_merge(1024)
+    with pytest.raises(PlanError, match=f"can reach {2**31}, an int32 holds less than {2**31}"):
+        planned(wide, default=grid(fmt=INT16))
 
 
 def test_a_residual_can_overflow_int32_only_as_an_integer_of_the_accumulator():
@@ -106,7 +114,10 @@ def test_a_residual_can_overflow_int32_only_as_an_integer_of_the_accumulator():
         (grid(91), grid(77), ("copy",), Requantize.MULTIPLIER, 8 * 128 * 128 + 91 * 128),
         (grid(91), grid(77), ("M", "copy"), Requantize.MULTIPLIER, 8 * 128 * 128 + (91 + 77) * 128),
         (grid(91, INT4), grid(77), ("copy",), Requantize.MULTIPLIER, 8 * 7 * 128 + 91 * 128),
-        (grid(91, INT4), grid(77, INT16), ("M",), Requantize.MULTIPLIER, 8 * 7 * 32768 + 77 * 7),
+        (grid(91, INT16), grid(77, INT8), ("M",), Requantize.DIVIDE, 8 * 2**15 * 2**7),
+        (grid(91, INT8), grid(77, INT16), ("M",), Requantize.DIVIDE, 8 * 2**14),
+        (grid(91, INT8X2), grid(77, INT8X2), (), Requantize.DIVIDE, 2 * 8 * 2**14),
+        (grid(91, INT8X2), grid(77, INT4), (), Requantize.DIVIDE, 8 * 128 * 7),
     ],
 )
 def test_the_accumulator_bound_is_the_worst_case_of_all_integers(left, right, add, requantize, bound):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qinvert.formats import INT4, INT8
+from qinvert.formats import INT4, INT8, INT8X2
 from qinvert.plan import Requantize
 from qinvert.profiles._profile import Lowering, Profile
 
@@ -11,7 +11,7 @@ PROFILE = Profile(
     summary="MatMulInteger s8 x s8, then Cast, Mul, Add, QuantizeLinear; data movement on int8",
     lowering=Lowering.INTEGER,
     opset=19,
-    formats=(INT8, INT4),
+    formats=(INT8, INT4, INT8X2),
     requantize=Requantize.DIVIDE,
     operators=frozenset(
         {
