@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final, TypeVar
 
-from qinvert.calibration.candidates import Candidate, auto_programs, plan_program, unproved
-from qinvert.calibration.observers import LayerObserver, RangeObserver
+import torch
+
+from qinvert.calibration.candidates import GridRules, auto_programs
+from qinvert.calibration.clipping import RangeRule
+from qinvert.calibration.explaining import explain
+from qinvert.calibration.heads import Granularity, split_heads
+from qinvert.calibration.observers import LayerObserver
+from qinvert.calibration.planner import Candidate, Goals, choose
 from qinvert.calibration.scales import ScaleRule
 from qinvert.calibration.sources import check_size, open_source
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
-from qinvert.formats import INT4, INT8, IntFormat
+from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 from qinvert.methods import find_method
-from qinvert.plan import LayerPlan, Plan
-from qinvert.profiles import Profile, find_profile
+from qinvert.plan import LayerPlan, Plan, Requantize
+from qinvert.profiles import PROFILES, Profile, find_profile
 from qinvert.program import Program
-from qinvert.steps import INPUT
 
 #: Called after every batch with the layer's name and the matrices seen so far.
 Progress = Callable[[str, int], None]
 
-#: Formats by what ``bits`` may be.
-BITS: Final[dict[str, IntFormat]] = {"auto": INT8, "8": INT8, "4": INT4}
+#: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
+BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
+#: Target where none is given and it takes the format.
+DEFAULT_TARGET: Final = "npu-qdq-int8"
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
-#: ``auto`` passes over programs whose powers outgrow both M and T by more.
-MAX_GROWTH: Final = 1.0
 #: Matrices per layer that candidates are simulated on.
 SAMPLE_SIZE: Final = 64
+
+E = TypeVar("E", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The checked arguments of `calibrate` that choose grids."""
+
+    profile: Profile
+    ladder: tuple[IntFormat, ...]
+    rules: GridRules
+    goals: Goals
 
 
 def calibrate(
@@ -39,10 +56,12 @@ def calibrate(
     *,
     method: str | Program = "auto",
     bits: int | str = "auto",
-    target: str = "npu-qdq-int8",
+    target: str | None = None,
     min_sqnr_db: float = 20.0,
     max_loss_db: float = MAX_LOSS_DB,
     scales: str = "float",
+    ranges: str = "max",
+    granularity: str = "tensor",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -55,19 +74,29 @@ def calibrate(
     source, data
         Where L comes from; see `qinvert.calibration.sources.open_source`.
     method : str or Program
-        ``"auto"`` takes the block merge with the fewest steps that reaches
-        both goals on a sample of each layer, adding a residual correction
-        where none does; a method's name or a program fixes it.
-    bits : {"auto", 8, 4}
-        Format of every tensor; ``"auto"`` is 8.
-    target : str
-        Export profile to plan for; see `qinvert.profiles`.
+        ``"auto"`` predicts the noise and cost of every candidate and takes
+        the cheapest that should reach both goals, checked by simulation on a
+        sample of each layer; a method's name or a program fixes it.
+    bits : {"auto", 4, 8, 16, "8x2"}
+        Format of every tensor; ``"auto"`` starts from 8 bits and widens the
+        grids that add most noise for their cost, as far as the target allows.
+    target : str, optional
+        Export profile to plan for, see `qinvert.profiles`; by default
+        ``npu-qdq-int8``, or the first profile that takes ``bits``.
     min_sqnr_db : float
         Goal for each layer's sqnr.
     max_loss_db : float
-        Goal for the distance to the floor of the same grids.
+        How far below the floor of its own grids a plan of 8 bits or less may
+        stay before ``auto`` prefers a costlier one.
     scales : {"float", "pow2"}
         Any float32, or powers of two only.
+    ranges : {"max", "percentile", "mse"}
+        What a grid covers: all values seen, all but one in 10,000, or the
+        range with the least mean square error; what is beyond saturates.
+    granularity : {"tensor", "head"}
+        One set of grids a layer, or one a head (the plan then has an entry
+        ``LAYER/head_H`` for each); L must have the axes
+        ``(..., heads, chunks, C, C)`` for that.
     seed : int
         Of the sample.
     progress : callable, optional
@@ -76,7 +105,8 @@ def calibrate(
     Returns
     -------
     Plan
-        A layer that misses a goal has ``provenance["meets_goal"] == False``.
+        A layer that misses a goal has ``provenance["meets_goal"] == False``
+        and says in ``provenance["fix"]`` what would change that.
 
     Raises
     ------
@@ -87,77 +117,56 @@ def calibrate(
     ProgramError
         If the method is unknown, or its chunk size is not the data's.
     """
-    profile = find_profile(target)
-    fmt, rule = _find_bits(bits, profile), _find_rule(scales)
-    goals = (
-        check_decibels("min_sqnr_db", min_sqnr_db, PlanError),
-        check_decibels("max_loss_db", max_loss_db, PlanError),
-    )
+    options = _options(bits, target, scales, ranges, min_sqnr_db, max_loss_db)
     check_seed(seed, PlanError)
+    grain = _member(Granularity, "granularity", granularity)
     observers: dict[str, LayerObserver] = {}
-    for layer, lower in open_source(source, data):
+    for layer, lower in _stream(open_source(source, data), grain):
         if layer not in observers:
             observers[layer] = LayerObserver(_programs(method, lower.shape[-1]), SAMPLE_SIZE, seed)
         check_size(lower, observers[layer].chunk, layer)
         observers[layer].update(lower)
         if progress is not None:
             progress(layer, observers[layer].matrices)
-    layers = {layer: _choose(observer, fmt, rule, profile, goals) for layer, observer in observers.items()}
+    layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
     provenance = {
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
-        "scales": str(rule),
-        "min_sqnr_db": goals[0],
-        "max_loss_db": goals[1],
+        "scales": str(scales),
+        "ranges": str(ranges),
+        "granularity": str(grain),
+        "min_sqnr_db": options.goals.min_sqnr_db,
+        "max_loss_db": options.goals.max_loss_db,
         "seed": seed,
     }
-    return Plan(layers=layers, target=target, provenance=provenance)
+    return Plan(layers=layers, target=options.profile.name, provenance=provenance)
 
 
-def _choose(
-    observer: LayerObserver, fmt: IntFormat, rule: ScaleRule, profile: Profile, goals: tuple[float, float]
-) -> LayerPlan:
+def _stream(
+    pairs: Iterator[tuple[str, torch.Tensor]], grain: Granularity
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for layer, lower in pairs:
+        if grain is Granularity.HEAD:
+            yield from split_heads(layer, lower)
+        else:
+            yield layer, lower
+
+
+def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     sample = observer.sample.matrices
-    slow_growing = [seen for seen in observer.ranges if growth(seen) <= MAX_GROWTH]
-    tried: list[Candidate] = []
-    for seen in slow_growing or [min(observer.ranges, key=growth)]:
-        tried.append(plan_program(seen.program, seen.ranges, sample, fmt, rule, profile.requantize))
-        if tried[-1].meets(*goals):
-            break
-    best = tried[-1] if tried[-1].meets(*goals) else max(tried, key=lambda c: (c.sqnr_db, -c.loss_db))
+    choice = choose(observer, options.ladder, options.rules, options.goals)
+    program = choice.best.plan.program
+    free = replace(options.rules, requantize=Requantize.DIVIDE)
+    wider = [
+        Candidate(program, observer.ranges(program), sample, (fmt,), free) for fmt in (INT8, INT8X2, INT16)
+    ]
     provenance = {
         "matrices": observer.matrices,
+        "observed": observer.observed,
         "sample": len(sample),
-        "meets_goal": best.meets(*goals),
-        "expected_sqnr_db": _finite(best.sqnr_db),
-        "expected_floor_db": _finite(best.floor_db),
-        "growth": _finite(next(growth(r) for r in observer.ranges if r.program is best.plan.program)),
-        "rejected": [
-            *(
-                f"{r.program.title}: powers grow to {growth(r):.3g} times M and T"
-                for r in observer.ranges
-                if growth(r) > MAX_GROWTH and r.program is not best.plan.program
-            ),
-            *(str(candidate) for candidate in tried if candidate is not best),
-        ],
+        **explain(choice, wider),
     }
-    ranges = {name: _finite(value) for name, value in best.plan.ranges.items()}
-    return replace(best.plan, provenance=provenance, ranges=ranges)
-
-
-def growth(observer: RangeObserver) -> float:
-    """Return the largest tensor without a proved range, over the larger of max|M| and max|output|."""
-    ranges = observer.ranges
-    scale = max(ranges[INPUT], ranges[observer.program.output])
-    largest = max((ranges[name] for name in unproved(observer.program)), default=0.0)
-    if scale == 0 or largest == 0:
-        return 0.0
-    return largest / scale if math.isfinite(scale) else math.inf
-
-
-def _finite(value: float) -> float:
-    """Clamp infinities to what JSON can hold."""
-    return max(-3.4e38, min(3.4e38, value))
+    return replace(choice.best.plan, provenance=provenance)
 
 
 def _programs(method: str | Program, chunk: int) -> list[Program]:
@@ -171,20 +180,53 @@ def _programs(method: str | Program, chunk: int) -> list[Program]:
     return auto_programs(chunk) if method == "auto" else [find_method(method)(chunk)]
 
 
-def _find_bits(bits: int | str, profile: Profile) -> IntFormat:
+def _options(
+    bits: int | str, target: str | None, scales: str, ranges: str, min_sqnr_db: float, max_loss_db: float
+) -> _Options:
+    profile = find_profile(_default_target(bits) if target is None else target)
+    return _Options(
+        profile=profile,
+        ladder=_ladder(bits, profile),
+        rules=GridRules(
+            scales=_member(ScaleRule, "scales", scales),
+            ranges=_member(RangeRule, "ranges", ranges),
+            requantize=profile.requantize,
+        ),
+        goals=Goals(
+            min_sqnr_db=check_decibels("min_sqnr_db", min_sqnr_db, PlanError),
+            max_loss_db=check_decibels("max_loss_db", max_loss_db, PlanError),
+        ),
+    )
+
+
+def _default_target(bits: int | str) -> str:
+    fmt = BITS.get(str(bits), INT8)
+    fitting = [name for name, profile in PROFILES.items() if fmt in profile.formats]
+    return DEFAULT_TARGET if not fitting or DEFAULT_TARGET in fitting else fitting[0]
+
+
+def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:
+    if str(bits) == "auto":
+        # int4 lies in int8 containers: no target multiplies it faster.
+        wide = [fmt for fmt in profile.formats if fmt != INT4]
+        return tuple(sorted(wide, key=lambda fmt: fmt.largest)) or profile.formats[:1]
     fmt = BITS.get(str(bits))
     if fmt is None:
-        raise PlanError(f"bits {bits!r} is not supported; use {', '.join(BITS)}")
+        raise PlanError(f"bits {bits!r} is not supported; use auto, {', '.join(BITS)}")
     if fmt not in profile.formats:
         names = ", ".join(f.name for f in profile.formats)
         raise PlanError(
             f"target {profile.name!r} takes {names}, not {fmt}; choose other bits or another target"
         )
-    return fmt
+    return (fmt,)
 
 
-def _find_rule(scales: str) -> ScaleRule:
+def _member(kind: type[E], name: str, value: str) -> E:
     try:
-        return ScaleRule(scales)
+        return kind(value)
     except ValueError:
-        raise PlanError(f"scales {scales!r} is unknown; use {' or '.join(ScaleRule)}") from None
+        raise PlanError(f"{name} {value!r} is unknown; use {_alternatives(list(kind))}") from None
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

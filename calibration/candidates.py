@@ -1,4 +1,4 @@
-"""The programs that ``method="auto"`` chooses from, and what is known of each."""
+"""The programs that ``method="auto"`` chooses from, and how one of them is planned."""
 
 from __future__ import annotations
 
@@ -9,66 +9,95 @@ from typing import Final
 
 import torch
 
+from qinvert.calibration.clipping import RangeRule, clip_ranges
 from qinvert.calibration.residues import settle_residues
 from qinvert.calibration.scales import ScaleRule, allows_multiplier, choose_quantizations
-from qinvert.formats import IntFormat
+from qinvert.formats import INT8, IntFormat
 from qinvert.matrices import solve
-from qinvert.methods import block_merge
+from qinvert.methods.block_merge import block_merge
+from qinvert.methods.neumann import neumann
 from qinvert.metrics import ErrorStatistics, floor_inverse
-from qinvert.plan import LayerPlan, Requantize
+from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_inverse
 from qinvert.steps import INPUT, MatMul
 
 #: Room above what calibration saw, for tensors without a proved range.
 HEADROOM: Final = 2.0
+#: Room above what calibration saw for all tensors of 16 bits: there one saturated value
+#: costs more than the steps that are given away.
+WIDE_ROOM: Final = 1.25
+#: Tiles in which merges are masked products: fewer, wider steps than blocks alone.
+TILE: Final = 16
 
 
 def auto_programs(chunk: int) -> list[Program]:
-    """Return the candidates, fewest steps first, corrected ones last."""
+    """Return the candidates for matrices of that size."""
+    short = [neumann(chunk, order) for order in (1, 2, 3) if order < chunk]
     bases = [base for base in (16, 8, 4, 2) if base <= chunk]
-    return [block_merge(chunk, base, corrections=k) for k in (0, 1) for base in bases]
+    merges = [
+        block_merge(chunk, base, tile=min(TILE, chunk), corrections=k) for k in (0, 1) for base in bases
+    ]
+    return [*short, *merges]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A planned program and how it did on the sample."""
+class GridRules:
+    """How ranges become grids."""
 
-    plan: LayerPlan
-    #: sqnr of the simulated plan on the sample.
-    sqnr_db: float
-    #: sqnr of the exact inverse on the same grids.
-    floor_db: float
-
-    @property
-    def loss_db(self) -> float:
-        """What the algorithm loses against its floor."""
-        return self.floor_db - self.sqnr_db if math.isfinite(self.floor_db) else 0.0
-
-    def meets(self, min_sqnr_db: float, max_loss_db: float) -> bool:
-        """Whether both goals are reached on the sample."""
-        return self.sqnr_db >= min_sqnr_db and self.loss_db <= max_loss_db
-
-    def __str__(self) -> str:
-        return f"{self.plan.program.title}: sqnr {self.sqnr_db:.1f} dB, floor {self.floor_db:.1f} dB"
+    #: Which scales are legal.
+    scales: ScaleRule
+    #: What range a grid covers.
+    ranges: RangeRule
+    #: Requantize form that the target wants where the program allows it.
+    requantize: Requantize
 
 
-def plan_program(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grids:
+    """A quantization of every tensor, and what it follows from."""
+
+    tensors: Mapping[str, Quantization]
+    #: Range of every tensor, with room for unseen data.
+    ranges: Mapping[str, float]
+    requantize: Requantize
+
+
+def choose_grids(
     program: Program,
     ranges: Mapping[str, float],
     sample: torch.Tensor,
-    fmt: IntFormat,
-    rule: ScaleRule,
-    requantize: Requantize,
-) -> Candidate:
-    """Choose every scale of ``program`` and measure it on the sample by real simulation."""
-    if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, ranges, fmt, rule):
+    formats: Mapping[str, IntFormat],
+    rules: GridRules,
+) -> Grids:
+    """Choose every scale of ``program`` under the given formats.
+
+    Parameters
+    ----------
+    program : Program
+    ranges : mapping
+        max|x| per tensor that calibration saw.
+    sample : torch.Tensor, shape ``[n, C, C]``
+        Checked matrices.
+    formats : mapping
+        Format of every tensor, the same for tensors that share a grid.
+    rules : GridRules
+    """
+    room = {
+        name: r * (WIDE_ROOM if _is_wide(formats[name]) else 1.0)
+        for name, r in widened(program, ranges).items()
+    }
+    clipped = clip_ranges(program, room, sample, formats, rules.ranges)
+    settled = settle_residues(program, clipped, sample, formats)
+    requantize = rules.requantize
+    if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, settled, formats, rules.scales):
         requantize = Requantize.DIVIDE
-    settled = settle_residues(program, _widened(program, ranges), sample, fmt)
-    tensors = choose_quantizations(program, settled, fmt, rule, requantize)
-    plan = LayerPlan(program=program, tensors=tensors, requantize=requantize, ranges=settled)
-    achieved, floor = measure(plan, sample)
-    return Candidate(plan=plan, sqnr_db=achieved.sqnr_db, floor_db=floor.sqnr_db)
+    tensors = choose_quantizations(program, settled, formats, rules.scales, requantize)
+    return Grids(tensors=tensors, ranges=settled, requantize=requantize)
+
+
+def _is_wide(fmt: IntFormat) -> bool:
+    return fmt.planes * fmt.container_bits > INT8.container_bits
 
 
 def unproved(program: Program) -> list[str]:
@@ -77,7 +106,17 @@ def unproved(program: Program) -> list[str]:
     return [name for name in program.tensors if name not in proved | {INPUT, program.output}]
 
 
-def _widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
+def growth(program: Program, ranges: Mapping[str, float]) -> float:
+    """Return the largest tensor without a proved range, over the larger of max|M| and max|output|."""
+    scale = max(ranges[INPUT], ranges[program.output])
+    largest = max((ranges[name] for name in unproved(program)), default=0.0)
+    if scale == 0 or largest == 0:
+        return 0.0
+    return largest / scale if math.isfinite(scale) else math.inf
+
+
+def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
+    """Return ``ranges`` with room for what unseen data may hold."""
     # A tensor under the input's bound can hold the input's largest entry, wherever that
     # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
     # A tensor without a bound can exceed what was seen: powers by any factor, partial sums

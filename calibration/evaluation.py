@@ -13,6 +13,7 @@ from qinvert.calibration.hooks import patched, run_model
 from qinvert.calibration.tokens import token_batches
 from qinvert.delta_rule import Inverse, exact
 from qinvert.documents import to_document
+from qinvert.errors import InputError
 from qinvert.plan import LayerPlan, Plan
 
 
@@ -80,6 +81,11 @@ def evaluate(
             reference = run_model(model, batch).to(torch.float32)
         with patched(model, plan):
             other = run_model(model, batch).to(torch.float32)
+        if reference.shape[:2] != ids.shape:
+            raise InputError(
+                f"the model returns logits {list(reference.shape)} for tokens {list(ids.shape)}; "
+                "leave out arguments that cut them"
+            )
         p, q = log_softmax(reference, -1), log_softmax(other, -1)
         sums["kl"] += float(kl_div(q, p, reduction="sum", log_target=True))
         sums["top1"] += float((p.argmax(-1) == q.argmax(-1)).sum())

@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 import torch
 
+from qinvert.calibration.heads import is_split, plan_inverse
 from qinvert.calibration.tokens import token_batches
 from qinvert.delta_rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
@@ -79,13 +80,17 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
 def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
     match inverse:
         case Plan():
-            lacking = [name for name in delta_layers(model) if name not in inverse.layers]
+            lacking = [
+                name
+                for name in delta_layers(model)
+                if name not in inverse.layers and not is_split(inverse, name)
+            ]
             if lacking:
                 raise PlanError(
                     f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
                     "calibrate this model"
                 )
-            return lambda layer, lower: inverse.layers[layer].inverse(lower)
+            return lambda layer, lower: plan_inverse(inverse, layer, lower)
         case LayerPlan():
             return lambda _, lower: inverse.inverse(lower)
         case _ if callable(inverse):
@@ -103,7 +108,13 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     InputError
         If it has none.
     """
-    layers = {name: m for name, m in model.named_modules() if _calls_global(m) or hasattr(m, ATTRIBUTE_NAME)}
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{type(model).__name__} is no model; pass a torch.nn.Module")
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if _calling_module(m) is not None or hasattr(m, ATTRIBUTE_NAME)
+    }
     if not layers:
         raise InputError(
             f"{type(model).__name__} has no gated delta layer; supported are the Hugging Face models "
@@ -112,9 +123,13 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return layers
 
 
-def _calls_global(module: torch.nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and GLOBAL_NAME in code.co_names
+def _calling_module(layer: torch.nn.Module) -> Any:
+    """Return the Python module whose global the layer's forward calls, or None."""
+    for kind in type(layer).__mro__:
+        forward = inspect.unwrap(vars(kind).get("forward", lambda: None))
+        if GLOBAL_NAME in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return sys.modules[kind.__module__]
+    return None
 
 
 @contextmanager
@@ -130,7 +145,7 @@ def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[
             _track(layer, name, inverse, undo)
             if hasattr(layer, ATTRIBUTE_NAME):
                 _redirect(layer, ATTRIBUTE_NAME, undo)
-        for module in {sys.modules[type(m).__module__] for m in layers.values() if _calls_global(m)}:
+        for module in {_calling_module(m) for m in layers.values()} - {None}:
             _redirect(module, GLOBAL_NAME, undo)
         yield
 
@@ -225,7 +240,8 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     tokens, size = inputs.get("input_ids"), getattr(getattr(model, "config", None), "vocab_size", None)
     if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
         raise InputError(
-            f"token ids reach {int(tokens.max())}, the model's vocabulary has {size}; tokenize for this model"
+            f"token ids go from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary has "
+            f"{size}; tokenize for this model"
         )
     with torch.no_grad(), _refusals(inputs):
         logits: torch.Tensor = model(**inputs).logits
@@ -241,4 +257,6 @@ def _refusals(inputs: dict[str, Any]) -> Iterator[None]:
         failure, _running.failure = _running.failure, None
         if error is failure or isinstance(error, QInvertError):
             raise
-        raise InputError(f"the model refuses the batch ({', '.join(inputs)}): {reason(error)}") from error
+        raise InputError(
+            f"the model refuses the batch ({', '.join(map(str, inputs))}): {reason(error)}"
+        ) from error

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
+import numpy as np
 import torch
 
 from qinvert.execute import run_checked
 from qinvert.program import Program
+from qinvert.steps import INPUT, MOVES
+
+#: Matrices of a layer that candidates surely run on.
+FIRST: Final = 128
 
 
 class RangeObserver:
     """``max|x|`` of every tensor of a program, over all matrices seen.
 
     Programs run in float32 on unquantized input.  A value that overflows
-    makes the range infinite.
+    makes the range infinite.  Slices, masks and concats count with the range
+    of their sources, whose grid they share.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        #: max|x| per tensor so far.
         self.ranges = dict.fromkeys(program.tensors, 0.0)
+        self._moves = [step for step in program.steps if isinstance(step, MOVES)]
+        self._moved = {step.output for step in self._moves}
 
     def update(self, lower: torch.Tensor) -> None:
         """Add checked matrices ``[B, C, C]``."""
         run_checked(self.program, lower, torch.float32, self._observe)
+        for step in self._moves:
+            sources = (self.ranges[name] for name in step.inputs if name in self.ranges)
+            self.ranges[step.output] = max(sources)
 
     def _observe(self, name: str, tensor: torch.Tensor) -> None:
-        largest = float(tensor.abs().max())
+        if name in self._moved:
+            return
+        ends = torch.aminmax(tensor)
+        largest = max(abs(float(ends.min)), abs(float(ends.max)))
         # max() of a NaN would lose it; powers give NaN as inf - inf.
         self.ranges[name] = max(self.ranges[name], math.inf if math.isnan(largest) else largest)
 
@@ -41,13 +57,15 @@ class MatrixSample:
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.capacity = capacity
-        self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0)
+        # NumPy's stream does not depend on how a caller batches the draws.
+        self._generator = np.random.default_rng(seed)
+        self._keys = torch.empty(0, dtype=torch.float64)
         self._kept: torch.Tensor | None = None
 
     def update(self, lower: torch.Tensor) -> None:
         """Offer matrices ``[B, C, C]``."""
-        keys = torch.cat([self._keys, torch.rand(lower.shape[0], generator=self._generator)])
+        drawn = torch.from_numpy(self._generator.random(lower.shape[0]))
+        keys = torch.cat([self._keys, drawn])
         order = torch.topk(keys, min(self.capacity, len(keys))).indices
         old = [] if self._kept is None else [self._kept]
         # Copies, so that the rest of the batch can be freed.
@@ -63,18 +81,47 @@ class MatrixSample:
 
 
 class LayerObserver:
-    """Everything that is remembered of one layer: ranges per candidate and a sample."""
+    """Everything that is remembered of one layer: ranges per candidate and a sample.
+
+    The range of M is that of every matrix.  The programs run on the first
+    `FIRST` matrices and on a thinning random share of the later ones
+    (``FIRST / i`` of matrix i), which keeps the cost below that of the model.
+    """
 
     def __init__(self, programs: Sequence[Program], capacity: int, seed: int) -> None:
-        self.ranges = [RangeObserver(program) for program in programs]
+        self.programs = tuple(programs)
+        whole = [p for p in programs if not any(_continues(q, p) for q in programs)]
+        self._observers = [RangeObserver(program) for program in whole]
         self.sample = MatrixSample(capacity, seed)
         self.chunk = programs[0].chunk
         self.matrices = 0
+        self.observed = 0
+        self._largest = 0.0
+        self._generator = np.random.default_rng((seed, 1))
 
     def update(self, lower: torch.Tensor) -> None:
         """Add checked matrices ``(..., C, C)``."""
         flat = lower.reshape(-1, *lower.shape[-2:])
-        self.matrices += flat.shape[0]
         self.sample.update(flat)
-        for observer in self.ranges:
-            observer.update(flat)
+        chosen = flat[self._thinned(flat.shape[0]).to(flat.device)]
+        self.matrices += flat.shape[0]
+        self.observed += chosen.shape[0]
+        self._largest = max(self._largest, float(flat.abs().max()))
+        if chosen.shape[0]:
+            for observer in self._observers:
+                observer.update(chosen)
+
+    def ranges(self, program: Program) -> dict[str, float]:
+        """Return ``max|x|`` of every tensor of one of the programs."""
+        seen = next(o for o in self._observers if o.program is program or _continues(o.program, program))
+        return {name: seen.ranges[name] for name in program.tensors} | {INPUT: self._largest}
+
+    def _thinned(self, count: int) -> torch.Tensor:
+        index = self.matrices + 1 + np.arange(count)
+        return torch.from_numpy(self._generator.random(count) * index < FIRST)
+
+
+def _continues(longer: Program, shorter: Program) -> bool:
+    """Whether ``longer`` starts with all steps of ``shorter``: one run then observes both."""
+    count = len(shorter.steps)
+    return len(longer.steps) > count and longer.steps[:count] == shorter.steps

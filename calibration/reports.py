@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qinvert.calibration.heads import HEAD_AXIS, is_split, split_heads
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -34,6 +35,8 @@ class LayerReport:
     sqnr_db: float
     #: The same for the exact inverse on the plan's input and output grids.
     floor_db: float
+    #: sqnr of the worst head; None where the matrices have no head axis.
+    worst_head_sqnr_db: float | None
     #: max over matrices of ||E||_F / ||T||_F.
     worst_rel: float
     #: max|E|.
@@ -86,11 +89,17 @@ class LayerSimulation:
         self.achieved = ErrorStatistics()
         self.floor = ErrorStatistics()
         self.saturations: dict[str, int] = {}
+        self.heads: dict[int, ErrorStatistics] = {}
 
     def update(self, lower: torch.Tensor) -> None:
         """Add checked matrices ``(..., C, C)``."""
         truth = solve(lower)
-        self.achieved.update(simulate_inverse(self.plan, lower, self._observe), truth)
+        estimate = simulate_inverse(self.plan, lower, self._observe)
+        self.achieved.update(estimate, truth)
+        if lower.ndim >= -HEAD_AXIS:
+            pairs = zip(estimate.unbind(HEAD_AXIS), truth.unbind(HEAD_AXIS), strict=True)
+            for head, (part, exact) in enumerate(pairs):
+                self.heads.setdefault(head, ErrorStatistics()).update(part, exact)
         self.floor.update(floor_inverse(self.plan, lower), truth)
 
     def _observe(self, name: str, integers: torch.Tensor) -> None:
@@ -107,6 +116,7 @@ class LayerSimulation:
             program=self.plan.program.title,
             sqnr_db=self.achieved.sqnr_db,
             floor_db=self.floor.sqnr_db,
+            worst_head_sqnr_db=min((h.sqnr_db for h in self.heads.values()), default=None),
             worst_rel=self.achieved.worst_rel,
             max_abs=self.achieved.max_abs,
             non_finite=self.achieved.non_finite,
@@ -135,14 +145,16 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
         If the source has a layer that the plan does not know.
     """
     running: dict[str, LayerSimulation] = {}
-    for given, lower in open_source(source, data):
-        layer = _match(plan, given)
-        if layer not in running:
-            running[layer] = LayerSimulation(plan.layer(layer))
-        check_size(lower, plan.layer(layer).chunk, layer)
-        running[layer].update(lower)
-        if progress is not None:
-            progress(layer, running[layer].achieved.matrices)
+    for given, whole in open_source(source, data):
+        name = _match(plan, given)
+        parts = split_heads(name, whole) if is_split(plan, name) else [(name, whole)]
+        for layer, lower in parts:
+            if layer not in running:
+                running[layer] = LayerSimulation(plan.layer(layer))
+            check_size(lower, plan.layer(layer).chunk, layer)
+            running[layer].update(lower)
+            if progress is not None:
+                progress(layer, running[layer].achieved.matrices)
     lacking = [name for name in plan.layers if name not in running]
     if lacking:
         raise InputError(f"the source has no matrices for layer {lacking[0]!r}; pass all layers of the plan")
@@ -152,5 +164,6 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
 def _match(plan: Plan, given: str) -> str:
     if given == DEFAULT_LAYER and given not in plan.layers and len(plan.layers) == 1:
         return next(iter(plan.layers))
-    plan.layer(given)
+    if not is_split(plan, given):
+        plan.layer(given)
     return given

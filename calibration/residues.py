@@ -65,7 +65,7 @@ class _ResidueEvaluator(FloatEvaluator):
 
 
 def settle_residues(
-    program: Program, ranges: Mapping[str, float], sample: torch.Tensor, fmt: IntFormat
+    program: Program, ranges: Mapping[str, float], sample: torch.Tensor, formats: Mapping[str, IntFormat]
 ) -> dict[str, float]:
     """Return ``ranges`` with residue tensors at `MARGIN` times what they reach on the sample.
 
@@ -80,10 +80,10 @@ def settle_residues(
         max|x| per tensor of float runs over all data.
     sample : torch.Tensor, shape ``[n, C, C]``
         Checked matrices.
-    fmt : IntFormat
-        Of every tensor.
+    formats : mapping
+        Format of every tensor.
     """
-    tensors = choose_quantizations(program, ranges, fmt, ScaleRule.FLOAT, Requantize.DIVIDE)
+    tensors = choose_quantizations(program, ranges, formats, ScaleRule.FLOAT, Requantize.DIVIDE)
     groups = scale_groups(program)
     sizes = Counter(groups.values())
     small = SMALL * ranges[INPUT]

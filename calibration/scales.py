@@ -65,11 +65,14 @@ def residual_partners(program: Program) -> set[str]:
     return partners
 
 
-def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFormat, rule: ScaleRule) -> bool:
+def allows_multiplier(
+    program: Program, ranges: Mapping[str, float], formats: Mapping[str, IntFormat], rule: ScaleRule
+) -> bool:
     """Whether residual terms can be integers of the accumulator.
 
     Each must be an operand of its product, and 1.0 must lie on the other
-    operand's grid: the other range must not exceed ``fmt.largest``.  Matrices
+    operand's grid: the other range must not exceed its largest integer, and
+    all formats must be one int8 plane.  Matrices
     that would lose resolution on such a grid, because they are very small or
     larger than a few units, are refused, too.
     """
@@ -81,12 +84,14 @@ def allows_multiplier(program: Program, ranges: Mapping[str, float], fmt: IntFor
     )
     partners = residual_partners(program)
     shared = group_ranges(program, ranges)
-    fits = all(shared[name] <= fmt.largest for name in partners)
+    fits = all(shared[name] <= formats[name].largest for name in partners)
+    narrow = all(fmt.planes == 1 and fmt.container_bits == 8 for fmt in formats.values())
     costs = [
-        choose_scale(shared[name], fmt, rule, reciprocal=True) / choose_scale(shared[name], fmt, rule)
+        choose_scale(shared[name], formats[name], rule, reciprocal=True)
+        / choose_scale(shared[name], formats[name], rule)
         for name in (INPUT, program.output)
     ]
-    return operands and fits and not (partners and max(costs) > MAX_RECIPROCAL_COST)
+    return narrow and operands and fits and not (partners and max(costs) > MAX_RECIPROCAL_COST)
 
 
 def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
@@ -101,7 +106,7 @@ def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, flo
 def choose_quantizations(
     program: Program,
     ranges: Mapping[str, float],
-    fmt: IntFormat,
+    formats: Mapping[str, IntFormat],
     rule: ScaleRule,
     requantize: Requantize,
 ) -> dict[str, Quantization]:
@@ -112,7 +117,8 @@ def choose_quantizations(
     program : Program
     ranges : mapping
         max|x| per tensor; infinite where the method overflowed.
-    fmt : IntFormat
+    formats : mapping
+        Format per tensor, the same within a group.
     rule : ScaleRule
     requantize : Requantize
         `MULTIPLIER` makes the scales of `residual_partners` reciprocals.
@@ -123,7 +129,9 @@ def choose_quantizations(
     if requantize is Requantize.MULTIPLIER:
         reciprocal = {groups[name] for name in residual_partners(program)}
     return {
-        name: Quantization(format=fmt, scale=choose_scale(limit, fmt, rule, groups[name] in reciprocal))
+        name: Quantization(
+            format=formats[name], scale=choose_scale(limit, formats[name], rule, groups[name] in reciprocal)
+        )
         for name, limit in shared.items()
     }
 

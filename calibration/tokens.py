@@ -79,13 +79,20 @@ def _only_tokens(arrays: Mapping[str, Any], path: Any) -> Any:
     raise InputError(f"{path} holds {', '.join(arrays)}; name the token ids input_ids")
 
 
+def is_integer(array: Any) -> bool:
+    """Whether a tensor or array holds integers; booleans are none."""
+    if isinstance(array, torch.Tensor):
+        return not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
+    return np.asarray(array).dtype.kind in "iu"
+
+
 def _token_ids(item: Any) -> torch.Tensor:
     try:
         tokens = item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
     except (TypeError, ValueError) as error:
         raise InputError(f"token ids are no integer array ({error}); pass [count, length]") from None
     tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+    if tokens.ndim != 2 or not is_integer(tokens) or tokens.numel() == 0:
         raise InputError(
             f"token ids have shape {list(tokens.shape)} and dtype {tokens.dtype}; "
             "pass integers [count, length]"

@@ -15,6 +15,9 @@ from qinvert.errors import ExportError
 #: IR version that every runtime of the last two years reads.
 IR_VERSION = 9
 
+#: Protobuf files end at 2 GiB; constants stay well below.
+MAX_BYTES = 2**30
+
 #: ONNX element type by NumPy name.
 ELEMENT_TYPES: Mapping[str, int] = {
     "float32": TensorProto.FLOAT,
@@ -31,6 +34,7 @@ class GraphBuilder:
     """
 
     def __init__(self) -> None:
+        self._bytes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._values: dict[str, onnx.ValueInfoProto] = {}
@@ -53,6 +57,12 @@ class GraphBuilder:
 
     def initializer(self, name: str, array: npt.NDArray[Any]) -> str:
         """Add a constant, or return the one of that name."""
+        if name not in self._initializers:
+            self._bytes += array.nbytes
+        if self._bytes > MAX_BYTES:
+            raise ExportError(
+                f"the constants of the graph exceed {MAX_BYTES >> 20} MiB; export a smaller batch"
+            )
         tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
         if self._initializers.setdefault(name, tensor) != tensor:
             raise ExportError(f"two different constants are called {name!r}; rename one in the program")

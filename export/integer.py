@@ -148,8 +148,13 @@ class IntegerLowering(GraphLowering):
 
     def _rounded(self, tensor: str, value: str, scale: float, output: str) -> str:
         fmt, shape = self.grid(tensor).format, self.shape(tensor)
-        if fmt.planes == 1 and (fmt.minimum, fmt.maximum) != (-128, 127):
-            bounds = [self.graph.scalar(f"clip/{scale * q!r}", scale * q) for q in (fmt.minimum, fmt.maximum)]
-            value = self.graph.node("Clip", [value, *bounds], f"{tensor}/clip", shape)
         inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point]
-        return self.graph.node("QuantizeLinear", inputs, output, shape, "int8")
+        if fmt.planes > 1 or (fmt.minimum, fmt.maximum) == (-128, 127):
+            return self.graph.node("QuantizeLinear", inputs, output, shape, "int8")
+        # On the integers: optimizers drop a float Clip whose bounds are tiny.
+        wide = self.graph.node("QuantizeLinear", inputs, f"{output}/wide", shape, "int8")
+        bounds = [
+            self.graph.initializer(f"clip/{q}", np.array(q, dtype=np.int8))
+            for q in (fmt.minimum, fmt.maximum)
+        ]
+        return self.graph.node("Clip", [wide, *bounds], output, shape, "int8")

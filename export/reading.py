@@ -27,6 +27,8 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf and onnx raise unrelated types here
         raise ExportError(f"{path} is no ONNX model ({reason(error)}); export it again") from None
+    if not all(isinstance(text, str) for p in model.metadata_props for text in (p.key, p.value)):
+        raise ExportError(f"{path}: its metadata is no UTF-8 text; export it again")
     for node in _nodes(model):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")

@@ -30,7 +30,7 @@ def onnxruntime_settings(content: bytes) -> Iterator[tuple[str, Run]]:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level
         options.add_session_config_entry("session.qdqisint8allowed", "1")
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         yield setting, lambda feed, session=session: session.run(None, dict(feed))[0]  # type: ignore[misc]
 

@@ -27,6 +27,8 @@ from qinvert.profiles import Lowering, find_profile
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
+#: Largest input that a graph may ask for.
+MAX_ELEMENTS = 2**28
 #: Share of values that may differ by one step where a float MatMul stays unfused.
 ALLOWED_SHARE = 1e-4
 
@@ -66,7 +68,8 @@ def verify(
     Integer profiles, and QDQ profiles under power-of-two scales, must agree
     bit for bit.  A QDQ graph with float scales may differ by one step in at
     most `ALLOWED_SHARE` of the values where a runtime leaves a product in
-    float32; the count is in the result.
+    float32; the count is in the result.  A program that amplifies (powers
+    that explode) amplifies such a step, too, and then fails here.
 
     Parameters
     ----------
@@ -75,7 +78,7 @@ def verify(
     plan : Plan
         That the file was exported from.
     L : tensor or array, shape ``(..., C, C)``
-        Inputs; repeated to fill the last batch.
+        Inputs; repeated to fill the last batch, all of which is compared.
     runtimes : sequence of str
         ``"onnxruntime"``, which runs with and without graph optimization.
     layer : str, optional
@@ -107,6 +110,11 @@ def verify(
     source, batch = _graph_input(model, layer_plan)
     expected = layer_plan.inverse(lower).cpu().numpy()
     truth, exact = solve(lower), _is_exact(metadata, layer_plan)
+    if not runtimes:
+        raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
+    # Every slot of the last batch computes something: fill it, and compare all of it.
+    filled = np.arange(-(-len(lower) // batch) * batch) % len(lower)
+    lower, expected, truth = lower[filled], expected[filled], truth[filled]
     results = []
     for runtime in runtimes:
         for setting, run in run_settings(runtime, content):
@@ -131,7 +139,8 @@ def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
             f"the graph maps {shape} to {returned}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; "
             "export again"
         )
-    return name, check_integer("batch of the graph", shape[1], 1, MAX_BATCH, ExportError, "; export again")
+    most = min(MAX_BATCH, MAX_ELEMENTS // plan.chunk**2)
+    return name, check_integer("batch of the graph", shape[1], 1, most, ExportError, "; export again")
 
 
 def _static_shape(value: onnx.ValueInfoProto) -> list[int | str]:
@@ -147,9 +156,7 @@ def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
 def _run_batches(run: Run, source: str, matrices: Float32Array, batch: int) -> Float32Array:
     parts = []
     for start in range(0, len(matrices), batch):
-        # Cyclic repetition fills the last batch of a static graph.
-        index = np.arange(start, start + batch) % len(matrices)
-        result = np.asarray(run({source: matrices[index][None]}))
+        result = np.asarray(run({source: matrices[start : start + batch][None]}))
         wanted = (1, batch, *matrices.shape[1:])
         if result.shape != wanted or result.dtype != np.float32:
             raise ExportError(
@@ -157,7 +164,7 @@ def _run_batches(run: Run, source: str, matrices: Float32Array, batch: int) -> F
                 "export it again"
             )
         parts.append(result[0])
-    return np.concatenate(parts)[: len(matrices)]
+    return np.concatenate(parts)
 
 
 def _compare(
@@ -181,7 +188,8 @@ def _compare(
 
 
 def _judge(result: Verification, actual: Float32Array, expected: Float32Array, hint: str) -> None:
-    allowed = 0 if result.exact else ALLOWED_SHARE * result.values
+    # One legal tie may fall into any sample, however small.
+    allowed = 0 if result.exact else max(1.0, ALLOWED_SHARE * result.values)
     if result.mismatches <= allowed and result.max_steps < 1.5:
         return
     index = tuple(int(i) for i in np.argwhere(~(actual == expected))[0])

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
-    from qinvert.methods import block_merge as block_merge
-    from qinvert.methods import neumann as neumann
-    from qinvert.methods import neumann_doubling as neumann_doubling
+    from qinvert.methods.block_merge import block_merge as block_merge
+    from qinvert.methods.neumann import neumann as neumann
+    from qinvert.methods.neumann_doubling import neumann_doubling as neumann_doubling
     from qinvert.plan import LayerPlan as LayerPlan
     from qinvert.plan import Plan as Plan
     from qinvert.plan import Quantization as Quantization

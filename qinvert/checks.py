@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Integral
 from typing import TypeGuard
 
 from qinvert.errors import QInvertError
 
+#: No goal in dB lies beyond: float64 ends at 6,000.
+MAX_DECIBELS = 10_000
 #: Largest seed: every random generator in use takes it.
 MAX_SEED = 2**63 - 1
 
@@ -23,11 +25,12 @@ def check_integer(
     """
     if not _is_integer(value, low, high):
         raise error(f"{name} {value!r} is not in [{low}, {high}]{hint}")
-    return value
+    return int(value)
 
 
 def _is_integer(value: object, low: int, high: int) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    # Integral: NumPy's integers, too.
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def check_power_of_two(
@@ -42,7 +45,7 @@ def check_power_of_two(
     """
     if not _is_integer(value, low, high) or value & (value - 1):
         raise error(f"{name} {value!r} is not a power of two in [{low}, {high}]{hint}")
-    return value
+    return int(value)
 
 
 def check_seed(seed: object, error: type[QInvertError]) -> int:
@@ -64,6 +67,6 @@ def check_decibels(name: str, value: object, error: type[QInvertError]) -> float
     QInvertError
         Of the class ``error``; NaN would pass every comparison unseen.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_DECIBELS:
         raise error(f"{name} {value!r} is no number of decibels; pass for example 20.0")
     return float(value)

@@ -99,7 +99,7 @@ def chunk_gated_delta_rule(
         log_decay, b = (_chunks(x.unsqueeze(-1), chunk_size).squeeze(-1) for x in (g, beta))
         q = q * query.shape[-1] ** -0.5
         lower = from_keys(k, b, log_decay)
-        t = inverse(lower).to(torch.float32)
+        t = _checked(inverse(lower), lower)
         state = _initial_state(initial_state, k, v)
         out, state = _scan(q, k, v, torch.cumsum(log_decay, -1), b, t, state)
     out = out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)
@@ -133,6 +133,13 @@ def _check_shapes(
     wanted = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     if state is not None and state.shape != wanted:
         raise InputError(f"initial_state has shape {list(state.shape)}, {list(wanted)} fits")
+
+
+def _checked(t: Any, lower: torch.Tensor) -> torch.Tensor:
+    if not isinstance(t, torch.Tensor) or t.shape != lower.shape:
+        given = list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
+        raise InputError(f"inverse(L) returned {given}; return a tensor of L's shape {list(lower.shape)}")
+    return t.to(torch.float32)
 
 
 def _scan(

@@ -33,7 +33,15 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         If one cannot be written; none is renamed then.
     """
     with ExitStack() as undo:
-        temporaries = {target: _temporary(target, content, undo) for target, content in contents.items()}
+        temporaries: dict[Path, str] = {}
+        for path, content in contents.items():
+            # Through links to what they name; devices and pipes take the content themselves.
+            target = Path(os.path.realpath(path))
+            if target.exists() and not target.is_file() and not target.is_dir():
+                with _refusals(target):
+                    target.write_bytes(content)
+            else:
+                temporaries[target] = _temporary(target, content, undo)
         for target, temporary in temporaries.items():
             with _refusals(target):
                 os.replace(temporary, target)

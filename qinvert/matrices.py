@@ -43,8 +43,8 @@ def as_tensor(matrices: object, name: str = "L") -> torch.Tensor:
             raise InputError(
                 f"{name} is not a real numeric array ({error}); pass a tensor or an array"
             ) from None
-    if tensor.layout != torch.strided:
-        raise InputError(f"{name} is sparse; pass a dense tensor")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        raise InputError(f"{name} is sparse, nested, quantized or without data; pass a dense tensor")
     if tensor.dtype in FLOATS:
         return tensor
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():

@@ -85,7 +85,8 @@ def floor_inverse(plan: LayerPlan, lower: torch.Tensor) -> torch.Tensor:
     """
     grid = plan.input
     quantized = arithmetic.quantize(-lower.to(torch.float32), grid.scale, grid.format)
-    exact = solve(-arithmetic.dequantize(quantized, grid.scale, grid.format))
+    # A solve that overflows ends in inf - inf: what is lost there saturates.
+    exact = torch.nan_to_num(solve(-arithmetic.dequantize(quantized, grid.scale, grid.format)), nan=math.inf)
     if not plan.program.implicit_identity:
         return _on_grid(exact, plan)
     return _on_grid(torch.tril(exact, -1), plan) + torch.eye(plan.chunk, device=lower.device)

@@ -185,6 +185,12 @@ class LayerPlan:
 
         return cast("M", like(simulate_inverse(self, check_matrices(L, self.chunk)), L))
 
+    def cost(self) -> int:
+        """Work of one matrix in int8 multiply-accumulates; see `qinvert.cost.plan_cost`."""
+        from qinvert.cost import plan_cost
+
+        return plan_cost(self)
+
     def proof(self) -> Proof:
         """What holds for every input, derived from the plan; see `qinvert.proof`."""
         from qinvert.proof import prove
@@ -223,7 +229,7 @@ class Plan:
         """
         if name is None and len(self.layers) == 1:
             return next(iter(self.layers.values()))
-        if name is None or name not in self.layers:
+        if not isinstance(name, str) or name not in self.layers:
             given = "no layer named" if name is None else f"unknown layer {name!r}"
             raise PlanError(f"{given}; the plan has {_names(self.layers)}")
         return self.layers[name]

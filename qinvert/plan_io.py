@@ -25,6 +25,9 @@ from qinvert.version import __version__
 #: Version of the file layout; readers take this one and all older ones.
 SCHEMA_VERSION: Final = 1
 
+#: Levels of nesting in a file; ours have 6 and provenance adds some.
+MAX_DEPTH: Final = 50
+
 T = TypeVar("T")
 
 
@@ -69,7 +72,12 @@ def to_bytes(plan: Plan) -> bytes:
         "programs": programs,
         "layers": layers,
     }
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+    try:
+        text = json.dumps(document, indent=1, allow_nan=False)
+        json.dumps(document, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"the plan's provenance is no JSON ({error}); use texts, numbers, lists") from None
+    return (text + "\n").encode()
 
 
 def from_bytes(content: bytes) -> Plan:
@@ -112,17 +120,36 @@ def _from_json(document: Json) -> Plan:
 def _parse(content: bytes) -> Json:
     try:
         document = json.loads(
-            content, parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_small_int
+            content,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_small_int,
+            object_pairs_hook=_unique,
         )
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"not a plan file ({error}); is it truncated?") from None
-    try:
+        _check_depth(document)
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise PlanError("not a plan file: a text in it is no Unicode (lone surrogate)") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"not a plan file ({error}); is it truncated?") from None
     if not isinstance(document, dict):
         raise PlanError("not a plan file: the top level is no object; pass a file that Plan.save wrote")
     return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return document
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, depth + 1)
 
 
 def _refuse_constant(token: str) -> None:

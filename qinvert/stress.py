@@ -49,8 +49,8 @@ def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Ten
 
 def unit_keys(count: int, chunk: int, cosine: float, generator: torch.Generator) -> torch.Tensor:
     """Unit keys ``[count, chunk, KEY_SIZE]`` whose expected pairwise cosine is about ``cosine``."""
-    shared = torch.randn(count, 1, KEY_SIZE, generator=generator)
-    own = torch.randn(count, chunk, KEY_SIZE, generator=generator)
+    shared = torch.randn(count, 1, KEY_SIZE, generator=generator, dtype=torch.float32)
+    own = torch.randn(count, chunk, KEY_SIZE, generator=generator, dtype=torch.float32)
     keys = cosine**0.5 * shared + (1 - cosine) ** 0.5 * own
     return torch.nn.functional.normalize(keys, dim=-1)
 
@@ -67,13 +67,15 @@ def _keyed(cosine: float, beta: tuple[float, float], g: tuple[float, float]) -> 
 
 def _uniform(span: tuple[float, float], shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     low, high = span
-    return low + (high - low) * torch.rand(shape, generator=generator)
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def _scaled_random(factor: float) -> Generator:
     def generate(count: int, chunk: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.tril(factor * torch.rand(count, chunk, chunk, generator=generator), -1)
+        return torch.tril(
+            factor * torch.rand(count, chunk, chunk, generator=generator, dtype=torch.float32), -1
+        )
 
     return generate
 

@@ -34,6 +34,7 @@ TARGETS = {Requantize.DIVIDE: "int-ops", Requantize.MULTIPLIER: "npu-qdq-int8"}
 def calibrated(name: str, requantize=Requantize.MULTIPLIER, data="half_random", **options) -> LayerPlan:
     program = PROGRAMS[name]
     lower = stress_matrices(data, 4, program.chunk)
+    options = {"bits": 8, **options}
     plan = qinvert.calibrate(lower, method=program, target=TARGETS[requantize], **options).layer()
     assert plan.requantize is requantize
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -20,4 +21,8 @@ def main() -> None:
             f"qinvert: the command line needs {error.name}; run: pip install 'qinvert[cli]'", file=sys.stderr
         )
         sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name may hold what the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
     cli()

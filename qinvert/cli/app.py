@@ -33,10 +33,17 @@ class OneLineErrors(click.Group):
             refuse(f"{error.format_message()} See: {command} --help")
         except click.Abort:
             refuse("interrupted")
+        except (MemoryError, RuntimeError) as error:
+            # torch says that memory is short by a RuntimeError of this text.
+            if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+                raise
+            refuse("not enough memory for this input; pass less at once")
         except BrokenPipeError:
             # The reader, such as `head`, has seen enough; nothing more can be flushed to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            refuse(f"cannot write the output: {error.strerror or error}")
 
 
 def refuse(message: str) -> NoReturn:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from qinvert import recall
 from qinvert.calibration.sources import read_arrays
+from qinvert.calibration.tokens import is_integer
 from qinvert.checks import MAX_SEED, check_decibels
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -177,12 +177,12 @@ def open_for_plan(
 def holds_tokens(path: str) -> bool:
     """Whether a file holds token ids (integers) rather than matrices."""
     arrays = read_arrays(path)
-    return "input_ids" in arrays or all(np.asarray(a).dtype.kind in "iu" for a in arrays.values())
+    return "input_ids" in arrays or all(is_integer(array) for array in arrays.values())
 
 
 def with_source(plan: Plan, source: str) -> Plan:
     """Return the plan with the model or file it was made from, so that other verbs find it."""
-    return replace(plan, provenance={**plan.provenance, "source": source})
+    return replace(plan, provenance={**plan.provenance, "source": printable(source)})
 
 
 def printable(text: str) -> str:

@@ -15,10 +15,9 @@ from qinvert.calibration.growth import range_growth
 from qinvert.calibration.hooks import capture
 from qinvert.calibration.reports import simulate
 from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
-from qinvert.cli.graphs import export_all
+from qinvert.cli.graphs import PLAN_FILE, export_all
 from qinvert.cli.plans import growth_to_dict, show_choices, show_growth
 from qinvert.export.verifying import Verification, verify
-from qinvert.files import make_folder
 from qinvert.plan import Plan
 
 #: Seeds of the two data sets.
@@ -50,14 +49,11 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
         plan = calibrate(model, seen, progress=progress)
     plan = with_source(plan, recall.NAME)
     show_choices(output, plan)
-    path = make_folder(folder) / "plan.json"
-    plan.save(path)
-    output.say(f"wrote {path}")
     rows = _layer_rows(output, model, plan, folder, unseen)
     accuracy = _accuracy(output, model, plan, unseen)
     output.result(
         {
-            "plan": str(path),
+            "plan": str(Path(folder) / PLAN_FILE),
             "growth": {name: growth_to_dict(g) for name, g in growth.items()},
             "layers": rows,
             "accuracy": accuracy,
@@ -69,7 +65,7 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
     with output.progress("simulating") as progress:
         report = simulate(plan, model, unseen, progress=progress)
     files = export_all(plan, folder)
-    for file in files.values():
+    for file in (str(Path(folder) / PLAN_FILE), *files.values()):
         output.say(f"wrote {file}")
     with output.progress("running in onnxruntime"):
         verified = _verify(model, plan, files, unseen)

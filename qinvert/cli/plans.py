@@ -51,6 +51,8 @@ def inspect(source: str, data: str | None, sequences: int, seed: int, as_json: b
     """
     output = Output(as_json=as_json, quiet=quiet)
     if source.endswith(".json"):
+        if data is not None:
+            raise InputError("a plan holds its numbers; leave out --data")
         show_plan(output, Plan.load(source))
         return
     with output.progress("measuring"):
@@ -94,11 +96,11 @@ def show_plan(output: Output, plan: Plan) -> None:
 def layer_to_dict(layer: Any) -> dict[str, Any]:
     """Return JSON types of what a plan says of a layer."""
     return {
+        **layer.provenance,
         "program": layer.program.title,
         "formats": layer.formats,
         "requantize": str(layer.requantize),
         "accumulator_bound": layer.proof().accumulator_bound,
-        **layer.provenance,
     }
 
 

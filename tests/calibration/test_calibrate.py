@@ -75,9 +75,12 @@ def test_auto_avoids_the_programs_that_fail(name):
     assert any("base=16" in reason for reason in chosen.provenance["rejected"])
 
 
-def test_auto_takes_large_blocks_where_nothing_grows():
-    plan = qinvert.calibrate(0.01 * stress_matrices("independent_keys", 32, 64))
-    assert plan.layer().program.parameters["base"] == 16
+def test_auto_takes_short_series_where_nothing_grows_and_large_blocks_where_little_does():
+    tiny = qinvert.calibrate(0.01 * stress_matrices("independent_keys", 32, 64)).layer()
+    assert tiny.program.name == "neumann"
+    small = qinvert.calibrate(stress_matrices("independent_keys", 32, 64)).layer()
+    assert small.program.parameters["base"] == 16
+    assert small.cost() > tiny.cost()
 
 
 def test_a_correction_reaches_the_floor_where_merging_alone_does_not():
@@ -173,7 +176,10 @@ def test_progress_is_told_every_batch():
     [
         ({"method": "magic"}, ProgramError, "unknown method 'magic'"),
         ({"bits": 5}, PlanError, "bits 5"),
-        ({"bits": 4}, PlanError, "takes int8"),
+        ({"bits": 4, "target": "npu-qdq-int8"}, PlanError, "takes int8"),
+        ({"ranges": "widest"}, PlanError, "ranges 'widest' is unknown; use max, percentile or mse"),
+        ({"granularity": "column"}, PlanError, "granularity 'column'"),
+        ({"granularity": "head"}, InputError, "without a head axis"),
         ({"target": "toaster"}, ValueError, "unknown profile 'toaster'"),
         ({"scales": "log"}, PlanError, "scales 'log'"),
         ({"min_sqnr_db": float("nan")}, PlanError, "min_sqnr_db"),

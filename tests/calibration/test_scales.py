@@ -14,7 +14,7 @@ from qinvert.calibration.scales import (
     residual_partners,
     scale_groups,
 )
-from qinvert.formats import INT4, INT8
+from qinvert.formats import INT4, INT8, INT16
 from qinvert.methods import block_merge, neumann_doubling
 from qinvert.plan import Requantize
 
@@ -66,7 +66,11 @@ def test_moves_share_a_grid_and_products_do_not():
     assert groups["merge_8/M21"] == groups["M"]
     assert groups["merge_8/Y"] != groups["merge_16/S"]
     quantizations = choose_quantizations(
-        program, dict.fromkeys(program.tensors, 0.5), INT8, ScaleRule.FLOAT, Requantize.MULTIPLIER
+        program,
+        dict.fromkeys(program.tensors, 0.5),
+        dict.fromkeys(program.tensors, INT8),
+        ScaleRule.FLOAT,
+        Requantize.MULTIPLIER,
     )
     assert quantizations["merge_8/S11"] == quantizations["merge_16/S"]
 
@@ -75,11 +79,13 @@ def test_one_must_lie_on_the_grid_that_a_residual_is_multiplied_by():
     program = block_merge(16, base=4)
     assert {"merge_8/S11", "merge_8/S22"} <= residual_partners(program)
     ranges = dict.fromkeys(program.tensors, 0.5)
-    assert allows_multiplier(program, ranges, INT8, ScaleRule.FLOAT)
-    assert not allows_multiplier(program, ranges | {"base_4/power_2": 1e4}, INT8, ScaleRule.FLOAT)
-    assert allows_multiplier(
-        neumann_doubling(16), dict.fromkeys(neumann_doubling(16).tensors, 1e9), INT8, ScaleRule.FLOAT
-    )
+    formats = dict.fromkeys(program.tensors, INT8)
+    assert allows_multiplier(program, ranges, formats, ScaleRule.FLOAT)
+    assert not allows_multiplier(program, ranges | {"base_4/power_2": 1e4}, formats, ScaleRule.FLOAT)
+    doubling = neumann_doubling(16)
+    wide = dict.fromkeys(doubling.tensors, 1e9)
+    assert allows_multiplier(doubling, wide, dict.fromkeys(doubling.tensors, INT8), ScaleRule.FLOAT)
+    assert not allows_multiplier(program, ranges, formats | {"base_4/power_2": INT16}, ScaleRule.FLOAT)
 
 
 @pytest.mark.parametrize(
@@ -88,4 +94,5 @@ def test_one_must_lie_on_the_grid_that_a_residual_is_multiplied_by():
 def test_a_grid_that_holds_one_may_not_cost_more_than_1_db(limit, legal):
     program = block_merge(16, base=4)
     ranges = dict.fromkeys(program.tensors, limit)
-    assert allows_multiplier(program, ranges, INT8, ScaleRule.FLOAT) == legal
+    formats = dict.fromkeys(program.tensors, INT8)
+    assert allows_multiplier(program, ranges, formats, ScaleRule.FLOAT) == legal

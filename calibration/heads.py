@@ -1,0 +1,72 @@
+"""Grids per head: every head of a layer becomes a layer of the plan.
+
+A plan with granularity "head" has entries ``LAYER/head_0``, ``LAYER/head_1``
+and so on, each with a program, formats and scales of its own, and each
+exported as a graph of its own: per-tensor scales are all that compilers take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Final
+
+import torch
+
+from qinvert.errors import InputError, PlanError
+from qinvert.plan import Plan
+
+#: Axis of L that counts heads: ``[batch, heads, chunks, C, C]``, or without the batch.
+HEAD_AXIS: Final = -4
+
+
+class Granularity(StrEnum):
+    """What shares one set of grids."""
+
+    #: All matrices of a layer.
+    TENSOR = "tensor"
+    #: The matrices of one head.
+    HEAD = "head"
+
+
+def head_name(layer: str, head: int) -> str:
+    """Name of one head's entry in a plan."""
+    return f"{layer}/head_{head}"
+
+
+def split_heads(layer: str, lower: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, matrices ``(..., chunks, C, C)``) of every head.
+
+    Raises
+    ------
+    InputError
+        If the matrices have no head axis.
+    """
+    if lower.ndim < -HEAD_AXIS:
+        raise InputError(
+            f"L of layer {layer!r} has shape {list(lower.shape)}, without a head axis; "
+            "pass (..., heads, chunks, C, C), or plan with granularity='tensor'"
+        )
+    for head, matrices in enumerate(lower.unbind(HEAD_AXIS)):
+        yield head_name(layer, head), matrices
+
+
+def is_split(plan: Plan, layer: str) -> bool:
+    """Whether the plan has the heads of that layer instead of the layer itself."""
+    return layer not in plan.layers and head_name(layer, 0) in plan.layers
+
+
+def plan_inverse(plan: Plan, layer: str, lower: torch.Tensor) -> torch.Tensor:
+    """``T = (I + L)^-1`` of a layer, each head by its own program where the plan has heads.
+
+    Raises
+    ------
+    PlanError
+        If the matrices have more heads than the plan.
+    """
+    if not is_split(plan, layer):
+        return plan.layer(layer).inverse(lower)
+    parts = list(split_heads(layer, lower))
+    if head_name(layer, len(parts)) in plan.layers or parts[-1][0] not in plan.layers:
+        raise PlanError(f"layer {layer!r} has {len(parts)} heads, the plan another number; calibrate again")
+    return torch.stack([plan.layer(name).inverse(part) for name, part in parts], dim=HEAD_AXIS)

@@ -1,0 +1,169 @@
+"""How much noise each grid adds to the result, measured by rounding one grid at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from qinvert import arithmetic
+from qinvert.calibration.scales import scale_groups
+from qinvert.execute import FloatEvaluator
+from qinvert.formats import IntFormat
+from qinvert.matrices import solve
+from qinvert.plan import Quantization
+from qinvert.program import Program
+from qinvert.steps import INPUT, Add, MatMul, Rescale
+
+#: Matrices of the sample that predictions use.
+MATRICES: Final = 8
+#: Name under which `Sensitivities.shares` lists the truncation.
+TRUNCATION: Final = "truncation"
+#: Seed of the noise that stands for the rounding of residues.
+SEED: Final = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivities:
+    """Noise power at the result, by grid and format.
+
+    Rounding errors of different grids are taken as independent, so powers add:
+    ``sqnr = 10 log10(signal / (truncation + sum_g noise[g, format of g]))``.
+    """
+
+    #: Sum of squares of tril(T, -1).
+    signal: float
+    #: What the program misses in exact arithmetic: the tail of a series that is cut off.
+    truncation: float
+    #: (group of tensors that share a grid, format name) -> sum of squares of the error.
+    noise: Mapping[tuple[str, str], float]
+    #: Groups of the input and of the result: what no algorithm can avoid.
+    ends: frozenset[str]
+
+    def sqnr_db(self, formats: Mapping[str, IntFormat]) -> float:
+        """Predicted sqnr under a format for every group."""
+        return self._decibels(self.truncation + sum(self.noise[g, f.name] for g, f in formats.items()))
+
+    def floor_db(self, formats: Mapping[str, IntFormat]) -> float:
+        """Predicted sqnr of an exact algorithm on the same input and output grids."""
+        return self._decibels(sum(self.noise[g, f.name] for g, f in formats.items() if g in self.ends))
+
+    def shares(self, formats: Mapping[str, IntFormat]) -> dict[str, float]:
+        """Return the share of the noise that each group adds, largest first."""
+        noise = {group: self.noise[group, fmt.name] for group, fmt in formats.items()}
+        noise[TRUNCATION] = self.truncation
+        total = sum(noise.values()) or 1.0
+        return {g: n / total for g, n in sorted(noise.items(), key=lambda item: -item[1])}
+
+    def _decibels(self, noise: float) -> float:
+        if not math.isfinite(noise):
+            return -math.inf
+        if noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / noise) if self.signal else -math.inf
+
+
+#: One group that is rounded while all others stay exact, and the grids of all tensors.
+Variant = tuple[str, Mapping[str, Quantization]]
+
+
+class _VariantEvaluator(FloatEvaluator):
+    """Float64 steps over copies of the sample, one copy a variant, the last one exact."""
+
+    def __init__(
+        self, program: Program, variants: Sequence[Variant], count: int, device: torch.device
+    ) -> None:
+        super().__init__((len(variants) + 1) * count, torch.float64, device)
+        self.count = count
+        self.generator = torch.Generator(device="cpu").manual_seed(SEED)
+        groups = scale_groups(program)
+        self.rounded: dict[str, list[tuple[int, Quantization]]] = {name: [] for name in groups}
+        for name, group in groups.items():
+            self.rounded[name] = [(i, grid[g]) for i, (g, grid) in enumerate(variants) if g == group]
+        self.grids = [grid for _, grid in variants]
+
+    def matmul(
+        self,
+        step: MatMul,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        add: list[torch.Tensor],
+        subtract: list[torch.Tensor],
+    ) -> torch.Tensor:
+        total = super().matmul(step, left, right, add, subtract)
+        for i, grid in self.rounded[step.output]:
+            if grid.format.planes > 1:
+                # Two planes drop the product of the low ones.
+                parts = (self._low(step.left, left, i), self._low(step.right, right, i))
+                self._copies(total)[:, i] -= parts[0] @ parts[1]
+        return self.round(step.output, total)
+
+    def _copies(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, self.batch // self.count, self.count, *values.shape[1:])
+
+    def _low(self, name: str, values: torch.Tensor, i: int) -> torch.Tensor:
+        grid = self.grids[i][name]
+        q = arithmetic.quantize(self._copies(values)[:, i], grid.scale, grid.format)
+        low, scale = arithmetic.planes(q, grid.scale, grid.format)[-1]
+        return low.to(torch.float64) * scale
+
+    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.round(step.output, super().add(step, left, right))
+
+    def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        return self.round(step.output, super().rescale(step, source))
+
+    def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Round the copies whose variant is the grid of ``name``."""
+        if not self.rounded[name]:
+            return values
+        values = values.clone()
+        for i, grid in self.rounded[name]:
+            self._copies(values)[:, i] = self._rounded(self._copies(values)[:, i], grid)
+        return values
+
+    def _rounded(self, values: torch.Tensor, grid: Quantization) -> torch.Tensor:
+        if float(values.abs().max()) < grid.scale / 2:
+            # A residue: zero here, of many steps once its operands are rounded.
+            noise = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) - 0.5
+            return values + grid.scale * torch.where(values != 0, noise.to(values.device), 0.0)
+        finite = torch.nan_to_num(values, posinf=math.inf, neginf=-math.inf)
+        integers = arithmetic.quantize(finite, grid.scale, grid.format)
+        return arithmetic.dequantize(integers, grid.scale, grid.format).to(torch.float64)
+
+
+def measure_sensitivities(
+    program: Program, grids: Sequence[Mapping[str, Quantization]], sample: torch.Tensor
+) -> Sensitivities:
+    """Round every group of tensors by itself and measure the error of the result.
+
+    Parameters
+    ----------
+    program : Program
+    grids : sequence of mappings
+        A quantization of every tensor, once per format.
+    sample : torch.Tensor, shape ``[n, C, C]``
+        Checked matrices; noise is measured on the first `MATRICES`.
+    """
+    exact = torch.tril(solve(sample), -1)
+    # Rare large matrices would make the signal of a few a poor guess.
+    signal = float(exact.square().sum()) * min(1.0, MATRICES / len(sample))
+    sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
+    groups = scale_groups(program)
+    variants = [(group, grid) for grid in grids for group in dict.fromkeys(groups.values())]
+    evaluator = _VariantEvaluator(program, variants, len(sample), sample.device)
+    source = evaluator.round(INPUT, -sample.repeat(len(variants) + 1, 1, 1))
+    result = program.evaluate(evaluator, source).reshape(len(variants) + 1, *sample.shape)
+    errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
+    noise = {(g, grid[g].format.name): float(e) for (g, grid), e in zip(variants, errors, strict=True)}
+    missed = float((torch.tril(result[-1], -1) - exact).square().sum())
+    return Sensitivities(
+        signal=signal,
+        # A program that is exact in real arithmetic leaves rounding of float64 only.
+        truncation=math.inf if math.isnan(missed) else missed,
+        noise={key: math.inf if math.isnan(value) else value for key, value in noise.items()},
+        ends=frozenset((groups[INPUT], groups[program.output])),
+    )
