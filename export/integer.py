@@ -62,6 +62,9 @@ class IntegerLowering(GraphLowering):
 
     def rescale(self, step: Rescale, source: Value) -> Value:
         real = self._dequantized(f"{step.output}/scaled", source)
+        if step.factor != 1:
+            factor = self.graph.scalar(f"factor/{step.factor!r}", step.factor)
+            real = self.graph.node("Mul", [real, factor], f"{step.output}/product", self.shape(step.output))
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:

@@ -61,6 +61,8 @@ class QdqLowering(GraphLowering):
         return self._operator("Add", step.output, [left.name, right.name])
 
     def rescale(self, step: Rescale, source: Value) -> Value:
+        if step.factor != 1:
+            return self._operator("Mul", step.output, [source.name, self._factor(step.factor)])
         # Adding zero keeps an operator between the two scales: back ends merge
         # adjacent quantize/dequantize pairs, which would skip one rounding.
         zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
@@ -75,6 +77,12 @@ class QdqLowering(GraphLowering):
 
     def slice(self, step: Slice, source: Value) -> Value:
         return self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
+
+    def _factor(self, factor: float) -> str:
+        # An integer times a scale, like every other operand of the graph: exact in float32.
+        name, sign = ("plus_one", 1) if factor > 0 else ("minus_one", -1)
+        grid = Quantization(format=INT8, scale=abs(factor))
+        return self.literal(name, np.full((1, 1, 1, 1), sign, dtype=np.int8), grid)
 
     def _operator(self, operator: str, tensor: str, inputs: list[str]) -> Value:
         return self._finished(

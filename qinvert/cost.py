@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qinvert.program import Program
-from qinvert.steps import INPUT, MatMul, Step
+from qinvert.steps import INPUT, MatMul, Rescale, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,8 @@ def step_formula(step: Step) -> str:
         plus = "".join(f" + {name}" for name in step.add)
         minus = "".join(f" - {name}" for name in step.subtract)
         return f"{step.left} @ {step.right}{plus}{minus}"
+    if isinstance(step, Rescale) and step.factor != 1:
+        return f"rescale({step.factor:g} * {step.source})"
     return f"{type(step).__name__.lower()}({', '.join(step.inputs)})"
 
 

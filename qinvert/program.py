@@ -50,7 +50,7 @@ class Evaluator(ABC, Generic[V]):
 
     @abstractmethod
     def rescale(self, step: Rescale, source: V) -> V:
-        """Return ``source`` on the output's scale."""
+        """Return ``step.factor * source`` on the output's scale."""
 
     @abstractmethod
     def mask(self, step: Mask, source: V, constant: V) -> V:

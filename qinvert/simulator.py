@@ -63,7 +63,7 @@ class IntegerEvaluator(TorchEvaluator):
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         output = self.plan.tensors[step.output]
         unit = self.plan.tensors[step.source].scale
-        return arithmetic.requantize_divide(source, unit, [], output.scale, output.format)
+        return arithmetic.requantize_scaled(source, unit, step.factor, output.scale, output.format)
 
 
 def simulate_inverse(plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from qinvert.methods import block_merge, neumann, neumann_doubling
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, MatMul
+from qinvert.steps import INPUT, Add, MatMul, Rescale
 
 DENSE = 64**3
 
@@ -75,6 +75,14 @@ def test_printing_shows_formulas():
     assert "merge_4/S22 @ merge_4/Y + merge_4/Y" in text
     assert "M @ merge_4/S + M - merge_4/S" in text
     assert "concat(zeros_2, merge_4/S22)" in text
+
+
+def test_printing_shows_factors():
+    halved = Rescale(output="halved", source=INPUT, factor=-0.5)
+    same = Rescale(output="same", source=INPUT)
+    text = str(program(halved, same, output="same"))
+    assert "rescale(-0.5 * M)" in text
+    assert "rescale(M)" in text
 
 
 def test_printing_an_explicit_inverse_adds_no_identity():

@@ -88,7 +88,8 @@ def recomputed(plan: LayerPlan, step, q: dict[str, np.ndarray], batch: int) -> n
             x = single(q[step.left]) * scale[step.left] + single(q[step.right]) * scale[step.right]
             steps = x / scale[step.output]
         case Rescale():
-            steps = single(q[step.source]) * scale[step.source] / scale[step.output]
+            x = single(q[step.source]) * scale[step.source] * np.float32(step.factor)
+            steps = x / scale[step.output]
         case Mask():
             (constant,) = [c for c in plan.program.constants if c.name == step.constant]
             kept = [[start <= j < stop for j in range(constant.columns)] for start, stop in constant.ones]
@@ -135,6 +136,17 @@ def test_mixed_formats_and_float64_accumulators_too():
     plan = mixed()
     assert plan.proof().accumulator_bound >= 2**24
     check_every_step(plan, stress_matrices("correlated_keys", 5, 8))
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 1 / 3, -2.7, 1e-30, 1e15])
+@pytest.mark.parametrize("scale", [1 / 127, 2.0**-9, 0.3, 1e-9])
+def test_factors_too_and_they_saturate(factor, scale):
+    step = Rescale(output="scaled", source=INPUT, factor=arithmetic.float32(factor))
+    program = Program(name="test", chunk=8, steps=(step,), output="scaled")
+    grids = {INPUT: 1 / 100, "scaled": scale}
+    tensors = {n: Quantization(format=INT8, scale=arithmetic.float32(s)) for n, s in grids.items()}
+    plan = LayerPlan(program=program, tensors=tensors, requantize=Requantize.MULTIPLIER)
+    check_every_step(plan, stress_matrices("negative_eigenvalues", 5, 8))
 
 
 def test_a_residual_beyond_float32_enters_the_accumulator_exactly():
