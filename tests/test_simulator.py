@@ -11,7 +11,15 @@ import qinvert
 from qinvert import arithmetic
 from qinvert.errors import InputError
 from qinvert.formats import INT4, INT8, INT16
-from qinvert.methods import block_merge, neumann, neumann_doubling
+from qinvert.methods import (
+    banded_residual,
+    block_merge,
+    column_sweep,
+    forward_substitution,
+    neumann,
+    neumann_doubling,
+    newton_schulz,
+)
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_integers, simulate_inverse
@@ -26,6 +34,9 @@ PROGRAMS = {
     "corrected": block_merge(8, 4, corrections=2),
     "series": neumann(8, 5),
     "doubling": neumann_doubling(16),
+    "banded": banded_residual(16, order=2, steps=5),
+    "rows": forward_substitution(8),
+    "columns": column_sweep(8),
 }
 TARGETS = {Requantize.DIVIDE: "int-ops", Requantize.MULTIPLIER: "npu-qdq-int8"}
 
@@ -136,6 +147,17 @@ def test_mixed_formats_and_float64_accumulators_too():
     plan = mixed()
     assert plan.proof().accumulator_bound >= 2**24
     check_every_step(plan, stress_matrices("correlated_keys", 5, 8))
+
+
+@pytest.mark.parametrize("requantize", Requantize)
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+def test_factors_between_products_too(requantize, scales):
+    lower = stress_matrices("half_random", 4, 16)
+    program = newton_schulz(16, 5)
+    plan = qinvert.calibrate(lower, method=program, target=TARGETS[requantize], scales=scales).layer()
+    # d M is no operand of M S: its term joins in float32 under every target.
+    assert plan.requantize is Requantize.DIVIDE
+    check_every_step(plan, stress_matrices("half_random", 3, 16, seed=1))
 
 
 @pytest.mark.parametrize("factor", [-1.0, 0.5, 1 / 3, -2.7, 1e-30, 1e15])

@@ -8,6 +8,7 @@ import torch
 
 import qinvert
 from qinvert.errors import ExportError, PlanError
+from qinvert.methods import METHODS
 from qinvert.plan import Quantization
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
@@ -104,7 +105,7 @@ def test_int4_values_stay_on_their_grid_in_an_int8_container(tmp_path):
     assert np.abs(strict).max() <= 7.001
 
 
-@pytest.mark.parametrize("method", ["neumann", "neumann_doubling", "block_merge"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_method_exports_under_every_profile(method, profile, tmp_path):
     lower = stress_matrices("repeated_keys", 4, 32)
