@@ -154,11 +154,11 @@ class Program:
 
         return run(self, L, dtype=dtype, observe=observe)
 
-    def cost(self) -> Cost:
-        """Multiply-accumulates, products, depth and steps; see `qinvert.cost`."""
+    def cost(self, bytes_per_element: int = 1) -> Cost:
+        """Multiply-accumulates, products, depth, steps and traffic; see `qinvert.cost.program_cost`."""
         from qinvert.cost import program_cost
 
-        return program_cost(self)
+        return program_cost(self, bytes_per_element)
 
     def __str__(self) -> str:
         from qinvert.cost import step_table
