@@ -13,7 +13,7 @@ from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.profiles import PROFILES
 from qinvert.program import Program
 from qinvert.steps import INPUT, MatMul, Rescale
-from qinvert.stress import stress_matrices
+from qinvert.stress import STRESS, stress_matrices
 
 FACTORS = [-1.0, 0.5, 1 / 3, -2.7, 2.0**-7, 1.0000001]
 LOWER = torch.cat([stress_matrices(n, 60, 16) for n in ("half_random", "negative_eigenvalues", "wide_gates")])
@@ -73,6 +73,17 @@ def test_the_reference_evaluator_knows_factors_too(factor, profile):
     model = build(plan, batch=len(LOWER))
     (actual,) = onnx.reference.ReferenceEvaluator(model).run(None, {"L": LOWER[None].numpy()})
     assert np.array_equal(actual[0], plan.layer().inverse(LOWER).numpy())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("method", ["newton_schulz", "banded_residual"])
+def test_programs_with_factors_and_masks_are_bit_exact_under_powers_of_two(method, profile, tmp_path):
+    lower = torch.cat([stress_matrices(name, 40, 16, seed=3) for name in STRESS])
+    plan = qinvert.calibrate(lower[::5], method=method, target=profile, scales="pow2")
+    qinvert.export(plan, tmp_path / "t.onnx", batch=40)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower):
+        assert result.exact
+        assert result.mismatches == 0
 
 
 def test_factors_of_int4_clip_to_its_grid(tmp_path):
