@@ -22,7 +22,7 @@ from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 from qinvert.methods import find_method
 from qinvert.plan import LayerPlan, Plan, Requantize
-from qinvert.profiles import PROFILES, Profile, find_profile
+from qinvert.profiles import Profile, find_profile
 from qinvert.program import Program
 
 #: Called after every batch with the layer's name and the matrices seen so far.
@@ -30,8 +30,8 @@ Progress = Callable[[str, int], None]
 
 #: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
-#: Target where none is given and it takes the format.
-DEFAULT_TARGET: Final = "npu-qdq-int8"
+#: Where no target is given: the first of these that takes the format.
+DEFAULT_TARGETS: Final = ("npu-qdq-int8", "npu-qdq-int4", "npu-qdq-int16", "int-ops")
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
 #: Matrices per layer that candidates are simulated on.
@@ -201,8 +201,7 @@ def _options(
 
 def _default_target(bits: int | str) -> str:
     fmt = BITS.get(str(bits), INT8)
-    fitting = [name for name, profile in PROFILES.items() if fmt in profile.formats]
-    return DEFAULT_TARGET if not fitting or DEFAULT_TARGET in fitting else fitting[0]
+    return next(name for name in DEFAULT_TARGETS if fmt in find_profile(name).formats)
 
 
 def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:

@@ -51,7 +51,7 @@ class _ResidueEvaluator(FloatEvaluator):
         return self.round(step.output, super().add(step, left, right))
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        return self.round(step.output, source)
+        return self.round(step.output, super().rescale(step, source))
 
     def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
         grid = self.tensors[name]

@@ -22,6 +22,7 @@ MAX_BYTES = 2**30
 ELEMENT_TYPES: Mapping[str, int] = {
     "float32": TensorProto.FLOAT,
     "int8": TensorProto.INT8,
+    "int16": TensorProto.INT16,
     "int32": TensorProto.INT32,
 }
 

@@ -99,6 +99,8 @@ class IntegerLowering(GraphLowering):
 
     def rescale(self, step: Rescale, source: Value) -> Value:
         real = self._sum(f"{step.output}/scaled", step.output, [("Add", source)])
+        if step.factor != 1:
+            real = self._scaled(step.output, step.output, real, step.factor)
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:

@@ -10,7 +10,7 @@ import numpy as np
 
 from qinvert.execute import constant_matrix
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
-from qinvert.formats import INT8
+from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import INPUT, Add, Mask, MatMul, Rescale, Slice
 
@@ -30,7 +30,8 @@ class QdqLowering(GraphLowering):
         return self._dequantize(name, self.stored(output), self.shape(output), self.plan.output)
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
-        values = self.graph.initializer(f"{name}/int8", array)
+        element = _element(grid)
+        values = self.graph.initializer(f"{name}/{element}", array.astype(element))
         output = f"{name}/{grid.scale!r}"
         if output not in self.graph:
             self._dequantize(output, values, list(array.shape), grid)
@@ -38,7 +39,8 @@ class QdqLowering(GraphLowering):
 
     def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
         joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
-        return self._quantized(name, joined, shape, grid).name
+        # What is joined lies on the grid already: nothing to clip.
+        return self._stored(name, self.stored(name), joined, shape, grid)
 
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
@@ -49,18 +51,36 @@ class QdqLowering(GraphLowering):
             return self._finished(
                 step.output, self.graph.node("MatMul", operands, self._float(step.output), shape)
             )
-        # Residuals join in float, unquantized: exact, but only some back ends fuse it.
-        terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
-        names = [f"{step.output}/product_{i}" for i in range(len(terms))] + [self._float(step.output)]
-        total = self.graph.node("MatMul", [left.name, right.name], names[0], shape)
-        for (operator, term), name in zip(terms, names[1:], strict=True):
-            total = self.graph.node(operator, [total, term.name], name, shape)
+        # Products and residuals join in float, unquantized: only some back ends fuse it.
+        products = [
+            self.graph.node("MatMul", [left.name, plane], f"{step.output}/matmul_{i}", shape)
+            for i, plane in enumerate(self._planes(step, right))
+        ]
+        terms = [("Add", name) for name in (*products[1:], *(term.name for term in add))]
+        terms += [("Sub", term.name) for term in subtract]
+        total = products[0]
+        for i, (operator, term) in enumerate(terms):
+            total = self.graph.node(operator, [total, term], f"{step.output}/sum_{i}", shape)
         return self._finished(step.output, total)
+
+    def _planes(self, step: MatMul, right: Value) -> list[str]:
+        """Return the right operand, of 16 bits as two int8 planes: no runtime multiplies 16 by 16."""
+        grid, shape = self.grid(step.right), self.shape(step.right)
+        if grid.format.container_bits == INT8.container_bits:
+            return [right.name]
+        high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
+        low_grid = Quantization(format=INT8, scale=grid.scale)
+        name = f"{step.output}/right"
+        high = self._stored(f"{name}/high", f"{name}/high", right.name, shape, high_grid)
+        rest = self.graph.node("Sub", [right.name, high], f"{name}/rest", shape)
+        return [high, self._stored(f"{name}/low", f"{name}/low", rest, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         return self._operator("Add", step.output, [left.name, right.name])
 
     def rescale(self, step: Rescale, source: Value) -> Value:
+        if step.factor != 1:
+            return self._operator("Mul", step.output, [source.name, self._factor(step.factor)])
         # Adding zero keeps an operator between the two scales: back ends merge
         # adjacent quantize/dequantize pairs, which would skip one rounding.
         zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
@@ -76,6 +96,12 @@ class QdqLowering(GraphLowering):
     def slice(self, step: Slice, source: Value) -> Value:
         return self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
 
+    def _factor(self, factor: float) -> str:
+        # An integer times a scale, like every other operand of the graph: exact in float32.
+        name, sign = ("plus_one", 1) if factor > 0 else ("minus_one", -1)
+        grid = Quantization(format=INT8, scale=abs(factor))
+        return self.literal(name, np.full((1, 1, 1, 1), sign, dtype=np.int8), grid)
+
     def _operator(self, operator: str, tensor: str, inputs: list[str]) -> Value:
         return self._finished(
             tensor, self.graph.node(operator, inputs, self._float(tensor), self.shape(tensor))
@@ -89,9 +115,31 @@ class QdqLowering(GraphLowering):
         return self._quantized(tensor, value, self.shape(tensor), self.grid(tensor))
 
     def _quantized(self, tensor: str, value: str, shape: list[int], grid: Quantization) -> Value:
-        inputs = [value, self.scale(grid), self.zero_point]
-        stored = self.graph.node("QuantizeLinear", inputs, self.stored(tensor), shape, "int8")
-        return Value(self._dequantize(f"{tensor}/dequantized", stored, shape, grid), tensor)
+        fmt = grid.format
+        if 2**fmt.container_bits > fmt.maximum - fmt.minimum + 1:
+            ends = [
+                self.graph.scalar(f"clip/{q * grid.scale!r}", q * grid.scale)
+                for q in (fmt.minimum, fmt.maximum)
+            ]
+            value = self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
+        return Value(self._stored(tensor, self.stored(tensor), value, shape, grid), tensor)
+
+    def _stored(self, name: str, stored: str, value: str, shape: list[int], grid: Quantization) -> str:
+        element = _element(grid)
+        inputs = [value, self.scale(grid), self._zero(element)]
+        self.graph.node("QuantizeLinear", inputs, stored, shape, element)
+        return self._dequantize(f"{name}/dequantized", stored, shape, grid)
 
     def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
-        return self.graph.node("DequantizeLinear", [values, self.scale(grid), self.zero_point], name, shape)
+        inputs = [values, self.scale(grid), self._zero(_element(grid))]
+        return self.graph.node("DequantizeLinear", inputs, name, shape)
+
+    def _zero(self, element: str) -> str:
+        if element == "int8":
+            return self.zero_point
+        return self.graph.initializer(f"zero_point/{element}", np.array(0, dtype=element))
+
+
+def _element(grid: Quantization) -> str:
+    """ONNX and NumPy name of the grid's container."""
+    return f"int{grid.format.container_bits}"

@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
+    from qinvert.methods.banded_residual import banded_residual as banded_residual
     from qinvert.methods.block_merge import block_merge as block_merge
+    from qinvert.methods.column_sweep import column_sweep as column_sweep
+    from qinvert.methods.forward_substitution import forward_substitution as forward_substitution
     from qinvert.methods.neumann import neumann as neumann
     from qinvert.methods.neumann_doubling import neumann_doubling as neumann_doubling
+    from qinvert.methods.newton_schulz import newton_schulz as newton_schulz
     from qinvert.plan import LayerPlan as LayerPlan
     from qinvert.plan import Plan as Plan
     from qinvert.plan import Quantization as Quantization
@@ -65,14 +69,18 @@ _HOMES = {
     "Report": "calibration.reports",
     "Verification": "export.verifying",
     "VerificationError": "errors",
+    "banded_residual": "methods",
     "block_merge": "methods",
     "calibrate": "calibration.calibrate",
     "capture": "calibration.hooks",
     "chunk_gated_delta_rule": "delta_rule",
+    "column_sweep": "methods",
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
+    "forward_substitution": "methods",
     "neumann": "methods",
     "neumann_doubling": "methods",
+    "newton_schulz": "methods",
     "patched": "calibration.hooks",
     "range_growth": "calibration.growth",
     "simulate": "calibration.reports",

@@ -320,6 +320,34 @@ def requantize_divide(
     return _round(x, scale, fmt)
 
 
+def requantize_scaled_scalar(q: int, unit: float, factor: float, scale: float, fmt: IntFormat) -> int:
+    """Scalar twin of `requantize_scaled`."""
+    with np.errstate(over="ignore", under="ignore"):
+        x = np.float32(q) * np.float32(unit) * np.float32(factor)
+    return quantize_scalar(float(x), scale, fmt)
+
+
+def requantize_scaled(
+    q: torch.Tensor, unit: float, factor: float, scale: float, fmt: IntFormat
+) -> torch.Tensor:
+    """``sat(round_half_even(float32(float32(q * unit) * factor) / scale))``.
+
+    What Cast, Mul, Mul and QuantizeLinear compute one after the other.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Integers of the source.
+    unit : float
+        Scale of the source.
+    factor : float
+        What the real value is multiplied by.
+    scale, fmt
+        Of the result.
+    """
+    return _round(q.to(torch.float32) * unit * factor, scale, fmt)
+
+
 def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat) -> int:
     """Scalar twin of `requantize_multiplier`."""
     with np.errstate(over="ignore"):

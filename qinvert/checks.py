@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from numbers import Integral
 from typing import TypeGuard
 
@@ -46,6 +47,13 @@ def check_power_of_two(
     if not _is_integer(value, low, high) or value & (value - 1):
         raise error(f"{name} {value!r} is not a power of two in [{low}, {high}]{hint}")
     return int(value)
+
+
+def is_float32(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number that float32 holds exactly; a boolean is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**128 and ctypes.c_float(value).value == value
 
 
 def check_seed(seed: object, error: type[QInvertError]) -> int:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qinvert.arithmetic import operand_magnitudes, partial_products
+from qinvert.checks import check_power_of_two
+from qinvert.errors import ProgramError
 from qinvert.program import Program
-from qinvert.steps import INPUT, MatMul, Step
+from qinvert.steps import INPUT, MatMul, Rescale, Step
 
 if TYPE_CHECKING:
     from qinvert.plan import LayerPlan
@@ -32,8 +34,19 @@ class Cost:
     depth: int
     #: Steps of any kind.
     steps: int
-    #: Elements that all steps read and write.
+    #: Elements that all steps read and write; constants are not counted.
     elements: int
+    #: The same in bytes of the format they are stored in.
+    bytes: int
+
+    @property
+    def nodes(self) -> int:
+        """Operations of a graph of the program: ``steps``, because constants are no steps.
+
+        What a lowering wraps around them (quantize, cast, add) depends on the
+        export profile and is not counted.
+        """
+        return self.steps
 
     def __str__(self) -> str:
         return (
@@ -42,14 +55,30 @@ class Cost:
         )
 
 
-def program_cost(program: Program) -> Cost:
-    """Return the cost of ``program`` for one matrix."""
+def program_cost(program: Program, bytes_per_element: int = 1) -> Cost:
+    """Return the cost of ``program`` for one matrix.
+
+    Parameters
+    ----------
+    program : Program
+    bytes_per_element : int
+        Of every stored tensor: 1 for int8, 2 for int16 and 16-bit floats,
+        4 for float32, 8 for float64.
+
+    Raises
+    ------
+    ProgramError
+        If ``bytes_per_element`` is no power of two up to 8.
+    """
+    check_power_of_two("bytes_per_element", bytes_per_element, 1, 8, ProgramError, "; int8 takes 1")
+    elements = sum(_elements(program, step) for step in program.steps)
     return Cost(
         macs=sum(_macs(program, step) for step in program.steps),
         matmuls=sum(isinstance(step, MatMul) for step in program.steps),
         depth=_depth(program),
         steps=len(program.steps),
-        elements=sum(_elements(program, step) for step in program.steps),
+        elements=elements,
+        bytes=bytes_per_element * elements,
     )
 
 
@@ -116,6 +145,8 @@ def step_formula(step: Step) -> str:
         plus = "".join(f" + {name}" for name in step.add)
         minus = "".join(f" - {name}" for name in step.subtract)
         return f"{step.left} @ {step.right}{plus}{minus}"
+    if isinstance(step, Rescale) and step.factor != 1:
+        return f"rescale({step.factor:g} * {step.source})"
     return f"{type(step).__name__.lower()}({', '.join(step.inputs)})"
 
 

@@ -80,7 +80,7 @@ class FloatEvaluator(TorchEvaluator):
         return (left.to(self.compute) + right.to(self.compute)).to(self.dtype)
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        return source
+        return (step.factor * source.to(self.compute)).to(self.dtype)
 
 
 def run(

@@ -50,7 +50,7 @@ class Evaluator(ABC, Generic[V]):
 
     @abstractmethod
     def rescale(self, step: Rescale, source: V) -> V:
-        """Return ``source`` on the output's scale."""
+        """Return ``step.factor * source`` on the output's scale."""
 
     @abstractmethod
     def mask(self, step: Mask, source: V, constant: V) -> V:
@@ -154,11 +154,11 @@ class Program:
 
         return run(self, L, dtype=dtype, observe=observe)
 
-    def cost(self) -> Cost:
-        """Multiply-accumulates, products, depth and steps; see `qinvert.cost`."""
+    def cost(self, bytes_per_element: int = 1) -> Cost:
+        """Multiply-accumulates, products, depth, steps and traffic; see `qinvert.cost.program_cost`."""
         from qinvert.cost import program_cost
 
-        return program_cost(self)
+        return program_cost(self, bytes_per_element)
 
     def __str__(self) -> str:
         from qinvert.cost import step_table

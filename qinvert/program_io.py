@@ -67,7 +67,7 @@ def _step_to_json(step: Step) -> Json:
     entry: Json = {"operation": _NAMES[type(step)]}
     for f in fields(step):
         value = getattr(step, f.name)
-        if value is not None and value != ():
+        if value != f.default:
             entry[f.name] = list(value) if isinstance(value, tuple) else value
     return entry
 
@@ -163,4 +163,5 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "columns": _span,
     "axis": _axis,
     "bound": _number,
+    "factor": _number,
 }

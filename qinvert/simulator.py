@@ -84,7 +84,11 @@ class IntegerEvaluator(TorchEvaluator):
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        return self._sum(step.output, self._planes(step.source, source))
+        if step.factor == 1:
+            return self._sum(step.output, self._planes(step.source, source))
+        grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
+        value = arithmetic.dequantize(source, grid.scale, grid.format)
+        return arithmetic.requantize_scaled(value, 1.0, step.factor, output.scale, output.format)
 
     def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
         (first, unit), *addends = terms

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, TypeAlias
 
-from qinvert.checks import check_power_of_two
+from qinvert.checks import check_power_of_two, is_float32
 from qinvert.errors import ProgramError
 
 #: Name of the one input of every program: M = -L.
@@ -25,6 +25,9 @@ MAX_EXPANSION: Final = 16
 MAX_RESIDUALS: Final = 8
 #: Steps of a program; the methods here need about 1,000 at most.
 MAX_STEPS: Final = 20_000
+#: ``|factor|`` of a `Rescale`, as of any scale: graphs write it as a scale of its own.
+MIN_FACTOR: Final = 1e-30
+MAX_FACTOR: Final = 1e15
 #: Length of a name: graphs and tables must stay readable.
 MAX_NAME: Final = 200
 
@@ -112,11 +115,21 @@ class Add:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rescale:
-    """``output = source``, rounded onto a scale of its own."""
+    """``output = factor * source``, rounded onto a scale of its own."""
 
     output: str
     source: str
+    #: A float32 value, not zero.
+    factor: float = 1.0
     bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if not is_float32(self.factor) or not MIN_FACTOR <= abs(self.factor) <= MAX_FACTOR:
+            raise ProgramError(
+                f"step {self.output!r}: factor {self.factor!r} is no float32 of magnitude "
+                f"{MIN_FACTOR:g} to {MAX_FACTOR:g}; round it to float32, or leave a zero term out"
+            )
+        object.__setattr__(self, "factor", float(self.factor))
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -33,18 +33,32 @@ def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Ten
     k : torch.Tensor, shape ``(..., C, D)``
         Keys, as they enter the product (normalize them first).
     beta : torch.Tensor, shape ``(..., C)``
-    g : torch.Tensor, shape ``(..., C)``
-        Log decay, ``<= 0``.
+    g : torch.Tensor, shape ``(..., C)`` or ``(..., C, D)``
+        Log decay, ``<= 0``; one per channel makes it
+        ``beta_i sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])``.
 
     Returns
     -------
     torch.Tensor
         Shape ``(..., C, C)``, dtype of ``k``.
     """
+    if g.ndim < k.ndim:
+        products = k @ k.mT * decay(g)
+    else:
+        # Channel by channel: all of them at once would take D times the memory of the result.
+        channels = zip(k.unbind(-1), g.unbind(-1), strict=True)
+        products = sum(
+            (x.unsqueeze(-1) * x.unsqueeze(-2) * decay(log_decay) for x, log_decay in channels),
+            start=k.new_zeros(*k.shape[:-1], k.shape[-2]),
+        )
+    return torch.tril(beta.unsqueeze(-1) * products, -1)
+
+
+def decay(g: torch.Tensor) -> torch.Tensor:
+    """``exp(G_i - G_j)`` for ``j <= i`` and 1 above, ``G = cumsum(g)``, shape ``(..., C, C)``."""
     total = torch.cumsum(g, -1)
     # Mask before exp: above the diagonal the difference is positive and may overflow.
-    gap = torch.tril(total.unsqueeze(-1) - total.unsqueeze(-2))
-    return torch.tril(beta.unsqueeze(-1) * (k @ k.mT) * torch.exp(gap), -1)
+    return torch.exp(torch.tril(total.unsqueeze(-1) - total.unsqueeze(-2)))
 
 
 def unit_keys(count: int, chunk: int, cosine: float, generator: torch.Generator) -> torch.Tensor:
@@ -100,6 +114,15 @@ def _wide_gates(count: int, chunk: int, seed: int) -> torch.Tensor:
     return from_keys(k, beta, -level * torch.rand(count, chunk, generator=generator))
 
 
+def _per_channel_decay(count: int, chunk: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    k = unit_keys(count, chunk, 0.7, generator)
+    # One level of decay a channel, log-uniform from -1e-4 to -0.2.
+    level = torch.exp(_uniform((math.log(1e-4), math.log(0.2)), (count, 1, KEY_SIZE), generator))
+    beta = _uniform((0.0, 1.0), (count, chunk), generator)
+    return from_keys(k, beta, -level * torch.rand(count, chunk, KEY_SIZE, generator=generator))
+
+
 def _zero_rows(count: int, chunk: int, seed: int) -> torch.Tensor:
     lower = _keyed(0.5, (0.0, 1.0), (-0.1, 0.0))(count, chunk, seed)
     lower[:, chunk // 2 + 1 :] = 0
@@ -134,6 +157,8 @@ STRESS: dict[str, Generator] = {
     "negative_eigenvalues": _keyed(0.3, (0.0, 2.0), (-0.05, 0.0)),
     # From no decay to forgetting everything at once.
     "wide_gates": _wide_gates,
+    # Every channel of the keys forgets at a rate of its own (KDA).
+    "per_channel_decay": _per_channel_decay,
     # The padded tail of a sequence.
     "zero_rows": _zero_rows,
     # One entry far above the rest.
@@ -149,6 +174,7 @@ MAX_BETA: dict[str, float] = {
     "independent_keys": 1.0,
     "negative_eigenvalues": 2.0,
     "wide_gates": 1.0,
+    "per_channel_decay": 1.0,
     "zero_rows": 1.0,
 }
 

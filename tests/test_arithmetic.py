@@ -206,6 +206,20 @@ def test_requantize_by_multiplier_rounds_accumulator_and_product_once(acc, facto
     assert int(arithmetic.requantize_multiplier(exact, factor, fmt)[0]) == expected
 
 
+@given(q=integers, unit=scales, factor=scales, sign=st.sampled_from([1, -1]), scale=scales, fmt=formats)
+def test_a_scaled_requantize_rounds_both_products_once(q, unit, factor, sign, scale, fmt):
+    x = nearest(nearest(q * Fraction(unit)) * Fraction(sign * factor))
+    expected = on_grid(float(x), scale, fmt)
+    assert arithmetic.requantize_scaled_scalar(q, unit, sign * factor, scale, fmt) == expected
+    assert int(arithmetic.requantize_scaled(single(q), unit, sign * factor, scale, fmt)[0]) == expected
+
+
+@given(q=integers, unit=scales, scale=scales, fmt=formats)
+def test_scaling_by_one_is_the_divide_form(q, unit, scale, fmt):
+    divided = arithmetic.requantize_divide(single(q), unit, [], scale, fmt)
+    assert torch.equal(arithmetic.requantize_scaled(single(q), unit, 1.0, scale, fmt), divided)
+
+
 @pytest.mark.parametrize(
     ("acc", "factor", "expected"),
     [(1, 0.5, 0), (3, 0.5, 2), (5, 0.5, 2), (-1, 0.5, 0), (-3, 0.5, -2), (255, 0.5, 127), (-257, 0.5, -128)],

@@ -147,3 +147,21 @@ def test_the_divide_form_is_cast_mul_add_quantizelinear(output_scale, sign):
     addends = [(as_float(first), scales["s1"]), (as_float(second), sign * scales["s2"])]
     q = arithmetic.requantize_divide(torch.from_numpy(acc), scales["unit"], addends, output_scale, INT8)
     assert torch.equal(q.double(), expected)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 1 / 3, 1.9999, 2.0**-20, -1e8])
+@pytest.mark.parametrize("output_scale", SCALES[1:5], ids="{:.3g}".format)
+def test_the_scaled_form_is_cast_mul_mul_quantizelinear(factor, output_scale):
+    q = random_integers(INT8, 4000, seed=6)
+    scales = {"unit": 1 / 113, "factor": factor, "sy": output_scale}
+    scales = {name: float(np.float32(value)) for name, value in scales.items()}
+    nodes = [
+        node("Cast", "q", output="f", to=TensorProto.FLOAT),
+        node("Mul", "f", "unit", output="x"),
+        node("Mul", "x", "factor", output="x1"),
+        node("QuantizeLinear", "x1", "sy", "zy"),
+    ]
+    inputs, values = scalar_inputs((*scales, "zy"), scales)
+    expected = run(nodes, [*inputs, ("q", TensorProto.INT8)], TensorProto.INT8, q=q, **values)
+    actual = arithmetic.requantize_scaled(as_float(q), scales["unit"], scales["factor"], scales["sy"], INT8)
+    assert torch.equal(actual.double(), expected)

@@ -1,8 +1,18 @@
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qinvert.checks import MAX_SEED, check_decibels, check_integer, check_power_of_two, check_seed
+from qinvert.checks import (
+    MAX_SEED,
+    check_decibels,
+    check_integer,
+    check_power_of_two,
+    check_seed,
+    is_float32,
+)
 from qinvert.errors import InputError, PlanError
 
 
@@ -35,3 +45,16 @@ def test_goals_are_finite_numbers(value):
 def test_seeds_that_generators_refuse_are_refused(seed):
     with pytest.raises(InputError, match="seed"):
         check_seed(seed, InputError)
+
+
+@given(value=st.floats(allow_nan=True) | st.integers(-(2**200), 2**200) | st.floats(width=32))
+def test_float32_values_are_those_that_numpy_keeps(value):
+    with np.errstate(over="ignore"):
+        kept = bool(np.isfinite(np.float32(value))) and float(np.float32(value)) == value
+    assert is_float32(value) is kept
+
+
+@pytest.mark.parametrize("value", [True, None, "1", math.nan, math.inf, 0.1, 1e39, 10**400])
+def test_what_is_no_float32_is_told(value):
+    assert not is_float32(value)
+    assert all(is_float32(v) for v in (0, -0.5, 2**24, 2.0**-149, 2.0**127))

@@ -3,9 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qinvert.methods import block_merge, neumann, neumann_doubling
+from qinvert.errors import ProgramError
+from qinvert.methods import (
+    banded_residual,
+    block_merge,
+    column_sweep,
+    forward_substitution,
+    neumann,
+    neumann_doubling,
+    newton_schulz,
+)
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, MatMul
+from qinvert.steps import INPUT, Add, Constant, Mask, MatMul, Rescale
 
 DENSE = 64**3
 
@@ -35,6 +44,10 @@ def macs_of_a_run(tested: Program) -> int:
         (neumann_doubling(64), 10 * DENSE, 10),
         (neumann(64, 15), 14 * DENSE, 14),
         (neumann(64, 1), 0, 0),
+        (banded_residual(64, 3, 8), 8 * DENSE, 8),
+        (newton_schulz(64), 22 * DENSE, 22),
+        (forward_substitution(64), 85_343, 62),
+        (column_sweep(64), 62 * DENSE, 62),
     ],
     ids=lambda value: value.title if isinstance(value, Program) else str(value),
 )
@@ -60,6 +73,32 @@ def test_elements_count_reads_and_writes():
     assert program(square, doubled, output="doubled").cost().elements == 6 * 16
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_bytes_are_elements_times_their_width(width):
+    tested = neumann(16, 5)
+    cost = tested.cost(bytes_per_element=width)
+    assert cost.bytes == width * cost.elements
+    assert cost.elements == tested.cost().elements == tested.cost().bytes
+
+
+@pytest.mark.parametrize("width", [0, 3, 16, 1.0, True, None])
+def test_other_widths_are_refused(width):
+    with pytest.raises(ProgramError, match=r"bytes_per_element .* is not a power of two in \[1, 8\]; int8"):
+        neumann(16, 5).cost(bytes_per_element=width)
+
+
+def test_nodes_are_steps_and_constants_are_neither():
+    tested = block_merge(8, 2)
+    assert tested.constants
+    assert tested.cost().nodes == tested.cost().steps == len(tested.steps)
+
+
+def test_masks_move_their_source_and_not_the_constant():
+    band = Constant(name="band", rows=4, columns=4, ones=((0, 1),) * 4)
+    masked = Mask(output="masked", source=INPUT, constant="band")
+    assert program(masked, output="masked", constants=(band,)).cost().elements == 2 * 16
+
+
 @pytest.mark.parametrize("tested", [block_merge(8, 2, corrections=1), neumann_doubling(8)], ids=str)
 def test_printing_shows_title_every_tensor_and_the_total(tested):
     lines = str(tested).splitlines()
@@ -75,6 +114,14 @@ def test_printing_shows_formulas():
     assert "merge_4/S22 @ merge_4/Y + merge_4/Y" in text
     assert "M @ merge_4/S + M - merge_4/S" in text
     assert "concat(zeros_2, merge_4/S22)" in text
+
+
+def test_printing_shows_factors():
+    halved = Rescale(output="halved", source=INPUT, factor=-0.5)
+    same = Rescale(output="same", source=INPUT)
+    text = str(program(halved, same, output="same"))
+    assert "rescale(-0.5 * M)" in text
+    assert "rescale(M)" in text
 
 
 def test_printing_an_explicit_inverse_adds_no_identity():

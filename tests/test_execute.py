@@ -80,6 +80,18 @@ def test_products_of_half_floats_accumulate_in_float32():
     assert float(program.run(-m, dtype=torch.float16)[3, 0]) == 1.0
 
 
+@every_dtype
+@pytest.mark.parametrize("factor", [1.0, -1.0, 0.75, 2.0**-7, 1 + 2.0**-23])
+def test_a_factor_multiplies_before_the_one_rounding(dtype, factor):
+    step = Rescale(output="scaled", source=INPUT, factor=factor)
+    program = Program(name="test", chunk=8, steps=(step,), output="scaled", implicit_identity=False)
+    lower = stress_matrices("half_random", 2, 8).to(dtype)
+    product = -lower.double().numpy() * factor
+    bits = BITS[dtype]
+    expected = product if bits == 53 else rounded(rounded(product, 24), bits)
+    assert np.array_equal(program.run(lower, dtype=dtype).double().numpy(), expected)
+
+
 def test_moving_steps_move():
     corner = Constant(name="corner", rows=4, columns=4, ones=((0, 0), (0, 0), (0, 1), (0, 2)))
     program = Program(

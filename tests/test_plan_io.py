@@ -18,6 +18,8 @@ from qinvert.errors import InputError, PlanError
 from qinvert.formats import INT8
 from qinvert.methods import block_merge, neumann, neumann_doubling
 from qinvert.plan import LayerPlan, Plan, Quantization, Requantize
+from qinvert.program import Program
+from qinvert.steps import INPUT, Rescale
 from qinvert.stress import stress_matrices
 
 LAYER = "layer"
@@ -38,6 +40,14 @@ def calibrated(method: str = "corrected", **options) -> Plan:
 
 def document() -> dict:
     return json.loads(plan_io.to_bytes(calibrated()))
+
+
+def rescaled(factor: float) -> Plan:
+    step = Rescale(output="scaled", source=INPUT, factor=factor)
+    program = Program(name="test", chunk=4, steps=(step,), output="scaled")
+    tensors = dict.fromkeys(program.tensors, Quantization(format=INT8, scale=0.5))
+    layer = LayerPlan(program=program, tensors=tensors, requantize=Requantize.DIVIDE)
+    return Plan(layers={LAYER: layer}, target="int-ops")
 
 
 def names(folder: Path) -> list[str]:
@@ -85,6 +95,23 @@ def test_every_float32_scale_comes_back_bit_for_bit(scales):
     layer = LayerPlan(program=program, tensors=tensors, requantize=Requantize.DIVIDE)
     again = plan_io.from_bytes(plan_io.to_bytes(Plan(layers={LAYER: layer}, target="int-ops")))
     assert [again.layer().tensors[name].scale for name in program.tensors] == scales
+
+
+@given(factor=st.floats(2.0**-99, 2.0**49, width=32), sign=st.sampled_from([1, -1]))
+def test_every_factor_comes_back_and_1_is_not_written(factor, sign):
+    plan = rescaled(sign * factor)
+    content = plan_io.to_bytes(plan)
+    assert plan_io.from_bytes(content) == plan
+    (step,) = json.loads(content)["programs"][0]["steps"]
+    assert step.get("factor", 1.0) == sign * factor
+    assert ("factor" in step) == (sign * factor != 1.0)
+
+
+@pytest.mark.parametrize("factor", ["0.0", "0.1", "1e300", '"1"', "true", "null", "[]"])
+def test_a_damaged_factor_is_refused(load_bytes, factor):
+    content = plan_io.to_bytes(rescaled(0.5)).replace(b'"factor": 0.5', f'"factor": {factor}'.encode())
+    with pytest.raises(PlanError, match="factor"):
+        load_bytes(content)
 
 
 def test_layers_share_one_copy_of_their_program():

@@ -1,14 +1,30 @@
 from __future__ import annotations
 
+import math
 import weakref
 
 import pytest
 
+from qinvert.arithmetic import MAX_SCALE, MIN_SCALE
 from qinvert.errors import ProgramError
 from qinvert.execute import constant_matrix
 from qinvert.methods import neumann_doubling
 from qinvert.program import Evaluator, Program
-from qinvert.steps import INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Shape, Slice, check_chunk
+from qinvert.steps import (
+    INPUT,
+    MAX_FACTOR,
+    MIN_FACTOR,
+    Add,
+    Axis,
+    Concat,
+    Constant,
+    Mask,
+    MatMul,
+    Rescale,
+    Shape,
+    Slice,
+    check_chunk,
+)
 
 
 def program(*steps, constants=(), output=None, chunk=4, **fields) -> Program:
@@ -119,6 +135,24 @@ def test_a_step_that_does_not_fit_is_named(steps, constants, words):
 def test_the_output_must_be_a_tensor(output, got):
     with pytest.raises(ProgramError, match=f"output '{output}' must be a tensor .* got {got}"):
         program(square, constants=(zeros(4),), output=output)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, math.nan, math.inf, 1e-31, 2.0**60, "1", None, True, 10**400])
+def test_a_factor_is_a_float32_of_reasonable_magnitude(factor):
+    with pytest.raises(ProgramError, match=r"step 'a': factor .* is no float32 .*; round it to float32"):
+        Rescale(output="a", source=INPUT, factor=factor)
+
+
+@pytest.mark.parametrize("factor", [1, -1.0, 2.0**-20, 3, 2.0**49])
+def test_legal_factors_are_kept_as_floats(factor):
+    step = Rescale(output="a", source=INPUT, factor=factor)
+    assert step.factor == factor
+    assert isinstance(step.factor, float)
+
+
+def test_factors_have_the_limits_of_scales():
+    # A graph writes a factor as the scale of a constant.
+    assert (MIN_FACTOR, MAX_FACTOR) == (MIN_SCALE, MAX_SCALE)
 
 
 def test_an_unknown_axis_is_a_program_error():

@@ -8,8 +8,8 @@ import qinvert
 from qinvert.errors import QInvertError
 
 CONTRACT = (
-    "Plan block_merge calibrate evaluate exact_inverse export neumann neumann_doubling patched "
-    "simulate verify"
+    "Plan banded_residual block_merge calibrate column_sweep evaluate exact_inverse export "
+    "forward_substitution neumann neumann_doubling newton_schulz patched simulate verify"
 )
 
 

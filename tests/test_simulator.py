@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -9,9 +10,18 @@ import torch
 
 import qinvert
 from qinvert import arithmetic
+from qinvert.calibration.scales import scale_groups
 from qinvert.errors import InputError
-from qinvert.formats import INT4, INT8, INT16
-from qinvert.methods import block_merge, neumann, neumann_doubling
+from qinvert.formats import INT4, INT8, INT8X2, INT16
+from qinvert.methods import (
+    banded_residual,
+    block_merge,
+    column_sweep,
+    forward_substitution,
+    neumann,
+    neumann_doubling,
+    newton_schulz,
+)
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_integers, simulate_inverse
@@ -26,6 +36,9 @@ PROGRAMS = {
     "corrected": block_merge(8, 4, corrections=2),
     "series": neumann(8, 5),
     "doubling": neumann_doubling(16),
+    "banded": banded_residual(16, order=2, steps=5),
+    "rows": forward_substitution(8),
+    "columns": column_sweep(8),
 }
 TARGETS = {Requantize.DIVIDE: "int-ops", Requantize.MULTIPLIER: "npu-qdq-int8"}
 
@@ -64,32 +77,65 @@ def single(values) -> np.ndarray:
     return np.asarray(values).astype(np.float32)
 
 
+def rounded(x: np.ndarray, scale: float, fmt) -> np.ndarray:
+    """What one QuantizeLinear gives, or two of them for two planes."""
+    if fmt.planes == 1:
+        return np.clip(np.rint(x / np.float32(scale)), fmt.minimum, fmt.maximum).astype(np.int64)
+    high = rounded(x, 256 * scale, INT8)
+    return 256 * high + rounded(x - single(high) * np.float32(256 * scale), scale, INT8)
+
+
+def planes(q: np.ndarray, scale: float, fmt, right: bool = False) -> list[tuple[np.ndarray, np.float32]]:
+    if right and fmt is INT16:
+        return planes(rounded(single(q) * np.float32(scale), scale, INT8X2), scale, INT8X2)
+    if fmt.planes == 1:
+        return [(q, np.float32(scale))]
+    low = (q + 128) % 256 - 128
+    return [((q - low) // 256, np.float32(256 * scale)), (low, np.float32(scale))]
+
+
 def product(plan: LayerPlan, step: MatMul, q: dict[str, np.ndarray]) -> np.ndarray:
-    scale = {name: np.float32(t.scale) for name, t in plan.tensors.items()}
-    accumulator = q[step.left] @ q[step.right]
+    grids = plan.tensors
     terms = [(name, 1) for name in step.add] + [(name, -1) for name in step.subtract]
-    unit = scale[step.left] * scale[step.right]
     if plan.requantize is Requantize.MULTIPLIER:
+        scale = {name: np.float32(t.scale) for name, t in grids.items()}
+        accumulator = q[step.left] @ q[step.right]
         for name, sign in terms:
             other = step.left if name == step.right else step.right
             accumulator = accumulator + sign * round(1 / float(scale[other])) * q[name]
-        return single(accumulator) * (unit / scale[step.output])
-    x = single(accumulator) * unit
+        # One factor: the rounding of its steps is that of a grid of scale 1.
+        unit = scale[step.left] * scale[step.right]
+        return rounded(single(accumulator) * (unit / scale[step.output]), 1.0, grids[step.output].format)
+    left = planes(q[step.left], grids[step.left].scale, grids[step.left].format)
+    right = planes(q[step.right], grids[step.right].scale, grids[step.right].format, right=True)
+    x = single(left[0][0] @ right[0][0]) * (left[0][1] * right[0][1])
+    if len(left) == len(right) == 2:
+        x = x + single(left[0][0] @ right[1][0] + left[1][0] @ right[0][0]) * (left[0][1] * right[1][1])
+    elif len(left) == 2:
+        x = x + single(left[1][0] @ right[0][0]) * (left[1][1] * right[0][1])
+    elif len(right) == 2:
+        x = x + single(left[0][0] @ right[1][0]) * (left[0][1] * right[1][1])
     for name, sign in terms:
-        x = x + single(q[name]) * (sign * scale[name])
-    return x / scale[step.output]
+        for plane, scale in planes(q[name], grids[name].scale, grids[name].format):
+            x = x + single(plane) * (np.float32(sign) * scale)
+    return rounded(x, grids[step.output].scale, grids[step.output].format)
+
+
+def real(plan: LayerPlan, name: str, q: dict[str, np.ndarray]) -> list[np.ndarray]:
+    grid = plan.tensors[name]
+    return [single(plane) * scale for plane, scale in planes(q[name], grid.scale, grid.format)]
 
 
 def recomputed(plan: LayerPlan, step, q: dict[str, np.ndarray], batch: int) -> np.ndarray:
-    scale = {name: np.float32(t.scale) for name, t in plan.tensors.items()}
     match step:
         case MatMul():
-            steps = product(plan, step, q)
+            return product(plan, step, q)
         case Add():
-            x = single(q[step.left]) * scale[step.left] + single(q[step.right]) * scale[step.right]
-            steps = x / scale[step.output]
+            parts = [*real(plan, step.left, q), *real(plan, step.right, q)]
+            x = sum(parts[1:], parts[0])
         case Rescale():
-            steps = single(q[step.source]) * scale[step.source] / scale[step.output]
+            parts = real(plan, step.source, q)
+            x = sum(parts[1:], parts[0]) * np.float32(step.factor)
         case Mask():
             (constant,) = [c for c in plan.program.constants if c.name == step.constant]
             kept = [[start <= j < stop for j in range(constant.columns)] for start, stop in constant.ones]
@@ -103,18 +149,45 @@ def recomputed(plan: LayerPlan, step, q: dict[str, np.ndarray], batch: int) -> n
             blocks = batch * plan.program.shapes[step.output].blocks
             parts = [q[n] if n in q else np.zeros((blocks, *zeros[n]), dtype=np.int64) for n in step.sources]
             return np.concatenate(parts, axis=["blocks", "rows", "columns"].index(step.axis))
-    fmt = plan.tensors[step.output].format
-    return np.clip(np.rint(steps), fmt.minimum, fmt.maximum).astype(np.int64)
+    output = plan.tensors[step.output]
+    return rounded(x, output.scale, output.format)
 
 
 def check_every_step(plan: LayerPlan, lower: torch.Tensor) -> None:
     seen = observed(plan, lower)
     assert tuple(seen) == plan.program.tensors
     grid = plan.input
-    m = np.rint(-lower.numpy() / np.float32(grid.scale))
-    assert np.array_equal(seen[INPUT], np.clip(m, grid.format.minimum, grid.format.maximum))
+    assert np.array_equal(seen[INPUT], rounded(-lower.numpy(), grid.scale, grid.format))
     for step in plan.program.steps:
         assert np.array_equal(seen[step.output], recomputed(plan, step, seen, len(lower))), step.output
+
+
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+@pytest.mark.parametrize("bits", [4, 16, "8x2"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_format_too(name, bits, scales):
+    program = PROGRAMS[name]
+    lower = stress_matrices("half_random", 7, program.chunk)
+    plan = qinvert.calibrate(lower[:4], method=program, bits=bits, scales=scales).layer()
+    assert plan.formats == {4: "int4", 16: "int16", "8x2": "int8x2"}[bits]
+    check_every_step(plan, lower[4:])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_mixtures_of_one_and_two_planes_too(name):
+    program = PROGRAMS[name]
+    lower = stress_matrices("half_random", 7, program.chunk)
+    plan = calibrated(name, Requantize.DIVIDE)
+    generator = np.random.default_rng(0)
+    kinds = (INT4, INT8, INT8X2, INT16)
+    formats = {g: kinds[int(generator.integers(4))] for g in dict.fromkeys(scale_groups(program).values())}
+    tensors = {
+        name: Quantization(
+            format=formats[group], scale=arithmetic.float32(plan.tensors[name].limit / formats[group].largest)
+        )
+        for name, group in scale_groups(program).items()
+    }
+    check_every_step(replace(plan, tensors=tensors), lower[4:])
 
 
 @pytest.mark.parametrize("scales", ["float", "pow2"])
@@ -136,6 +209,29 @@ def test_mixed_formats_and_float64_accumulators_too():
     plan = mixed()
     assert plan.proof().accumulator_bound >= 2**24
     check_every_step(plan, stress_matrices("correlated_keys", 5, 8))
+
+
+@pytest.mark.parametrize("requantize", Requantize)
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+def test_factors_between_products_too(requantize, scales):
+    lower = stress_matrices("half_random", 4, 16)
+    program = newton_schulz(16, 5)
+    target = TARGETS[requantize]
+    plan = qinvert.calibrate(lower, method=program, bits=8, target=target, scales=scales).layer()
+    # d M is no operand of M S: its term joins in float32 under every target.
+    assert plan.requantize is Requantize.DIVIDE
+    check_every_step(plan, stress_matrices("half_random", 3, 16, seed=1))
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 1 / 3, -2.7, 1e-30, 1e15])
+@pytest.mark.parametrize("scale", [1 / 127, 2.0**-9, 0.3, 1e-9])
+def test_factors_too_and_they_saturate(factor, scale):
+    step = Rescale(output="scaled", source=INPUT, factor=arithmetic.float32(factor))
+    program = Program(name="test", chunk=8, steps=(step,), output="scaled")
+    grids = {INPUT: 1 / 100, "scaled": scale}
+    tensors = {n: Quantization(format=INT8, scale=arithmetic.float32(s)) for n, s in grids.items()}
+    plan = LayerPlan(program=program, tensors=tensors, requantize=Requantize.MULTIPLIER)
+    check_every_step(plan, stress_matrices("negative_eigenvalues", 5, 8))
 
 
 def test_a_residual_beyond_float32_enters_the_accumulator_exactly():

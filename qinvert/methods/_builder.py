@@ -31,8 +31,8 @@ class Builder:
     def add(self, output: str, left: str, right: str, bound: float | None = None) -> str:
         return self._append(Add(output=output, left=left, right=right, bound=bound))
 
-    def rescale(self, output: str, source: str, bound: float | None = None) -> str:
-        return self._append(Rescale(output=output, source=source, bound=bound))
+    def rescale(self, output: str, source: str, factor: float = 1.0, bound: float | None = None) -> str:
+        return self._append(Rescale(output=output, source=source, factor=factor, bound=bound))
 
     def mask(self, output: str, source: str, constant: Constant, bound: float | None = None) -> str:
         self.constants[constant.name] = constant

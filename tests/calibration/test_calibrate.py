@@ -8,6 +8,7 @@ import qinvert
 from qinvert import plan_io
 from qinvert.errors import InputError, PlanError, ProgramError
 from qinvert.matrices import solve
+from qinvert.methods import METHODS
 from qinvert.stress import STRESS, from_keys, stress_matrices
 
 GATES = Path(__file__).parents[3] / "shared" / "data" / "gates"
@@ -110,7 +111,7 @@ def test_int8_is_within_2_db_of_the_floor_on_real_gates_with_correlated_keys(nam
     assert report.sqnr_db > 20
 
 
-@pytest.mark.parametrize("method", ["neumann", "neumann_doubling", "block_merge"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_name_fixes_the_method(method):
     plan = qinvert.calibrate(stress_matrices("small_random", 8, 32), method=method)
     assert plan.layer().program.name == method

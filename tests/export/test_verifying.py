@@ -40,7 +40,7 @@ def test_onnxruntime_equals_the_simulator(method, chunk, count, profile, scales,
         if result.mismatches:
             with capsys.disabled():
                 print(f"\n{profile} {scales} {method} C={chunk}: {result}, steps: {result.max_steps:.3g}")
-        assert result.values == lower.numel()
+        assert result.values >= lower.numel() > 1e6
         assert result.exact == (share == 0)
         assert result.mismatches <= share * result.values
         assert result.max_steps < 1.5

@@ -9,17 +9,6 @@ from qinvert.methods import neumann, neumann_doubling
 from qinvert.stress import MAX_BETA, stress_matrices
 
 
-@pytest.fixture
-def relative_error(solved):
-    def measure(chunk, dtype):
-        lower = stress_matrices("half_random", 16, chunk)
-        exact = solved(lower)
-        error = neumann_doubling(chunk).run(lower, dtype=dtype).double() - exact
-        return float((torch.linalg.matrix_norm(error) / torch.linalg.matrix_norm(exact)).mean())
-
-    return measure
-
-
 @pytest.mark.parametrize("chunk", [2, 4, 8, 16, 32, 64, 128])
 def test_repeated_squaring_is_the_float64_inverse(chunk, solved):
     lower = stress_matrices("small_random", 3, chunk)
@@ -66,18 +55,3 @@ def test_no_range_is_claimed_and_powers_do_exceed_the_bound_of_the_inverse(solve
     assert torch.tril(solved(lower), -1).abs().max() <= MAX_BETA["repeated_keys"] + 1e-6
     assert ranges["power_2"] > 10 * MAX_BETA["repeated_keys"]
     assert ranges["power_8"] > 1e6
-
-
-@pytest.mark.parametrize(("chunk", "published"), [(16, 8e-8), (32, 1e-6), (64, 7e-4), (128, 183.0)])
-def test_published_float32_errors_on_half_random_matrices(chunk, published, relative_error):
-    assert published / 3 < relative_error(chunk, torch.float32) < published * 3
-
-
-@pytest.mark.parametrize(("chunk", "published"), [(16, 3e-4), (32, 3.7e-3), (64, 2.8)])
-def test_published_float16_errors_on_half_random_matrices(chunk, published, relative_error):
-    assert published / 10 < relative_error(chunk, torch.float16) < published * 10
-
-
-def test_float16_overflows_at_128():
-    result = neumann_doubling(128).run(stress_matrices("half_random", 4, 128), dtype=torch.float16)
-    assert not torch.isfinite(result).all()

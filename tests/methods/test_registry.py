@@ -1,20 +1,66 @@
 from __future__ import annotations
 
-import pytest
+import inspect
 
+import pytest
+import torch
+
+import qinvert
 from qinvert import methods
 from qinvert.errors import ProgramError
+from qinvert.methods import METHODS
+from qinvert.stress import stress_matrices
+
+#: Arguments that make a method exact in real arithmetic, by name; none if the default is.
+EXACT = {
+    "banded_residual": lambda chunk: {"steps": chunk},
+    "neumann": lambda chunk: {"order": chunk - 1},
+    "newton_schulz": lambda chunk: {"iterations": max(2 * chunk.bit_length() - 2, 12) + 1},
+}
+
+every_method = pytest.mark.parametrize("name", METHODS)
 
 
-@pytest.mark.parametrize("name", ["block_merge", "neumann", "neumann_doubling"])
+@every_method
 def test_every_method_is_found_by_the_name_of_its_programs(name):
     assert methods.find_method(name)(64).name == name
-    assert methods.find_method(name) is getattr(methods, name)
+    assert methods.find_method(name) is getattr(methods, name) is getattr(qinvert, name)
+    assert name in methods.__all__
+
+
+@every_method
+@pytest.mark.parametrize("chunk", [2, 4, 16, 64, 256])
+def test_every_method_is_the_float64_inverse_where_it_is_exact(name, chunk, solved):
+    lower = torch.cat([stress_matrices(data, 1, chunk) for data in ("small_random", "independent_keys")])
+    program = METHODS[name](chunk, **EXACT.get(name, lambda _: {})(chunk))
+    assert torch.allclose(program.run(lower, dtype=torch.float64), solved(lower), rtol=0, atol=1e-11)
+
+
+@every_method
+@pytest.mark.parametrize("chunk", [2, 4, 8, 16, 32, 64, 128, 256])
+def test_the_defaults_fit_every_chunk_and_make_the_program_again(name, chunk):
+    program = METHODS[name](chunk)
+    assert METHODS[name](chunk, **program.parameters) == program
+    assert program.run(torch.zeros(chunk, chunk)).tolist() == torch.eye(chunk).tolist()
+
+
+@every_method
+@pytest.mark.parametrize("chunk", [0, 1, 3, 2048, 64.0, "64", None])
+def test_an_illegal_chunk_is_refused(name, chunk):
+    with pytest.raises(ProgramError, match=r"chunk .* is not a power of two"):
+        METHODS[name](chunk)
+
+
+@every_method
+def test_every_docstring_says_what_the_method_costs_and_keeps(name):
+    documentation = inspect.getdoc(METHODS[name])
+    words = ("Cost: ", "Range: ", "Stability: ", "Parameters\n", "Raises\n", "References\n")
+    assert documentation.startswith("``")
+    assert all(word in documentation for word in words)
 
 
 @pytest.mark.parametrize("name", ["auto", "block-merge", "", None, ["neumann"]])
 def test_an_unknown_method_lists_the_legal_names(name):
-    with pytest.raises(
-        ProgramError, match=r"unknown method .*; use one of block_merge, neumann, neumann_doubling, auto"
-    ):
+    legal = "block_merge, banded_residual, neumann, neumann_doubling, newton_schulz, forward_substitution"
+    with pytest.raises(ProgramError, match=rf"unknown method .*; use one of {legal}, column_sweep, auto"):
         methods.find_method(name)

@@ -1,0 +1,53 @@
+"""Elementary factors of the inverse, column after column: a sequential reference."""
+
+from __future__ import annotations
+
+from qinvert.methods._builder import Builder
+from qinvert.methods.block_merge import PROVED
+from qinvert.program import Program
+from qinvert.steps import INPUT, Constant, check_chunk
+
+
+def column_sweep(chunk: int) -> Program:
+    """``T = (I + M_(C-2)) ... (I + M_1) (I + M_0)``, with M_j column j of M alone.
+
+    ``I - M = (I - M_0) (I - M_1) ... (I - M_(C-2))``, and ``M_j^2 = 0`` makes
+    each factor's inverse ``I + M_j``.  With ``T = I + S``, for j = 1, 2, ...:
+
+        S <- M_j S + M_j + S.
+
+    For comparison: every product waits for the one before, though each is a
+    dense one.
+
+    Cost: ``C - 2`` dependent dense products.
+    Range: for unit keys ``|M|, |S| <= beta_i``: after column j, row i of S is
+    that of the inverse for ``i <= j + 1``, and below it the half-product
+    ``M21 T11`` of `block_merge`, split after row j.
+    Stability: stable; nothing larger than the inverse is ever rounded.
+
+    Parameters
+    ----------
+    chunk : int
+        Size C, a power of two.
+
+    Raises
+    ------
+    ProgramError
+        If ``chunk`` is not a power of two.
+
+    References
+    ----------
+    arXiv 2605.21325, method MCS.
+    """
+    check_chunk(chunk)
+    builder = Builder()
+    total = _column(builder, chunk, 0)
+    for j in range(1, chunk - 1):
+        column = _column(builder, chunk, j)
+        total = builder.matmul(f"column_{j}/S", column, total, add=(column, total), bound=PROVED)
+    return builder.program("column_sweep", chunk, {}, total)
+
+
+def _column(builder: Builder, chunk: int, j: int) -> str:
+    mask = Constant(name=f"column_mask_{j}", rows=chunk, columns=chunk, ones=((j, j + 1),) * chunk)
+    return builder.mask(f"column_{j}/M", INPUT, mask, bound=PROVED)
