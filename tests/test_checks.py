@@ -2,7 +2,14 @@ import math
 
 import pytest
 
-from qinvert.checks import MAX_SEED, check_decibels, check_integer, check_power_of_two, check_seed
+from qinvert.checks import (
+    MAX_SEED,
+    check_decibels,
+    check_integer,
+    check_magnitude,
+    check_power_of_two,
+    check_seed,
+)
 from qinvert.errors import InputError, PlanError
 
 
@@ -35,3 +42,10 @@ def test_goals_are_finite_numbers(value):
 def test_seeds_that_generators_refuse_are_refused(seed):
     with pytest.raises(InputError, match="seed"):
         check_seed(seed, InputError)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, "1", None, True])
+def test_magnitudes_are_numbers_of_at_least_0(value):
+    with pytest.raises(PlanError, match=r"limit .* is no number of at least 0; try 1"):
+        check_magnitude("limit", value, PlanError, "try 1")
+    assert [check_magnitude("limit", v, PlanError, "") for v in (0, 0.5, math.inf)] == [0, 0.5, math.inf]
