@@ -117,8 +117,13 @@ def join(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 def scaled(interval: torch.Tensor, factor: float) -> torch.Tensor:
     """Return the interval of ``factor * q``, in float64."""
-    low, high = split(interval.to(torch.float64))
-    return join(*((low, high) if factor >= 0 else (high, low))) * factor
+    return _oriented(interval.to(torch.float64), factor) * factor
+
+
+def _oriented(interval: torch.Tensor, sign: float) -> torch.Tensor:
+    # A negative factor makes the high end of a term the low end of the sum.
+    low, high = split(interval)
+    return join(high, low) if sign < 0 else interval
 
 
 def magnitude(interval: torch.Tensor) -> torch.Tensor:
@@ -231,8 +236,7 @@ class IntervalEvaluator(TorchEvaluator):
         return totals
 
     def _sum(self, name: str, terms: list[Term]) -> torch.Tensor:
-        # A negative scale makes the high end of a term the low end of the sum.
-        (first, unit), *addends = [(_swapped(ends) if scale < 0 else ends, scale) for ends, scale in terms]
+        (first, unit), *addends = [(_oriented(ends, scale), scale) for ends, scale in terms]
         scale = self.plan.tensors[name].scale
         return self._round(name, lambda fmt: arithmetic.requantize_divide(first, unit, addends, scale, fmt))
 
@@ -241,10 +245,6 @@ class IntervalEvaluator(TorchEvaluator):
         free = requantize(UNBOUNDED)
         self.inside[name] = bool(((fmt.minimum <= free) & (free <= fmt.maximum)).all())
         return requantize(fmt)
-
-
-def _swapped(interval: torch.Tensor) -> torch.Tensor:
-    return join(*reversed(split(interval)))
 
 
 def _low_plane(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
