@@ -78,3 +78,16 @@ def check_decibels(name: str, value: object, error: type[QInvertError]) -> float
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_DECIBELS:
         raise error(f"{name} {value!r} is no number of decibels; pass for example 20.0")
     return float(value)
+
+
+def check_magnitude(name: str, value: object, error: type[QInvertError], hint: str) -> float:
+    """Return ``value`` if it is a number of at least 0, infinity included.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``, with ``hint``; NaN would pass every comparison unseen.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise error(f"{name} {value!r} is no number of at least 0; {hint}")
+    return float(value)

@@ -152,7 +152,10 @@ class LayerPlan:
         return arithmetic.multiplier(*(self.tensors[name].scale for name in names))
 
     def accumulator_bound(self, step: MatMul) -> int:
-        """Largest magnitude of the step's accumulators, ``K * max|qa| * max|qb|`` plus residuals."""
+        """Largest magnitude of the step's accumulators, ``K * max|qa| * max|qb|`` plus residuals.
+
+        From formats and shapes alone; `proof` follows the steps and finds less.
+        """
         left = arithmetic.operand_magnitudes(self.tensors[step.left].format, right=False)
         right = arithmetic.operand_magnitudes(self.tensors[step.right].format, right=True)
         groups = arithmetic.partial_products(len(left), len(right))
@@ -191,11 +194,11 @@ class LayerPlan:
 
         return plan_cost(self)
 
-    def proof(self) -> Proof:
-        """What holds for every input, derived from the plan; see `qinvert.proof`."""
+    def proof(self, limit: float | None = None, max_beta: float = 1.0) -> Proof:
+        """What holds for every input, derived from the plan; see `qinvert.proof.prove`."""
         from qinvert.proof import prove
 
-        return prove(self)
+        return prove(self, limit, max_beta)
 
     def __str__(self) -> str:
         return f"{self.program.title} {self.formats}, requantize by {self.requantize}"

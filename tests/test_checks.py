@@ -9,6 +9,7 @@ from qinvert.checks import (
     MAX_SEED,
     check_decibels,
     check_integer,
+    check_magnitude,
     check_power_of_two,
     check_seed,
     is_float32,
@@ -58,3 +59,10 @@ def test_float32_values_are_those_that_numpy_keeps(value):
 def test_what_is_no_float32_is_told(value):
     assert not is_float32(value)
     assert all(is_float32(v) for v in (0, -0.5, 2**24, 2.0**-149, 2.0**127))
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, "1", None, True])
+def test_magnitudes_are_numbers_of_at_least_0(value):
+    with pytest.raises(PlanError, match=r"limit .* is no number of at least 0; try 1"):
+        check_magnitude("limit", value, PlanError, "try 1")
+    assert [check_magnitude("limit", v, PlanError, "") for v in (0, 0.5, math.inf)] == [0, 0.5, math.inf]

@@ -30,8 +30,9 @@ from qinvert.cli.common import (
 )
 from qinvert.errors import InputError
 from qinvert.methods import METHODS
-from qinvert.plan import Plan
+from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import PROFILES
+from qinvert.proof import Proof
 
 BITS_CHOICES = ("auto", "8", "4")
 
@@ -85,22 +86,28 @@ def growth_to_dict(growth: RangeGrowth) -> dict[str, Any]:
 
 def show_plan(output: Output, plan: Plan) -> None:
     """Print every layer's program, grids and proof."""
+    proofs = {name: layer.proof() for name, layer in plan.layers.items()}
     for name, layer in plan.layers.items():
         rows = [[tensor, str(q.format), f"{q.scale:.6g}", f"{layer.ranges.get(tensor, 0):.4g}"]
                 for tensor, q in layer.tensors.items()]  # fmt: skip
         output.table(f"{name}: {layer}", ["tensor", "format", "scale", "calibrated max"], rows)
-        output.say(f"{layer.proof()}\n")
-    output.result({"target": plan.target, "layers": {n: layer_to_dict(p) for n, p in plan.layers.items()}})
+        output.say(f"{proofs[name]}\n")
+    layers = {name: layer_to_dict(layer, proofs[name]) for name, layer in plan.layers.items()}
+    output.result({"target": plan.target, "layers": layers})
 
 
-def layer_to_dict(layer: Any) -> dict[str, Any]:
+def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
     """Return JSON types of what a plan says of a layer."""
     return {
         **layer.provenance,
         "program": layer.program.title,
         "formats": layer.formats,
         "requantize": str(layer.requantize),
-        "accumulator_bound": layer.proof().accumulator_bound,
+        "accumulator_bound": proof.accumulator_bound,
+        "headroom_bits": proof.headroom_bits,
+        "cannot_saturate": proof.cannot_saturate,
+        "may_saturate": proof.may_saturate,
+        "unproved": proof.unproved,
     }
 
 
@@ -163,7 +170,7 @@ def calibrate(
     plan.save(path)
     show_choices(output, plan)
     output.say(f"wrote {path}")
-    output.result({"plan": path, "layers": {n: layer_to_dict(p) for n, p in plan.layers.items()}})
+    output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
     if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):
         sys.exit(1)
 
