@@ -14,7 +14,15 @@ from qinvert.calibration.scales import scale_groups
 from qinvert.errors import PlanError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, PLANE_RATIO
 from qinvert.intervals import join, propagate, split
-from qinvert.methods import block_merge, neumann, neumann_doubling
+from qinvert.methods import (
+    banded_residual,
+    block_merge,
+    column_sweep,
+    forward_substitution,
+    neumann,
+    neumann_doubling,
+    newton_schulz,
+)
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_integers
@@ -32,7 +40,12 @@ PROGRAMS = (
     neumann(8, 4),
     neumann_doubling(4),
     neumann_doubling(8),
+    banded_residual(4, 1, 2),
+    forward_substitution(4),
+    column_sweep(4),
 )
+#: Its terms d M are no operands of their products: only the divide form takes it.
+WITH_FACTORS = newton_schulz(4, 2)
 RATIO = np.float32(256)
 LOWER = Constant(name="lower", rows=4, columns=4, ones=tuple((0, i) for i in range(4)))
 ZEROS = Constant(name="zeros", rows=2, columns=4, ones=((0, 0),) * 2)
@@ -82,8 +95,9 @@ def grids(draw, formats, reciprocal) -> Quantization:
 
 @st.composite
 def plans(draw) -> LayerPlan:
-    program = draw(st.sampled_from(PROGRAMS) | random_steps())
-    requantize = draw(st.sampled_from(Requantize))
+    program = draw(st.sampled_from((*PROGRAMS, WITH_FACTORS)) | random_steps())
+    forms = [Requantize.DIVIDE] if program is WITH_FACTORS else list(Requantize)
+    requantize = draw(st.sampled_from(forms))
     narrow = requantize is Requantize.MULTIPLIER
     grid = grids((INT4, INT8) if narrow else (INT4, INT8, INT16, INT8X2), narrow)
     groups = scale_groups(program)
@@ -170,6 +184,8 @@ def unsaturated(plan: LayerPlan, step: MatMul | Add | Rescale, q: dict[str, np.n
     x = single(terms[0][0]) * terms[0][1]
     for plane, scale in terms[1:]:
         x = x + single(plane) * scale
+    if isinstance(step, Rescale):
+        x = x * np.float32(step.factor)
     return np.rint(x / output)
 
 
@@ -237,6 +253,13 @@ def test_no_integer_of_any_input_leaves_its_interval(plan, limit, seed):
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.title)
 def test_all_methods_in_all_formats(program, fmt, requantize):
     plan = single_grid(program, fmt.largest, fmt, requantize)
+    for limit in (None, 1.0, 0.1):
+        check(plan, matrices(plan, limit, 0), *proved(plan, limit))
+
+
+@pytest.mark.parametrize("fmt", [INT4, INT8, INT16, INT8X2], ids=str)
+def test_factors_in_all_formats(fmt):
+    plan = single_grid(WITH_FACTORS, fmt.largest, fmt, Requantize.DIVIDE)
     for limit in (None, 1.0, 0.1):
         check(plan, matrices(plan, limit, 0), *proved(plan, limit))
 
