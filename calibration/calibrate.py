@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from qinvert.calibration.candidates import GridRules, auto_programs
+from qinvert.calibration.candidates import GridRules, candidate_programs
 from qinvert.calibration.clipping import RangeRule
 from qinvert.calibration.explaining import explain
 from qinvert.calibration.heads import Granularity, split_heads
@@ -20,7 +20,6 @@ from qinvert.calibration.sources import check_size, open_source
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
-from qinvert.methods import find_method
 from qinvert.plan import LayerPlan, Plan, Requantize
 from qinvert.profiles import Profile, find_profile
 from qinvert.program import Program
@@ -76,7 +75,8 @@ def calibrate(
     method : str or Program
         ``"auto"`` predicts the noise and cost of every candidate and takes
         the cheapest that should reach both goals, checked by simulation on a
-        sample of each layer; a method's name or a program fixes it.
+        sample of each layer; a method's name leaves only its arguments to
+        choose, a program leaves none.
     bits : {"auto", 4, 8, 16, "8x2"}
         Format of every tensor; ``"auto"`` starts from 8 bits and widens the
         grids that add most noise for their cost, as far as the target allows.
@@ -177,7 +177,7 @@ def _programs(method: str | Program, chunk: int) -> list[Program]:
                 f"{chunk} x {chunk}; build the program for that chunk"
             )
         return [method]
-    return auto_programs(chunk) if method == "auto" else [find_method(method)(chunk)]
+    return candidate_programs(method, chunk)
 
 
 def _options(

@@ -14,6 +14,8 @@ from qinvert.calibration.residues import settle_residues
 from qinvert.calibration.scales import ScaleRule, allows_multiplier, choose_quantizations
 from qinvert.formats import INT8, IntFormat
 from qinvert.matrices import solve
+from qinvert.methods import find_method
+from qinvert.methods.banded_residual import banded_residual
 from qinvert.methods.block_merge import block_merge
 from qinvert.methods.neumann import neumann
 from qinvert.metrics import ErrorStatistics, floor_inverse
@@ -31,14 +33,42 @@ WIDE_ROOM: Final = 1.25
 TILE: Final = 16
 
 
-def auto_programs(chunk: int) -> list[Program]:
-    """Return the candidates for matrices of that size."""
-    short = [neumann(chunk, order) for order in (1, 2, 3) if order < chunk]
+def candidate_programs(method: str, chunk: int) -> list[Program]:
+    """Return what ``method`` leaves to choose from for matrices of that size.
+
+    ``"auto"``: short series, block merges by base and correction, and one
+    banded residual; ``"block_merge"``: its bases and corrections;
+    ``"banded_residual"``: its orders and steps; any other method: its defaults.
+
+    Raises
+    ------
+    ProgramError
+        If the method is unknown.
+    """
+    match method:
+        case "auto":
+            short = [neumann(chunk, order) for order in (1, 2, 3) if order < chunk]
+            return [*short, *_merges(chunk), *([banded_residual(chunk)] if chunk > 2 else [])]
+        case "block_merge":
+            return _merges(chunk)
+        case "banded_residual":
+            return _banded(chunk)
+    return [find_method(method)(chunk)]
+
+
+def _merges(chunk: int) -> list[Program]:
     bases = [base for base in (16, 8, 4, 2) if base <= chunk]
-    merges = [
-        block_merge(chunk, base, tile=min(TILE, chunk), corrections=k) for k in (0, 1) for base in bases
+    return [block_merge(chunk, base, tile=min(TILE, chunk), corrections=k) for k in (0, 1) for base in bases]
+
+
+def _banded(chunk: int) -> list[Program]:
+    # Steps from half of what is exact: fewer leave most diagonals to the band alone.
+    orders = [order for order in (1, 3, 7) if order < chunk]
+    return [
+        banded_residual(chunk, order, steps)
+        for order in orders
+        for steps in sorted({max(1, chunk // (order + 1) // 2), chunk // (order + 1)})
     ]
-    return [*short, *merges]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

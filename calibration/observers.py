@@ -14,7 +14,7 @@ from qinvert.program import Program
 from qinvert.steps import INPUT, MOVES
 
 #: Matrices of a layer that candidates surely run on.
-FIRST: Final = 128
+FIRST: Final = 64
 
 
 class RangeObserver:

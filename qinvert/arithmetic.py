@@ -140,7 +140,8 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
         If ``x`` holds a NaN.  Infinities saturate.
     """
     x = x.to(torch.float32)
-    if bool(torch.isnan(x).any()):
+    # max() of a NaN is NaN, in one pass.
+    if x.numel() and math.isnan(float(x.max())):
         raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
     return _round(x, scale, fmt)
 
@@ -160,7 +161,11 @@ def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
-    return torch.clamp(torch.round(steps) + fmt.zero_point, fmt.minimum, fmt.maximum)
+    # In place: every caller hands over a fresh tensor, and the passes over memory count.
+    steps = steps.round_()
+    if fmt.zero_point:
+        steps += fmt.zero_point
+    return steps.clamp_(fmt.minimum, fmt.maximum)
 
 
 def planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float]]:
@@ -316,7 +321,8 @@ def requantize_divide(
     """
     x = accumulator.to(torch.float32) * unit
     for q, addend_scale in addends:
-        x = x + q.to(torch.float32) * addend_scale
+        # Not add with alpha: that may round product and sum at once.
+        x += q.to(torch.float32) * addend_scale
     return _round(x, scale, fmt)
 
 

@@ -158,11 +158,12 @@ def _scan(
     w = t @ (k * beta.unsqueeze(-1) * growth)
     last = total[..., -1:]
     to_end = k * torch.exp(last - total).unsqueeze(-1)
+    grown, decay = q * growth, torch.exp(last).unsqueeze(-1)
     outputs = []
     for n in range(q.shape[2]):
         fresh = u[:, :, n] - w[:, :, n] @ state
-        outputs.append((q * growth)[:, :, n] @ state + scores[:, :, n] @ fresh)
-        state = state * torch.exp(last[:, :, n]).unsqueeze(-1) + to_end[:, :, n].mT @ fresh
+        outputs.append(grown[:, :, n] @ state + scores[:, :, n] @ fresh)
+        state = state * decay[:, :, n] + to_end[:, :, n].mT @ fresh
     return torch.stack(outputs, dim=2), state
 
 
