@@ -7,6 +7,7 @@ exported as a graph of its own: per-tensor scales are all that compilers take.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Final
@@ -32,6 +33,11 @@ class Granularity(StrEnum):
 def head_name(layer: str, head: int) -> str:
     """Name of one head's entry in a plan."""
     return f"{layer}/head_{head}"
+
+
+def layer_name(name: str) -> str:
+    """Name of the layer that an entry of a plan belongs to."""
+    return re.sub(r"/head_\d+$", "", name)
 
 
 def split_heads(layer: str, lower: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -168,7 +168,7 @@ class Prediction:
 def _gain(before: Prediction, after: Prediction) -> float:
     """Noise that goes away, per cost that is added."""
     sensitivities = before.candidate.sensitivities
-    old, new = (sum(sensitivities.noise[g, f.name] for g, f in p.formats.items()) for p in (before, after))
+    old, new = (sensitivities.total(p.formats) for p in (before, after))
     return (old - new) / max(1, after.cost - before.cost)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qinvert.calibration.heads import HEAD_AXIS, is_split, split_heads
+from qinvert.calibration.heads import HEAD_AXIS, is_split, layer_name, split_heads
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -35,16 +35,24 @@ class LayerReport:
     sqnr_db: float
     #: The same for the exact inverse on the plan's input and output grids.
     floor_db: float
-    #: sqnr of the worst head; None where the matrices have no head axis.
-    worst_head_sqnr_db: float | None
+    #: sqnr of every head; empty where the matrices have no head axis.
+    head_sqnr_db: tuple[float, ...]
     #: max over matrices of ||E||_F / ||T||_F.
     worst_rel: float
     #: max|E|.
     max_abs: float
+    #: Sums of squares of tril(T, -1) and tril(E, -1), to add layers up.
+    signal: float
+    noise: float
     #: Values of T that are NaN or Inf.
     non_finite: int
     #: Values on the ends of their grid, per tensor that has any.
     saturations: dict[str, int]
+
+    @property
+    def worst_head_sqnr_db(self) -> float | None:
+        """Sqnr of the worst head; None where the matrices have no head axis."""
+        return min(self.head_sqnr_db, default=None)
 
     @property
     def loss_db(self) -> float:
@@ -62,6 +70,16 @@ class Report:
     """One `LayerReport` per layer."""
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    def totals(self) -> dict[str, float]:
+        """Sqnr of every layer, over all its heads where the plan has them one by one."""
+        sums: dict[str, ErrorStatistics] = {}
+        for name, layer in self.layers.items():
+            whole = sums.setdefault(layer_name(name), ErrorStatistics())
+            whole.signal += layer.signal
+            whole.noise += layer.noise
+            whole.non_finite += layer.non_finite
+        return {name: total.sqnr_db for name, total in sums.items()}
 
     @property
     def worst_sqnr_db(self) -> float:
@@ -116,9 +134,11 @@ class LayerSimulation:
             program=self.plan.program.title,
             sqnr_db=self.achieved.sqnr_db,
             floor_db=self.floor.sqnr_db,
-            worst_head_sqnr_db=min((h.sqnr_db for h in self.heads.values()), default=None),
+            head_sqnr_db=tuple(head.sqnr_db for head in self.heads.values()),
             worst_rel=self.achieved.worst_rel,
             max_abs=self.achieved.max_abs,
+            signal=self.achieved.signal,
+            noise=self.achieved.noise,
             non_finite=self.achieved.non_finite,
             saturations=self.saturations,
         )

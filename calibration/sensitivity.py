@@ -22,6 +22,10 @@ from qinvert.steps import INPUT, Add, MatMul, Rescale
 MATRICES: Final = 8
 #: Name under which `Sensitivities.shares` lists the truncation.
 TRUNCATION: Final = "truncation"
+#: A tensor this far below one step holds what float64 left of a cancellation.
+VANISHING: Final = 1e-3
+#: Group that stands for all groups at once.
+ALL: Final = "*"
 #: Seed of the noise that stands for the rounding of residues.
 SEED: Final = 0
 
@@ -30,8 +34,13 @@ SEED: Final = 0
 class Sensitivities:
     """Noise power at the result, by grid and format.
 
-    Rounding errors of different grids are taken as independent, so powers add:
-    ``sqnr = 10 log10(signal / (truncation + sum_g noise[g, format of g]))``.
+    Rounding errors of different grids are nearly independent, so powers add:
+
+        sqnr = 10 log10(signal / (truncation + sum_g c[f_g] noise[g, f_g])),
+
+    with ``f_g`` the format of group g.  What the sum misses (errors that
+    cancel, residues that others leave) is in the factor ``c`` of each format:
+    it makes the sum exact where all grids have that format.
     """
 
     #: Sum of squares of tril(T, -1).
@@ -40,12 +49,18 @@ class Sensitivities:
     truncation: float
     #: (group of tensors that share a grid, format name) -> sum of squares of the error.
     noise: Mapping[tuple[str, str], float]
+    #: Format name -> noise with all grids rounded, over the sum of their noises.
+    coherence: Mapping[str, float]
     #: Groups of the input and of the result: what no algorithm can avoid.
     ends: frozenset[str]
 
     def sqnr_db(self, formats: Mapping[str, IntFormat]) -> float:
         """Predicted sqnr under a format for every group."""
-        return self._decibels(self.truncation + sum(self.noise[g, f.name] for g, f in formats.items()))
+        return self._decibels(self.truncation + self.total(formats))
+
+    def total(self, formats: Mapping[str, IntFormat]) -> float:
+        """Predicted noise power of all grids."""
+        return sum(self.coherence[f.name] * self.noise[g, f.name] for g, f in formats.items())
 
     def floor_db(self, formats: Mapping[str, IntFormat]) -> float:
         """Predicted sqnr of an exact algorithm on the same input and output grids."""
@@ -82,7 +97,9 @@ class _VariantEvaluator(FloatEvaluator):
         groups = scale_groups(program)
         self.rounded: dict[str, list[tuple[int, Quantization]]] = {name: [] for name in groups}
         for name, group in groups.items():
-            self.rounded[name] = [(i, grid[g]) for i, (g, grid) in enumerate(variants) if g == group]
+            self.rounded[name] = [
+                (i, grid[name]) for i, (g, grid) in enumerate(variants) if g in (group, ALL)
+            ]
         self.grids = [grid for _, grid in variants]
 
     def matmul(
@@ -126,8 +143,8 @@ class _VariantEvaluator(FloatEvaluator):
         return values
 
     def _rounded(self, values: torch.Tensor, grid: Quantization) -> torch.Tensor:
-        if float(values.abs().max()) < grid.scale / 2:
-            # A residue: zero here, of many steps once its operands are rounded.
+        if float(values.abs().max()) < VANISHING * grid.scale:
+            # A residue: next to zero here, of many steps once its operands are rounded.
             noise = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) - 0.5
             return values + grid.scale * torch.where(values != 0, noise.to(values.device), 0.0)
         finite = torch.nan_to_num(values, posinf=math.inf, neginf=-math.inf)
@@ -153,17 +170,27 @@ def measure_sensitivities(
     signal = float(exact.square().sum()) * min(1.0, MATRICES / len(sample))
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
     groups = scale_groups(program)
-    variants = [(group, grid) for grid in grids for group in dict.fromkeys(groups.values())]
+    variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
     evaluator = _VariantEvaluator(program, variants, len(sample), sample.device)
     source = evaluator.round(INPUT, -sample.repeat(len(variants) + 1, 1, 1))
     result = program.evaluate(evaluator, source).reshape(len(variants) + 1, *sample.shape)
     errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
-    noise = {(g, grid[g].format.name): float(e) for (g, grid), e in zip(variants, errors, strict=True)}
+    noise = {
+        (g, grid[INPUT].format.name): math.inf if math.isnan(e) else float(e)
+        for (g, grid), e in zip(variants, errors, strict=True)
+    }
     missed = float((torch.tril(result[-1], -1) - exact).square().sum())
     return Sensitivities(
         signal=signal,
         # A program that is exact in real arithmetic leaves rounding of float64 only.
         truncation=math.inf if math.isnan(missed) else missed,
-        noise={key: math.inf if math.isnan(value) else value for key, value in noise.items()},
+        noise={(g, f): value for (g, f), value in noise.items() if g != ALL},
+        coherence={f: _coherence(noise, f) for g, f in noise if g == ALL},
         ends=frozenset((groups[INPUT], groups[program.output])),
     )
+
+
+def _coherence(noise: Mapping[tuple[str, str], float], name: str) -> float:
+    apart = sum(value for (group, fmt), value in noise.items() if fmt == name and group != ALL)
+    together = noise[ALL, name]
+    return together / apart if 0 < apart < math.inf and together < math.inf else 1.0

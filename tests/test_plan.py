@@ -36,7 +36,7 @@ def planned(program: Program, requantize=Requantize.DIVIDE, default=None, **tens
 
 @pytest.fixture(scope="module")
 def calibrated() -> LayerPlan:
-    return qinvert.calibrate(stress_matrices("half_random", 4, 8), method="block_merge").layer()
+    return qinvert.calibrate(stress_matrices("half_random", 4, 8), method=block_merge(8)).layer()
 
 
 def test_a_calibrated_plan_quantizes_every_tensor_and_no_other(calibrated):

@@ -11,7 +11,8 @@ import click
 from qinvert.cli.common import printable
 from qinvert.cli.demo import demo
 from qinvert.cli.graphs import export, profiles, verify
-from qinvert.cli.plans import calibrate, evaluate, inspect, simulate
+from qinvert.cli.planning import calibrate
+from qinvert.cli.plans import evaluate, inspect, simulate
 from qinvert.errors import QInvertError
 from qinvert.version import __version__
 

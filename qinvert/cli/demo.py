@@ -16,8 +16,10 @@ from qinvert.calibration.hooks import capture
 from qinvert.calibration.reports import simulate
 from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
 from qinvert.cli.graphs import PLAN_FILE, export_all
-from qinvert.cli.plans import growth_to_dict, show_choices, show_growth
+from qinvert.cli.planning import show_choices
+from qinvert.cli.plans import growth_to_dict, show_growth
 from qinvert.export.verifying import Verification, verify
+from qinvert.methods.banded_residual import banded_residual
 from qinvert.plan import Plan
 
 #: Seeds of the two data sets.
@@ -50,7 +52,7 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     plan = with_source(plan, recall.NAME)
     show_choices(output, plan)
     rows = _layer_rows(output, model, plan, folder, unseen)
-    accuracy = _accuracy(output, model, plan, unseen)
+    accuracy = _accuracy(output, model, plan, seen, unseen)
     output.result(
         {
             "plan": str(Path(folder) / PLAN_FILE),
@@ -97,22 +99,26 @@ def _verify(
     }
 
 
-def _accuracy(output: Output, model: Any, plan: Plan, unseen: torch.Tensor) -> dict[str, float]:
+def _accuracy(
+    output: Output, model: Any, plan: Plan, seen: torch.Tensor, unseen: torch.Tensor
+) -> dict[str, float]:
     def no_inverse(lower: torch.Tensor) -> torch.Tensor:
         return torch.eye(lower.shape[-1]).expand(lower.shape)
 
     with output.progress("recalling") as progress:
-        integer = evaluate(model, plan, unseen, score=recall.accuracy, progress=progress)
-        identity = evaluate(model, no_inverse, unseen, score=recall.accuracy, progress=progress)
-    scores = {
-        "exact": integer.exact_score or 0.0,
-        "integer": integer.score or 0.0,
-        "T = I": identity.score or 0.0,
-    }
-    rows = [
-        ["exact, float64", f"{scores['exact']:.4f}", "-"],
-        ["integer, simulated", f"{scores['integer']:.4f}", f"{integer.kl:.2g}"],
-        ["T = I", f"{scores['T = I']:.4f}", f"{identity.kl:.2g}"],
-    ]
+        inverses: dict[str, Any] = {
+            "integer": plan,
+            "int4": calibrate(model, seen, bits=4, progress=progress),
+            "banded residual, int8": calibrate(model, seen, method=banded_residual(64), progress=progress),
+            "T = I": no_inverse,
+        }
+        results = {
+            name: evaluate(model, inverse, unseen, score=recall.accuracy, progress=progress)
+            for name, inverse in inverses.items()
+        }
+    scores = {"exact": results["integer"].exact_score or 0.0}
+    scores |= {name: result.score or 0.0 for name, result in results.items()}
+    rows = [["exact", f"{scores['exact']:.4f}", "-"]]
+    rows += [[name, f"{scores[name]:.4f}", f"{result.kl:.2g}"] for name, result in results.items()]
     output.table("Recall accuracy of the model", ["inverse", "accuracy", "KL to exact, nats"], rows)
     return scores

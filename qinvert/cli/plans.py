@@ -1,4 +1,4 @@
-"""Verbs about plans: inspect, calibrate, simulate, evaluate."""
+"""Verbs about plans: inspect, simulate, evaluate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import click
 
 from qinvert import recall
-from qinvert.calibration.calibrate import MAX_LOSS_DB
-from qinvert.calibration.calibrate import calibrate as run_calibration
 from qinvert.calibration.evaluation import Evaluation
 from qinvert.calibration.evaluation import evaluate as run_evaluation
 from qinvert.calibration.growth import RangeGrowth, range_growth
 from qinvert.calibration.reports import Report
 from qinvert.calibration.reports import simulate as run_simulation
 from qinvert.calibration.sources import open_source
+from qinvert.calibration.surveying import survey
 from qinvert.cli.common import (
     DECIBELS,
     Output,
@@ -26,22 +25,28 @@ from qinvert.cli.common import (
     open_for_plan,
     open_pair,
     output_options,
-    with_source,
 )
+from qinvert.cli.planning import layer_to_dict, show_candidates
 from qinvert.errors import InputError
-from qinvert.methods import METHODS
-from qinvert.plan import LayerPlan, Plan
-from qinvert.profiles import PROFILES
-from qinvert.proof import Proof
-
-BITS_CHOICES = ("auto", "8", "4")
+from qinvert.plan import Plan
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", required=False)
+@click.option("--stress", is_flag=True, help="Every method and format over the stress set; takes no SOURCE.")
+@click.option("--chunk", default=64, show_default=True, help="Size of the stress matrices.")
 @data_options
 @output_options
-def inspect(source: str, data: str | None, sequences: int, seed: int, as_json: bool, quiet: bool) -> None:
+def inspect(
+    source: str | None,
+    stress: bool,
+    chunk: int,
+    data: str | None,
+    sequences: int,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     r"""Show how far powers of M outgrow the inverse, or what is in a plan.
 
     SOURCE is a model folder, `recall`, a file of matrices L, or a plan.
@@ -49,17 +54,44 @@ def inspect(source: str, data: str | None, sequences: int, seed: int, as_json: b
     \b
     Example: qinvert inspect recall
              qinvert inspect plan.json
+             qinvert inspect --stress
     """
     output = Output(as_json=as_json, quiet=quiet)
-    if source.endswith(".json"):
+    if stress == (source is not None):
+        raise InputError("name one thing to inspect: a model, matrices, a plan, or --stress alone")
+    if source is None:
+        show_survey(output, chunk)
+    elif source.endswith(".json"):
         if data is not None:
             raise InputError("a plan holds its numbers; leave out --data")
         show_plan(output, Plan.load(source))
-        return
-    with output.progress("measuring"):
-        growth = range_growth(open_source(*open_pair(source, data, sequences, seed)))
-    show_growth(output, growth)
-    output.result({"layers": {name: growth_to_dict(g) for name, g in growth.items()}})
+    else:
+        with output.progress("measuring"):
+            growth = range_growth(open_source(*open_pair(source, data, sequences, seed)))
+        show_growth(output, growth)
+        output.result({"layers": {name: growth_to_dict(g) for name, g in growth.items()}})
+
+
+def show_survey(output: Output, chunk: int) -> None:
+    """Print sqnr of every method and format on every stress set, one table a format."""
+    with output.progress("surveying") as progress:
+        rows = list(survey(chunk, progress=progress))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    for i, method in enumerate(methods, start=1):
+        output.say(f"{i}: {method}")
+    for bits in dict.fromkeys(row.bits for row in rows):
+        found = {(row.name, row.method): row for row in rows if row.bits == bits}
+        cells = [
+            [
+                name,
+                *(decibels(found[name, method].sqnr_db) for method in methods),
+                decibels(found[name, methods[-1]].floor_db),
+            ]
+            for name in dict.fromkeys(row.name for row in rows)
+        ]
+        columns = ["set", *map(str, range(1, len(methods))), "auto", "floor"]
+        output.table(f"sqnr_db of T on unseen matrices, bits={bits}", columns, cells)
+    output.result({"chunk": chunk, "rows": rows})
 
 
 def show_growth(output: Output, growth: dict[str, RangeGrowth]) -> None:
@@ -91,101 +123,10 @@ def show_plan(output: Output, plan: Plan) -> None:
         rows = [[tensor, str(q.format), f"{q.scale:.6g}", f"{layer.ranges.get(tensor, 0):.4g}"]
                 for tensor, q in layer.tensors.items()]  # fmt: skip
         output.table(f"{name}: {layer}", ["tensor", "format", "scale", "calibrated max"], rows)
+        show_candidates(output, layer)
         output.say(f"{proofs[name]}\n")
     layers = {name: layer_to_dict(layer, proofs[name]) for name, layer in plan.layers.items()}
     output.result({"target": plan.target, "layers": layers})
-
-
-def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
-    """Return JSON types of what a plan says of a layer."""
-    return {
-        **layer.provenance,
-        "program": layer.program.title,
-        "formats": layer.formats,
-        "requantize": str(layer.requantize),
-        "accumulator_bound": proof.accumulator_bound,
-        "headroom_bits": proof.headroom_bits,
-        "cannot_saturate": proof.cannot_saturate,
-        "may_saturate": proof.may_saturate,
-        "unproved": proof.unproved,
-    }
-
-
-@click.command()
-@click.argument("source")
-@click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="Plan to write.")
-@click.option("--method", default="auto", show_default=True, help=f"auto, {', '.join(METHODS)}.")
-@click.option("--bits", default="auto", show_default=True, type=click.Choice(BITS_CHOICES))
-@click.option("--target", default="npu-qdq-int8", show_default=True, help=f"{', '.join(PROFILES)}.")
-@click.option("--scales", default="float", show_default=True, type=click.Choice(("float", "pow2")))
-@click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
-@click.option(
-    "--max-loss",
-    default=MAX_LOSS_DB,
-    type=DECIBELS,
-    show_default=True,
-    help="Goal for the distance to the floor, dB.",
-)
-@data_options
-@output_options
-def calibrate(
-    source: str,
-    path: str,
-    method: str,
-    bits: str,
-    target: str,
-    scales: str,
-    min_sqnr: float,
-    max_loss: float,
-    data: str | None,
-    sequences: int,
-    seed: int,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    r"""Measure ranges and write an integer plan for every layer.
-
-    SOURCE is a model folder with --data, `recall`, or a file of matrices L
-    (.npz or .safetensors, one array a layer).  Exit code 1 if a layer misses
-    a goal; the plan is written all the same.
-
-    \b
-    Example: qinvert calibrate recall -o plan.json
-             qinvert calibrate ./my-model --data tokens.npz -o plan.json
-    """
-    output = Output(as_json=as_json, quiet=quiet)
-    with output.progress("calibrating") as progress:
-        plan = run_calibration(
-            *open_pair(source, data, sequences, seed),
-            method=method,
-            bits=bits,
-            target=target,
-            min_sqnr_db=min_sqnr,
-            max_loss_db=max_loss,
-            scales=scales,
-            seed=seed,
-            progress=progress,
-        )
-    plan = with_source(plan, source)
-    plan.save(path)
-    show_choices(output, plan)
-    output.say(f"wrote {path}")
-    output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
-    if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):
-        sys.exit(1)
-
-
-def show_choices(output: Output, plan: Plan) -> None:
-    """Print what calibration chose for each layer, and why not something simpler."""
-    rows = [
-        [name, p.program.title, p.formats, f"{p.provenance['expected_sqnr_db']:.1f}",
-         f"{p.provenance['expected_floor_db']:.1f}", "yes" if p.provenance["meets_goal"] else "NO"]
-        for name, p in plan.layers.items()
-    ]  # fmt: skip
-    output.table("Plan", ["layer", "program", "format", "sqnr_db", "floor_db", "meets goal"], rows)
-    for name, layer in plan.layers.items():
-        for rejected in layer.provenance["rejected"]:
-            output.say(f"  {name}: not {rejected}")
 
 
 @click.command()
