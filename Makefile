@@ -21,6 +21,7 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/calibration.py
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py

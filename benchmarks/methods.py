@@ -23,6 +23,13 @@ from qinvert.simulator import simulate_inverse
 from qinvert.stress import stress_matrices
 
 Contender = Callable[[], Any]
+#: Seconds between two calls.
+PAUSE = 0.05
+#: Simulations beside the graph that computes the same integers.
+PAIRS = (
+    ("simulator int8, base 4", "onnxruntime npu-qdq-int8, base 4"),
+    ("simulator int8, tile 16", "onnxruntime int-ops, tile 16"),
+)
 
 
 def graph(plan: qinvert.Plan, profile: str, lower: torch.Tensor) -> Contender:
@@ -39,10 +46,10 @@ def contenders(lower: torch.Tensor) -> dict[str, Contender]:
     """Return what is compared, by name."""
     chunk = lower.shape[-1]
     merge = qinvert.block_merge(chunk, base=4)
-    tiled = qinvert.block_merge(chunk, base=1, tile=min(16, chunk))
+    tiled = qinvert.block_merge(chunk, base=4, tile=min(16, chunk))
     doubling = qinvert.neumann_doubling(chunk)
-    plan = qinvert.calibrate(lower, method=merge)
-    direct = qinvert.calibrate(lower, method=tiled, target="int-ops")
+    plan = qinvert.calibrate(lower, method=merge, bits=8)
+    direct = qinvert.calibrate(lower, method=tiled, bits=8, target="int-ops")
     eye = torch.eye(chunk).expand(lower.shape)
     return {
         "copy": lower.clone,
@@ -63,6 +70,8 @@ def measure(calls: dict[str, Contender], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
+            # Threads of the runtime before keep spinning for a moment: let them stop.
+            time.sleep(PAUSE)
             start = time.perf_counter()
             call()
             if i:  # the first round warms up
@@ -82,6 +91,8 @@ def main() -> None:
     print(f"{arguments.count} matrices, C = {arguments.chunk}, {torch.get_num_threads()} threads")
     for name, value in seconds.items():
         print(f"{name:<40}{1e6 * value / arguments.count:>8.2f} us{value / seconds['copy']:>8.1f} x copy")
+    for simulator, graph_name in PAIRS:
+        print(f"{simulator} / {graph_name}: {seconds[simulator] / seconds[graph_name]:.2f}")
 
 
 if __name__ == "__main__":
