@@ -146,7 +146,7 @@ def gate_matrices(path: Path, rho: float) -> torch.Tensor:
 def heads_section(gates: Path | None) -> str:
     """Return sqnr per tensor and per head on the embedded model and, if given, on gates."""
     model = recall.load_model()
-    sources = {"recall": [dict(qinvert.capture(model, recall.sequences(8, seed))) for seed in (0, 1)]}
+    sources = {"recall": [dict(qinvert.capture(model, recall.sequences(64, seed))) for seed in (0, 1)]}
     for path in sorted(gates.glob("*.npz")) if gates else ():
         lower = gate_matrices(path, 0.5)
         half = lower.shape[1] // 2
