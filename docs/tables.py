@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,17 +147,22 @@ def gate_matrices(path: Path, rho: float) -> torch.Tensor:
 def heads_section(gates: Path | None) -> str:
     """Return sqnr per tensor and per head on the embedded model and, if given, on gates."""
     model = recall.load_model()
-    sources = {"recall": [dict(qinvert.capture(model, recall.sequences(64, seed))) for seed in (0, 1)]}
+    sources: dict[str, list[tuple[Any, ...]]] = {
+        "recall": [(model, recall.sequences(64, seed)) for seed in (0, 1)]
+    }
     for path in sorted(gates.glob("*.npz")) if gates else ():
         lower = gate_matrices(path, 0.5)
         half = lower.shape[1] // 2
-        sources[f"{path.stem} gates, keys rho 0.5"] = [{"layer": lower[:, :half]}, {"layer": lower[:, half:]}]
+        sources[f"{path.stem} gates, keys rho 0.5"] = [
+            ({"layer": lower[:, :half]},),
+            ({"layer": lower[:, half:]},),
+        ]
     columns = ["one set of grids", "a set per head", "gain", "its worst head", "the same head", "gain"]
     lines = [["source", "layer", *columns]]
     for name, (seen, unseen) in sources.items():
-        whole = qinvert.simulate(qinvert.calibrate(seen), unseen)
-        plan = qinvert.calibrate(seen, granularity="head")
-        report = qinvert.simulate(plan, unseen)
+        whole = qinvert.simulate(qinvert.calibrate(*seen), *unseen)
+        plan = qinvert.calibrate(*seen, granularity="head")
+        report = qinvert.simulate(plan, *unseen)
         for layer, total in report.totals().items():
             before = whole.layers[layer]
             head = min(range(len(before.head_sqnr_db)), key=before.head_sqnr_db.__getitem__)
