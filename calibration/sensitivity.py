@@ -11,12 +11,12 @@ import torch
 
 from qinvert import arithmetic
 from qinvert.calibration.scales import scale_groups
-from qinvert.execute import FloatEvaluator
+from qinvert.execute import FloatEvaluator, along, program_inputs
 from qinvert.formats import IntFormat
 from qinvert.matrices import solve
 from qinvert.plan import Quantization
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, MatMul, Rescale
+from qinvert.steps import BETA, INPUT, Add, MatMul, Rescale, Scale
 
 #: Matrices of the sample that predictions use.
 MATRICES: Final = 8
@@ -40,7 +40,7 @@ class Sensitivities:
     truncation: float
     #: (group of tensors that share a grid, format name) -> sum of squares of the error.
     noise: Mapping[tuple[str, str], float]
-    #: Groups of the input and of the result: what no algorithm can avoid.
+    #: Groups of the inputs and of the result: what no algorithm can avoid.
     ends: frozenset[str]
 
     def sqnr_db(self, formats: Mapping[str, IntFormat]) -> float:
@@ -116,6 +116,15 @@ class _VariantEvaluator(FloatEvaluator):
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         return self.round(step.output, super().rescale(step, source))
 
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        total = super().scale(step, source, vector)
+        for i, grid in self.rounded[step.output]:
+            if grid.format.planes > 1:
+                # As in a product.
+                parts = (self._low(step.source, source, i), along(step, self._low(step.vector, vector, i)))
+                self._copies(total)[:, i] -= parts[0] * parts[1]
+        return self.round(step.output, total)
+
     def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round the copies whose variant is the grid of ``name``."""
         if not self.rounded[name]:
@@ -136,7 +145,10 @@ class _VariantEvaluator(FloatEvaluator):
 
 
 def measure_sensitivities(
-    program: Program, grids: Sequence[Mapping[str, Quantization]], sample: torch.Tensor
+    program: Program,
+    grids: Sequence[Mapping[str, Quantization]],
+    sample: torch.Tensor,
+    beta: torch.Tensor | None = None,
 ) -> Sensitivities:
     """Round every group of tensors by itself and measure the error of the result.
 
@@ -147,16 +159,26 @@ def measure_sensitivities(
         A quantization of every tensor, once per format.
     sample : torch.Tensor, shape ``[n, C, C]``
         Checked matrices; noise is measured on the first `MATRICES`.
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
     """
     exact = torch.tril(solve(sample), -1)
     # Rare large matrices would make the signal of a few a poor guess.
     signal = float(exact.square().sum()) * min(1.0, MATRICES / len(sample))
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
+    beta = None if beta is None else beta[:MATRICES]
     groups = scale_groups(program)
     variants = [(group, grid) for grid in grids for group in dict.fromkeys(groups.values())]
     evaluator = _VariantEvaluator(program, variants, len(sample), sample.device)
-    source = evaluator.round(INPUT, -sample.repeat(len(variants) + 1, 1, 1))
-    result = program.evaluate(evaluator, source).reshape(len(variants) + 1, *sample.shape)
+    exact_inputs = program_inputs(program, sample, beta, torch.float64)
+    inputs = {
+        name: evaluator.round(name, value.repeat(len(variants) + 1, 1, 1))
+        for name, value in exact_inputs.items()
+    }
+    result = program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)
+    result = result.reshape(len(variants) + 1, *sample.shape)
+    if program.vectors:
+        result = result * exact_inputs[BETA]
     errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
     noise = {(g, grid[g].format.name): float(e) for (g, grid), e in zip(variants, errors, strict=True)}
     missed = float((torch.tril(result[-1], -1) - exact).square().sum())
@@ -165,5 +187,5 @@ def measure_sensitivities(
         # A program that is exact in real arithmetic leaves rounding of float64 only.
         truncation=math.inf if math.isnan(missed) else missed,
         noise={key: math.inf if math.isnan(value) else value for key, value in noise.items()},
-        ends=frozenset((groups[INPUT], groups[program.output])),
+        ends=frozenset(groups[name] for name in (INPUT, *program.vectors, program.output)),
     )
