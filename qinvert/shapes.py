@@ -72,12 +72,13 @@ def _check_vectors(program: Program) -> None:
 
 
 def _check_readers(step: Step, vectors: tuple[str, ...]) -> None:
-    for name in step.inputs:
-        scaling = isinstance(step, Scale) and step.vector == name != step.source
-        if (name in vectors) != scaling:
+    if isinstance(step, Scale) and step.vector not in vectors:
+        raise ProgramError(f"step {step.output!r}: {step.vector!r} is no vector input of the program")
+    for name in (step.source,) if isinstance(step, Scale) else step.inputs:
+        if name in vectors:
             raise ProgramError(
-                f"step {step.output!r}: {name!r} is {'a' if name in vectors else 'no'} vector input of the "
-                "program; a scale multiplies a tensor by one, no other step reads one"
+                f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor by it, "
+                "no other step may read it"
             )
 
 

@@ -126,6 +126,7 @@ def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
     show_default=True,
     help="Goal for the distance to the floor, dB.",
 )
+@click.option("--factored", is_flag=True, help="Quantize L / beta; a file needs arrays NAME.beta.")
 @data_options
 @output_options
 def calibrate(
@@ -137,6 +138,7 @@ def calibrate(
     scales: str,
     min_sqnr: float,
     max_loss: float,
+    factored: bool,
     data: str | None,
     sequences: int,
     seed: int,
@@ -163,6 +165,7 @@ def calibrate(
             min_sqnr_db=min_sqnr,
             max_loss_db=max_loss,
             scales=scales,
+            factored=factored,
             seed=seed,
             progress=progress,
         )

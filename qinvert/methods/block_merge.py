@@ -231,7 +231,7 @@ def _correct(builder: Builder, total: str, k: int) -> str:
 
 
 def _factored_merge(chunk: int, base: int, layout: str | None, tile: int | None, corrections: int) -> Program:
-    _check_arguments(chunk, base, layout or Layout.MASKED, tile, corrections)
+    _check_arguments(chunk, base, layout or Layout.PACKED, tile, corrections)
     if base > 2 or layout == Layout.PACKED or tile not in (None, chunk):
         raise ProgramError(
             f"factored merges are masked and start from base 1 or 2, got base {base}, layout {layout!r} "
