@@ -150,7 +150,7 @@ def verify(
 
 
 def matrices_for(plan: Plan, layer: str, data: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the matrices to verify a layer with, from a file or every stress set, and beta if it takes it."""
+    """Return matrices to verify a layer with, of a file or the stress sets, and beta if it takes it."""
     program = plan.layer(layer).program
     if data is None:
         lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
