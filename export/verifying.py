@@ -162,8 +162,6 @@ def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
             f"the graph maps {shape} to {returned}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; "
             "export again"
         )
-    if any(shapes[vector] != [*shape[:3], 1] for vector in plan.program.vectors):
-        raise ExportError(f"the graph takes beta {shapes[BETA]}, not {[*shape[:3], 1]}; export again")
     most = min(MAX_BATCH, MAX_ELEMENTS // plan.chunk**2)
     return name, check_integer("batch of the graph", shape[1], 1, most, ExportError, "; export again")
 

@@ -11,14 +11,16 @@ from qinvert import plan_io, recall
 from qinvert.calibration.hooks import capture_with_beta
 from qinvert.calibration.observers import LayerObserver, MatrixSample
 from qinvert.calibration.residues import settle_residues
+from qinvert.calibration.scales import scale_groups
 from qinvert.calibration.sensitivity import measure_sensitivities
 from qinvert.calibration.sources import open_source, open_with_beta
 from qinvert.errors import InputError, ProgramError
-from qinvert.formats import INT8, INT16
+from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.methods import block_merge
 from qinvert.plan import LayerPlan, Quantization, Requantize
+from qinvert.program import Program
 from qinvert.simulator import simulate_inverse
-from qinvert.steps import MIN_BETA
+from qinvert.steps import MIN_BETA, Axis, Constant, Mask, MatMul, Scale
 from qinvert.stress import from_keys, unit_keys
 
 GATES = Path(__file__).parents[3] / "shared" / "data" / "gates"
@@ -33,6 +35,7 @@ def keyed(count, seed=0, chunk=32, top=1.0, leading=()):
 
 
 LOWER, BETA = keyed(8, chunk=8)
+ZEROS = Constant(name="zeros", rows=32, columns=32, ones=((0, 0),) * 32)
 
 
 class Reader:
@@ -266,6 +269,55 @@ def test_residues_of_a_correction_are_found():
         "correction_1/R",
         "correction_1/update",
     }
+
+
+def scales_only(*more, output):
+    rows = Scale(output="rows", source="M", vector="beta", axis=Axis.ROWS)
+    return Program(
+        name="test", chunk=32, vectors=("beta",), output=output, steps=(rows, *more[1:]), constants=more[:1]
+    )
+
+
+def test_both_inputs_belong_to_what_no_algorithm_can_avoid():
+    lower, beta = keyed(8)
+    program = block_merge(32, factored=True)
+    grids = dict.fromkeys(program.tensors, Quantization(format=INT8, scale=2.0**-7))
+    ends = measure_sensitivities(program, [grids], lower, beta).ends
+    groups = scale_groups(program)
+    assert ends == {groups["M"], groups["beta"], groups["merge_32/W"]}
+
+
+def test_the_dropped_product_of_low_planes_is_noise():
+    lower, beta = keyed(8)
+    program = scales_only(ZEROS, output="rows")
+    step = 2.0**-15
+    grids = {name: Quantization(format=INT8X2, scale=step) for name in program.tensors}
+    noise = measure_sensitivities(program, [grids], lower, beta).noise
+    b = np.maximum(beta.double().numpy(), MIN_BETA)[..., None]
+    k = -lower.double().numpy() / b
+    low_k, low_b = ((np.rint(x / step) + 128) % 256 - 128 for x in (k, b))
+    kept = k * b - low_k * low_b * step**2
+    error = (np.rint(kept / step) * step - k * b) * b
+    assert noise["rows", "int8x2"] == pytest.approx((error**2).sum(), rel=0.03)
+
+
+def test_roundings_of_scales_leave_residues():
+    lower, beta = keyed(8)
+    both, columns, again = (
+        Scale(output=output, source=source, vector="beta", axis=axis)
+        for output, source, axis in (
+            ("rows_first", "rows", Axis.COLUMNS),
+            ("columns", "M", Axis.COLUMNS),
+            ("columns_first", "columns", Axis.ROWS),
+        )
+    )
+    zero = Mask(output="zero", source="rows", constant="zeros")
+    residue = MatMul(output="r", left="zero", right="zero", add=("rows_first",), subtract=("columns_first",))
+    program = scales_only(ZEROS, both, columns, again, zero, residue, output="rows")
+    before = dict.fromkeys(program.tensors, 1.0) | {"r": 1e-7}
+    after = settle_residues(program, before, lower, dict.fromkeys(program.tensors, INT8), beta)
+    # Each way rounds twice: up to two steps apart, times the margin.
+    assert 2 / 127 < after["r"] <= 4 * 2 / 127
 
 
 # Models.
