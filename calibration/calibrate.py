@@ -16,9 +16,10 @@ from qinvert.calibration.heads import Granularity, split_heads
 from qinvert.calibration.observers import LayerObserver
 from qinvert.calibration.planner import Candidate, Goals, choose
 from qinvert.calibration.scales import ScaleRule
-from qinvert.calibration.sources import check_size, open_source
+from qinvert.calibration.sources import check_size, open_with_beta
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
+from qinvert.execute import needed_beta
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 from qinvert.plan import LayerPlan, Plan, Requantize
 from qinvert.profiles import Profile, find_profile
@@ -61,6 +62,7 @@ def calibrate(
     scales: str = "float",
     ranges: str = "max",
     granularity: str = "tensor",
+    factored: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -97,6 +99,9 @@ def calibrate(
         One set of grids a layer, or one a head (the plan then has an entry
         ``LAYER/head_H`` for each); L must have the axes
         ``(..., heads, chunks, C, C)`` for that.
+    factored : bool
+        Plan the form that takes beta as an input of its own, see
+        `qinvert.block_merge`; the source must provide it, as models do.
     seed : int
         Of the sample.
     progress : callable, optional
@@ -111,21 +116,24 @@ def calibrate(
     Raises
     ------
     InputError
-        If the source or one of its matrices is not legal.
+        If the source or one of its matrices is not legal, or lacks beta.
     PlanError
         If an option is not legal, or the target does not take the format.
     ProgramError
-        If the method is unknown, or its chunk size is not the data's.
+        If the method is unknown, has no factored form, or its chunk size is
+        not the data's.
     """
     options = _options(bits, target, scales, ranges, min_sqnr_db, max_loss_db)
     check_seed(seed, PlanError)
     grain = _member(Granularity, "granularity", granularity)
     observers: dict[str, LayerObserver] = {}
-    for layer, lower in _stream(open_source(source, data), grain):
+    for layer, lower, given in _stream(open_with_beta(source, data), grain):
         if layer not in observers:
-            observers[layer] = LayerObserver(_programs(method, lower.shape[-1]), SAMPLE_SIZE, seed)
+            programs = _programs(method, lower.shape[-1], factored, options.profile.requantize)
+            observers[layer] = LayerObserver(programs, SAMPLE_SIZE, seed)
         check_size(lower, observers[layer].chunk, layer)
-        observers[layer].update(lower)
+        beta = needed_beta(observers[layer].programs[0], lower, given, f"beta of layer {layer!r}")
+        observers[layer].update(lower, beta)
         if progress is not None:
             progress(layer, observers[layer].matrices)
     layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
@@ -138,27 +146,29 @@ def calibrate(
         "min_sqnr_db": options.goals.min_sqnr_db,
         "max_loss_db": options.goals.max_loss_db,
         "seed": seed,
+        **({"factored": True} if factored else {}),
     }
     return Plan(layers=layers, target=options.profile.name, provenance=provenance)
 
 
 def _stream(
-    pairs: Iterator[tuple[str, torch.Tensor]], grain: Granularity
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for layer, lower in pairs:
+    items: Iterator[tuple[str, torch.Tensor, torch.Tensor | None]], grain: Granularity
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    for item in items:
         if grain is Granularity.HEAD:
-            yield from split_heads(layer, lower)
+            yield from split_heads(*item)
         else:
-            yield layer, lower
+            yield item
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
-    sample = observer.sample.matrices
+    sample, beta = observer.sample.matrices, observer.sample.beta
     choice = choose(observer, options.ladder, options.rules, options.goals)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [
-        Candidate(program, observer.ranges(program), sample, (fmt,), free) for fmt in (INT8, INT8X2, INT16)
+        Candidate(program, observer.ranges(program), sample, (fmt,), free, beta)
+        for fmt in (INT8, INT8X2, INT16)
     ]
     provenance = {
         "matrices": observer.matrices,
@@ -169,15 +179,17 @@ def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     return replace(choice.best.plan, provenance=provenance)
 
 
-def _programs(method: str | Program, chunk: int) -> list[Program]:
+def _programs(method: str | Program, chunk: int, factored: bool, requantize: Requantize) -> list[Program]:
     if isinstance(method, Program):
         if method.chunk != chunk:
             raise ProgramError(
                 f"{method.title} is for {method.chunk} x {method.chunk} matrices, the data has "
                 f"{chunk} x {chunk}; build the program for that chunk"
             )
+        if factored and not method.vectors:
+            raise ProgramError(f"{method.title} does not take beta; build it with factored=True")
         return [method]
-    return candidate_programs(method, chunk)
+    return candidate_programs(method, chunk, factored, requantize)
 
 
 def _options(

@@ -12,6 +12,7 @@ import torch
 from qinvert.calibration.clipping import RangeRule, clip_ranges
 from qinvert.calibration.residues import settle_residues
 from qinvert.calibration.scales import ScaleRule, allows_multiplier, choose_quantizations
+from qinvert.errors import ProgramError
 from qinvert.formats import INT8, IntFormat
 from qinvert.matrices import solve
 from qinvert.methods import find_method
@@ -22,7 +23,7 @@ from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.simulator import simulate_inverse
-from qinvert.steps import INPUT, MatMul
+from qinvert.steps import INPUT, MatMul, Scale
 
 #: Room above what calibration saw, for tensors without a proved range.
 HEADROOM: Final = 2.0
@@ -33,18 +34,27 @@ WIDE_ROOM: Final = 1.25
 TILE: Final = 16
 
 
-def candidate_programs(method: str, chunk: int) -> list[Program]:
+def candidate_programs(
+    method: str, chunk: int, factored: bool = False, requantize: Requantize = Requantize.DIVIDE
+) -> list[Program]:
     """Return what ``method`` leaves to choose from for matrices of that size.
 
     ``"auto"``: short series, block merges by base and correction, and one
     banded residual; ``"block_merge"``: its bases and corrections;
     ``"banded_residual"``: its orders and steps; any other method: its defaults.
+    Of the factored ones: a block merge, and one with a correction where the
+    target takes the divide form, which its residual ``- W`` needs.
 
     Raises
     ------
     ProgramError
-        If the method is unknown.
+        If the method is unknown, or has no factored form.
     """
+    if factored:
+        if find_method(method if method != "auto" else "block_merge") is not block_merge:
+            raise ProgramError(f"method {method!r} has no factored form; use auto or block_merge")
+        corrections = (0, 1) if requantize is Requantize.DIVIDE else (0,)
+        return [block_merge(chunk, corrections=k, factored=True) for k in corrections]
     match method:
         case "auto":
             short = [neumann(chunk, order) for order in (1, 2, 3) if order < chunk]
@@ -99,6 +109,7 @@ def choose_grids(
     sample: torch.Tensor,
     formats: Mapping[str, IntFormat],
     rules: GridRules,
+    beta: torch.Tensor | None = None,
 ) -> Grids:
     """Choose every scale of ``program`` under the given formats.
 
@@ -112,13 +123,15 @@ def choose_grids(
     formats : mapping
         Format of every tensor, the same for tensors that share a grid.
     rules : GridRules
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
     """
     room = {
         name: r * (WIDE_ROOM if _is_wide(formats[name]) else 1.0)
         for name, r in widened(program, ranges).items()
     }
-    clipped = clip_ranges(program, room, sample, formats, rules.ranges)
-    settled = settle_residues(program, clipped, sample, formats)
+    clipped = clip_ranges(program, room, sample, formats, rules.ranges, beta)
+    settled = settle_residues(program, clipped, sample, formats, beta)
     requantize = rules.requantize
     if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, settled, formats, rules.scales):
         requantize = Requantize.DIVIDE
@@ -133,7 +146,9 @@ def _is_wide(fmt: IntFormat) -> bool:
 def unproved(program: Program) -> list[str]:
     """Return the tensors without a proved range: powers, partial sums, residues."""
     proved = {step.output for step in program.steps if step.bound is not None}
-    return [name for name in program.tensors if name not in proved | {INPUT, program.output}]
+    return [
+        name for name in program.tensors if name not in proved | {INPUT, *program.vectors, program.output}
+    ]
 
 
 def growth(program: Program, ranges: Mapping[str, float]) -> float:
@@ -151,19 +166,26 @@ def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
     # A tensor without a bound can exceed what was seen: powers by any factor, partial sums
     # hold M, so that room beyond M and T would only make them coarser.
+    # Vectors are inputs: all of their values were seen, and scaled entries have them as a factor.
     free, scale = unproved(program), max(ranges[INPUT], ranges[program.output])
+    floors = dict.fromkeys(program.vectors, 0.0)
+    floors |= {s.output: ranges[INPUT] * ranges[s.vector] for s in program.steps if isinstance(s, Scale)}
     powers = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
     caps = {name: HEADROOM * scale if name in powers else scale for name in free}
     return {
-        name: max(r, min(HEADROOM * r, caps[name])) if name in caps else max(r, ranges[INPUT])
+        name: max(r, min(HEADROOM * r, caps[name]))
+        if name in caps
+        else max(r, floors.get(name, ranges[INPUT]))
         for name, r in ranges.items()
     }
 
 
-def measure(plan: LayerPlan, lower: torch.Tensor) -> tuple[ErrorStatistics, ErrorStatistics]:
+def measure(
+    plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None = None
+) -> tuple[ErrorStatistics, ErrorStatistics]:
     """Return the errors of the simulated plan and of its floor on checked matrices."""
     truth = solve(lower)
     achieved, floor = ErrorStatistics(), ErrorStatistics()
-    achieved.update(simulate_inverse(plan, lower), truth)
-    floor.update(floor_inverse(plan, lower), truth)
+    achieved.update(simulate_inverse(plan, lower, beta=beta), truth)
+    floor.update(floor_inverse(plan, lower, beta), truth)
     return achieved, floor

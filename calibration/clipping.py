@@ -43,6 +43,7 @@ def clip_ranges(
     sample: torch.Tensor,
     formats: Mapping[str, IntFormat],
     rule: RangeRule,
+    beta: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Return ``ranges`` narrowed by ``rule``, group by group.
 
@@ -59,11 +60,13 @@ def clip_ranges(
     formats : mapping
         Format of every tensor.
     rule : RangeRule
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
     """
     if rule is RangeRule.MAX:
         return dict(ranges)
     groups = scale_groups(program)
-    values = _group_values(program, groups, sample)
+    values = _group_values(program, groups, sample, beta)
     clipped = {}
     for group, magnitudes in values.items():
         largest = max(r for name, r in ranges.items() if groups[name] == group)
@@ -72,10 +75,10 @@ def clip_ranges(
 
 
 def _group_values(
-    program: Program, groups: Mapping[str, str], sample: torch.Tensor
+    program: Program, groups: Mapping[str, str], sample: torch.Tensor, beta: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {group: [] for group in groups.values()}
-    rounding = {INPUT, *(s.output for s in program.steps if not isinstance(s, MOVES))}
+    rounding = {INPUT, *program.vectors, *(s.output for s in program.steps if not isinstance(s, MOVES))}
 
     def observe(name: str, tensor: torch.Tensor) -> None:
         # Moves only repeat what other tensors of their group hold.
@@ -83,7 +86,7 @@ def _group_values(
             magnitudes = tensor.abs().flatten()
             parts[groups[name]].append(magnitudes[magnitudes > 0])
 
-    run_checked(program, sample, torch.float64, observe)
+    run_checked(program, sample, torch.float64, observe, beta)
     return {group: torch.cat(tensors) for group, tensors in parts.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from qinvert.errors import InputError, PlanError
-from qinvert.plan import Plan
+from qinvert.plan import LayerPlan, Plan
 
 #: Axis of L that counts heads: ``[batch, heads, chunks, C, C]``, or without the batch.
 HEAD_AXIS: Final = -4
@@ -40,8 +40,10 @@ def layer_name(name: str) -> str:
     return re.sub(r"/head_\d+$", "", name)
 
 
-def split_heads(layer: str, lower: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, matrices ``(..., chunks, C, C)``) of every head.
+def split_heads(
+    layer: str, lower: torch.Tensor, beta: torch.Tensor | None = None
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Yield (name, matrices ``(..., chunks, C, C)``, beta ``(..., chunks, C)`` or None) of every head.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def split_heads(layer: str, lower: torch.Tensor) -> Iterator[tuple[str, torch.Te
             "pass (..., heads, chunks, C, C), or plan with granularity='tensor'"
         )
     for head, matrices in enumerate(lower.unbind(HEAD_AXIS)):
-        yield head_name(layer, head), matrices
+        yield head_name(layer, head), matrices, None if beta is None else beta.select(HEAD_AXIS + 1, head)
 
 
 def is_split(plan: Plan, layer: str) -> bool:
@@ -62,7 +64,14 @@ def is_split(plan: Plan, layer: str) -> bool:
     return layer not in plan.layers and head_name(layer, 0) in plan.layers
 
 
-def plan_inverse(plan: Plan, layer: str, lower: torch.Tensor) -> torch.Tensor:
+def layer_inverse(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    """``T = (I + L)^-1`` by one program, with beta where it takes beta."""
+    return plan.inverse(lower, beta) if plan.program.vectors else plan.inverse(lower)
+
+
+def plan_inverse(
+    plan: Plan, layer: str, lower: torch.Tensor, beta: torch.Tensor | None = None
+) -> torch.Tensor:
     """``T = (I + L)^-1`` of a layer, each head by its own program where the plan has heads.
 
     Raises
@@ -71,8 +80,9 @@ def plan_inverse(plan: Plan, layer: str, lower: torch.Tensor) -> torch.Tensor:
         If the matrices have more heads than the plan.
     """
     if not is_split(plan, layer):
-        return plan.layer(layer).inverse(lower)
-    parts = list(split_heads(layer, lower))
+        return layer_inverse(plan.layer(layer), lower, beta)
+    parts = list(split_heads(layer, lower, beta))
     if head_name(layer, len(parts)) in plan.layers or parts[-1][0] not in plan.layers:
         raise PlanError(f"layer {layer!r} has {len(parts)} heads, the plan another number; calibrate again")
-    return torch.stack([plan.layer(name).inverse(part) for name, part in parts], dim=HEAD_AXIS)
+    inverses = [layer_inverse(plan.layer(name), part, rows) for name, part, rows in parts]
+    return torch.stack(inverses, dim=HEAD_AXIS)

@@ -20,14 +20,14 @@ from weakref import WeakSet
 
 import torch
 
-from qinvert.calibration.heads import is_split, plan_inverse
+from qinvert.calibration.heads import is_split, layer_inverse, plan_inverse
 from qinvert.calibration.tokens import token_batches
 from qinvert.delta_rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
 from qinvert.plan import LayerPlan, Plan
 
-#: ``inverse(layer, L) -> T``.
-LayerInverse: TypeAlias = Callable[[str, torch.Tensor], torch.Tensor]
+#: ``inverse(layer, L, beta) -> T``.
+LayerInverse: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #: Module global that models call in prefill.
 GLOBAL_NAME: Final = "torch_chunk_gated_delta_rule"
@@ -90,11 +90,11 @@ def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> La
                     f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
                     "calibrate this model"
                 )
-            return lambda layer, lower: plan_inverse(inverse, layer, lower)
+            return lambda layer, lower, beta: plan_inverse(inverse, layer, lower, beta)
         case LayerPlan():
-            return lambda _, lower: inverse.inverse(lower)
+            return lambda _, lower, beta: layer_inverse(inverse, lower, beta)
         case _ if callable(inverse):
-            return lambda _, lower: inverse(lower)
+            return lambda _, lower, __: inverse(lower)
     raise InputError(
         f"cannot use {type(inverse).__name__} as an inverse; pass a plan or a callable inverse(L)"
     )
@@ -178,7 +178,7 @@ class _Redirection:
             return self.original(*args, **kwargs)
         layer, inverse = _running.layers[-1]
         try:
-            return chunk_gated_delta_rule(*args, **kwargs, inverse=partial(inverse, layer))
+            return chunk_gated_delta_rule(*args, **kwargs, inverse_with_beta=partial(inverse, layer))
         except Exception as error:
             _running.failure = error
             raise
@@ -214,10 +214,16 @@ def capture(model: torch.nn.Module, data: Any) -> Iterator[tuple[str, torch.Tens
     data
         See `qinvert.calibration.tokens.token_batches`.
     """
-    found: list[tuple[str, torch.Tensor]] = []
+    for layer, lower, _ in capture_with_beta(model, data):
+        yield layer, lower
 
-    def record(layer: str, lower: torch.Tensor) -> torch.Tensor:
-        found.append((layer, lower))
+
+def capture_with_beta(model: torch.nn.Module, data: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Stream ``(layer, L, beta)`` as `capture` does."""
+    found: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def record(layer: str, lower: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        found.append((layer, lower, beta))
         return exact(lower)
 
     for batch in token_batches(data):

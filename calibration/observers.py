@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from qinvert.execute import run_checked
+from qinvert.execute import program_inputs, run_checked
 from qinvert.program import Program
-from qinvert.steps import INPUT, MOVES
+from qinvert.steps import MOVES
 
 #: Matrices of a layer that candidates surely run on.
 FIRST: Final = 64
@@ -32,9 +32,9 @@ class RangeObserver:
         self._moves = [step for step in program.steps if isinstance(step, MOVES)]
         self._moved = {step.output for step in self._moves}
 
-    def update(self, lower: torch.Tensor) -> None:
-        """Add checked matrices ``[B, C, C]``."""
-        run_checked(self.program, lower, torch.float32, self._observe)
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Add checked matrices ``[B, C, C]``, and beta ``[B, C]`` for a factored program."""
+        run_checked(self.program, lower, torch.float32, self._observe, beta)
         for step in self._moves:
             sources = (self.ranges[name] for name in step.inputs if name in self.ranges)
             self.ranges[step.output] = max(sources)
@@ -60,30 +60,39 @@ class MatrixSample:
         # NumPy's stream does not depend on how a caller batches the draws.
         self._generator = np.random.default_rng(seed)
         self._keys = torch.empty(0, dtype=torch.float64)
-        self._kept: torch.Tensor | None = None
+        #: The matrices, and beta where it is offered.
+        self._kept: list[torch.Tensor] = []
 
-    def update(self, lower: torch.Tensor) -> None:
-        """Offer matrices ``[B, C, C]``."""
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Offer matrices ``[B, C, C]``, always with beta ``[B, C]`` or always without."""
         drawn = torch.from_numpy(self._generator.random(lower.shape[0]))
         keys = torch.cat([self._keys, drawn])
         order = torch.topk(keys, min(self.capacity, len(keys))).indices
-        old = [] if self._kept is None else [self._kept]
+        given = [x.to(torch.float32) for x in (lower, beta) if x is not None]
+        old = self._kept or [x[:0] for x in given]
         # Copies, so that the rest of the batch can be freed.
-        self._kept = torch.cat([*old, lower.to(torch.float32)])[order.to(lower.device)].clone()
+        self._kept = [
+            torch.cat(pair)[order.to(lower.device)].clone() for pair in zip(old, given, strict=True)
+        ]
         self._keys = keys[order]
 
     @property
     def matrices(self) -> torch.Tensor:
         """The sample, float32 ``[n, C, C]``."""
-        if self._kept is None:
+        if not self._kept:
             raise RuntimeError("no matrix was offered yet")
-        return self._kept
+        return self._kept[0]
+
+    @property
+    def beta(self) -> torch.Tensor | None:
+        """Beta of the sample, float32 ``[n, C]``, or None if none was offered."""
+        return self._kept[1] if len(self._kept) > 1 else None
 
 
 class LayerObserver:
     """Everything that is remembered of one layer: ranges per candidate and a sample.
 
-    The range of M is that of every matrix.  The programs run on the first
+    The ranges of the inputs are those of every matrix.  The programs run on the first
     `FIRST` matrices and on a thinning random share of the later ones
     (``FIRST / i`` of matrix i), which keeps the cost below that of the model.
     """
@@ -96,25 +105,28 @@ class LayerObserver:
         self.chunk = programs[0].chunk
         self.matrices = 0
         self.observed = 0
-        self._largest = 0.0
+        self._largest: dict[str, float] = {}
         self._generator = np.random.default_rng((seed, 1))
 
-    def update(self, lower: torch.Tensor) -> None:
-        """Add checked matrices ``(..., C, C)``."""
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` where programs take it."""
         flat = lower.reshape(-1, *lower.shape[-2:])
-        self.sample.update(flat)
-        chosen = flat[self._thinned(flat.shape[0]).to(flat.device)]
+        rows = None if beta is None else beta.reshape(-1, lower.shape[-1])
+        self.sample.update(flat, rows)
+        kept = self._thinned(flat.shape[0]).to(flat.device)
+        chosen = flat[kept]
         self.matrices += flat.shape[0]
         self.observed += chosen.shape[0]
-        self._largest = max(self._largest, float(flat.abs().max()))
+        for name, values in program_inputs(self.programs[0], flat, rows, torch.float32).items():
+            self._largest[name] = max(self._largest.get(name, 0.0), float(values.abs().max()))
         if chosen.shape[0]:
             for observer in self._observers:
-                observer.update(chosen)
+                observer.update(chosen, None if rows is None else rows[kept])
 
     def ranges(self, program: Program) -> dict[str, float]:
         """Return ``max|x|`` of every tensor of one of the programs."""
         seen = next(o for o in self._observers if o.program is program or _continues(o.program, program))
-        return {name: seen.ranges[name] for name in program.tensors} | {INPUT: self._largest}
+        return {name: seen.ranges[name] for name in program.tensors} | self._largest
 
     def _thinned(self, count: int) -> torch.Tensor:
         index = self.matrices + 1 + np.arange(count)

@@ -48,11 +48,14 @@ class Candidate:
         sample: torch.Tensor,
         ladder: Sequence[IntFormat],
         rules: GridRules,
+        beta: torch.Tensor | None = None,
     ) -> None:
         self.program = program
         self.growth = growth(program, ranges)
         self.groups = scale_groups(program)
         self.ladder = ladder
+        #: Of the sample, for a factored program.
+        self.beta = beta
         self._ranges, self._sample, self._rules = ranges, sample, rules
         self._known: dict[tuple[IntFormat, ...], Grids] = {}
 
@@ -60,7 +63,7 @@ class Candidate:
     def sensitivities(self) -> Sensitivities:
         """Noise of every grid under every format of the ladder."""
         grids = [self._grids(self.uniform(fmt)).tensors for fmt in self.ladder]
-        return measure_sensitivities(self.program, grids, self._sample)
+        return measure_sensitivities(self.program, grids, self._sample, self.beta)
 
     def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
         """One format for every group of tensors that share a grid."""
@@ -70,7 +73,9 @@ class Candidate:
         key = tuple(formats.values())
         if key not in self._known:
             by_tensor = {name: formats[group] for name, group in self.groups.items()}
-            self._known[key] = choose_grids(self.program, self._ranges, self._sample, by_tensor, self._rules)
+            self._known[key] = choose_grids(
+                self.program, self._ranges, self._sample, by_tensor, self._rules, self.beta
+            )
         return self._known[key]
 
     def plan(self, formats: Mapping[str, IntFormat]) -> LayerPlan:
@@ -138,7 +143,7 @@ class Prediction:
 
     def check(self, sample: torch.Tensor) -> Prediction:
         """Return the prediction with what a simulation of the plan really reaches."""
-        achieved, floor = measure(self.plan, sample)
+        achieved, floor = measure(self.plan, sample, self.candidate.beta)
         return replace(self, simulated=(achieved.sqnr_db, floor.sqnr_db))
 
     @property
@@ -205,8 +210,8 @@ def choose(
     Candidates are taken in the order of their cost; each that should reach
     the goals is simulated on the sample, with wider formats if it falls short.
     """
-    sample = observer.sample.matrices
-    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules) for p in observer.programs]
+    sample, beta = observer.sample.matrices, observer.sample.beta
+    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, beta) for p in observer.programs]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []
@@ -216,8 +221,10 @@ def choose(
             if checked[-1].shortfall(goals) <= 0:
                 break
     else:
-        rest = sorted(predictions, key=lambda p: p.shortfall(goals))[:LAST_RESORT]
-        checked += [p.check(sample) for p in rest if p.candidate not in [c.candidate for c in checked]]
+        seen = [p.candidate for p in checked]
+        rest = [p for p in predictions if p.candidate not in seen]
+        rest = sorted(rest, key=lambda p: p.shortfall(goals))[:LAST_RESORT]
+        checked += [p.check(sample) for p in rest]
     best = min(checked, key=lambda p: (max(0.0, p.shortfall(goals)), p.cost))
     known = {p.candidate: p for p in checked}
     return Choice(

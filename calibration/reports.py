@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from qinvert.calibration.heads import HEAD_AXIS, is_split, layer_name, split_heads
-from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
 from qinvert.documents import to_document
 from qinvert.errors import InputError
+from qinvert.execute import needed_beta
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Plan
@@ -109,16 +110,16 @@ class LayerSimulation:
         self.saturations: dict[str, int] = {}
         self.heads: dict[int, ErrorStatistics] = {}
 
-    def update(self, lower: torch.Tensor) -> None:
-        """Add checked matrices ``(..., C, C)``."""
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` for a factored plan."""
         truth = solve(lower)
-        estimate = simulate_inverse(self.plan, lower, self._observe)
+        estimate = simulate_inverse(self.plan, lower, self._observe, beta)
         self.achieved.update(estimate, truth)
         if lower.ndim >= -HEAD_AXIS:
             pairs = zip(estimate.unbind(HEAD_AXIS), truth.unbind(HEAD_AXIS), strict=True)
             for head, (part, exact) in enumerate(pairs):
                 self.heads.setdefault(head, ErrorStatistics()).update(part, exact)
-        self.floor.update(floor_inverse(self.plan, lower), truth)
+        self.floor.update(floor_inverse(self.plan, lower, beta), truth)
 
     def _observe(self, name: str, integers: torch.Tensor) -> None:
         fmt = self.plan.tensors[name].format
@@ -160,19 +161,21 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
     Raises
     ------
     InputError
-        If a matrix is not legal, or the source lacks a layer of the plan.
+        If a matrix is not legal, or the source lacks a layer of the plan or
+        the beta that it takes.
     PlanError
         If the source has a layer that the plan does not know.
     """
     running: dict[str, LayerSimulation] = {}
-    for given, whole in open_source(source, data):
+    for given, whole, rows in open_with_beta(source, data):
         name = _match(plan, given)
-        parts = split_heads(name, whole) if is_split(plan, name) else [(name, whole)]
-        for layer, lower in parts:
+        parts = split_heads(name, whole, rows) if is_split(plan, name) else [(name, whole, rows)]
+        for layer, lower, known in parts:
             if layer not in running:
                 running[layer] = LayerSimulation(plan.layer(layer))
             check_size(lower, plan.layer(layer).chunk, layer)
-            running[layer].update(lower)
+            beta = needed_beta(plan.layer(layer).program, lower, known, f"beta of layer {layer!r}")
+            running[layer].update(lower, beta)
             if progress is not None:
                 progress(layer, running[layer].achieved.matrices)
     lacking = [name for name in plan.layers if name not in running]

@@ -14,11 +14,11 @@ import torch
 
 from qinvert import arithmetic
 from qinvert.calibration.scales import ScaleRule, choose_quantizations, choose_scale, scale_groups
-from qinvert.execute import FloatEvaluator
+from qinvert.execute import FloatEvaluator, program_inputs
 from qinvert.formats import IntFormat
 from qinvert.plan import Quantization, Requantize
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, MatMul, Rescale
+from qinvert.steps import INPUT, Add, MatMul, Rescale, Scale
 
 #: Room above the largest residue seen on the sample.
 MARGIN: Final = 4.0
@@ -53,6 +53,9 @@ class _ResidueEvaluator(FloatEvaluator):
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         return self.round(step.output, super().rescale(step, source))
 
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        return self.round(step.output, super().scale(step, source, vector))
+
     def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
         grid = self.tensors[name]
         largest = float(values.abs().max())
@@ -65,7 +68,11 @@ class _ResidueEvaluator(FloatEvaluator):
 
 
 def settle_residues(
-    program: Program, ranges: Mapping[str, float], sample: torch.Tensor, formats: Mapping[str, IntFormat]
+    program: Program,
+    ranges: Mapping[str, float],
+    sample: torch.Tensor,
+    formats: Mapping[str, IntFormat],
+    beta: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Return ``ranges`` with residue tensors at `MARGIN` times what they reach on the sample.
 
@@ -82,6 +89,8 @@ def settle_residues(
         Checked matrices.
     formats : mapping
         Format of every tensor.
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
     """
     tensors = choose_quantizations(program, ranges, formats, ScaleRule.FLOAT, Requantize.DIVIDE)
     groups = scale_groups(program)
@@ -89,5 +98,9 @@ def settle_residues(
     small = SMALL * ranges[INPUT]
     free = {name for name, group in groups.items() if sizes[group] == 1 and ranges[name] <= small}
     evaluator = _ResidueEvaluator(sample.shape[0], sample.device, tensors, free)
-    program.evaluate(evaluator, evaluator.round(INPUT, -sample.to(torch.float64)))
+    inputs = {
+        name: evaluator.round(name, value)
+        for name, value in program_inputs(program, sample, beta, torch.float64).items()
+    }
+    program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)
     return {**ranges, **evaluator.widened}

@@ -11,12 +11,12 @@ import torch
 
 from qinvert import arithmetic
 from qinvert.calibration.scales import scale_groups
-from qinvert.execute import FloatEvaluator
+from qinvert.execute import FloatEvaluator, along, program_inputs
 from qinvert.formats import IntFormat
 from qinvert.matrices import solve
 from qinvert.plan import Quantization
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, MatMul, Rescale
+from qinvert.steps import BETA, INPUT, Add, MatMul, Rescale, Scale
 
 #: Matrices of the sample that predictions use.
 MATRICES: Final = 8
@@ -51,8 +51,12 @@ class Sensitivities:
     noise: Mapping[tuple[str, str], float]
     #: Format name -> noise with all grids rounded, over the sum of their noises.
     coherence: Mapping[str, float]
-    #: Groups of the input and of the result: what no algorithm can avoid.
-    ends: frozenset[str]
+    #: Groups of the inputs.
+    inputs: frozenset[str]
+    #: Group of the result.
+    output: str
+    #: Format name -> noise of an exact result that is put on the output's grid.
+    rounding: Mapping[str, float]
 
     def sqnr_db(self, formats: Mapping[str, IntFormat]) -> float:
         """Predicted sqnr under a format for every group."""
@@ -64,7 +68,8 @@ class Sensitivities:
 
     def floor_db(self, formats: Mapping[str, IntFormat]) -> float:
         """Predicted sqnr of an exact algorithm on the same input and output grids."""
-        return self._decibels(sum(self.noise[g, f.name] for g, f in formats.items() if g in self.ends))
+        noise = sum(self.noise[group, formats[group].name] for group in self.inputs)
+        return self._decibels(noise + self.rounding[formats[self.output].name])
 
     def shares(self, formats: Mapping[str, IntFormat]) -> dict[str, float]:
         """Return the share of the noise that each group adds, largest first."""
@@ -133,6 +138,15 @@ class _VariantEvaluator(FloatEvaluator):
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         return self.round(step.output, super().rescale(step, source))
 
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        total = super().scale(step, source, vector)
+        for i, grid in self.rounded[step.output]:
+            if grid.format.planes > 1:
+                # As in a product.
+                parts = (self._low(step.source, source, i), along(step, self._low(step.vector, vector, i)))
+                self._copies(total)[:, i] -= parts[0] * parts[1]
+        return self.round(step.output, total)
+
     def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round the copies whose variant is the grid of ``name``."""
         if not self.rounded[name]:
@@ -147,13 +161,14 @@ class _VariantEvaluator(FloatEvaluator):
             # A residue: next to zero here, of many steps once its operands are rounded.
             noise = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) - 0.5
             return values + grid.scale * torch.where(values != 0, noise.to(values.device), 0.0)
-        finite = torch.nan_to_num(values, posinf=math.inf, neginf=-math.inf)
-        integers = arithmetic.quantize(finite, grid.scale, grid.format)
-        return arithmetic.dequantize(integers, grid.scale, grid.format).to(torch.float64)
+        return on_grid(values, grid)
 
 
 def measure_sensitivities(
-    program: Program, grids: Sequence[Mapping[str, Quantization]], sample: torch.Tensor
+    program: Program,
+    grids: Sequence[Mapping[str, Quantization]],
+    sample: torch.Tensor,
+    beta: torch.Tensor | None = None,
 ) -> Sensitivities:
     """Round every group of tensors by itself and measure the error of the result.
 
@@ -164,30 +179,57 @@ def measure_sensitivities(
         A quantization of every tensor, once per format.
     sample : torch.Tensor, shape ``[n, C, C]``
         Checked matrices; noise is measured on the first `MATRICES`.
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
     """
     exact = torch.tril(solve(sample), -1)
     # Rare large matrices would make the signal of a few a poor guess.
     signal = float(exact.square().sum()) * min(1.0, MATRICES / len(sample))
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
+    beta = None if beta is None else beta[:MATRICES]
     groups = scale_groups(program)
     variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
     evaluator = _VariantEvaluator(program, variants, len(sample), sample.device)
-    source = evaluator.round(INPUT, -sample.repeat(len(variants) + 1, 1, 1))
-    result = program.evaluate(evaluator, source).reshape(len(variants) + 1, *sample.shape)
+    exact_inputs = program_inputs(program, sample, beta, torch.float64)
+    inputs = {
+        name: evaluator.round(name, value.repeat(len(variants) + 1, 1, 1))
+        for name, value in exact_inputs.items()
+    }
+    result = program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)
+    result = result.reshape(len(variants) + 1, *sample.shape)
+    rows = exact_inputs[BETA] if program.vectors else torch.ones((), dtype=torch.float64)
+    rounding = {
+        grid[INPUT].format.name: _power((on_grid(result[-1], grid[program.output]) - result[-1]) * rows)
+        for grid in grids
+    }
+    result = result * rows
     errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
     noise = {
         (g, grid[INPUT].format.name): math.inf if math.isnan(e) else float(e)
         for (g, grid), e in zip(variants, errors, strict=True)
     }
-    missed = float((torch.tril(result[-1], -1) - exact).square().sum())
     return Sensitivities(
         signal=signal,
         # A program that is exact in real arithmetic leaves rounding of float64 only.
-        truncation=math.inf if math.isnan(missed) else missed,
+        truncation=_power(result[-1] - exact),
         noise={(g, f): value for (g, f), value in noise.items() if g != ALL},
         coherence={f: _coherence(noise, f) for g, f in noise if g == ALL},
-        ends=frozenset((groups[INPUT], groups[program.output])),
+        inputs=frozenset(groups[name] for name in (INPUT, *program.vectors)),
+        output=groups[program.output],
+        rounding=rounding,
     )
+
+
+def on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
+    """Return float64 values rounded onto a grid; NaN, from inf - inf, counts as infinite."""
+    finite = torch.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    integers = arithmetic.quantize(finite, grid.scale, grid.format)
+    return arithmetic.dequantize(integers, grid.scale, grid.format).to(torch.float64)
+
+
+def _power(error: torch.Tensor) -> float:
+    power = float(torch.tril(error, -1).square().sum())
+    return math.inf if math.isnan(power) else power
 
 
 def _coherence(noise: Mapping[tuple[str, str], float], name: str) -> float:

@@ -1,4 +1,4 @@
-"""Turns whatever a user has into a stream of ``(layer, L)`` pairs."""
+"""Turns whatever a user has into a stream of ``(layer, L)`` pairs, with beta where it is known."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from qinvert.errors import InputError, reason
-from qinvert.matrices import check_matrices
+from qinvert.matrices import check_beta, check_matrices
 
 #: Name of the only layer where a source does not name its layers.
 DEFAULT_LAYER: Final = "layer"
+#: In a file the array ``NAME.beta`` goes with the matrices ``NAME``.
+BETA_SUFFIX: Final = ".beta"
 
 
 def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,7 +30,9 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
         `qinvert.calibration.tokens.token_batches`); ``{layer: L}``; a tensor
         or array L; a path to .npz or .safetensors with one array a layer; an
         object with ``get_next()`` that returns such a dict or None at the
-        end; an iterable of L or of such dicts.
+        end; an iterable of L or of such dicts.  Instead of L a pair
+        ``(L, beta)`` is legal, beta of shape ``(..., C)``; in a file the
+        array ``NAME.beta`` goes with ``NAME``.
     data : optional
         Only for models.
 
@@ -38,12 +42,17 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
         If the source is of no such kind, is empty, or holds a matrix that is
         not legal (while streaming).
     """
+    return ((layer, lower) for layer, lower, _ in open_with_beta(source, data))
+
+
+def open_with_beta(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Stream checked ``(layer, L, beta)`` as `open_source` does; beta is None where it is not known."""
     if isinstance(source, torch.nn.Module):
-        from qinvert.calibration.hooks import capture
+        from qinvert.calibration.hooks import capture_with_beta
 
         if data is None:
             raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
-        return capture(source, data)
+        return capture_with_beta(source, data)
     if data is not None:
         raise InputError("data=... goes with a model; pass matrices alone as the source")
     return _checked(_pairs(source))
@@ -52,8 +61,10 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
 def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
     match source:
         case str() | os.PathLike():
-            yield from read_arrays(source).items()
+            yield from _with_beta(read_arrays(source))
         case torch.Tensor() | np.ndarray():
+            yield DEFAULT_LAYER, source
+        case tuple() if _is_pair(source):
             yield DEFAULT_LAYER, source
         case Mapping():
             yield from source.items()
@@ -70,6 +81,22 @@ def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
             )
 
 
+def _with_beta(arrays: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    betas = {name + BETA_SUFFIX for name in arrays} & arrays.keys()
+    for name, array in arrays.items():
+        if name not in betas:
+            beta = name + BETA_SUFFIX
+            yield name, (array, arrays[beta]) if beta in betas else array
+
+
+def _is_pair(item: Any) -> bool:
+    if not isinstance(item, tuple) or len(item) != 2:
+        return False
+    # Two matrices have as many axes; a beta has one less than its L.
+    lower, beta = (getattr(part, "ndim", None) for part in item)
+    return lower is not None and beta == lower - 1
+
+
 def read_all(reader: Any) -> Iterator[Any]:
     """Stream what ``reader.get_next()`` returns until it returns None."""
     # Not iter(reader.get_next, None): that compares arrays with None, elementwise.
@@ -81,11 +108,15 @@ def _named(item: Any) -> Iterable[tuple[str, Any]]:
     return item.items() if isinstance(item, Mapping) else [(DEFAULT_LAYER, item)]
 
 
-def _checked(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked(
+    pairs: Iterator[tuple[str, Any]],
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     empty = True
-    for layer, matrices in pairs:
-        empty = False
-        yield str(layer), check_matrices(matrices, name=f"L of layer {str(layer)!r}")
+    for key, item in pairs:
+        empty, layer = False, str(key)
+        matrices, beta = item if _is_pair(item) else (item, None)
+        lower = check_matrices(matrices, name=f"L of layer {layer!r}")
+        yield layer, lower, None if beta is None else check_beta(beta, lower, f"beta of layer {layer!r}")
     if empty:
         raise InputError("the source holds no matrices; pass at least one L")
 

@@ -17,6 +17,7 @@ from qinvert.export.qdq import QdqLowering
 from qinvert.files import write_atomically
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import Lowering, Profile, find_profile
+from qinvert.steps import BETA, MIN_BETA
 from qinvert.version import __version__
 
 #: How each kind of graph is written.
@@ -43,6 +44,7 @@ def export(
 
     The graph maps ``L`` float32 ``[1, batch, C, C]`` to ``T`` float32 of the
     same shape.  Fold batch, heads and chunks of a model into the second axis.
+    The graph of a factored plan takes ``beta`` ``[1, batch, C, 1]``, too.
 
     Parameters
     ----------
@@ -118,7 +120,14 @@ def lower(
     tensor = graph.input(source, shape)
     if source == "L":
         tensor = graph.node("Mul", [tensor, graph.scalar("minus_one", -1.0)], "M/negated", shape)
-    LOWERINGS[profile.lowering](plan, batch, graph).run(tensor, "T")
+    factors = ""
+    if plan.program.vectors:
+        # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.
+        column = [1, batch, plan.chunk, 1]
+        given = [graph.input(BETA, column), graph.scalar("smallest_beta", MIN_BETA)]
+        factors = graph.node("Max", given, "beta/floored", column)
+        tensor = graph.node("Div", [tensor, factors], "K", shape)
+    LOWERINGS[profile.lowering](plan, batch, graph).run(tensor, "T", factors)
     graph.output("T", shape)
     sign = "+" if source == "L" else "-"
     return graph.model("triangular_inverse", profile.opset, metadata, f"T = (I {sign} {source})^-1, {plan}")

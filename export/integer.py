@@ -9,20 +9,20 @@ from qinvert.execute import constant_matrix
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
 from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
-from qinvert.steps import INPUT, Add, Mask, MatMul, Rescale, Slice
+from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 
 class IntegerLowering(GraphLowering):
     """Values are int8 tensors; each node computes one float32 rounding of the simulator."""
 
-    def source(self, name: str) -> Value:
-        return self._quantized(INPUT, name, self.grid(INPUT).scale)
+    def source(self, tensor: str, name: str) -> Value:
+        return self._quantized(tensor, name, self.grid(tensor).scale)
 
     def finish(self, name: str) -> str:
         output = self.plan.program.output
         if self.grid(output).format.planes > 1:
             return self._sum(name, output, [("Add", self.value(output))])
-        inputs = [self.stored(output), self.scale(self.plan.output), self.zero_point]
+        inputs = [self.stored(output), self.scale_of(self.plan.output), self.zero_point]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
 
     def value(self, tensor: str) -> Value:
@@ -102,6 +102,36 @@ class IntegerLowering(GraphLowering):
         if step.factor != 1:
             real = self._scaled(step.output, step.output, real, step.factor)
         return self._quantized(step.output, real, self.grid(step.output).scale)
+
+    def scale(self, step: Scale, source: Value, vector: Value) -> Value:
+        name, factor = step.output, self.vectors[step.axis]
+        pairs = arithmetic.partial_products(len(source.planes), len(factor.planes))
+        totals = [self._elementwise(name, source, factor, group) for group in pairs]
+        if self.plan.requantize is Requantize.MULTIPLIER:
+            real = self._scaled(name, name, totals[0], self.plan.multiplier(step))
+            return self._quantized(name, real, 1.0)
+        lefts, rights = (self._plane_scales(value.tensor) for value in (source, factor))
+        units = [arithmetic.product_scale(lefts[i], rights[j]) for (i, j), *_ in pairs]
+        reals = [
+            self._scaled(f"{name}/{k}", name, total, unit)
+            for k, (total, unit) in enumerate(zip(totals, units, strict=True))
+        ]
+        return self._quantized(name, self._sum(f"{name}/sum", name, [], reals), self.grid(name).scale)
+
+    def _elementwise(self, name: str, left: Value, right: Value, pairs: list[tuple[int, int]]) -> str:
+        """Append the exact sum of products of planes, integers in float32."""
+        shape, total = self.shape(name), ""
+        for i, j in pairs:
+            factors = [
+                self._cast(value.planes[k], self.shape(value.tensor)) for value, k in ((left, i), (right, j))
+            ]
+            term = self.graph.node("Mul", factors, f"{name}/{i}x{j}", shape)
+            total = self.graph.node("Add", [total, term], f"{name}/{i}x{j}/sum", shape) if total else term
+        return total
+
+    def _cast(self, plane: str, shape: list[int]) -> str:
+        output = f"{plane}/cast"
+        return output if output in self.graph else self.graph.node("Cast", [plane], output, shape, to=1)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None

@@ -13,13 +13,16 @@ from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder
 from qinvert.plan import LayerPlan, Quantization
 from qinvert.program import Evaluator
-from qinvert.steps import INPUT, Axis, Concat, Constant, MatMul, Slice
+from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
 
 #: Tensor axis of a concat or slice; axis 0 is always 1.
 AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
 MAX_IDENTITY_BLOCKS = 32
+
+#: Names of the quantized beta, as it multiplies rows or columns.
+VECTORS = {Axis.ROWS: "beta/rows", Axis.COLUMNS: "beta/columns"}
 
 Int8Array = npt.NDArray[np.int8]
 
@@ -54,10 +57,12 @@ class GraphLowering(Evaluator[Value]):
         self.plan = plan
         self.batch = batch
         self.graph = graph
+        #: The quantized beta, by what it multiplies.
+        self.vectors: dict[Axis, Value] = {}
 
     @abstractmethod
-    def source(self, name: str) -> Value:
-        """Quantize the float tensor ``name``, which holds M, and return M."""
+    def source(self, tensor: str, name: str) -> Value:
+        """Quantize the float tensor ``name``, which holds the input ``tensor``, and return that."""
 
     @abstractmethod
     def finish(self, name: str) -> str:
@@ -78,14 +83,17 @@ class GraphLowering(Evaluator[Value]):
 
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""
-        return self.plan.tensors[tensor]
+        return self.plan.tensors[tensor if tensor in self.plan.tensors else BETA]
 
     def shape(self, tensor: str) -> list[int]:
         """Shape of a tensor of the program in the graph."""
-        blocks, rows, columns = self.plan.program.shapes[tensor]
+        shapes = self.plan.program.shapes
+        blocks, rows, columns = shapes[tensor] if tensor in shapes else shapes[BETA]
+        if tensor == VECTORS[Axis.COLUMNS] and tensor not in shapes:
+            rows, columns = columns, rows
         return [1, blocks * self.batch, rows, columns]
 
-    def scale(self, grid: Quantization) -> str:
+    def scale_of(self, grid: Quantization) -> str:
         """Scalar initializer of a scale, shared by all tensors that have it."""
         return self.graph.scalar(f"scale/{grid.scale!r}", grid.scale)
 
@@ -181,11 +189,25 @@ class GraphLowering(Evaluator[Value]):
         eye = np.eye(self.plan.chunk, dtype=np.float32)[None, None]
         return self.graph.initializer("identity", eye)
 
-    def run(self, source: str, output: str) -> None:
-        """Append the whole program between two float tensors."""
-        self.plan.program.evaluate(self, self.source(source))
-        if not self.plan.program.implicit_identity:
+    def run(self, source: str, output: str, beta: str = "") -> None:
+        """Append the whole program between two float tensors, ``beta`` a third one where it is factored."""
+        program, shape = self.plan.program, self.shape(INPUT)
+        value = self.source(INPUT, source)
+        for axis in dict.fromkeys(step.axis for step in program.steps if isinstance(step, Scale)):
+            self.vectors[axis] = self.source(VECTORS[axis], self._turned(beta, axis))
+        program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
+        if not program.implicit_identity:
             self.finish(output)
             return
-        strict = self.finish(f"{output}/strictly_lower")
-        self.graph.node("Add", [strict, self.identity_matrix()], output, self.shape(INPUT))
+        strict = f"{output}/strictly_lower"
+        if program.vectors:
+            self.graph.node("Mul", [self.finish(f"{output}/factored"), beta], strict, shape)
+        else:
+            self.finish(strict)
+        self.graph.node("Add", [strict, self.identity_matrix()], output, shape)
+
+    def _turned(self, beta: str, axis: Axis) -> str:
+        if axis == Axis.ROWS:
+            return beta
+        shape = self.shape(VECTORS[axis])
+        return self.graph.node("Transpose", [beta], "beta/transposed", shape, perm=[0, 1, 3, 2])

@@ -12,7 +12,7 @@ from qinvert.execute import constant_matrix
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
 from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
-from qinvert.steps import INPUT, Add, Mask, MatMul, Rescale, Slice
+from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 #: Grid of 0/1 masks.
 MASK_GRID = Quantization(format=INT8, scale=1.0)
@@ -21,8 +21,8 @@ MASK_GRID = Quantization(format=INT8, scale=1.0)
 class QdqLowering(GraphLowering):
     """Values are dequantized float tensors; every one has just been quantized."""
 
-    def source(self, name: str) -> Value:
-        return self._quantized(INPUT, name, self.shape(INPUT), self.grid(INPUT))
+    def source(self, tensor: str, name: str) -> Value:
+        return self._finished(tensor, name)
 
     def finish(self, name: str) -> str:
         # A dequantize node of its own: the output's name is the caller's.
@@ -86,6 +86,9 @@ class QdqLowering(GraphLowering):
         zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
         return self._operator("Add", step.output, [source.name, zero])
 
+    def scale(self, step: Scale, source: Value, vector: Value) -> Value:
+        return self._operator("Mul", step.output, [source.name, self.vectors[step.axis].name])
+
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
         matrix = constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
@@ -126,12 +129,12 @@ class QdqLowering(GraphLowering):
 
     def _stored(self, name: str, stored: str, value: str, shape: list[int], grid: Quantization) -> str:
         element = _element(grid)
-        inputs = [value, self.scale(grid), self._zero(element)]
+        inputs = [value, self.scale_of(grid), self._zero(element)]
         self.graph.node("QuantizeLinear", inputs, stored, shape, element)
         return self._dequantize(f"{name}/dequantized", stored, shape, grid)
 
     def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
-        inputs = [values, self.scale(grid), self._zero(_element(grid))]
+        inputs = [values, self.scale_of(grid), self._zero(_element(grid))]
         return self.graph.node("DequantizeLinear", inputs, name, shape)
 
     def _zero(self, element: str) -> str:

@@ -16,14 +16,16 @@ import torch
 from qinvert import plan_io
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError, VerificationError
+from qinvert.execute import needed_beta
 from qinvert.export.exporting import INPUTS, MAX_BATCH
 from qinvert.export.reading import read_model
 from qinvert.export.runtimes import Run, run_settings
 from qinvert.files import read_bytes
-from qinvert.matrices import check_matrices, solve
+from qinvert.matrices import check_matrices, row_factors, solve
 from qinvert.metrics import ErrorStatistics
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import Lowering, find_profile
+from qinvert.steps import BETA
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 
@@ -69,6 +71,7 @@ def verify(
     *,
     runtimes: Sequence[str] = ("onnxruntime",),
     layer: str | None = None,
+    beta: Any = None,
 ) -> list[Verification]:
     """Run an exported graph and compare every value with the simulator.
 
@@ -90,6 +93,8 @@ def verify(
         ``"onnxruntime"``, which runs with and without graph optimization.
     layer : str, optional
         Layer of the plan; read from the file if left out.
+    beta : tensor or array, shape ``(..., C)``, optional
+        In [0, 2]; a factored plan needs it, others ignore it.
 
     Returns
     -------
@@ -104,42 +109,53 @@ def verify(
         If the file is no graph of this package, a runtime is unknown, or
         refuses the graph.
     InputError
-        If ``L`` is not legal.
+        If ``L`` or ``beta`` is not legal.
     """
     content = read_bytes(path)
     model = read_model(content, path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     name = layer if layer is not None else metadata.get("qinvert.layer")
     layer_plan = plan.layer(name)
-    lower = (
-        check_matrices(L, layer_plan.chunk).to(torch.float32).reshape(-1, layer_plan.chunk, layer_plan.chunk)
-    )
     source, batch = _graph_input(model, layer_plan)
-    expected = layer_plan.inverse(lower).cpu().numpy()
+    lower, rows = _inputs(layer_plan, L, beta)
+    expected = layer_plan.inverse(lower, rows).cpu().numpy()
+    feed, unit = {source: lower if source == "L" else -lower}, torch.ones(len(lower), 1, 1)
+    if rows is not None:
+        feed[BETA], unit = rows.unsqueeze(-1), row_factors(rows, torch.float32).cpu()
     truth, exact = solve(lower), _is_exact(metadata, layer_plan)
     if not runtimes:
         raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
     # Every slot of the last batch computes something: fill it, and compare all of it.
     filled = np.arange(-(-len(lower) // batch) * batch) % len(lower)
-    lower, expected, truth = lower[filled], expected[filled], truth[filled]
+    expected, truth, unit = expected[filled], truth[filled], layer_plan.output.scale * unit[filled]
+    arrays = {name: values[filled].cpu().numpy() for name, values in feed.items()}
     results = []
     for runtime in runtimes:
         for setting, run in run_settings(runtime, content):
-            actual = _run_batches(run, source, (lower if source == "L" else -lower).cpu().numpy(), batch)
+            actual = _run_batches(run, arrays, batch, layer_plan.chunk)
             errors = ErrorStatistics()
             errors.update(torch.from_numpy(actual).to(truth.device), truth)
             name = f"{runtime} ({setting})"
-            results.append(_compare(name, actual, expected, layer_plan, exact, errors.sqnr_db))
+            results.append(_compare(name, actual, expected, layer_plan, exact, errors.sqnr_db, unit.numpy()))
             _judge(results[-1], actual, expected, _hint(metadata, plan))
     return results
+
+
+def _inputs(plan: LayerPlan, matrices: Any, beta: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    lower = check_matrices(matrices, plan.chunk).to(torch.float32)
+    rows = needed_beta(plan.program, lower, beta)
+    if rows is not None:
+        rows = rows.to(torch.float32).reshape(-1, plan.chunk)
+    return lower.reshape(-1, plan.chunk, plan.chunk), rows
 
 
 def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
     shapes = {value.name: _static_shape(value) for value in model.graph.input}
     outputs = [value.name for value in model.graph.output]
     name, shape = next(iter(shapes.items()), ("", []))
-    if len(shapes) != 1 or name not in INPUTS or outputs != ["T"]:
-        raise ExportError("the graph has no input L or M and output T; pass a file that qinvert exported")
+    if list(shapes)[1:] != list(plan.program.vectors) or name not in INPUTS or outputs != ["T"]:
+        wanted = " and ".join(["L or M", *plan.program.vectors])
+        raise ExportError(f"the graph has no input {wanted} and output T; pass a file that qinvert exported")
     returned = _static_shape(model.graph.output[0])
     if len(shape) != 4 or shape[0] != 1 or shape[2:] != [plan.chunk, plan.chunk] or returned != shape:
         raise ExportError(
@@ -161,11 +177,10 @@ def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
     return exact or find_profile(metadata.get("qinvert.profile", "")).lowering is Lowering.INTEGER
 
 
-def _run_batches(run: Run, source: str, matrices: Float32Array, batch: int) -> Float32Array:
-    parts = []
-    for start in range(0, len(matrices), batch):
-        result = np.asarray(run({source: matrices[start : start + batch][None]}))
-        wanted = (1, batch, *matrices.shape[1:])
+def _run_batches(run: Run, inputs: dict[str, Float32Array], batch: int, chunk: int) -> Float32Array:
+    parts, wanted = [], (1, batch, chunk, chunk)
+    for start in range(0, len(next(iter(inputs.values()))), batch):
+        result = np.asarray(run({name: x[start : start + batch][None] for name, x in inputs.items()}))
         if result.shape != wanted or result.dtype != np.float32:
             raise ExportError(
                 f"the graph returned {result.dtype} {list(result.shape)}, not float32 {list(wanted)}; "
@@ -182,9 +197,10 @@ def _compare(
     plan: LayerPlan,
     exact: bool,
     sqnr_db: float,
+    unit: Float32Array,
 ) -> Verification:
     differ = ~(actual == expected)
-    steps = np.abs(actual.astype(np.float64) - expected)[differ] / plan.output.scale
+    steps = (np.abs(actual.astype(np.float64) - expected) / unit)[differ]
     extra_bits = plan.output.format.container_bits - 8
     return Verification(
         runtime=runtime,

@@ -10,7 +10,7 @@ from qinvert.arithmetic import operand_magnitudes, partial_products
 from qinvert.checks import check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.program import Program
-from qinvert.steps import INPUT, MatMul, Rescale, Step
+from qinvert.steps import BETA, INPUT, Axis, MatMul, Rescale, Scale, Step
 
 if TYPE_CHECKING:
     from qinvert.plan import LayerPlan
@@ -145,6 +145,9 @@ def step_formula(step: Step) -> str:
         plus = "".join(f" + {name}" for name in step.add)
         minus = "".join(f" - {name}" for name in step.subtract)
         return f"{step.left} @ {step.right}{plus}{minus}"
+    if isinstance(step, Scale):
+        factor = f"diag({step.vector})"
+        return f"{factor} @ {step.source}" if step.axis == Axis.ROWS else f"{step.source} @ {factor}"
     if isinstance(step, Rescale) and step.factor != 1:
         return f"rescale({step.factor:g} * {step.source})"
     return f"{type(step).__name__.lower()}({', '.join(step.inputs)})"
@@ -163,8 +166,13 @@ def step_table(program: Program) -> str:
         f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {macs:>{widths[2]}}  {formula}"
         for name, shape, macs, formula in rows
     ]
-    result = f"I + {program.output}" if program.implicit_identity else program.output
-    return "\n".join([*lines, f"T = {result}: {program_cost(program)}"])
+    return "\n".join([*lines, f"T = {_result(program)}: {program_cost(program)}"])
+
+
+def _result(program: Program) -> str:
+    if program.vectors:
+        return f"I + diag({BETA}) @ {program.output}, {INPUT} stands for -L / {BETA}"
+    return f"I + {program.output}" if program.implicit_identity else program.output
 
 
 def _shorten(formula: str, limit: int = 72) -> str:

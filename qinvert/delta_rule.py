@@ -18,6 +18,8 @@ from qinvert.stress import from_keys
 
 #: ``inverse(L) -> T`` over ``[batch, heads, chunks, C, C]``.
 Inverse = Callable[[torch.Tensor], torch.Tensor]
+#: ``inverse(L, beta) -> T``, beta ``[batch, heads, chunks, C]``.
+InverseWithBeta = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 #: Added to the squared norm of queries and keys, as the models do.
 NORM_EPSILON = 1e-6
 
@@ -39,6 +41,7 @@ def chunk_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     *,
     inverse: Inverse = exact,
+    inverse_with_beta: InverseWithBeta | None = None,
     cu_seqlens: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -68,6 +71,8 @@ def chunk_gated_delta_rule(
         Normalize queries and keys first.
     inverse : callable
         ``inverse(L) -> T`` over ``[B, H, N, C, C]`` float32.
+    inverse_with_beta : callable, optional
+        ``inverse_with_beta(L, beta) -> T``, beta ``[B, H, N, C]``, instead.
 
     Returns
     -------
@@ -99,7 +104,8 @@ def chunk_gated_delta_rule(
         log_decay, b = (_chunks(x.unsqueeze(-1), chunk_size).squeeze(-1) for x in (g, beta))
         q = q * query.shape[-1] ** -0.5
         lower = from_keys(k, b, log_decay)
-        t = _checked(inverse(lower), lower)
+        found = inverse(lower) if inverse_with_beta is None else inverse_with_beta(lower, b)
+        t = _checked(found, lower)
         state = _initial_state(initial_state, k, v)
         out, state = _scan(q, k, v, torch.cumsum(log_decay, -1), b, t, state)
     out = out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype)

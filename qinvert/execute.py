@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from qinvert.errors import InputError
-from qinvert.matrices import check_matrices, like
+from qinvert.matrices import check_beta, check_matrices, divided, like, row_factors
 from qinvert.program import Evaluator, Program
-from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Slice
+from qinvert.steps import BETA, INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Scale, Slice
 
 #: Storage types; products of the 16-bit ones accumulate in float32.
 STORAGE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -40,6 +40,11 @@ class TorchEvaluator(Evaluator[torch.Tensor]):
 
     def concat(self, step: Concat, sources: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(sources, dim=list(Axis).index(step.axis))
+
+
+def along(step: Scale, vector: torch.Tensor) -> torch.Tensor:
+    """Return a vector ``[B, C, 1]`` so that it multiplies the rows or the columns of a tensor."""
+    return vector if step.axis == Axis.ROWS else vector.mT
 
 
 def _span(span: Range | None) -> slice:
@@ -82,12 +87,16 @@ class FloatEvaluator(TorchEvaluator):
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         return (step.factor * source.to(self.compute)).to(self.dtype)
 
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        return (source.to(self.compute) * along(step, vector).to(self.compute)).to(self.dtype)
+
 
 def run(
     program: Program,
     L: torch.Tensor,  # noqa: N803 - the field's name of this matrix
     dtype: torch.dtype | None = None,
     observe: Callable[[str, torch.Tensor], None] | None = None,
+    beta: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``T = (I + L)^-1`` by the program's steps in floating point.
 
@@ -100,8 +109,10 @@ def run(
         Storage type after every step: float64, float32 (default), float16 or
         bfloat16; the last two accumulate in float32.
     observe : callable, optional
-        ``observe(name, tensor)`` receives M and every step's output,
+        ``observe(name, tensor)`` receives the inputs and every step's output,
         ``[blocks * batch, rows, columns]``.
+    beta : tensor or array, shape ``(..., C)``, optional
+        In [0, 2]; a factored program needs it, others ignore it.
 
     Returns
     -------
@@ -112,13 +123,13 @@ def run(
     Raises
     ------
     InputError
-        If ``L`` or ``dtype`` is not legal.
+        If ``L``, ``beta`` or ``dtype`` is not legal.
     """
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in STORAGE_TYPES:
         raise InputError(f"dtype {dtype} is no storage type; use float64, float32, float16 or bfloat16")
     lower = check_matrices(L, program.chunk)
-    result = run_checked(program, lower, dtype, observe)
+    result = run_checked(program, lower, dtype, observe, needed_beta(program, lower, beta))
     if not isinstance(L, torch.Tensor) and dtype == torch.bfloat16:
         result = result.to(torch.float32)
     return like(result, L)  # type: ignore[return-value] # arrays in, arrays out
@@ -129,18 +140,63 @@ def run_checked(
     lower: torch.Tensor,
     dtype: torch.dtype,
     observe: Callable[[str, torch.Tensor], None] | None = None,
+    beta: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`run` of a checked tensor."""
-    flat = lower.reshape(-1, program.chunk, program.chunk)
-    evaluator = FloatEvaluator(flat.shape[0], dtype, flat.device)
+    """`run` of checked tensors."""
     # The storage type is this function's to choose, not autocast's.
-    with torch.autocast(flat.device.type, enabled=False):
-        result = program.evaluate(evaluator, -flat.to(dtype), observe)
-    return add_identity(program, result).reshape(lower.shape)
+    with torch.autocast(lower.device.type, enabled=False):
+        inputs = {
+            name: value.to(dtype) for name, value in program_inputs(program, lower, beta, dtype).items()
+        }
+        source = inputs.pop(INPUT)
+        evaluator = FloatEvaluator(source.shape[0], dtype, source.device)
+        result = program.evaluate(evaluator, source, observe, inputs).reshape(lower.shape)
+    return assemble(program, result, beta)
 
 
-def add_identity(program: Program, result: torch.Tensor) -> torch.Tensor:
-    """Return ``T`` from the program's output: ``I + S``, or the output itself."""
+def needed_beta(
+    program: Program, lower: torch.Tensor, beta: object, name: str = "beta"
+) -> torch.Tensor | None:
+    """Return the checked beta of checked matrices if ``program`` takes it, else None.
+
+    Raises
+    ------
+    InputError
+        If it is needed and missing, or not legal.
+    """
+    if not program.vectors:
+        return None
+    if beta is None:
+        raise InputError(
+            f"{program.title} divides the rows of L by {name}, which is missing; pass it with L, "
+            f"shape {list(lower.shape[:-1])}"
+        )
+    return check_beta(beta, lower, name)
+
+
+def program_inputs(
+    program: Program, lower: torch.Tensor, beta: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the real value of every input for checked L and beta, the batch in one axis.
+
+    ``M = -L``, or ``K = -L / max(beta, MIN_BETA)`` and that divisor where the
+    program is factored, in float32 (float64 for ``dtype`` float64).
+    """
+    size = program.chunk
+    if not program.vectors:
+        return {INPUT: -lower.reshape(-1, size, size).to(dtype)}
+    assert beta is not None
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    source, factors = divided(lower, beta, compute), row_factors(beta, compute)
+    return {INPUT: source.reshape(-1, size, size), BETA: factors.reshape(-1, size, 1)}
+
+
+def assemble(program: Program, result: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``T`` from the program's output: ``I + S``, ``I + beta W``, or the output itself."""
     if not program.implicit_identity:
         return result
+    if program.vectors:
+        assert beta is not None
+        compute = torch.float64 if result.dtype == torch.float64 else torch.float32
+        result = (result.to(compute) * row_factors(beta, compute)).to(result.dtype)
     return result + torch.eye(program.chunk, dtype=result.dtype, device=result.device)

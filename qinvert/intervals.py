@@ -26,15 +26,17 @@ import torch
 from qinvert import arithmetic
 from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
-from qinvert.execute import TorchEvaluator
+from qinvert.execute import TorchEvaluator, along
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Requantize
-from qinvert.steps import INPUT, MOVES, Add, MatMul, Rescale
+from qinvert.steps import BETA, INPUT, MAX_BETA, MIN_BETA, MOVES, Add, MatMul, Rescale, Scale
 
 #: Receives a tensor's name and its ends, low and high, each ``[blocks, rows, columns]``.
 Observer: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], None]
 #: Integers and the signed real value of one step.
 Term: TypeAlias = tuple[torch.Tensor, float]
+#: Interval of a product of two intervals, and the largest sum of magnitudes in it.
+Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 #: A grid without ends, to see where a value lies before it saturates.
 UNBOUNDED: Final = IntFormat(name="unbounded", container_bits=64, minimum=-(2**62), maximum=2**62)
@@ -55,7 +57,7 @@ class Accumulator(NamedTuple):
 class Intervals:
     """What `propagate` proved of a plan."""
 
-    #: Accumulators of every MatMul, one per group of plane pairs, heaviest first.
+    #: Accumulators of every MatMul and Scale, one per group of plane pairs, heaviest first.
     accumulators: Mapping[str, tuple[Accumulator, ...]]
     #: Tensors that saturate for no input: M, or results whose rounding stays inside the
     #: format.  What an earlier step clipped stays clipped.
@@ -69,11 +71,12 @@ def propagate(plan: LayerPlan, limit: float | None = None, observe: Observer | N
     ----------
     plan : LayerPlan
     limit : float, optional
-        In real units, such as max(beta).  None promises nothing about M: the
-        quantization of M saturates, so the whole input grid is propagated.
+        In real units, such as max(beta); of K where the program is factored,
+        with beta in [0, 2].  None promises nothing about M or beta: their
+        quantization saturates, so the whole input grid is propagated.
     observe : callable, optional
-        ``observe(name, low, high)`` receives the interval of M and of every
-        step's output.
+        ``observe(name, low, high)`` receives the interval of every input and
+        of every step's output.
 
     Raises
     ------
@@ -89,7 +92,8 @@ def propagate(plan: LayerPlan, limit: float | None = None, observe: Observer | N
             observe(name, *split(value))
 
     with torch.autocast("cpu", enabled=False):
-        plan.program.evaluate(evaluator, evaluator.source(bound), forward)
+        vectors = {name: evaluator.vector(name, bound) for name in plan.program.vectors}
+        plan.program.evaluate(evaluator, evaluator.source(bound), forward, vectors)
     return Intervals(
         accumulators=evaluator.accumulators, cannot_saturate=_unsaturated(plan, evaluator.inside)
     )
@@ -154,6 +158,13 @@ def product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
     return join(torch.ceil(middle - radius), torch.floor(middle + radius)), largest
 
 
+def elementwise(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the interval of ``a * b``, spread over the larger shape, and ``max|a * b|``."""
+    corners = torch.stack([a * b for a in split(left) for b in split(right)])
+    ends = join(corners.amin(0), corners.amax(0))
+    return ends, magnitude(ends)
+
+
 def _midpoint(interval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = split(interval.to(torch.float64))
     # |m| + r is the larger magnitude of the two ends.
@@ -174,8 +185,18 @@ class IntervalEvaluator(TorchEvaluator):
     def source(self, limit: float) -> torch.Tensor:
         """Return the interval of M for ``|M[i, j]| <= limit``."""
         high = torch.full((1, self.plan.chunk, self.plan.chunk), limit, dtype=torch.float64).tril(-1)
-        scale, ends = self.plan.input.scale, join(-high, high)
-        return self._round(INPUT, lambda fmt: arithmetic.quantize(ends, scale, fmt))
+        return self._quantized(INPUT, join(-high, high))
+
+    def vector(self, name: str, limit: float) -> torch.Tensor:
+        """Return the interval of beta as rows are divided by it, `qinvert.matrices.row_factors`."""
+        assert name == BETA
+        largest = math.inf if limit == math.inf else MAX_BETA
+        low, high = (torch.full((1, self.plan.chunk, 1), end) for end in (MIN_BETA, largest))
+        return self._quantized(name, join(low, high))
+
+    def _quantized(self, name: str, ends: torch.Tensor) -> torch.Tensor:
+        scale = self.plan.tensors[name].scale
+        return self._round(name, lambda fmt: arithmetic.quantize(ends, scale, fmt))
 
     def matmul(
         self,
@@ -193,10 +214,10 @@ class IntervalEvaluator(TorchEvaluator):
         rights = self._planes(step.right, right, arithmetic.operand_planes)
         if self.plan.requantize is Requantize.MULTIPLIER:
             residuals = [scaled(q, sign * self.plan.residual_factor(step, name)) for name, sign, q in signed]
-            ((total, _),) = self._accumulators(step, lefts, rights, residuals)
+            ((total, _),) = self._accumulators(step.output, product, lefts, rights, residuals)
             factor = self.plan.multiplier(step)
             return self._round(step.output, lambda fmt: arithmetic.requantize_multiplier(total, factor, fmt))
-        terms = self._accumulators(step, lefts, rights, [])
+        terms = self._accumulators(step.output, product, lefts, rights, [])
         for name, sign, q in signed:
             terms += [(plane, sign * scale) for plane, scale in self._planes(name, q)]
         return self._sum(step.output, terms)
@@ -213,6 +234,15 @@ class IntervalEvaluator(TorchEvaluator):
             step.output, lambda fmt: arithmetic.requantize_scaled(value, 1.0, step.factor, scale, fmt)
         )
 
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        lefts = self._planes(step.source, source)
+        rights = self._planes(step.vector, along(step, vector), arithmetic.operand_planes)
+        terms = self._accumulators(step.output, elementwise, lefts, rights, [])
+        if self.plan.requantize is Requantize.DIVIDE:
+            return self._sum(step.output, terms)
+        (total, _), factor = terms[0], self.plan.multiplier(step)
+        return self._round(step.output, lambda fmt: arithmetic.requantize_multiplier(total, factor, fmt))
+
     def _planes(
         self,
         name: str,
@@ -227,18 +257,23 @@ class IntervalEvaluator(TorchEvaluator):
         return [high, (_low_plane(high[0], low), scale)]
 
     def _accumulators(
-        self, step: MatMul, lefts: list[Term], rights: list[Term], residuals: list[torch.Tensor]
+        self,
+        output: str,
+        multiply: Multiply,
+        lefts: list[Term],
+        rights: list[Term],
+        residuals: list[torch.Tensor],
     ) -> list[Term]:
         totals, records = [], []
         for pairs in arithmetic.partial_products(len(lefts), len(rights)):
-            parts = [product(lefts[i][0], rights[j][0]) for i, j in pairs]
+            parts = [multiply(lefts[i][0], rights[j][0]) for i, j in pairs]
             parts += [(residual, magnitude(residual)) for residual in residuals]
             total, largest = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
             low, high = split(total)
             records.append(Accumulator(int(low.min()), int(high.max()), int(largest.max())))
             i, j = pairs[0]
             totals.append((total, arithmetic.product_scale(lefts[i][1], rights[j][1])))
-        self.accumulators[step.output] = tuple(records)
+        self.accumulators[output] = tuple(records)
         return totals
 
     def _sum(self, name: str, terms: list[Term]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from qinvert.errors import InputError
-from qinvert.steps import check_chunk
+from qinvert.steps import MAX_BETA, MIN_BETA, check_chunk
 
 Array: TypeAlias = npt.NDArray[np.floating]
 Matrices: TypeAlias = "torch.Tensor | Array"
@@ -93,6 +93,44 @@ def check_matrices(matrices: object, chunk: int | None = None, name: str = "L") 
             "pass L of T = (I + L)^-1, for example tril(A, -1)"
         )
     return tensor
+
+
+def check_beta(beta: object, lower: torch.Tensor, name: str = "beta") -> torch.Tensor:
+    """Return ``beta`` as a tensor ``(..., C)`` that goes with checked matrices ``L``.
+
+    Raises
+    ------
+    InputError
+        If there is not one number in [0, 2] for every row of L, or a row
+        whose beta is 0 is not 0.
+    """
+    tensor = as_tensor(beta, name).to(lower.device)
+    if tensor.shape != lower.shape[:-1]:
+        raise InputError(
+            f"{name} has shape {list(tensor.shape)}; L {list(lower.shape)} needs one number a row, "
+            f"{list(lower.shape[:-1])}"
+        )
+    # NaN fails every comparison.
+    if not bool(((tensor >= 0) & (tensor <= MAX_BETA)).all()):
+        raise InputError(f"{name} holds values that are not in [0, {MAX_BETA:g}]; pass what sigmoid returned")
+    if bool(lower[tensor == 0].any()):
+        raise InputError(f"{name} is 0 where the row of L is not; pass the beta that L was built with")
+    return tensor
+
+
+def row_factors(beta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``max(beta, MIN_BETA)`` ``(..., C, 1)``: what rows are divided by, and multiplied by at the end."""
+    return beta.to(dtype).clamp(min=MIN_BETA).unsqueeze(-1)
+
+
+def divided(lower: torch.Tensor, beta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``K = -L / max(beta, MIN_BETA)``, row by row: one division of ``dtype``, as in the graph.
+
+    Exact arithmetic has ``(I + L)^-1 = I + beta W`` for every positive beta:
+    the smallest one is a matter of range, not of accuracy.  A row of zeros
+    gives zeros.
+    """
+    return -lower.to(dtype) / row_factors(beta, dtype)
 
 
 def like(result: torch.Tensor, given: object) -> torch.Tensor | Array:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from qinvert import arithmetic
+from qinvert.execute import assemble, program_inputs
 from qinvert.matrices import solve
-from qinvert.plan import LayerPlan
+from qinvert.plan import LayerPlan, Quantization
+from qinvert.steps import BETA, INPUT
 
 
 @dataclass(slots=True)
@@ -66,33 +68,42 @@ def _largest(old: float, new: float) -> float:
     return math.inf if math.isnan(new) else max(old, new)
 
 
-def floor_inverse(plan: LayerPlan, lower: torch.Tensor) -> torch.Tensor:
+def floor_inverse(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
     """Return the best that any algorithm can do on the plan's input and output grids.
 
-    The exact inverse of the quantized L, put onto the output's grid.  What a
-    plan achieves minus this floor is what its *algorithm* loses.
+    The exact inverse of the quantized L, put onto the output's grid; of the
+    quantized K and beta, put onto W's grid, where the program is factored.
+    What a plan achieves minus this floor is what its *algorithm* loses.
 
     Parameters
     ----------
     plan : LayerPlan
     lower : torch.Tensor, shape ``(..., C, C)``
         Checked L.
+    beta : torch.Tensor, shape ``(..., C)``, optional
+        Checked; only for factored programs.
 
     Returns
     -------
     torch.Tensor
         float32.
     """
-    grid = plan.input
-    quantized = arithmetic.quantize(-lower.to(torch.float32), grid.scale, grid.format)
+    inputs = {
+        name: _on_grid(value, plan.tensors[name])
+        for name, value in program_inputs(plan.program, lower, beta, torch.float32).items()
+    }
+    source = inputs[INPUT]
+    exact = solve(-source * inputs.get(BETA, 1.0))
+    if plan.program.vectors:
+        # W = K T, also where the quantized beta is 0.
+        exact = source.to(torch.float64) @ exact
     # A solve that overflows ends in inf - inf: what is lost there saturates.
-    exact = torch.nan_to_num(solve(-arithmetic.dequantize(quantized, grid.scale, grid.format)), nan=math.inf)
-    if not plan.program.implicit_identity:
-        return _on_grid(exact, plan)
-    return _on_grid(torch.tril(exact, -1), plan) + torch.eye(plan.chunk, device=lower.device)
+    exact = torch.nan_to_num(exact, nan=math.inf)
+    if not plan.program.vectors and plan.program.implicit_identity:
+        exact = torch.tril(exact, -1)
+    return assemble(plan.program, _on_grid(exact, plan.output).reshape(lower.shape), beta)
 
 
-def _on_grid(values: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-    output = plan.output
-    integers = arithmetic.quantize(values, output.scale, output.format)
-    return arithmetic.dequantize(integers, output.scale, output.format)
+def _on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
+    integers = arithmetic.quantize(values, grid.scale, grid.format)
+    return arithmetic.dequantize(integers, grid.scale, grid.format)

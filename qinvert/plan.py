@@ -20,7 +20,7 @@ from qinvert.errors import PlanError
 from qinvert.formats import INT8, IntFormat
 from qinvert.matrices import M, check_matrices, like
 from qinvert.program import Program
-from qinvert.steps import INPUT, MOVES, MatMul
+from qinvert.steps import INPUT, MOVES, MatMul, Scale
 
 if TYPE_CHECKING:
     from qinvert.proof import Proof
@@ -95,8 +95,8 @@ class LayerPlan:
         for step in self.program.steps:
             if isinstance(step, MatMul):
                 arithmetic.check_accumulator(self.accumulator_bound(step))
-                if self.requantize is Requantize.MULTIPLIER:
-                    self.multiplier(step)
+            if isinstance(step, (MatMul, Scale)) and self.requantize is Requantize.MULTIPLIER:
+                self.multiplier(step)
 
     @property
     def chunk(self) -> int:
@@ -105,7 +105,7 @@ class LayerPlan:
 
     @property
     def input(self) -> Quantization:
-        """Grid of M = -L."""
+        """Grid of M = -L, of K where the program is factored."""
         return self.tensors[INPUT]
 
     @property
@@ -146,9 +146,10 @@ class LayerPlan:
             )
         return factor
 
-    def multiplier(self, step: MatMul) -> float:
+    def multiplier(self, step: MatMul | Scale) -> float:
         """Factor from the step's accumulator to the integers of its output."""
-        names = (step.left, step.right, step.output)
+        left, right = (step.left, step.right) if isinstance(step, MatMul) else step.inputs
+        names = (left, right, step.output)
         return arithmetic.multiplier(*(self.tensors[name].scale for name in names))
 
     def accumulator_bound(self, step: MatMul) -> int:
@@ -166,13 +167,15 @@ class LayerPlan:
                 bound += self.residual_factor(step, term) * self.tensors[term].format.magnitude
         return bound
 
-    def inverse(self, L: M) -> M:  # noqa: N803 - the field's name of this matrix
+    def inverse(self, L: M, beta: Any = None) -> M:  # noqa: N803 - the field's name of this matrix
         """``T = (I + L)^-1`` by the integer program, simulated bit-exactly.
 
         Parameters
         ----------
         L : tensor or array, shape ``(..., C, C)``
             Strictly lower triangular; any float dtype, quantized from float32.
+        beta : tensor or array, shape ``(..., C)``, optional
+            In [0, 2]; a factored program needs it, others ignore it.
 
         Returns
         -------
@@ -182,11 +185,14 @@ class LayerPlan:
         Raises
         ------
         InputError
-            See `qinvert.matrices.check_matrices`.
+            See `qinvert.matrices.check_matrices` and `check_beta`.
         """
+        from qinvert.execute import needed_beta
         from qinvert.simulator import simulate_inverse
 
-        return cast("M", like(simulate_inverse(self, check_matrices(L, self.chunk)), L))
+        lower = check_matrices(L, self.chunk)
+        beta = needed_beta(self.program, lower, beta)
+        return cast("M", like(simulate_inverse(self, lower, beta=beta), L))
 
     def cost(self) -> int:
         """Work of one matrix in int8 multiply-accumulates; see `qinvert.cost.plan_cost`."""

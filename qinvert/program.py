@@ -4,7 +4,8 @@ A `Program` is pure data.  It computes the strictly lower part ``S`` of
 
     T = (I - M)^-1 = I + S,        M = -L strictly lower triangular,
 
-(or ``T`` itself where `Program.implicit_identity` is false).  Float execution,
+(or ``T`` itself where `Program.implicit_identity` is false; for the factored
+form see `Program.vectors`).  Float execution,
 observation, integer simulation, cost and ONNX lowering are all interpreters
 of the same list: each implements `Evaluator` and is driven by
 `Program.evaluate`.
@@ -19,7 +20,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from qinvert.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Shape, Slice, Step, check_chunk
+from qinvert.errors import ProgramError
+from qinvert.steps import (
+    INPUT,
+    Add,
+    Concat,
+    Constant,
+    Mask,
+    MatMul,
+    Rescale,
+    Scale,
+    Shape,
+    Slice,
+    Step,
+    check_chunk,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +66,10 @@ class Evaluator(ABC, Generic[V]):
     @abstractmethod
     def rescale(self, step: Rescale, source: V) -> V:
         """Return ``step.factor * source`` on the output's scale."""
+
+    @abstractmethod
+    def scale(self, step: Scale, source: V, vector: V) -> V:
+        """Return ``source`` with its rows or columns multiplied by ``vector``."""
 
     @abstractmethod
     def mask(self, step: Mask, source: V, constant: V) -> V:
@@ -92,6 +111,9 @@ class Program:
     output: str = INPUT
     #: The result is S = T - I: the identity is added after dequantization.
     implicit_identity: bool = True
+    #: Vector inputs: none, or ``("beta",)``, which makes the program *factored*: it takes
+    #: K = diag(beta)^-1 M for M and computes W = diag(beta)^-1 S.
+    vectors: tuple[str, ...] = ()
     #: Shape of every tensor, derived.
     shapes: Mapping[str, Shape] = field(init=False, repr=False, compare=False)
 
@@ -103,11 +125,15 @@ class Program:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the input and of every step's output, in order."""
-        return (INPUT, *(step.output for step in self.steps))
+        """Names of the inputs and of every step's output, in order."""
+        return (INPUT, *self.vectors, *(step.output for step in self.steps))
 
     def evaluate(
-        self, evaluator: Evaluator[V], source: V, observe: Callable[[str, V], None] | None = None
+        self,
+        evaluator: Evaluator[V],
+        source: V,
+        observe: Callable[[str, V], None] | None = None,
+        vectors: Mapping[str, V] | None = None,
     ) -> V:
         """Run every step through ``evaluator`` and return the output's value.
 
@@ -116,14 +142,27 @@ class Program:
         evaluator : Evaluator
             Gives the steps their meaning.
         source : V
-            Value of M.
+            Value of M (of K if the program is factored).
         observe : callable, optional
-            Called as ``observe(name, value)`` for M and after every step.
-            A value is dropped as soon as no later step needs it.
+            Called as ``observe(name, value)`` for the inputs and after every
+            step.  A value is dropped as soon as no later step needs it.
+        vectors : mapping, optional
+            Value of every vector input, ``[1, C, 1]`` per input matrix.
+
+        Raises
+        ------
+        ProgramError
+            If a vector input is missing, or the program takes none.
         """
-        values: dict[str, V] = {INPUT: source}
+        values: dict[str, V] = {INPUT: source, **(vectors or {})}
+        if set(values) != {INPUT, *self.vectors}:
+            raise ProgramError(
+                f"{self.title} takes the vectors {list(self.vectors)}, got {list(vectors or {})}; "
+                "pass one value for each"
+            )
         if observe is not None:
-            observe(INPUT, source)
+            for name, value in values.items():
+                observe(name, value)
         for step, dead in self._schedule():
             for constant in self.constants:
                 if constant.name in step.inputs:
@@ -148,11 +187,12 @@ class Program:
         L: torch.Tensor,  # noqa: N803 - the field's name of this matrix
         dtype: torch.dtype | None = None,
         observe: Callable[[str, torch.Tensor], None] | None = None,
+        beta: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``T = (I + L)^-1`` in floating point; see `qinvert.execute.run`."""
         from qinvert.execute import run
 
-        return run(self, L, dtype=dtype, observe=observe)
+        return run(self, L, dtype=dtype, observe=observe, beta=beta)
 
     def cost(self, bytes_per_element: int = 1) -> Cost:
         """Multiply-accumulates, products, depth, steps and traffic; see `qinvert.cost.program_cost`."""
@@ -182,6 +222,8 @@ def _apply(evaluator: Evaluator[V], step: Step, values: Mapping[str, V]) -> V:
             return evaluator.add(step, values[step.left], values[step.right])
         case Rescale():
             return evaluator.rescale(step, values[step.source])
+        case Scale():
+            return evaluator.scale(step, values[step.source], values[step.vector])
         case Mask():
             return evaluator.mask(step, values[step.source], values[step.constant])
         case Slice():

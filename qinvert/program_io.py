@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from qinvert.errors import PlanError
 from qinvert.program import Program
-from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice, Step
+from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice, Step
 
 Json: TypeAlias = dict[str, Any]
 T = TypeVar("T")
@@ -18,6 +18,7 @@ OPERATIONS: Final[dict[str, type[Step]]] = {
     "matmul": MatMul,
     "add": Add,
     "rescale": Rescale,
+    "scale": Scale,
     "mask": Mask,
     "slice": Slice,
     "concat": Concat,
@@ -60,6 +61,8 @@ def program_to_json(program: Program) -> Json:
         "steps": [_step_to_json(step) for step in program.steps],
         "output": program.output,
         "implicit_identity": program.implicit_identity,
+        # Only where there are any: older plans and their hashes stay as they are.
+        **({"vectors": list(program.vectors)} if program.vectors else {}),
     }
 
 
@@ -93,6 +96,7 @@ def program_from_json(obj: Any) -> Program:
         steps=tuple(_step_from_json(s) for s in require(obj, "steps", list)),
         output=require(obj, "output", str),
         implicit_identity=require(obj, "implicit_identity", bool),
+        vectors=_texts("vectors", obj.get("vectors", [])),
     )
 
 
@@ -154,6 +158,7 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "left": _text,
     "right": _text,
     "source": _text,
+    "vector": _text,
     "constant": _text,
     "add": _texts,
     "subtract": _texts,

@@ -21,7 +21,7 @@ from qinvert.errors import PlanError
 from qinvert.intervals import propagate
 from qinvert.plan import LayerPlan, Quantization
 from qinvert.program import Program
-from qinvert.steps import INPUT
+from qinvert.steps import INPUT, MIN_BETA, Scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +108,8 @@ def prove(plan: LayerPlan, limit: float | None = None, max_beta: float = 1.0) ->
     ----------
     plan : LayerPlan
     limit : float, optional
-        Guaranteed largest |M|, in real units.  None promises nothing: M
-        saturates where it is quantized.
+        Guaranteed largest |M|, in real units (|K| where the program is
+        factored).  None promises nothing: M saturates where it is quantized.
     max_beta : float
         Guaranteed largest beta, for the range bounds; they hold for unit keys.
 
@@ -121,7 +121,7 @@ def prove(plan: LayerPlan, limit: float | None = None, max_beta: float = 1.0) ->
     check_magnitude("max_beta", max_beta, PlanError, "pass the largest beta, 1.0 or 2.0 for most models")
     intervals = propagate(plan, limit)
     proved = set(intervals.cannot_saturate)
-    bounds = {name: bound * max_beta for name, bound in _bounds(plan.program).items()}
+    bounds = _bounds(plan.program, max_beta)
     covered = {name for name, bound in bounds.items() if _covers(plan.tensors[name], bound)}
     open_ = [name for name in plan.program.tensors if name not in proved | covered]
     return Proof(
@@ -140,10 +140,16 @@ def prove(plan: LayerPlan, limit: float | None = None, max_beta: float = 1.0) ->
     )
 
 
-def _bounds(program: Program) -> dict[str, float]:
+def _bounds(program: Program, max_beta: float) -> dict[str, float]:
     # |M[i, j]| = beta_i |<k_i, k_j>| exp(G_i - G_j), and decay never grows.
-    bounds = {step.output: step.bound for step in program.steps}
-    return {INPUT: 1.0} | {name: bound for name, bound in bounds.items() if bound is not None}
+    bounds = {INPUT: 1.0} | {s.output: s.bound for s in program.steps if s.bound is not None}
+    if not program.vectors:
+        return {name: bound * max_beta for name, bound in bounds.items()}
+    # K = M / beta and W hold no beta; the divisor is at least MIN_BETA.
+    largest = max(max_beta, MIN_BETA)
+    scaled = {step.output for step in program.steps if isinstance(step, Scale)}
+    bounds = {name: bound * (largest if name in scaled else 1.0) for name, bound in bounds.items()}
+    return bounds | dict.fromkeys(program.vectors, largest)
 
 
 def _covers(grid: Quantization, bound: float) -> bool:

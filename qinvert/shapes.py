@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from qinvert.errors import ProgramError
 from qinvert.program import Program
 from qinvert.steps import (
+    BETA,
     INPUT,
     MAX_EXPANSION,
     MAX_NAME,
@@ -20,6 +21,7 @@ from qinvert.steps import (
     MatMul,
     Range,
     Rescale,
+    Scale,
     Shape,
     Slice,
     Step,
@@ -37,10 +39,11 @@ def infer_shapes(program: Program) -> Mapping[str, Shape]:
     """
     whole = Shape(1, program.chunk, program.chunk)
     _check_limits(program)
-    shapes = {INPUT: whole}
+    _check_vectors(program)
+    shapes = {INPUT: whole} | dict.fromkeys(program.vectors, Shape(1, program.chunk, 1))
     zeros = {c.name for c in program.constants if not any(stop > start for start, stop in c.ones)}
     constants = {c.name: Shape(1, c.rows, c.columns) for c in program.constants}
-    if len(constants) != len(program.constants) or INPUT in constants:
+    if len(constants) != len(program.constants) or not shapes.keys().isdisjoint(constants):
         raise ProgramError(f"{program.name}: two constants share a name, or one is called {INPUT!r}")
     for step in program.steps:
         if step.output in shapes or step.output in constants:
@@ -53,9 +56,30 @@ def infer_shapes(program: Program) -> Mapping[str, Shape]:
                 )
         if isinstance(step, Concat):
             _check_zeros(step, set(constants) - zeros)
+        _check_readers(step, program.vectors)
         shapes[step.output] = _bounded(step, _output_shape(step, shapes, constants), whole)
     _check_output(program, shapes, whole)
     return shapes
+
+
+def _check_vectors(program: Program) -> None:
+    if program.vectors not in ((), (BETA,)):
+        raise ProgramError(f"{program.name}: vectors {program.vectors!r}; use none or ({BETA!r},)")
+    if program.vectors and not program.implicit_identity:
+        raise ProgramError(
+            f"{program.name}: with a vector the result is W = (T - I) / beta, without identity"
+        )
+
+
+def _check_readers(step: Step, vectors: tuple[str, ...]) -> None:
+    if isinstance(step, Scale) and step.vector not in vectors:
+        raise ProgramError(f"step {step.output!r}: {step.vector!r} is no vector input of the program")
+    for name in (step.source,) if isinstance(step, Scale) else step.inputs:
+        if name in vectors:
+            raise ProgramError(
+                f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor by it, "
+                "no other step may read it"
+            )
 
 
 def _check_limits(program: Program) -> None:
@@ -111,6 +135,8 @@ def _output_shape(step: Step, shapes: Mapping[str, Shape], constants: Mapping[st
         case Rescale():
             (source,) = _tensors(step, shapes)
             return source
+        case Scale():
+            return _scale_shape(step, *_tensors(step, shapes))
         case Mask():
             return _mask_shape(step, shapes, constants)
         case Slice():
@@ -145,6 +171,18 @@ def _same(step: Step, left: Shape, right: Shape) -> Shape:
     if left != right:
         raise ProgramError(f"step {step.output!r}: shapes {left} and {right} differ; a sum needs equal ones")
     return left
+
+
+def _scale_shape(step: Scale, source: Shape, vector: Shape) -> Shape:
+    if step.axis not in (Axis.ROWS, Axis.COLUMNS):
+        raise ProgramError(f"step {step.output!r}: axis {step.axis!r} cannot be scaled; use rows or columns")
+    size = source.rows if step.axis == Axis.ROWS else source.columns
+    if (source.blocks, size) != vector[:2]:
+        raise ProgramError(
+            f"step {step.output!r}: {source} has {source.blocks} blocks of {size} {step.axis}, the vector is "
+            f"{vector}; scale whole matrices"
+        )
+    return source
 
 
 def _mask_shape(step: Mask, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 import torch
 
 from qinvert import arithmetic
-from qinvert.execute import TorchEvaluator, add_identity
+from qinvert.execute import TorchEvaluator, along, assemble, program_inputs
 from qinvert.plan import LayerPlan, Quantization, Requantize
-from qinvert.steps import Add, MatMul, Rescale
+from qinvert.steps import INPUT, Add, MatMul, Rescale, Scale
 
 Observer = Callable[[str, torch.Tensor], None]
+#: Exact product of integer-valued tensors, dense or elementwise.
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class IntegerEvaluator(TorchEvaluator):
@@ -36,7 +38,17 @@ class IntegerEvaluator(TorchEvaluator):
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
         tensors, bound = self.plan.tensors, self.plan.accumulator_bound(step)
-        accumulators = self._accumulators(tensors[step.left], tensors[step.right], left, right, bound)
+        largest = max(
+            *arithmetic.operand_magnitudes(tensors[step.left].format, right=False),
+            *arithmetic.operand_magnitudes(tensors[step.right].format, right=True),
+        )
+        accumulators = self._accumulators(
+            tensors[step.left],
+            tensors[step.right],
+            left,
+            right,
+            lambda a, b: arithmetic.integer_matmul(a, b, bound, largest),
+        )
         signed = [
             *((name, 1, value) for name, value in zip(step.add, add, strict=True)),
             *((name, -1, value) for name, value in zip(step.subtract, subtract, strict=True)),
@@ -63,20 +75,16 @@ class IntegerEvaluator(TorchEvaluator):
         right_grid: Quantization,
         left: torch.Tensor,
         right: torch.Tensor,
-        bound: int,
+        multiply: Multiply,
     ) -> list[tuple[torch.Tensor, float]]:
         lefts = arithmetic.planes(left, left_grid.scale, left_grid.format)
         rights = arithmetic.operand_planes(right, right_grid.scale, right_grid.format)
-        largest = max(
-            *arithmetic.operand_magnitudes(left_grid.format, right=False),
-            *arithmetic.operand_magnitudes(right_grid.format, right=True),
-        )
         accumulators = []
         for pairs in arithmetic.partial_products(len(lefts), len(rights)):
             (i, j), *others = pairs
-            total = arithmetic.integer_matmul(lefts[i][0], rights[j][0], bound, largest)
+            total = multiply(lefts[i][0], rights[j][0])
             for k, m in others:
-                total = total + arithmetic.integer_matmul(lefts[k][0], rights[m][0], bound, largest)
+                total = total + multiply(lefts[k][0], rights[m][0])
             accumulators.append((total, arithmetic.product_scale(lefts[i][1], rights[j][1])))
         return accumulators
 
@@ -90,33 +98,56 @@ class IntegerEvaluator(TorchEvaluator):
         value = arithmetic.dequantize(source, grid.scale, grid.format)
         return arithmetic.requantize_scaled(value, 1.0, step.factor, output.scale, output.format)
 
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        tensors, output = self.plan.tensors, self.plan.tensors[step.output]
+        # One product an element, at most 2^22: exact in float32.
+        terms = self._accumulators(
+            tensors[step.source], tensors[step.vector], source, along(step, vector), torch.mul
+        )
+        if self.plan.requantize is Requantize.MULTIPLIER:
+            return arithmetic.requantize_multiplier(terms[0][0], self.plan.multiplier(step), output.format)
+        return self._sum(step.output, terms)
+
     def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
         (first, unit), *addends = terms
         output = self.plan.tensors[name]
         return arithmetic.requantize_divide(first, unit, addends, output.scale, output.format)
 
 
-def simulate_inverse(plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
-    """`LayerPlan.inverse` of a checked tensor ``L``; float32 on its device.
+def simulate_inverse(
+    plan: LayerPlan,
+    lower: torch.Tensor,
+    observe: Observer | None = None,
+    beta: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`LayerPlan.inverse` of checked tensors; float32 on L's device.
 
     Raises
     ------
     InputError
         If ``lower`` holds a NaN.
     """
-    result = simulate_integers(plan, lower, observe)
+    result = simulate_integers(plan, lower, observe, beta)
     values = arithmetic.dequantize(result, plan.output.scale, plan.output.format)
-    return add_identity(plan.program, values)
+    return assemble(plan.program, values, beta)
 
 
-def simulate_integers(plan: LayerPlan, lower: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
-    """Integers of the program's output for a checked ``L``, as integer-valued float32.
+def simulate_integers(
+    plan: LayerPlan,
+    lower: torch.Tensor,
+    observe: Observer | None = None,
+    beta: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Integers of the program's output for checked tensors, as integer-valued float32.
 
-    ``observe(name, integers)`` receives M and every step's output.
+    ``observe(name, integers)`` receives the inputs and every step's output.
     """
-    flat = lower.reshape(-1, plan.chunk, plan.chunk)
-    evaluator = IntegerEvaluator(plan, flat.shape[0], flat.device)
-    source = arithmetic.quantize(-flat.to(torch.float32), plan.input.scale, plan.input.format)
+    inputs = {
+        name: arithmetic.quantize(value, plan.tensors[name].scale, plan.tensors[name].format)
+        for name, value in program_inputs(plan.program, lower, beta, torch.float32).items()
+    }
+    source = inputs.pop(INPUT)
+    evaluator = IntegerEvaluator(plan, source.shape[0], source.device)
     # Autocast would run the products of the float32 integers in 16-bit accumulators.
-    with torch.autocast(flat.device.type, enabled=False):
-        return plan.program.evaluate(evaluator, source, observe).reshape(lower.shape)
+    with torch.autocast(source.device.type, enabled=False):
+        return plan.program.evaluate(evaluator, source, observe, inputs).reshape(lower.shape)

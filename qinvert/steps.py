@@ -15,8 +15,14 @@ from typing import Final, NamedTuple, TypeAlias
 from qinvert.checks import check_power_of_two, is_float32
 from qinvert.errors import ProgramError
 
-#: Name of the one input of every program: M = -L.
+#: Name of the one matrix that every program takes: M = -L, or K = M / beta (see `Program.vectors`).
 INPUT: Final = "M"
+#: Name of the vector input of factored programs, one number a row of M.
+BETA: Final = "beta"
+#: The rule is stable up to this beta; beyond it no range is bounded.
+MAX_BETA: Final = 2.0
+#: A smaller beta counts as this one: half precision holds it, and K = M / beta stays finite.
+MIN_BETA: Final = 2.0**-14
 #: Chunk sizes that block structure and the runtimes support.
 MAX_CHUNK: Final = 1024
 #: A tensor holds at most this many times the elements of M; the methods here need 1.
@@ -49,7 +55,7 @@ class Shape(NamedTuple):
 
 
 class Axis(StrEnum):
-    """The axis along which `Concat` joins."""
+    """The axis along which `Concat` joins or `Scale` counts."""
 
     #: Stack on the batch axis.
     BLOCKS = "blocks"
@@ -91,7 +97,8 @@ class MatMul:
     right: str
     add: tuple[str, ...] = ()
     subtract: tuple[str, ...] = ()
-    #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.
+    #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.  In a
+    #: program that takes beta only a `Scale` has that factor: elsewhere ``max|output| <= bound``.
     bound: float | None = None
 
     @property
@@ -134,6 +141,23 @@ class Rescale:
     @property
     def inputs(self) -> tuple[str, ...]:
         return (self.source,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """``output = diag(vector) @ source`` (rows) or ``source @ diag(vector)`` (columns)."""
+
+    output: str
+    source: str
+    #: A vector input of the program.
+    vector: str
+    #: `Axis.ROWS` or `Axis.COLUMNS`.
+    axis: Axis
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source, self.vector)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +204,7 @@ class Concat:
         return self.sources
 
 
-Step: TypeAlias = MatMul | Add | Rescale | Mask | Slice | Concat
+Step: TypeAlias = MatMul | Add | Rescale | Scale | Mask | Slice | Concat
 #: Steps that move values without rounding: input and output share one scale.
 MOVES: Final = (Mask, Slice, Concat)
 

@@ -234,6 +234,9 @@ class Expressions(Evaluator[str]):
     def rescale(self, step, source):
         return f"rescale({source})"
 
+    def scale(self, step, source, vector):
+        return f"{step.axis}({vector}*{source})"
+
     def mask(self, step, source, constant):
         return f"mask({source},{constant})"
 

@@ -11,15 +11,17 @@ import click
 import torch
 
 from qinvert import plan_io
-from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_source
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
 from qinvert.cli.common import DECIBELS, Output, decibels, output_options
 from qinvert.errors import InputError
+from qinvert.execute import needed_beta
 from qinvert.export.exporting import build, serialize
 from qinvert.export.verifying import Verification
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.files import make_folder, write_together
 from qinvert.plan import Plan
 from qinvert.profiles import PROFILES, Profile, find_profile
+from qinvert.steps import MAX_BETA
 from qinvert.stress import STRESS, stress_matrices
 
 #: Name of the plan beside the graphs.
@@ -136,9 +138,9 @@ def verify(
         raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
     results: dict[str, list[Verification]] = {}
     for name, file in found.items():
-        lower = matrices_for(plan, name, data)
+        lower, beta = matrices_for(plan, name, data)
         with output.progress(f"verifying {name}"):
-            results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name)
+            results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name, beta=beta)
     show_verifications(output, results)
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
@@ -147,17 +149,24 @@ def verify(
         sys.exit(1)
 
 
-def matrices_for(plan: Plan, layer: str, data: str | None) -> torch.Tensor:
-    """Return the matrices to verify a layer with: from a file, or every stress set."""
-    chunk = plan.layer(layer).chunk
+def matrices_for(plan: Plan, layer: str, data: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return matrices to verify a layer with, of a file or the stress sets, and beta if it takes it."""
+    program = plan.layer(layer).program
     if data is None:
-        return torch.cat([stress_matrices(name, 4, chunk) for name in STRESS])
-    parts = [lower for name, lower in open_source(data) if name in (layer, DEFAULT_LAYER)]
+        lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
+        # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
+        return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.vectors else None
+    parts = []
+    for name, lower, beta in open_with_beta(data):
+        if name in (layer, DEFAULT_LAYER):
+            check_size(lower, program.chunk, layer)
+            rows = needed_beta(program, lower, beta, f"beta of layer {layer!r}")
+            parts.append((lower, rows))
     if not parts:
         raise InputError(f"{data} has no matrices for layer {layer!r}; name an array after the layer")
-    for lower in parts:
-        check_size(lower, chunk, layer)
-    return torch.cat([lower.reshape(-1, *lower.shape[-2:]) for lower in parts])
+    betas = [rows.reshape(-1, program.chunk) for _, rows in parts if rows is not None]
+    matrices = [lower.reshape(-1, *lower.shape[-2:]) for lower, _ in parts]
+    return torch.cat(matrices), torch.cat(betas) if betas else None
 
 
 def show_verifications(output: Output, results: dict[str, list[Verification]]) -> None:

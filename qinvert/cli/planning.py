@@ -25,15 +25,21 @@ from qinvert.proof import Proof
 @click.option("--method", default="auto", show_default=True, help=f"auto, {', '.join(METHODS)}.")
 @click.option("--bits", default="auto", show_default=True, type=click.Choice(("auto", *BITS)))
 @click.option("--target", help=f"{', '.join(PROFILES)}; npu-qdq-int8 where it takes the bits.")
-@click.option("--scales", default="float", show_default=True, type=click.Choice(list(ScaleRule)))
 @click.option(
-    "--ranges", default="max", show_default=True, type=click.Choice(list(RangeRule)), help="What grids cover."
+    "--scales", default="float", show_default=True, type=click.Choice([rule.value for rule in ScaleRule])
+)
+@click.option(
+    "--ranges",
+    default="max",
+    show_default=True,
+    type=click.Choice([rule.value for rule in RangeRule]),
+    help="What grids cover.",
 )
 @click.option(
     "--granularity",
     default="tensor",
     show_default=True,
-    type=click.Choice(list(Granularity)),
+    type=click.Choice([grain.value for grain in Granularity]),
     help="One set of grids a layer, or one a head.",
 )
 @click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
@@ -44,6 +50,7 @@ from qinvert.proof import Proof
     show_default=True,
     help="Goal for the distance to the floor, dB.",
 )
+@click.option("--factored", is_flag=True, help="Quantize L / beta; a file needs arrays NAME.beta.")
 @data_options
 @output_options
 def calibrate(
@@ -55,6 +62,7 @@ def calibrate(
     scales: str,
     ranges: str,
     granularity: str,
+    factored: bool,
     min_sqnr: float,
     max_loss: float,
     data: str | None,
@@ -86,6 +94,7 @@ def calibrate(
             scales=scales,
             ranges=ranges,
             granularity=granularity,
+            factored=factored,
             seed=seed,
             progress=progress,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qinvert.program import Program
-from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Slice, Step
+from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Scale, Slice, Step
 
 
 class Builder:
@@ -33,6 +33,9 @@ class Builder:
 
     def rescale(self, output: str, source: str, factor: float = 1.0, bound: float | None = None) -> str:
         return self._append(Rescale(output=output, source=source, factor=factor, bound=bound))
+
+    def scale(self, output: str, source: str, vector: str, axis: Axis, bound: float | None = None) -> str:
+        return self._append(Scale(output=output, source=source, vector=vector, axis=axis, bound=bound))
 
     def mask(self, output: str, source: str, constant: Constant, bound: float | None = None) -> str:
         self.constants[constant.name] = constant
@@ -62,7 +65,14 @@ class Builder:
             names.append(source.name if isinstance(source, Constant) else source)
         return self._append(Concat(output=output, sources=tuple(names), axis=axis, bound=bound))
 
-    def program(self, name: str, chunk: int, parameters: Mapping[str, int | str], output: str) -> Program:
+    def program(
+        self,
+        name: str,
+        chunk: int,
+        parameters: Mapping[str, int | str],
+        output: str,
+        vectors: tuple[str, ...] = (),
+    ) -> Program:
         return Program(
             name=name,
             chunk=chunk,
@@ -70,6 +80,7 @@ class Builder:
             constants=tuple(self.constants.values()),
             steps=tuple(self.steps),
             output=output,
+            vectors=vectors,
         )
 
     def _append(self, step: Step) -> str:

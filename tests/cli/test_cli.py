@@ -202,7 +202,7 @@ def test_illegal_options_are_refused(matrices, plan, tmp_path):
     assert "unknown profile" in refused("export", plan, "-o", out, "--profile", "x")
     assert "batch 0" in refused("export", plan, "-o", out, "--batch", 0)
     assert "unknown method" in refused("calibrate", matrices, "-o", out, "--method", "x")
-    assert "takes int8" in refused("calibrate", matrices, "-o", out, "--bits", 4)
+    assert "takes int8" in refused("calibrate", matrices, "-o", out, "--bits", 4, "--target", "npu-qdq-int8")
     assert "leave out --data" in refused("calibrate", matrices, "--data", matrices, "-o", out)
     assert not out.exists()
 
