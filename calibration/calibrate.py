@@ -58,7 +58,7 @@ def calibrate(
     target: str | None = None,
     min_sqnr_db: float = 20.0,
     max_loss_db: float = MAX_LOSS_DB,
-    scales: str = "float",
+    scales: str = "auto",
     ranges: str = "max",
     granularity: str = "tensor",
     seed: int = 0,
@@ -88,8 +88,9 @@ def calibrate(
     max_loss_db : float
         How far below the floor of its own grids a plan of 8 bits or less may
         stay before ``auto`` prefers a costlier one.
-    scales : {"float", "pow2"}
-        Any float32, or powers of two only.
+    scales : {"auto", "float", "pow2"}
+        Any float32, or powers of two only; ``"auto"`` is float unless the
+        target takes powers of two only.
     ranges : {"max", "percentile", "mse"}
         What a grid covers: all values seen, all but one in 10,000, or the
         range with the least mean square error; what is beyond saturates.
@@ -132,7 +133,7 @@ def calibrate(
     provenance = {
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
-        "scales": str(scales),
+        "scales": str(options.rules.scales),
         "ranges": str(ranges),
         "granularity": str(grain),
         "min_sqnr_db": options.goals.min_sqnr_db,
@@ -188,7 +189,7 @@ def _options(
         profile=profile,
         ladder=_ladder(bits, profile),
         rules=GridRules(
-            scales=_member(ScaleRule, "scales", scales),
+            scales=_scale_rule(scales, profile),
             ranges=_member(RangeRule, "ranges", ranges),
             requantize=profile.requantize,
         ),
@@ -197,6 +198,20 @@ def _options(
             max_loss_db=check_decibels("max_loss_db", max_loss_db, PlanError),
         ),
     )
+
+
+def _scale_rule(scales: str, profile: Profile) -> ScaleRule:
+    needed = ScaleRule.POW2 if profile.power_of_two_scales else ScaleRule.FLOAT
+    if scales == "auto":
+        return needed
+    if scales not in list(ScaleRule):
+        raise PlanError(f"scales {scales!r} is unknown; use {_alternatives(['auto', *ScaleRule])}")
+    if needed is ScaleRule.POW2 and scales == ScaleRule.FLOAT:
+        raise PlanError(
+            f"target {profile.name!r} takes power-of-two scales only, not scales={str(scales)!r}; "
+            "use scales='pow2' or another target"
+        )
+    return ScaleRule(scales)
 
 
 def _default_target(bits: int | str) -> str:

@@ -117,7 +117,7 @@ def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
 @click.option("--method", default="auto", show_default=True, help=f"auto, {', '.join(METHODS)}.")
 @click.option("--bits", default="auto", show_default=True, type=click.Choice(BITS_CHOICES))
 @click.option("--target", default="npu-qdq-int8", show_default=True, help=f"{', '.join(PROFILES)}.")
-@click.option("--scales", default="float", show_default=True, type=click.Choice(("float", "pow2")))
+@click.option("--scales", default="auto", show_default=True, type=click.Choice(("auto", "float", "pow2")))
 @click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
 @click.option(
     "--max-loss",

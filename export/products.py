@@ -1,0 +1,102 @@
+"""Integer products of a graph, in whatever form it has them, and how far they sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from qinvert.export.structure import COLUMNS, ROWS, Grid, Structure, join_axis, joins
+
+Magnitudes: TypeAlias = npt.NDArray[np.float64]
+
+#: Positions of the two operands of a product, by operator.
+OPERANDS: Final = {"MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """Integers that a product multiplies, ``q - zero_point``."""
+
+    #: Tensor of the integers.
+    tensor: str
+    #: Integer that means 0.0.
+    zero_point: int
+    #: NumPy name of the type.
+    element: str
+
+    @property
+    def magnitude(self) -> int:
+        """Largest ``|q - zero_point|``."""
+        return Grid(scale=1.0, zero_point=self.zero_point, element=self.element).magnitude
+
+
+def products(structure: Structure) -> Iterator[tuple[onnx.NodeProto, Operand, Operand]]:
+    """Yield every product of two quantized tensors."""
+    for node in structure.nodes:
+        if node.op_type in OPERANDS:
+            left, right = (_operand(structure, node, at) for at in OPERANDS[node.op_type])
+            if left is not None and right is not None:
+                yield node, left, right
+
+
+def _operand(structure: Structure, node: onnx.NodeProto, at: int) -> Operand | None:
+    if node.op_type == "MatMul":
+        return _dequantized(structure, node.input[at])
+    # MatMulInteger and QLinearMatMul have an operand's zero point two places after it.
+    return _integers(structure, node.input[at], structure.zero_point(node, at + 2))
+
+
+def _dequantized(structure: Structure, name: str) -> Operand | None:
+    if structure.operator(name) != "DequantizeLinear":
+        return None
+    node = structure.writers[name]
+    return _integers(structure, node.input[0], structure.zero_point(node, 2))
+
+
+def _integers(structure: Structure, name: str, zero: tuple[str, int] | None) -> Operand | None:
+    element = structure.element(name)
+    if element is None or not np.issubdtype(element, np.integer):
+        return None
+    return Operand(tensor=name, zero_point=zero[1] if zero is not None else 0, element=element)
+
+
+def accumulator_bound(structure: Structure, left: Operand, right: Operand, enough: float) -> float:
+    """``max_ij sum_k max|a_ik| max|b_kj|`` over all integers that the operands can hold.
+
+    A bound of at most ``enough`` may be the looser ``K max|a| max|b|``, which
+    counts every element of an identity block.
+    """
+    a, b = _magnitudes(structure, left), _magnitudes(structure, right)
+    if a is None or b is None or a.shape[1] != b.shape[0]:
+        return 0.0
+    simple = float(a.shape[1] * a.max() * b.max())
+    return simple if simple <= enough else float((a @ b).max())
+
+
+def _magnitudes(structure: Structure, operand: Operand) -> Magnitudes | None:
+    """Largest magnitude of each element over all blocks, ``[rows, columns]``."""
+    shape = structure.shape(operand.tensor)
+    if shape is None or len(shape) < 2:
+        return None
+    constant = structure.constant(operand.tensor)
+    if constant is not None:
+        shifted = np.abs(constant.astype(np.float64) - operand.zero_point)
+        return np.asarray(shifted.reshape(-1, *shape[-2:]).max(axis=0))
+    parts = _parts(structure, operand)
+    return np.full(shape[-2:], float(operand.magnitude)) if parts is None else parts
+
+
+def _parts(structure: Structure, operand: Operand) -> Magnitudes | None:
+    """Magnitudes of a tensor that joins others, each by itself; None if it does not."""
+    node = structure.source(operand.tensor)
+    if node is None or not (joins(node, ROWS) or joins(node, COLUMNS)):
+        return None
+    operands = [_dequantized(structure, name) or _integers(structure, name, None) for name in node.input]
+    found = [_magnitudes(structure, part) for part in operands if part is not None]
+    parts = [part for part in found if part is not None]
+    return np.concatenate(parts, axis=join_axis(node) - 2) if len(parts) == len(node.input) else None
