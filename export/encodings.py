@@ -3,7 +3,9 @@
 Tools that drop QuantizeLinear and DequantizeLinear from a graph want the
 scales in a file, by the names of the float tensors that remain: an entry is
 named after what QuantizeLinear reads, and after what DequantizeLinear makes
-of a constant or returns from the graph.
+of a constant or returns from the graph.  Where a graph splits a 16-bit operand
+into two planes, the planes have entries of their own, but without its nodes
+the split is lost.
 """
 
 from __future__ import annotations

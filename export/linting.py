@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx.external_data_helper import uses_external_data
 
 from qinvert.arithmetic import FLOAT32_EXACT, MIN_SCALE, is_power_of_two
 from qinvert.errors import ExportError, reason
@@ -26,6 +27,8 @@ from qinvert.profiles import Lowering, Profile, find_profile
 
 #: Operators that only move values.
 MOVES: Final = ("Concat", "Slice", "Reshape", "Transpose")
+#: Operators whose further inputs are indices or bounds.
+UNARY: Final = ("Slice", "Reshape", "Transpose", "Clip", "Pad")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +85,15 @@ def lint(model: onnx.ModelProto | str | PathLike[str], profile: str | None = Non
     ExportError
         If it is no ONNX model, or names no profile and none is given.
     """
-    if isinstance(model, onnx.ModelProto):
-        check_model(model, "the model")
-    else:
+    path = "the model" if isinstance(model, onnx.ModelProto) else model
+    if not isinstance(model, onnx.ModelProto):
         model = parse_model(read_bytes(model), model)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    name = metadata.get("qinvert.profile") if profile is None else profile
-    if name is None:
-        raise ExportError("the model names no profile; pass for example profile='npu-qdq-int8'")
-    chosen = find_profile(name)
+    chosen = _profile_of(model) if profile is None else find_profile(profile)
+    outside = list(_outside(model))
+    if outside:
+        # Any further look, onnx's own included, would read the other files.
+        return outside
+    check_model(model, path)
     try:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     except Exception as error:  # onnx raises unrelated types here
@@ -98,6 +101,24 @@ def lint(model: onnx.ModelProto | str | PathLike[str], profile: str | None = Non
             f"the model's shapes contradict each other ({reason(error)}); export it again"
         ) from None
     return find_faults(model, chosen)
+
+
+def _profile_of(model: onnx.ModelProto) -> Profile:
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if "qinvert.profile" not in metadata:
+        raise ExportError("the model names no profile; pass for example profile='npu-qdq-int8'")
+    return find_profile(metadata["qinvert.profile"])
+
+
+def _outside(model: onnx.ModelProto) -> Iterator[Finding]:
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            yield Finding(
+                node=tensor.name,
+                rule="self-contained",
+                message="lies in another file",
+                remedy="store the constant inside the model",
+            )
 
 
 def find_faults(model: onnx.ModelProto, profile: Profile) -> list[Finding]:
@@ -124,12 +145,6 @@ def _opset(case: _Case) -> Iterator[tuple[str, str]]:
     if case.opset > case.profile.opset:
         message = f"needs opset {case.opset}, compilers of {case.profile.name!r} read {case.profile.opset}"
         yield case.graph.name, message
-
-
-@_rule("self-contained", "store the constant inside the model")
-def _self_contained(case: _Case) -> Iterator[tuple[str, str]]:
-    for name in case.graph.external:
-        yield name, "lies in another file"
 
 
 @_rule("operators", "choose another profile or method")
@@ -292,7 +307,7 @@ def _quantized(case: _Case) -> Iterator[tuple[str, str]]:
 def _float_tensors(graph: Structure, node: onnx.NodeProto, sums: set[str]) -> Iterator[str]:
     # What joins a product before it is rounded is its accumulator and stays float.
     adds = node.op_type in ("Add", "Sub")
-    for name in node.input[:1] if node.op_type in (*MOVES[1:], "Clip") else node.input:
+    for name in node.input[:1] if node.op_type in UNARY else node.input:
         quantized = graph.operator(name) == "DequantizeLinear" or (adds and name in sums)
         if not quantized and node.op_type != "Clip":
             yield name

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from qinvert.export.structure import COLUMNS, ROWS, Grid, Structure, join_axis, joins
+from qinvert.export.structure import CASTS, COLUMNS, ROWS, Grid, Structure, join_axis, joins
 
 Magnitudes: TypeAlias = npt.NDArray[np.float64]
 
@@ -93,10 +93,26 @@ def _magnitudes(structure: Structure, operand: Operand) -> Magnitudes | None:
 
 def _parts(structure: Structure, operand: Operand) -> Magnitudes | None:
     """Magnitudes of a tensor that joins others, each by itself; None if it does not."""
-    node = structure.source(operand.tensor)
+    node, operands = _join(structure, operand.tensor)
     if node is None or not (joins(node, ROWS) or joins(node, COLUMNS)):
         return None
-    operands = [_dequantized(structure, name) or _integers(structure, name, None) for name in node.input]
     found = [_magnitudes(structure, part) for part in operands if part is not None]
     parts = [part for part in found if part is not None]
     return np.concatenate(parts, axis=join_axis(node) - 2) if len(parts) == len(node.input) else None
+
+
+def _join(structure: Structure, tensor: str) -> tuple[onnx.NodeProto | None, list[Operand | None]]:
+    """Node that joins other integers to these, and those integers."""
+    while structure.operator(tensor) in CASTS:
+        tensor = structure.writers[tensor].input[0]
+    node = structure.writers.get(tensor)
+    if node is None or node.op_type != "QuantizeLinear":
+        return node, [_integers(structure, name, None) for name in node.input] if node else []
+    # Joined as real numbers: the same integers only on the same grid.
+    grid, joint = structure.grid(node), structure.writers.get(node.input[0])
+    names = [name for name in joint.input if _grid_of(structure, name) == grid] if joint else []
+    return joint, [_dequantized(structure, name) for name in names]
+
+
+def _grid_of(structure: Structure, name: str) -> Grid | None:
+    return structure.grid(structure.writers[name]) if structure.operator(name) == "DequantizeLinear" else None

@@ -23,6 +23,7 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
         If it is no ONNX model, or one with external data or subgraphs.
     """
     model = parse_model(content, path)
+    check_model(model, path)
     for node in _nodes(model):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")
@@ -33,7 +34,7 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
 
 
 def parse_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
-    """Parse any ONNX file.
+    """Parse any ONNX file, legal or not.
 
     Raises
     ------
@@ -41,11 +42,9 @@ def parse_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
         If it is no ONNX model.
     """
     try:
-        model = onnx.load_model_from_string(content)
+        return onnx.load_model_from_string(content)
     except Exception as error:  # protobuf and onnx raise unrelated types here
         raise _no_model(path, error) from None
-    check_model(model, path)
-    return model
 
 
 def check_model(model: onnx.ModelProto, path: str | PathLike[str]) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
-from onnx.external_data_helper import uses_external_data
 
 from qinvert.errors import ExportError, reason
 
@@ -74,11 +73,6 @@ class Structure:
         yield from (name for name in self.inputs if name not in self._initializers)
         yield from self.writers
 
-    @property
-    def external(self) -> list[str]:
-        """Constants whose values lie in another file."""
-        return [name for name, tensor in self._initializers.items() if uses_external_data(tensor)]
-
     def operator(self, name: str) -> str:
         """Operator that writes a tensor; empty for inputs and constants."""
         return self.writers[name].op_type if name in self.writers else ""
@@ -90,7 +84,7 @@ class Structure:
         return self.writers.get(name)
 
     def constant(self, name: str) -> Array | None:
-        """Values of a constant that the file holds; None for other tensors.
+        """Values of a constant; None for other tensors.
 
         Raises
         ------
@@ -98,7 +92,7 @@ class Structure:
             If the values do not fit the declared shape and type.
         """
         tensor = self._initializers.get(name)
-        if tensor is None or uses_external_data(tensor):
+        if tensor is None:
             return None
         if name not in self._arrays:
             try:
