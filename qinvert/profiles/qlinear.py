@@ -18,7 +18,7 @@ PROFILE: Profile = replace(
     requantize=Requantize.MULTIPLIER,
     operators=INT_OPS.operators | {"QLinearMatMul"},
     caveats=(
-        "plans in the divide form keep MatMulInteger for their products, which no NPU compiler takes; "
-        "s8 x s8 is slow on x86 in onnxruntime"
+        "sums stay Cast, Mul, Add, QuantizeLinear, and plans in the divide form keep MatMulInteger: NPU "
+        "compilers leave those to the CPU or refuse them; s8 x s8 is slow on x86 in onnxruntime"
     ),
 )

@@ -242,6 +242,23 @@ def test_int8_products_stay_within_what_float32_holds(depth, rules):
     assert broken(model) == rules
 
 
+def test_what_is_joined_on_another_grid_may_be_larger_there():
+    sketch = Sketch()
+    source = sketch.input("M", 1, 2080, 16)
+    ones = sketch.graph.initializer("ones", np.ones((1, 1, 16, 1040), dtype=np.int8))
+    inputs = [ones, sketch.scale(1.0), sketch.zero]
+    real = sketch.graph.node("DequantizeLinear", inputs, "ones/dq", [1, 1, 16, 1040])
+
+    def product(name, scale):
+        both = sketch.operator("Concat", [real, real], name, [1, 1, 16, 2080], scale, axis=3)
+        return sketch.operator("MatMul", [both, source], f"{name}/product", [1, 1, 16, 16])
+
+    same, finer = product("same", 1.0), product("finer", 2.0**-6)
+    total = sketch.operator("Add", [same, finer], "sum", [1, 1, 16, 16])
+    findings = qinvert.export.lint(sketch.model(total, [1, 1, 16, 16]))
+    assert [(f.node, f.rule) for f in findings] == [("finer", "one-scale"), ("finer/product", "accumulators")]
+
+
 def int16_sketch(depth, right):
     sketch = Sketch("int16")
     left = sketch.input("M", 1, 16, depth)
