@@ -241,11 +241,13 @@ def _one_scale(case: _Case) -> Iterator[tuple[str, str]]:
 
 def _only_multiplied(graph: Structure, name: str) -> bool:
     # The planes of a two-plane product share an accumulator: integers, whatever their scales.
-    readers = graph.readers[name]
-    return bool(readers) and all(
-        r.op_type == "MatMulInteger" or (r.op_type in CASTS and _only_multiplied(graph, r.output[0]))
-        for r in readers
-    )
+    tensors, readers = [name], list[str]()
+    for tensor in tensors:
+        for node in graph.readers[tensor]:
+            # Grows while it is walked: casts are seen through.
+            tensors += node.output if node.op_type in CASTS else []
+            readers += [node.op_type] if node.op_type not in CASTS else []
+    return set(readers) == {"MatMulInteger"}
 
 
 def _scales_before(graph: Structure, name: str) -> Iterator[float]:
@@ -278,10 +280,10 @@ def _is_scaled_accumulator(graph: Structure, name: str) -> bool:
 
 @_rule("concat-order", "assemble blocks on axis 2 first, then on axis 3")
 def _concat_order(case: _Case) -> Iterator[tuple[str, str]]:
-    for node in case.graph.nodes:
+    for node in (node for node in case.graph.nodes if joins(node, ROWS)):
         # One row under a finished matrix compiles; a matrix made of rows does not.
         rows = sum(_is_row_of_blocks(case.graph, name) for name in node.input)
-        if joins(node, ROWS) and rows > 1:
+        if rows > 1:
             yield _name(node), f"joins on axis 2 {rows} operands that were joined on axis 3"
 
 

@@ -18,6 +18,10 @@ Magnitudes: TypeAlias = npt.NDArray[np.float64]
 OPERANDS: Final = {"MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
 
 
+#: Operands of more elements a block are bounded by their types alone.
+MAX_ELEMENTS: Final = 2**25
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
     """Integers that a product multiplies, ``q - zero_point``."""
@@ -68,37 +72,35 @@ def _integers(structure: Structure, name: str, zero: tuple[str, int] | None) -> 
 def accumulator_bound(structure: Structure, left: Operand, right: Operand, enough: float) -> float:
     """``max_ij sum_k max|a_ik| max|b_kj|`` over all integers that the operands can hold.
 
-    A bound of at most ``enough`` may be the looser ``K max|a| max|b|``, which
-    counts every element of an identity block.
+    A bound of at most ``enough``, or of very large operands, may be the
+    looser ``K max|a| max|b|``, which counts every element of an identity block.
     """
-    a, b = _magnitudes(structure, left), _magnitudes(structure, right)
-    if a is None or b is None or a.shape[1] != b.shape[0]:
+    a, b = structure.shape(left.tensor), structure.shape(right.tensor)
+    if a is None or b is None or min(len(a), len(b)) < 2 or a[-1] != b[-2]:
         return 0.0
-    simple = float(a.shape[1] * a.max() * b.max())
-    return simple if simple <= enough else float((a @ b).max())
+    simple = float(a[-1] * left.magnitude * right.magnitude)
+    if simple <= enough or a[-1] * max(a[-2], b[-1]) > MAX_ELEMENTS:
+        return simple
+    return float((_magnitudes(structure, left, a) @ _magnitudes(structure, right, b)).max())
 
 
-def _magnitudes(structure: Structure, operand: Operand) -> Magnitudes | None:
+def _magnitudes(structure: Structure, operand: Operand, shape: list[int]) -> Magnitudes:
     """Largest magnitude of each element over all blocks, ``[rows, columns]``."""
-    shape = structure.shape(operand.tensor)
-    if shape is None or len(shape) < 2:
-        return None
-    constant = structure.constant(operand.tensor)
-    if constant is not None:
-        shifted = np.abs(constant.astype(np.float64) - operand.zero_point)
-        return np.asarray(shifted.reshape(-1, *shape[-2:]).max(axis=0))
-    parts = _parts(structure, operand)
-    return np.full(shape[-2:], float(operand.magnitude)) if parts is None else parts
-
-
-def _parts(structure: Structure, operand: Operand) -> Magnitudes | None:
-    """Magnitudes of a tensor that joins others, each by itself; None if it does not."""
     node, operands = _join(structure, operand.tensor)
-    if node is None or not (joins(node, ROWS) or joins(node, COLUMNS)):
-        return None
-    found = [_magnitudes(structure, part) for part in operands if part is not None]
-    parts = [part for part in found if part is not None]
-    return np.concatenate(parts, axis=join_axis(node) - 2) if len(parts) == len(node.input) else None
+    if node is not None and (joins(node, ROWS) or joins(node, COLUMNS)):
+        parts = [_part(structure, part) for part in operands if part is not None]
+        if len(parts) == len(node.input):
+            return np.concatenate(parts, axis=join_axis(node) - 2)
+    return np.full(shape[-2:], float(operand.magnitude))
+
+
+def _part(structure: Structure, operand: Operand) -> Magnitudes:
+    constant = structure.constant(operand.tensor)
+    shape = structure.shape(operand.tensor) or [1, 1]
+    if constant is None:
+        return np.full(shape[-2:], float(operand.magnitude))
+    shifted = np.abs(constant.astype(np.float64) - operand.zero_point)
+    return np.asarray(shifted.reshape(-1, *shape[-2:]).max(axis=0))
 
 
 def _join(structure: Structure, tensor: str) -> tuple[onnx.NodeProto | None, list[Operand | None]]:

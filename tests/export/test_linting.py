@@ -467,6 +467,30 @@ def test_what_is_no_graph_is_refused(tmp_path):
         qinvert.export.lint(model)
 
 
+def test_hostile_sizes_cost_neither_memory_nor_the_stack():
+    huge = 2**30
+    sketch = Sketch()
+    source = sketch.input("M", 1, huge, huge)
+    product = sketch.operator("MatMul", [source, source], "product", sketch.shape)
+    sketch.graph.output("product/dq", sketch.shape)
+    assert broken(sketch.graph.model("huge", 19, {}, ""), "npu-qdq-int8") == {"accumulators"}
+    assert product == "product/dq"
+
+
+def test_long_chains_are_walked():
+    shape, last = [1, 1, 16, 16], "M"
+    graph = GraphBuilder()
+    graph.input("M", shape)
+    for i in range(3000):
+        last = graph.node("Cast", [last], f"cast_{i}", shape, to=TensorProto.FLOAT)
+    last = graph.node("Concat", [last, last], "both", [1, 1, 16, 32], axis=3)
+    for i in range(3000):
+        last = graph.node("Cast", [last], f"again_{i}", [1, 1, 16, 32], to=TensorProto.FLOAT)
+    graph.node("Add", [last, last], "T", [1, 1, 16, 32])
+    graph.output("T", [1, 1, 16, 32])
+    assert broken(graph.model("chain", 19, {}, ""), "int-ops") == set()
+
+
 def test_contradicting_shapes_are_refused():
     model = build(planned())
     value = next(v for v in model.graph.value_info if v.name == "M/int8")
