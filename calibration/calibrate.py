@@ -22,7 +22,7 @@ from qinvert.errors import PlanError, ProgramError
 from qinvert.execute import needed_beta
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 from qinvert.plan import LayerPlan, Plan, Requantize
-from qinvert.profiles import Profile, find_profile
+from qinvert.profiles import Profile, default_target, find_profile
 from qinvert.program import Program
 
 #: Called after every batch with the layer's name and the matrices seen so far.
@@ -30,8 +30,6 @@ Progress = Callable[[str, int], None]
 
 #: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
-#: Where no target is given: the first of these that takes the format.
-DEFAULT_TARGETS: Final = ("npu-qdq-int8", "npu-qdq-int4", "npu-qdq-int16", "int-ops")
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
 #: Matrices per layer that candidates are simulated on.
@@ -59,7 +57,7 @@ def calibrate(
     target: str | None = None,
     min_sqnr_db: float = 20.0,
     max_loss_db: float = MAX_LOSS_DB,
-    scales: str = "float",
+    scales: str = "auto",
     ranges: str = "max",
     granularity: str = "tensor",
     factored: bool = False,
@@ -90,8 +88,9 @@ def calibrate(
     max_loss_db : float
         How far below the floor of its own grids a plan of 8 bits or less may
         stay before ``auto`` prefers a costlier one.
-    scales : {"float", "pow2"}
-        Any float32, or powers of two only.
+    scales : {"auto", "float", "pow2"}
+        Any float32, or powers of two only; ``"auto"`` is float unless the
+        target takes powers of two only.
     ranges : {"max", "percentile", "mse"}
         What a grid covers: all values seen, all but one in 10,000, or the
         range with the least mean square error; what is beyond saturates.
@@ -140,7 +139,7 @@ def calibrate(
     provenance = {
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
-        "scales": str(scales),
+        "scales": str(options.rules.scales),
         "ranges": str(ranges),
         "granularity": str(grain),
         "min_sqnr_db": options.goals.min_sqnr_db,
@@ -200,7 +199,7 @@ def _options(
         profile=profile,
         ladder=_ladder(bits, profile),
         rules=GridRules(
-            scales=_member(ScaleRule, "scales", scales),
+            scales=_scale_rule(scales, profile),
             ranges=_member(RangeRule, "ranges", ranges),
             requantize=profile.requantize,
         ),
@@ -211,9 +210,23 @@ def _options(
     )
 
 
+def _scale_rule(scales: str, profile: Profile) -> ScaleRule:
+    needed = ScaleRule.POW2 if profile.power_of_two_scales else ScaleRule.FLOAT
+    if scales == "auto":
+        return needed
+    if scales not in list(ScaleRule):
+        raise PlanError(f"scales {scales!r} is unknown; use {_alternatives(['auto', *ScaleRule])}")
+    if needed is ScaleRule.POW2 and scales == ScaleRule.FLOAT:
+        raise PlanError(
+            f"target {profile.name!r} takes power-of-two scales only, not scales={str(scales)!r}; "
+            "use scales='pow2' or another target"
+        )
+    return ScaleRule(scales)
+
+
 def _default_target(bits: int | str) -> str:
     fmt = BITS.get(str(bits), INT8)
-    return next(name for name in DEFAULT_TARGETS if fmt in find_profile(name).formats)
+    return default_target(fmt)
 
 
 def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:

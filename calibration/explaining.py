@@ -7,8 +7,8 @@ from typing import Any
 
 from qinvert.calibration.planner import Candidate, Choice, Prediction, finite
 from qinvert.calibration.sensitivity import TRUNCATION
-from qinvert.formats import INT8X2, INT16, IntFormat
-from qinvert.profiles import PROFILES
+from qinvert.formats import INT8, INT8X2, INT16, IntFormat
+from qinvert.profiles import default_target
 
 
 def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]:
@@ -73,6 +73,5 @@ def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:
 
 
 def _argument(fmt: IntFormat) -> str:
-    bits = {INT8X2.name: "'8x2'", INT16.name: "16"}.get(fmt.name, fmt.name)
-    targets = [name for name, profile in PROFILES.items() if fmt in profile.formats]
-    return f"bits={bits}, target={targets[0]!r}" if targets else f"bits={bits}"
+    bits = {INT8.name: "8", INT8X2.name: "'8x2'", INT16.name: "16"}[fmt.name]
+    return f"bits={bits}, target={default_target(fmt)!r}"

@@ -1,17 +1,30 @@
-"""Programs and plans as ONNX graphs: export, verification on runtimes.
+"""Programs and plans as ONNX graphs: export, rules, verification on runtimes.
 
 The package is callable: ``qinvert.export(plan, path)`` is
-`qinvert.export.exporting.export`.
+`qinvert.export.exporting.export`; ``qinvert.export.lint`` checks any graph.
 """
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qinvert.export.linting import Finding as Finding
+    from qinvert.export.linting import lint as lint
 
 if __name__ != "qinvert.export":
     raise ImportError("this folder is the package qinvert.export; write `import qinvert.export`")
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, as the verbs of the package above.
+    if name not in ("Finding", "lint"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are Finding and lint")
+    from qinvert.export import linting
+
+    return getattr(linting, name)
 
 
 class _CallablePackage(ModuleType):

@@ -8,22 +8,26 @@ from typing import Any, Final
 import onnx
 
 from qinvert import plan_io
+from qinvert.arithmetic import is_power_of_two
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.integer import IntegerLowering
+from qinvert.export.linting import find_faults
 from qinvert.export.lowering import GraphLowering
 from qinvert.export.qdq import QdqLowering
+from qinvert.export.qlinear import QLinearLowering
 from qinvert.files import write_atomically
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import Lowering, Profile, find_profile
-from qinvert.steps import BETA, MIN_BETA
+from qinvert.steps import BETA, MIN_BETA, Rescale
 from qinvert.version import __version__
 
 #: How each kind of graph is written.
 LOWERINGS: Final[dict[Lowering, type[GraphLowering]]] = {
     Lowering.QDQ: QdqLowering,
     Lowering.INTEGER: IntegerLowering,
+    Lowering.QLINEAR: QLinearLowering,
 }
 #: Inputs that a graph can start from.
 INPUTS: Final = ("L", "M")
@@ -127,7 +131,7 @@ def lower(
         given = [graph.input(BETA, column), graph.scalar("smallest_beta", MIN_BETA)]
         factors = graph.node("Max", given, "beta/floored", column)
         tensor = graph.node("Div", [tensor, factors], "K", shape)
-    LOWERINGS[profile.lowering](plan, batch, graph).run(tensor, "T", factors)
+    LOWERINGS[profile.lowering](plan, profile, batch, graph).run(tensor, "T", factors)
     graph.output("T", shape)
     sign = "+" if source == "L" else "-"
     return graph.model("triangular_inverse", profile.opset, metadata, f"T = (I {sign} {source})^-1, {plan}")
@@ -147,12 +151,21 @@ def _require(profile: Profile, plan: LayerPlan) -> None:
                 f"profile {profile.name!r} takes {names}; tensor {tensor!r} is {quantization.format}; "
                 "calibrate with other bits or choose another profile"
             )
+        if profile.power_of_two_scales and not is_power_of_two(quantization.scale):
+            raise ExportError(
+                f"profile {profile.name!r} takes power-of-two scales only; tensor {tensor!r} has "
+                f"{quantization.scale!r}; calibrate with scales='pow2' or choose another profile"
+            )
+    for step in plan.program.steps:
+        if isinstance(step, Rescale) and profile.power_of_two_scales and not is_power_of_two(step.factor):
+            raise ExportError(
+                f"profile {profile.name!r} takes power-of-two scales only; step {step.output!r} has the "
+                f"factor {step.factor!r}; choose another profile or method"
+            )
 
 
 def _ensure(profile: Profile, model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        if node.op_type not in profile.operators:
-            raise ExportError(
-                f"profile {profile.name!r} does not allow {node.op_type} (node {node.name!r}); "
-                "choose another profile or method"
-            )
+    findings = find_faults(model, profile)
+    if findings:
+        more = f" (and {len(findings) - 1} more)" if findings[1:] else ""
+        raise ExportError(f"the graph breaks a rule of profile {profile.name!r}: {findings[0]}{more}")

@@ -22,6 +22,7 @@ MAX_BYTES = 2**30
 ELEMENT_TYPES: Mapping[str, int] = {
     "float32": TensorProto.FLOAT,
     "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
     "int16": TensorProto.INT16,
     "int32": TensorProto.INT32,
 }
@@ -44,6 +45,10 @@ class GraphBuilder:
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor that a node writes."""
+        return [d.dim_value for d in self._values[name].type.tensor_type.shape.dim]
 
     def input(self, name: str, shape: Sequence[int]) -> str:
         """Declare a float32 input."""

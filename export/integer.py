@@ -6,6 +6,7 @@ import numpy as np
 
 from qinvert import arithmetic
 from qinvert.execute import constant_matrix
+from qinvert.export.graph import ELEMENT_TYPES
 from qinvert.export.lowering import GraphLowering, Int8Array, Value
 from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
@@ -22,7 +23,7 @@ class IntegerLowering(GraphLowering):
         output = self.plan.program.output
         if self.grid(output).format.planes > 1:
             return self._sum(name, output, [("Add", self.value(output))])
-        inputs = [self.stored(output), self.scale_of(self.plan.output), self.zero_point]
+        inputs = [self.stored(output), self.scale_of(self.plan.output), self.zero_point()]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
 
     def value(self, tensor: str) -> Value:
@@ -69,10 +70,28 @@ class IntegerLowering(GraphLowering):
         return [scale for _, scale in arithmetic.planes_scalar(0, grid.scale, grid.format)]
 
     def _product(self, name: str, step: MatMul, operands: tuple[str, str]) -> str:
-        shape = self.shape(step.output)
-        inputs = [*operands, self.zero_point, self.zero_point]
+        shape, (left, right) = self.shape(step.output), operands
+        left, left_zero = self._left_operand(left)
+        inputs = [left, right, left_zero, self.zero_point()]
         accumulator = self.graph.node("MatMulInteger", inputs, f"{name}/accumulator", shape, "int32")
         return self.graph.node("Cast", [accumulator], f"{name}/cast", shape, to=1)
+
+    def _left_operand(self, tensor: str) -> tuple[str, str]:
+        """Return an int8 tensor as the profile multiplies it from the left, and its zero point."""
+        fmt = self.profile.left_operand
+        if fmt is None:
+            return tensor, self.zero_point()
+        name = f"{tensor}/{fmt.element}"
+        if name not in self.graph:
+            # The cast wraps modulo 256; flipping the top bit is adding 128.
+            shape, bit = self.graph.shape(tensor), np.array(fmt.zero_point, dtype=fmt.element)
+            wrapped = self.graph.node(
+                "Cast", [tensor], f"{name}/wrapped", shape, fmt.element, to=ELEMENT_TYPES[fmt.element]
+            )
+            self.graph.node(
+                "BitwiseXor", [wrapped, self.graph.initializer("top_bit", bit)], name, shape, fmt.element
+            )
+        return name, self.zero_point(fmt)
 
     def _scaled(self, name: str, tensor: str, real: str, factor: float) -> str:
         constant = self.graph.scalar(f"factor/{factor!r}", factor)
@@ -180,7 +199,7 @@ class IntegerLowering(GraphLowering):
 
     def _rounded(self, tensor: str, value: str, scale: float, output: str) -> str:
         fmt, shape = self.grid(tensor).format, self.shape(tensor)
-        inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point]
+        inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point()]
         if fmt.planes > 1 or (fmt.minimum, fmt.maximum) == (-128, 127):
             return self.graph.node("QuantizeLinear", inputs, output, shape, "int8")
         # On the integers: optimizers drop a float Clip whose bounds are tiny.

@@ -11,7 +11,9 @@ import numpy.typing as npt
 from qinvert.errors import ExportError
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder
+from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Quantization
+from qinvert.profiles import Profile
 from qinvert.program import Evaluator
 from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
 
@@ -53,8 +55,9 @@ class GraphLowering(Evaluator[Value]):
     Subclasses say how a value is read (`operand`) and finished.
     """
 
-    def __init__(self, plan: LayerPlan, batch: int, graph: GraphBuilder) -> None:
+    def __init__(self, plan: LayerPlan, profile: Profile, batch: int, graph: GraphBuilder) -> None:
         self.plan = plan
+        self.profile = profile
         self.batch = batch
         self.graph = graph
         #: The quantized beta, by what it multiplies.
@@ -76,10 +79,13 @@ class GraphLowering(Evaluator[Value]):
     def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
         """Append a Concat of operands that share ``grid``."""
 
-    @staticmethod
-    def stored(tensor: str) -> str:
-        """Name of the int8 tensor; M has a suffix, because the graph's input may be called M."""
-        return f"{tensor}/int8" if tensor == INPUT else tensor
+    def stored(self, tensor: str) -> str:
+        """Name of the integer tensor; M has a suffix, because the graph's input may be called M."""
+        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor == INPUT else tensor
+
+    def storage(self, grid: Quantization) -> IntFormat:
+        """Format whose container and zero point the graph has for values of a grid."""
+        return self.profile.storage if grid.format.container_bits == INT8.container_bits else grid.format
 
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""
@@ -97,10 +103,10 @@ class GraphLowering(Evaluator[Value]):
         """Scalar initializer of a scale, shared by all tensors that have it."""
         return self.graph.scalar(f"scale/{grid.scale!r}", grid.scale)
 
-    @property
-    def zero_point(self) -> str:
-        """The int8 zero point 0."""
-        return self.graph.initializer("zero_point", np.array(0, dtype=np.int8))
+    def zero_point(self, fmt: IntFormat = INT8) -> str:
+        """Scalar initializer of the zero point of a stored format."""
+        name = "zero_point" if fmt == INT8 else f"zero_point/{fmt.element}"
+        return self.graph.initializer(name, np.array(fmt.zero_point, dtype=fmt.element))
 
     def constant(self, constant: Constant, blocks: int) -> Value:
         return Value("", constant.name, constant)

@@ -30,8 +30,9 @@ class QdqLowering(GraphLowering):
         return self._dequantize(name, self.stored(output), self.shape(output), self.plan.output)
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
-        element = _element(grid)
-        values = self.graph.initializer(f"{name}/{element}", array.astype(element))
+        fmt = self.storage(grid)
+        shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
+        values = self.graph.initializer(f"{name}/{fmt.element}", shifted)
         output = f"{name}/{grid.scale!r}"
         if output not in self.graph:
             self._dequantize(output, values, list(array.shape), grid)
@@ -128,21 +129,11 @@ class QdqLowering(GraphLowering):
         return Value(self._stored(tensor, self.stored(tensor), value, shape, grid), tensor)
 
     def _stored(self, name: str, stored: str, value: str, shape: list[int], grid: Quantization) -> str:
-        element = _element(grid)
-        inputs = [value, self.scale_of(grid), self._zero(element)]
-        self.graph.node("QuantizeLinear", inputs, stored, shape, element)
+        fmt = self.storage(grid)
+        inputs = [value, self.scale_of(grid), self.zero_point(fmt)]
+        self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)
         return self._dequantize(f"{name}/dequantized", stored, shape, grid)
 
     def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
-        inputs = [values, self.scale_of(grid), self._zero(_element(grid))]
+        inputs = [values, self.scale_of(grid), self.zero_point(self.storage(grid))]
         return self.graph.node("DequantizeLinear", inputs, name, shape)
-
-    def _zero(self, element: str) -> str:
-        if element == "int8":
-            return self.zero_point
-        return self.graph.initializer(f"zero_point/{element}", np.array(0, dtype=element))
-
-
-def _element(grid: Quantization) -> str:
-    """ONNX and NumPy name of the grid's container."""
-    return f"int{grid.format.container_bits}"

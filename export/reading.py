@@ -22,13 +22,8 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
     ExportError
         If it is no ONNX model, or one with external data or subgraphs.
     """
-    try:
-        model = onnx.load_model_from_string(content)
-        onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and onnx raise unrelated types here
-        raise ExportError(f"{path} is no ONNX model ({reason(error)}); export it again") from None
-    if not all(isinstance(text, str) for p in model.metadata_props for text in (p.key, p.value)):
-        raise ExportError(f"{path}: its metadata is no UTF-8 text; export it again")
+    model = parse_model(content, path)
+    check_model(model, path)
     for node in _nodes(model):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")
@@ -36,6 +31,34 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
         if uses_external_data(tensor):
             raise ExportError(f"{path}: tensor {tensor.name!r} lies in another file; export it again")
     return model
+
+
+def parse_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
+    """Parse any ONNX file, legal or not.
+
+    Raises
+    ------
+    ExportError
+        If it is no ONNX model.
+    """
+    try:
+        return onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf and onnx raise unrelated types here
+        raise _no_model(path, error) from None
+
+
+def check_model(model: onnx.ModelProto, path: str | PathLike[str]) -> None:
+    """Refuse what onnx finds no legal model; ``path`` is for the message."""
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # as above
+        raise _no_model(path, error) from None
+    if not all(isinstance(text, str) for p in model.metadata_props for text in (p.key, p.value)):
+        raise ExportError(f"{path}: its metadata is no UTF-8 text; export it again")
+
+
+def _no_model(path: str | PathLike[str], error: Exception) -> ExportError:
+    return ExportError(f"{path} is no ONNX model ({reason(error)}); export it again")
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

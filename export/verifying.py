@@ -14,6 +14,7 @@ import onnx
 import torch
 
 from qinvert import plan_io
+from qinvert.arithmetic import is_power_of_two
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError, VerificationError
 from qinvert.execute import needed_beta
@@ -24,7 +25,7 @@ from qinvert.files import read_bytes
 from qinvert.matrices import check_matrices, row_factors, solve
 from qinvert.metrics import ErrorStatistics
 from qinvert.plan import LayerPlan, Plan
-from qinvert.profiles import Lowering, find_profile
+from qinvert.profiles import find_profile
 from qinvert.steps import BETA
 
 Float32Array: TypeAlias = npt.NDArray[np.float32]
@@ -173,8 +174,8 @@ def _static_shape(value: onnx.ValueInfoProto) -> list[int | str]:
 
 def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
     # Sums of products of 16 bits by 8 are wider than float32 holds, whatever the scales.
-    exact = all(np.frexp(q.scale)[0] == 0.5 and q.format.container_bits == 8 for q in plan.tensors.values())
-    return exact or find_profile(metadata.get("qinvert.profile", "")).lowering is Lowering.INTEGER
+    exact = all(is_power_of_two(q.scale) and q.format.container_bits == 8 for q in plan.tensors.values())
+    return exact or find_profile(metadata.get("qinvert.profile", "")).exact
 
 
 def _run_batches(run: Run, inputs: dict[str, Float32Array], batch: int, chunk: int) -> Float32Array:

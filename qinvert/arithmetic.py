@@ -58,6 +58,11 @@ def check_scale(scale: float) -> None:
         )
 
 
+def is_power_of_two(value: float) -> bool:
+    """Whether ``|value|`` is a power of two: multiplying by it is exact."""
+    return math.frexp(value)[0] in (0.5, -0.5)
+
+
 def product_scale(left: float, right: float) -> float:
     """``float32(left * right)``: the real value of one accumulator step."""
     return float(np.float32(left) * np.float32(right))

@@ -61,6 +61,11 @@ class IntFormat:
         """Largest ``|q - zero_point|`` that can occur, saturation included."""
         return max(self.maximum - self.zero_point, self.zero_point - self.minimum)
 
+    @property
+    def element(self) -> str:
+        """ONNX and NumPy name of the container's type."""
+        return f"{'int' if self.minimum < 0 else 'uint'}{self.container_bits}"
+
     def __str__(self) -> str:
         return self.name
 

@@ -13,12 +13,21 @@ from qinvert import arithmetic
 from qinvert.errors import InputError, PlanError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, UINT8
 
+POWERS = [2.0**k for k in (-149, -126, -1, 0, 5, 127)]
 FORMATS = (INT4, INT8, UINT8, INT16)
 numbers = st.floats(width=32, allow_nan=False)
 scales = st.floats(min_value=2.0**-33, max_value=2.0**33, width=32)
 accumulators = st.integers(-(2**31) + 1, 2**31 - 1)
 integers = st.integers(-(2**15), 2**15 - 1)
 formats = st.sampled_from(FORMATS)
+
+
+@pytest.mark.parametrize("value", POWERS)
+def test_powers_of_two_have_a_mantissa_of_one_bit(value):
+    assert arithmetic.is_power_of_two(value)
+    assert arithmetic.is_power_of_two(-value)
+    assert not arithmetic.is_power_of_two(3 * value)
+    assert not arithmetic.is_power_of_two(0.0)
 
 
 def nearest(x: Fraction) -> Fraction | float:

@@ -24,6 +24,13 @@ def test_a_range_maps_onto_the_shorter_side_and_saturation_reaches_the_longer(fm
     assert (fmt.largest, fmt.magnitude) == (largest, magnitude)
 
 
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_the_container_is_named_as_onnx_and_numpy_name_it(fmt):
+    limits = np.iinfo(fmt.element)
+    assert limits.bits == fmt.container_bits
+    assert (limits.min == 0) == (fmt is UINT8)
+
+
 def test_int4_is_symmetric_in_an_int8_container():
     assert (INT4.minimum, INT4.maximum, INT4.container_bits) == (-7, 7, 8)
 

@@ -15,7 +15,9 @@ from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_bet
 from qinvert.cli.common import DECIBELS, Output, decibels, output_options
 from qinvert.errors import InputError
 from qinvert.execute import needed_beta
+from qinvert.export.encodings import STYLES, encodings, to_bytes
 from qinvert.export.exporting import build, serialize
+from qinvert.export.linting import lint
 from qinvert.export.verifying import Verification
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.files import make_folder, write_together
@@ -39,6 +41,9 @@ PLAN_FILE = "plan.json"
 @click.option(
     "--input", "source", default="L", show_default=True, type=click.Choice(("L", "M")), help="M takes -L."
 )
+@click.option(
+    "--encodings", "style", type=click.Choice(tuple(STYLES)), help="Also write the scales as JSON, QDQ only."
+)
 @output_options
 def export(
     plan_path: str,
@@ -47,6 +52,7 @@ def export(
     layers: tuple[str, ...],
     batch: int,
     source: str,
+    style: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -54,16 +60,18 @@ def export(
 
     \b
     Example: qinvert export plan.json -o graphs/ --profile npu-qdq-int8
+             qinvert export plan.json -o graphs/ --encodings aimet-2.0.0
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     find_profile(profile if profile is not None else plan.target)
     for name in layers:
         plan.layer(name)
-    files = export_all(plan, folder, profile, batch, source, layers)
-    for file in files.values():
+    files = export_all(plan, folder, profile, batch, source, layers, style)
+    written = {name: encodings_file(file) for name, file in files.items()} if style is not None else {}
+    for file in (*files.values(), *written.values()):
         output.say(f"wrote {file}")
-    output.result({"files": files})
+    output.result({"files": files, **({"encodings": written} if written else {})})
 
 
 def export_all(
@@ -73,16 +81,20 @@ def export_all(
     batch: int = 8,
     source: str = "L",
     layers: tuple[str, ...] = (),
+    style: str | None = None,
 ) -> dict[str, str]:
     """Export the named layers (all by default) into ``folder``; return the file of each.
 
-    All graphs are built before the first is written, and all files appear together.
+    All graphs are built before the first is written, and all files appear
+    together; with a ``style`` the scales of each graph are among them.
     """
     names, target = file_names(plan), Path(folder)
-    contents = {
-        target / names[name]: serialize(build(plan, profile=profile, layer=name, batch=batch, input=source))
-        for name in layers or plan.layers
-    }
+    contents: dict[Path, bytes] = {}
+    for name in layers or plan.layers:
+        model = build(plan, profile=profile, layer=name, batch=batch, input=source)
+        contents[target / names[name]] = serialize(model)
+        if style is not None:
+            contents[target / encodings_file(names[name])] = to_bytes(encodings(model, style))
     make_folder(folder)
     write_together({**contents, target / PLAN_FILE: plan_io.to_bytes(plan)})
     return {name: str(target / names[name]) for name in layers or plan.layers}
@@ -101,6 +113,11 @@ def file_names(plan: Plan) -> dict[str, str]:
         taken.add(f"{stem}{tail}".casefold())
         names[layer] = f"{stem}{tail}.onnx"
     return names
+
+
+def encodings_file(graph: str) -> str:
+    """Name of the encodings beside a graph."""
+    return f"{graph.removesuffix('.onnx')}.encodings.json"
 
 
 @click.command()
@@ -124,7 +141,8 @@ def verify(
     r"""Run exported graphs and compare every value with the simulator.
 
     FOLDER is what `qinvert export` wrote.  A difference that the profile does
-    not allow is an error, exit code 2.
+    not allow is an error, exit code 2; where a graph breaks a rule of its
+    profile, the node and the remedy are printed.
 
     \b
     Example: qinvert verify graphs/
@@ -141,6 +159,8 @@ def verify(
         lower, beta = matrices_for(plan, name, data)
         with output.progress(f"verifying {name}"):
             results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name, beta=beta)
+        for finding in lint(file):
+            output.say(f"{name}: {finding}")
     show_verifications(output, results)
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
@@ -204,17 +224,34 @@ def profiles(as_json: bool, quiet: bool) -> None:
     """
     output = Output(as_json=as_json, quiet=quiet)
     rows = [
-        [p.name, ", ".join(map(str, p.formats)), str(p.opset), ", ".join(p.proved), p.summary, p.caveats]
+        [
+            p.name,
+            ", ".join(map(str, p.formats)),
+            types_of(p),
+            str(p.opset),
+            ", ".join(p.proved),
+            p.summary,
+            p.caveats,
+        ]
         for p in PROFILES.values()
     ]
-    output.table("Profiles", ["profile", "formats", "opset", "proved on", "form", "caveats"], rows)
+    output.table("Profiles", ["profile", "formats", "types", "opset", "proved on", "form", "caveats"], rows)
     output.result({p.name: profile_to_dict(p) for p in PROFILES.values()})
+
+
+def types_of(profile: Profile) -> str:
+    """``int8``, or ``int8, uint8 x int8`` where products take another type from the left."""
+    left = profile.left_operand
+    stored = ", ".join(profile.stored)
+    return stored if left is None else f"{stored}, {left.element} x {profile.storage.element}"
 
 
 def profile_to_dict(profile: Profile) -> dict[str, Any]:
     """Return JSON types."""
     return {
         "formats": [fmt.name for fmt in profile.formats],
+        "types": types_of(profile),
+        "scales": "pow2" if profile.power_of_two_scales else "float",
         "opset": profile.opset,
         "proved": list(profile.proved),
         "summary": profile.summary,

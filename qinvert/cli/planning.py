@@ -26,7 +26,11 @@ from qinvert.proof import Proof
 @click.option("--bits", default="auto", show_default=True, type=click.Choice(("auto", *BITS)))
 @click.option("--target", help=f"{', '.join(PROFILES)}; npu-qdq-int8 where it takes the bits.")
 @click.option(
-    "--scales", default="float", show_default=True, type=click.Choice([rule.value for rule in ScaleRule])
+    "--scales",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *(rule.value for rule in ScaleRule)]),
+    help="auto: float, unless the target takes powers of two only.",
 )
 @click.option(
     "--ranges",

@@ -11,9 +11,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from qinvert.errors import ExportError, lookup
+from qinvert.formats import IntFormat
 from qinvert.profiles._profile import Lowering, Profile
 
-__all__ = ["PROFILES", "Lowering", "Profile", "find_profile"]
+__all__ = ["PROFILES", "Lowering", "Profile", "default_target", "find_profile"]
 
 
 def _discover() -> dict[str, Profile]:
@@ -24,6 +25,15 @@ def _discover() -> dict[str, Profile]:
 
 #: Every profile by its name.
 PROFILES: dict[str, Profile] = _discover()
+
+
+#: Where no target is given: the first of these that takes the format.
+DEFAULT_TARGETS = ("npu-qdq-int8", "npu-qdq-int4", "npu-qdq-int16", "int-ops")
+
+
+def default_target(fmt: IntFormat) -> str:
+    """Return the target of plans of that format, if a caller names none."""
+    return next(name for name in DEFAULT_TARGETS if fmt in PROFILES[name].formats)
 
 
 def find_profile(name: str) -> Profile:

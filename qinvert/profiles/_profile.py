@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qinvert.formats import IntFormat
+from qinvert.arithmetic import FLOAT32_EXACT
+from qinvert.formats import INT8, IntFormat
 from qinvert.plan import Requantize
 
 
@@ -16,6 +17,8 @@ class Lowering(StrEnum):
     QDQ = "qdq"
     #: MatMulInteger and int8 tensors: the literal integer program.
     INTEGER = "integer"
+    #: As INTEGER, with QLinearMatMul where the plan requantizes by one factor.
+    QLINEAR = "qlinear"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +43,24 @@ class Profile:
     proved: tuple[str, ...]
     #: What to know before using it.
     caveats: str
+    #: How tensors of the int8 grid are stored: `INT8`, or `UINT8`, the same real values shifted by 128.
+    storage: IntFormat = INT8
+    #: How MatMulInteger takes its left operand, if not as stored.
+    left_operand: IntFormat | None = None
+    #: Whether every scale must be a power of two.
+    power_of_two_scales: bool = False
+    #: Largest magnitude of an accumulator: what float32 holds exactly, for back ends
+    #: that multiply in it.
+    accumulator_limit: int = FLOAT32_EXACT
+
+    @property
+    def exact(self) -> bool:
+        """Whether graphs equal the simulator bit for bit, whatever the scales."""
+        return self.lowering is not Lowering.QDQ
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """ONNX element types of quantized tensors, each with its zero point."""
+        wide = [fmt for fmt in self.formats if fmt.container_bits > INT8.container_bits]
+        narrow = [self.storage] if len(wide) < len(self.formats) else []
+        return {fmt.element: fmt.zero_point for fmt in (*narrow, *wide)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qinvert.arithmetic import INT32_LIMIT
 from qinvert.formats import INT8, INT16
 from qinvert.plan import Requantize
 from qinvert.profiles._profile import Lowering, Profile
@@ -17,4 +18,5 @@ PROFILE = Profile(
     operators=INT8_PROFILE.operators,
     proved=("onnxruntime",),
     caveats="onnxruntime multiplies in float32: one step of 1/32767 may differ in up to 2.6 % of the values",
+    accumulator_limit=INT32_LIMIT - 1,
 )

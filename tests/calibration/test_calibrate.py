@@ -182,7 +182,7 @@ def test_progress_is_told_every_batch():
         ({"granularity": "column"}, PlanError, "granularity 'column'"),
         ({"granularity": "head"}, InputError, "without a head axis"),
         ({"target": "toaster"}, ValueError, "unknown profile 'toaster'"),
-        ({"scales": "log"}, PlanError, "scales 'log'"),
+        ({"scales": "log"}, PlanError, "scales 'log' is unknown; use auto, float or pow2"),
         ({"min_sqnr_db": float("nan")}, PlanError, "min_sqnr_db"),
         ({"data": [1]}, InputError, "goes with a model"),
     ],

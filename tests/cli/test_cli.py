@@ -10,6 +10,7 @@ import qinvert
 from qinvert import recall
 from qinvert.cli.app import cli
 from qinvert.cli.graphs import file_names
+from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 
 VERBS = ("demo", "inspect", "calibrate", "simulate", "export", "verify", "evaluate", "profiles")
@@ -77,8 +78,13 @@ def test_results_are_tables_unless_json_or_quiet(matrices, plan):
 
 
 def test_profiles_are_listed():
-    assert "npu-qdq-int8" in run("profiles").stdout
-    assert json.loads(run("profiles", "--json").stdout)["int-ops"]["opset"] == 19
+    shown = run("profiles").stdout
+    assert all(name in shown for name in PROFILES)
+    listed = json.loads(run("profiles", "--json").stdout)
+    assert list(listed) == list(PROFILES)
+    assert listed["int-ops"]["opset"] == 19
+    assert [listed[n]["types"] for n in ("int-ops-x86", "npu-qdq-uint8")] == ["int8, uint8 x int8", "uint8"]
+    assert all(row["proved"] and row["caveats"] for row in listed.values())
 
 
 def test_a_missed_goal_is_exit_code_1(matrices, plan, tmp_path):

@@ -28,18 +28,26 @@ def plan():
     return planned("npu-qdq-int8")
 
 
+def reference(model):
+    # onnx's evaluator lacks DequantizeLinear before opset 19; the operators here mean the same.
+    newer = onnx.ModelProto()
+    newer.CopyFrom(model)
+    newer.opset_import[0].version = max(19, model.opset_import[0].version)
+    return onnx.reference.ReferenceEvaluator(newer)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("source", ["L", "M"])
 def test_the_reference_evaluator_agrees_with_the_simulator(profile, source, tmp_path):
     plan = planned(profile)
     model = qinvert.export(plan, tmp_path / "t.onnx", profile=profile, batch=8, input=source)
     feed = {source: (LOWER if source == "L" else -LOWER)[None].numpy()}
-    (actual,) = onnx.reference.ReferenceEvaluator(model).run(None, feed)
+    (actual,) = reference(model).run(None, feed)
     expected = plan.layer().inverse(LOWER).numpy()
     steps = np.abs(actual[0] - expected) / plan.layer().output.scale
     # A float MatMul in another summation order may round one tie the other way.
     assert steps.max() < 1.5
-    assert np.count_nonzero(steps) <= (0 if profile == "int-ops" else 2)
+    assert np.count_nonzero(steps) <= (0 if PROFILES[profile].exact else 2)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -120,6 +128,10 @@ def test_int4_values_stay_on_their_grid_in_an_int8_container(tmp_path):
 def test_every_method_exports_under_every_profile(method, profile, tmp_path):
     lower = stress_matrices("repeated_keys", 4, 32)
     plan = qinvert.calibrate(lower, method=method, target=profile)
+    if method == "newton_schulz" and PROFILES[profile].power_of_two_scales:
+        with pytest.raises(ExportError, match="factor"):
+            qinvert.export(plan, tmp_path / "t.onnx", batch=2)
+        return
     qinvert.export(plan, tmp_path / "t.onnx", batch=2)
     results = qinvert.verify(tmp_path / "t.onnx", plan, lower)
     assert [r.runtime for r in results] == ["onnxruntime (unoptimized)", "onnxruntime (optimized)"]
