@@ -18,7 +18,7 @@ from qinvert.execute import FloatEvaluator, program_inputs
 from qinvert.formats import IntFormat
 from qinvert.plan import Quantization, Requantize
 from qinvert.program import Program
-from qinvert.steps import INPUT, Add, MatMul, Rescale, Scale
+from qinvert.steps import INPUT
 
 #: Room above the largest residue seen on the sample.
 MARGIN: Final = 4.0
@@ -37,26 +37,7 @@ class _ResidueEvaluator(FloatEvaluator):
         self.free = free
         self.widened: dict[str, float] = {}
 
-    def matmul(
-        self,
-        step: MatMul,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        add: list[torch.Tensor],
-        subtract: list[torch.Tensor],
-    ) -> torch.Tensor:
-        return self.round(step.output, super().matmul(step, left, right, add, subtract))
-
-    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return self.round(step.output, super().add(step, left, right))
-
-    def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        return self.round(step.output, super().rescale(step, source))
-
-    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        return self.round(step.output, super().scale(step, source, vector))
-
-    def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
+    def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
         grid = self.tensors[name]
         largest = float(values.abs().max())
         if name in self.free and largest > 2 * grid.limit:
@@ -99,7 +80,7 @@ def settle_residues(
     free = {name for name, group in groups.items() if sizes[group] == 1 and ranges[name] <= small}
     evaluator = _ResidueEvaluator(sample.shape[0], sample.device, tensors, free)
     inputs = {
-        name: evaluator.round(name, value)
+        name: evaluator.stored(name, value)
         for name, value in program_inputs(program, sample, beta, torch.float64).items()
     }
     program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)

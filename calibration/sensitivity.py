@@ -16,7 +16,7 @@ from qinvert.formats import IntFormat
 from qinvert.matrices import solve
 from qinvert.plan import Quantization
 from qinvert.program import Program
-from qinvert.steps import BETA, INPUT, Add, MatMul, Rescale, Scale
+from qinvert.steps import BETA, INPUT, MatMul, Scale
 
 #: Matrices of the sample that predictions use.
 MATRICES: Final = 8
@@ -115,13 +115,29 @@ class _VariantEvaluator(FloatEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        total = super().matmul(step, left, right, add, subtract)
-        for i, grid in self.rounded[step.output]:
-            if grid.format.planes > 1:
-                # Two planes drop the product of the low ones.
-                parts = (self._low(step.left, left, i), self._low(step.right, right, i))
-                self._copies(total)[:, i] -= parts[0] @ parts[1]
-        return self.round(step.output, total)
+        for i in self._dropping(step.output):
+            # Two planes drop the product of the low ones.
+            dropped = self._low(step.left, left, i) @ self._low(step.right, right, i)
+            subtract = [*subtract, self._copy(dropped, i)]
+        return super().matmul(step, left, right, add, subtract)
+
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        total = source * along(step, vector)
+        for i in self._dropping(step.output):
+            # As in a product.
+            low = along(step, self._low(step.vector, vector, i))
+            total = total - self._copy(self._low(step.source, source, i) * low, i)
+        return self.stored(step.output, total)
+
+    def _dropping(self, name: str) -> list[int]:
+        return [i for i, grid in self.rounded[name] if grid.format.planes > 1]
+
+    def _copy(self, values: torch.Tensor, i: int) -> torch.Tensor:
+        """Return zeros but for variant ``i``."""
+        blocks = values.reshape(-1, self.count, *values.shape[-2:])
+        whole = blocks.new_zeros(len(blocks), self.batch // self.count, *blocks.shape[1:])
+        whole[:, i] = blocks
+        return whole.flatten(0, 2)
 
     def _copies(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(-1, self.batch // self.count, self.count, *values.shape[1:])
@@ -132,22 +148,7 @@ class _VariantEvaluator(FloatEvaluator):
         low, scale = arithmetic.planes(q, grid.scale, grid.format)[-1]
         return low.to(torch.float64) * scale
 
-    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return self.round(step.output, super().add(step, left, right))
-
-    def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        return self.round(step.output, super().rescale(step, source))
-
-    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        total = super().scale(step, source, vector)
-        for i, grid in self.rounded[step.output]:
-            if grid.format.planes > 1:
-                # As in a product.
-                parts = (self._low(step.source, source, i), along(step, self._low(step.vector, vector, i)))
-                self._copies(total)[:, i] -= parts[0] * parts[1]
-        return self.round(step.output, total)
-
-    def round(self, name: str, values: torch.Tensor) -> torch.Tensor:
+    def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round the copies whose variant is the grid of ``name``."""
         if not self.rounded[name]:
             return values
@@ -192,7 +193,7 @@ def measure_sensitivities(
     evaluator = _VariantEvaluator(program, variants, len(sample), sample.device)
     exact_inputs = program_inputs(program, sample, beta, torch.float64)
     inputs = {
-        name: evaluator.round(name, value.repeat(len(variants) + 1, 1, 1))
+        name: evaluator.stored(name, value.repeat(len(variants) + 1, 1, 1))
         for name, value in exact_inputs.items()
     }
     result = program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)

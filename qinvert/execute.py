@@ -60,11 +60,18 @@ def constant_matrix(constant: Constant) -> torch.Tensor:
 
 
 class FloatEvaluator(TorchEvaluator):
-    """Every step computes in float32 (float64 for float64), then rounds to ``dtype``."""
+    """Every step computes in float32 (float64 for float64), then is stored.
+
+    `stored` rounds to ``dtype``; subclasses round to what they study.
+    """
 
     def __init__(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(batch, dtype, device)
         self.compute = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return what later steps read of the tensor ``name``."""
+        return values.to(self.dtype)
 
     def matmul(
         self,
@@ -79,16 +86,16 @@ class FloatEvaluator(TorchEvaluator):
             total = total + term
         for term in subtract:
             total = total - term
-        return total.to(self.dtype)
+        return self.stored(step.output, total)
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return (left.to(self.compute) + right.to(self.compute)).to(self.dtype)
+        return self.stored(step.output, left.to(self.compute) + right.to(self.compute))
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        return (step.factor * source.to(self.compute)).to(self.dtype)
+        return self.stored(step.output, step.factor * source.to(self.compute))
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        return (source.to(self.compute) * along(step, vector).to(self.compute)).to(self.dtype)
+        return self.stored(step.output, source.to(self.compute) * along(step, vector).to(self.compute))
 
 
 def run(
