@@ -150,9 +150,7 @@ class _VariantEvaluator(FloatEvaluator):
 
     def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round the copies whose variant is the grid of ``name``."""
-        if not self.rounded[name]:
-            return values
-        values = values.clone()
+        # In place: what a float step computed is fresh memory.
         for i, grid in self.rounded[name]:
             self._copies(values)[:, i] = self._rounded(self._copies(values)[:, i], grid)
         return values

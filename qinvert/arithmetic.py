@@ -162,7 +162,11 @@ def _round(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
 def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
     # A scalar divisor on the host lets CUDA multiply by its reciprocal instead,
     # which is off by one step now and then: divide by a tensor on the device.
-    return x / torch.tensor(scale, dtype=torch.float32, device=x.device)
+    return x / _on_device(scale, x)
+
+
+def _on_device(scale: float, x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(scale, dtype=torch.float32, device=x.device)
 
 
 def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
@@ -306,6 +310,8 @@ def requantize_divide(
     addends: list[tuple[torch.Tensor, float]],
     scale: float,
     fmt: IntFormat,
+    *,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """``sat(round_half_even((float32(acc) * unit + sum_i float32(q_i) * s_i) / scale))``.
 
@@ -323,12 +329,23 @@ def requantize_divide(
         negative scale subtracts.
     scale, fmt
         Of the result.
+    overwrite : bool
+        ``accumulator`` is nobody else's: its memory may hold the result.
     """
-    x = accumulator.to(torch.float32) * unit
+    x = _scaled(accumulator, unit, overwrite)
     for q, addend_scale in addends:
         # Not add with alpha: that may round product and sum at once.
         x += q.to(torch.float32) * addend_scale
-    return _round(x, scale, fmt)
+    if fmt.planes > 1:
+        return _round(x, scale, fmt)
+    return _saturate(x.div_(_on_device(scale, x)), fmt)
+
+
+def _scaled(accumulator: torch.Tensor, factor: float, overwrite: bool) -> torch.Tensor:
+    # Fresh memory costs more than the product: on a CPU every page of it is a fault.
+    if overwrite and accumulator.dtype == torch.float32:
+        return accumulator.mul_(factor)
+    return accumulator.to(torch.float32) * factor
 
 
 def requantize_scaled_scalar(q: int, unit: float, factor: float, scale: float, fmt: IntFormat) -> int:
@@ -365,7 +382,9 @@ def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat
         return _saturate_scalar(float(np.float32(accumulator) * np.float32(factor)), fmt)
 
 
-def requantize_multiplier(accumulator: torch.Tensor, factor: float, fmt: IntFormat) -> torch.Tensor:
+def requantize_multiplier(
+    accumulator: torch.Tensor, factor: float, fmt: IntFormat, *, overwrite: bool = False
+) -> torch.Tensor:
     """``sat(round_half_even(float32(acc) * factor))``, bit-exact with QLinearMatMul.
 
     Parameters
@@ -377,5 +396,7 @@ def requantize_multiplier(accumulator: torch.Tensor, factor: float, fmt: IntForm
         `multiplier` of the three scales.
     fmt : IntFormat
         Of the result.
+    overwrite : bool
+        ``accumulator`` is nobody else's: its memory may hold the result.
     """
-    return _saturate(accumulator.to(torch.float32) * factor, fmt)
+    return _saturate(_scaled(accumulator, factor, overwrite), fmt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -32,7 +33,9 @@ class TorchEvaluator(Evaluator[torch.Tensor]):
 
     def mask(self, step: Mask, source: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
         # where, not a product: inf * 0 would be NaN.
-        return torch.where(constant != 0, source, torch.zeros((), dtype=self.dtype, device=self.device))
+        # All blocks share one mask, so that of the first is enough.
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(constant[:1] != 0, source, zero)
 
     def slice(self, step: Slice, source: torch.Tensor) -> torch.Tensor:
         blocks = None if step.blocks is None else (step.blocks[0] * self.batch, step.blocks[1] * self.batch)
@@ -51,8 +54,9 @@ def _span(span: Range | None) -> slice:
     return slice(None) if span is None else slice(*span)
 
 
+@lru_cache(maxsize=256)
 def constant_matrix(constant: Constant) -> torch.Tensor:
-    """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``."""
+    """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``; not to be written to."""
     columns = torch.arange(constant.columns)
     starts, stops = torch.tensor(constant.ones).T.unsqueeze(-1)
     ones: torch.Tensor = (columns >= starts) & (columns < stops)
@@ -83,9 +87,9 @@ class FloatEvaluator(TorchEvaluator):
     ) -> torch.Tensor:
         total = left.to(self.compute) @ right.to(self.compute)
         for term in add:
-            total = total + term
+            total += term
         for term in subtract:
-            total = total - term
+            total -= term
         return self.stored(step.output, total)
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

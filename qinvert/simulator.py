@@ -59,11 +59,14 @@ class IntegerEvaluator(TorchEvaluator):
             for name, sign, value in signed:
                 # In the accumulator's dtype: the product may exceed what float32 holds exactly.
                 term = value.to(accumulator.dtype)
-                accumulator = accumulator + term * (sign * self.plan.residual_factor(step, name))
-            return arithmetic.requantize_multiplier(accumulator, self.plan.multiplier(step), output.format)
+                accumulator += term * (sign * self.plan.residual_factor(step, name))
+            factor = self.plan.multiplier(step)
+            return arithmetic.requantize_multiplier(accumulator, factor, output.format, overwrite=True)
         for name, sign, value in signed:
             addends += [(plane, sign * scale) for plane, scale in self._planes(name, value)]
-        return arithmetic.requantize_divide(accumulator, unit, addends, output.scale, output.format)
+        return arithmetic.requantize_divide(
+            accumulator, unit, addends, output.scale, output.format, overwrite=True
+        )
 
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         grid = self.plan.tensors[name]
