@@ -12,7 +12,7 @@ import torch
 
 from qinvert import plan_io
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
-from qinvert.cli.common import DECIBELS, Output, decibels, output_options
+from qinvert.cli.common import DECIBELS, Output, decibels, open_for_plan, output_options
 from qinvert.errors import InputError
 from qinvert.execute import needed_beta
 from qinvert.export.encodings import STYLES, encodings, to_bytes
@@ -26,6 +26,8 @@ from qinvert.profiles import PROFILES, Profile, find_profile
 from qinvert.steps import MAX_BETA
 from qinvert.stress import STRESS, stress_matrices
 
+#: Sequences of the embedded model's task that a goal is measured on.
+GATE_SEQUENCES = 4
 #: Name of the plan beside the graphs.
 PLAN_FILE = "plan.json"
 
@@ -127,7 +129,9 @@ def encodings_file(graph: str) -> str:
 )
 @click.option("--runtime", "runtimes", multiple=True, default=("onnxruntime",), show_default=True)
 @click.option(
-    "--min-sqnr", type=DECIBELS, help="Exit with code 1 if a runtime's T stays below, dB; goes with --data."
+    "--min-sqnr",
+    type=DECIBELS,
+    help="Exit with code 1 if a runtime's T stays below, dB, on --data or on what the plan was made from.",
 )
 @output_options
 def verify(
@@ -154,14 +158,18 @@ def verify(
     found = {name: file for name, file in files.items() if file.is_file()}
     if not found:
         raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
+    own = None if data is None else (data, None)
+    if own is None and min_sqnr is not None:
+        # A goal is about the data that the plan is for, not about stress matrices.
+        own = open_for_plan(plan, None, None, GATE_SEQUENCES, 0)
     results: dict[str, list[Verification]] = {}
     for name, file in found.items():
-        lower, beta = matrices_for(plan, name, data)
+        lower, beta = matrices_for(plan, name, own)
         with output.progress(f"verifying {name}"):
             results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name, beta=beta)
         for finding in lint(file):
             output.say(f"{name}: {finding}")
-    show_verifications(output, results)
+    show_verifications(output, results, own_data=own is not None)
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
@@ -169,35 +177,37 @@ def verify(
         sys.exit(1)
 
 
-def matrices_for(plan: Plan, layer: str, data: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return matrices to verify a layer with, of a file or the stress sets, and beta if it takes it."""
+def matrices_for(
+    plan: Plan, layer: str, own: tuple[Any, Any] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return matrices to verify a layer with, of a source or the stress sets, and beta if it takes it."""
     program = plan.layer(layer).program
-    if data is None:
+    if own is None:
         lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
         # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
         return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.vectors else None
     parts = []
-    for name, lower, beta in open_with_beta(data):
+    for name, lower, beta in open_with_beta(*own):
         if name in (layer, DEFAULT_LAYER):
             check_size(lower, program.chunk, layer)
             rows = needed_beta(program, lower, beta, f"beta of layer {layer!r}")
             parts.append((lower, rows))
     if not parts:
-        raise InputError(f"{data} has no matrices for layer {layer!r}; name an array after the layer")
+        raise InputError(f"the data has no matrices for layer {layer!r}; name an array after the layer")
     betas = [rows.reshape(-1, program.chunk) for _, rows in parts if rows is not None]
     matrices = [lower.reshape(-1, *lower.shape[-2:]) for lower, _ in parts]
     return torch.cat(matrices), torch.cat(betas) if betas else None
 
 
-def show_verifications(output: Output, results: dict[str, list[Verification]]) -> None:
-    """Print how many values agree."""
+def show_verifications(output: Output, results: dict[str, list[Verification]], own_data: bool) -> None:
+    """Print how many values agree; sqnr says something of the caller's own data only."""
     rows = [
         [
             name,
             r.runtime,
             f"{r.values - r.mismatches} of {r.values}",
             f"{r.max_steps:.3g}",
-            decibels(r.sqnr_db),
+            decibels(r.sqnr_db) if own_data else "-",
             "yes" if r.exact else "no",
         ]
         for name, verifications in results.items()

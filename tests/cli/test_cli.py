@@ -271,6 +271,9 @@ def test_verify_is_a_gate_too(matrices, plan, tmp_path):
     passed = run("verify", tmp_path / "g", "--data", matrices, "--min-sqnr", 20, "--json")
     assert passed.exit_code == 0
     assert 20 < json.loads(passed.stdout)["layer"][0]["sqnr_db"] < 60
+    # Without --data: the matrices that the plan was made from.
+    assert run("verify", tmp_path / "g", "--min-sqnr", 20).exit_code == 0
+    assert run("verify", tmp_path / "g", "--min-sqnr", 80).exit_code == 1
     missed = run("verify", tmp_path / "g", "--data", matrices, "--min-sqnr", 80)
     assert missed.exit_code == 1
     assert "missed" in missed.stdout
