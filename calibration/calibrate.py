@@ -166,7 +166,7 @@ def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [
-        Candidate(program, observer.ranges(program), sample, (fmt,), free, beta)
+        Candidate(program, observer.ranges(program), sample, (fmt,), free, beta, choice.best.candidate.truth)
         for fmt in (INT8, INT8X2, INT16)
     ]
     provenance = {

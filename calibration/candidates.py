@@ -14,7 +14,6 @@ from qinvert.calibration.residues import settle_residues
 from qinvert.calibration.scales import ScaleRule, allows_multiplier, choose_quantizations
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, IntFormat
-from qinvert.matrices import solve
 from qinvert.methods import find_method
 from qinvert.methods.banded_residual import banded_residual
 from qinvert.methods.block_merge import block_merge
@@ -181,10 +180,9 @@ def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
 
 
 def measure(
-    plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None = None
+    plan: LayerPlan, lower: torch.Tensor, truth: torch.Tensor, beta: torch.Tensor | None = None
 ) -> tuple[ErrorStatistics, ErrorStatistics]:
-    """Return the errors of the simulated plan and of its floor on checked matrices."""
-    truth = solve(lower)
+    """Return the errors of the simulated plan and of its floor on matrices with exact inverses ``truth``."""
     achieved, floor = ErrorStatistics(), ErrorStatistics()
     achieved.update(simulate_inverse(plan, lower, beta=beta), truth)
     floor.update(floor_inverse(plan, lower, beta), truth)

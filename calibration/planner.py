@@ -15,6 +15,7 @@ from qinvert.calibration.observers import LayerObserver
 from qinvert.calibration.scales import scale_groups
 from qinvert.calibration.sensitivity import Sensitivities, measure_sensitivities
 from qinvert.formats import INT8, IntFormat
+from qinvert.matrices import solve
 from qinvert.plan import LayerPlan
 from qinvert.program import Program
 
@@ -49,6 +50,7 @@ class Candidate:
         ladder: Sequence[IntFormat],
         rules: GridRules,
         beta: torch.Tensor | None = None,
+        truth: torch.Tensor | None = None,
     ) -> None:
         self.program = program
         self.growth = growth(program, ranges)
@@ -56,6 +58,8 @@ class Candidate:
         self.ladder = ladder
         #: Of the sample, for a factored program.
         self.beta = beta
+        #: Exact inverses of the sample; candidates of one layer share them.
+        self.truth = solve(sample) if truth is None else truth
         self._ranges, self._sample, self._rules = ranges, sample, rules
         self._known: dict[tuple[IntFormat, ...], Grids] = {}
 
@@ -63,7 +67,7 @@ class Candidate:
     def sensitivities(self) -> Sensitivities:
         """Noise of every grid under every format of the ladder."""
         grids = [self._grids(self.uniform(fmt)).tensors for fmt in self.ladder]
-        return measure_sensitivities(self.program, grids, self._sample, self.beta)
+        return measure_sensitivities(self.program, grids, self._sample, self.beta, self.truth)
 
     def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
         """One format for every group of tensors that share a grid."""
@@ -143,7 +147,7 @@ class Prediction:
 
     def check(self, sample: torch.Tensor) -> Prediction:
         """Return the prediction with what a simulation of the plan really reaches."""
-        achieved, floor = measure(self.plan, sample, self.candidate.beta)
+        achieved, floor = measure(self.plan, sample, self.candidate.truth, self.candidate.beta)
         return replace(self, simulated=(achieved.sqnr_db, floor.sqnr_db))
 
     @property
@@ -211,7 +215,10 @@ def choose(
     the goals is simulated on the sample, with wider formats if it falls short.
     """
     sample, beta = observer.sample.matrices, observer.sample.beta
-    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, beta) for p in observer.programs]
+    truth = solve(sample)
+    candidates = [
+        Candidate(p, observer.ranges(p), sample, ladder, rules, beta, truth) for p in observer.programs
+    ]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []

@@ -168,6 +168,7 @@ def measure_sensitivities(
     grids: Sequence[Mapping[str, Quantization]],
     sample: torch.Tensor,
     beta: torch.Tensor | None = None,
+    truth: torch.Tensor | None = None,
 ) -> Sensitivities:
     """Round every group of tensors by itself and measure the error of the result.
 
@@ -180,8 +181,10 @@ def measure_sensitivities(
         Checked matrices; noise is measured on the first `MATRICES`.
     beta : torch.Tensor, shape ``[n, C]``, optional
         For a factored program.
+    truth : torch.Tensor, shape ``[n, C, C]``, optional
+        Exact inverses of the sample, where a caller has them already.
     """
-    exact = torch.tril(solve(sample), -1)
+    exact = torch.tril(solve(sample) if truth is None else truth, -1)
     # Rare large matrices would make the signal of a few a poor guess.
     signal = float(exact.square().sum()) * min(1.0, MATRICES / len(sample))
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
