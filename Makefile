@@ -18,6 +18,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+	cd export/runtimes/programs && ../../../$(BIN)/mypy --explicit-package-bases --config-file ../../../pyproject.toml *.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/methods.py

@@ -18,7 +18,7 @@ import torch
 
 import qinvert
 from qinvert.execute import run_checked
-from qinvert.export.runtimes import onnxruntime_settings
+from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.simulator import simulate_inverse
 from qinvert.stress import stress_matrices
 
@@ -37,9 +37,9 @@ def graph(plan: qinvert.Plan, profile: str, lower: torch.Tensor) -> Contender:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         qinvert.export(plan, path, profile=profile, batch=lower.shape[0])
-        (_, run) = list(onnxruntime_settings(path.read_bytes()))[-1]
+        session = open_session(path.read_bytes())
     feed = {"L": lower[None].numpy()}
-    return lambda: run(feed)
+    return lambda: session.run(None, feed)
 
 
 def contenders(lower: torch.Tensor) -> dict[str, Contender]:

@@ -6,7 +6,7 @@ read the graph only, so they hold for any ONNX file, whoever wrote it.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -277,6 +277,19 @@ def _is_scaled_accumulator(graph: Structure, name: str) -> bool:
             return False
         name = graph.writers[name].input[0]
     return graph.operator(name) == "MatMulInteger"
+
+
+@_rule("shared-constants", "store the integers once for every scale")
+def _shared_constants(case: _Case) -> Iterator[tuple[str, str]]:
+    scales: dict[str, set[float]] = defaultdict(set)
+    for node in case.graph.nodes:
+        if node.op_type == "DequantizeLinear" and case.graph.constant(node.input[0]) is not None:
+            grid = case.graph.grid(node)
+            scales[node.input[0]] |= {grid.scale} if grid is not None else set()
+    for name, found in scales.items():
+        if len(found) > 1:
+            numbers = ", ".join(f"{scale:.6g}" for scale in sorted(found))
+            yield name, f"is a constant on the scales {numbers}; onnxruntime-qnn reads it on one of them"
 
 
 @_rule("concat-order", "assemble blocks on axis 2 first, then on axis 3")

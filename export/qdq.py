@@ -32,8 +32,9 @@ class QdqLowering(GraphLowering):
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
         fmt = self.storage(grid)
         shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
-        values = self.graph.initializer(f"{name}/{fmt.element}", shifted)
         output = f"{name}/{grid.scale!r}"
+        # Integers of its own for every scale: onnxruntime-qnn reads a shared constant on one scale only.
+        values = self.graph.initializer(f"{output}/{fmt.element}", shifted)
         if output not in self.graph:
             self._dequantize(output, values, list(array.shape), grid)
         return output

@@ -4,65 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 
 from qinvert import plan_io
 from qinvert.arithmetic import is_power_of_two
 from qinvert.checks import check_integer
-from qinvert.errors import ExportError, VerificationError
+from qinvert.errors import ExportError
 from qinvert.execute import needed_beta
+from qinvert.export.comparing import Float32Array, Reference, Verification
 from qinvert.export.exporting import INPUTS, MAX_BATCH
 from qinvert.export.reading import read_model
-from qinvert.export.runtimes import Run, run_settings
+from qinvert.export.runtimes import Execution, Feed, execute
 from qinvert.files import read_bytes
 from qinvert.matrices import check_matrices, row_factors, solve
-from qinvert.metrics import ErrorStatistics
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import find_profile
 from qinvert.steps import BETA
 
-Float32Array: TypeAlias = npt.NDArray[np.float32]
-
 #: Largest input that a graph may ask for.
 MAX_ELEMENTS = 2**28
-#: Share of values that may differ by one step of an 8-bit grid where a float MatMul
-#: stays unfused; the steps of a 16-bit grid are 256 times as many.
-ALLOWED_SHARE = 1e-4
-#: Steps of a 16-bit grid by which a value may differ: one that flips early is multiplied.
-WIDE_STEPS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """How one runtime compares with the simulator."""
-
-    #: Runtime and its setting.
-    runtime: str
-    #: Values compared.
-    values: int
-    #: Values that differ.
-    mismatches: int
-    #: Largest difference, in steps of the output's grid.
-    max_steps: float
-    #: Whether the profile and scales promise equality bit for bit.
-    exact: bool
-    #: Share of values that may differ by one step where they do not.
-    allowed_share: float
-    #: Steps by which those may differ.
-    allowed_steps: int
-    #: sqnr of what the runtime returned, against the exact inverse.
-    sqnr_db: float
-
-    def __str__(self) -> str:
-        equal = f"{self.values - self.mismatches} of {self.values} values equal"
-        return f"{self.runtime} == simulator: {equal}"
 
 
 def verify(
@@ -78,9 +43,11 @@ def verify(
 
     Integer profiles, and QDQ profiles under power-of-two scales, must agree
     bit for bit.  A QDQ graph with float scales may differ by one step in at
-    most `ALLOWED_SHARE` of the values where a runtime leaves a product in
+    most 1e-4 of the values where a runtime leaves a product in
     float32; the count is in the result.  A program that amplifies (powers
-    that explode) amplifies such a step, too, and then fails here.
+    that explode) amplifies such a step, too, and then fails here.  A processor
+    with a rounding of its own may differ by `Runtime.own_steps` anywhere, and
+    by more in one value of a thousand.
 
     Parameters
     ----------
@@ -91,7 +58,7 @@ def verify(
     L : tensor or array, shape ``(..., C, C)``
         Inputs; repeated to fill the last batch, all of which is compared.
     runtimes : sequence of str
-        ``"onnxruntime"``, which runs with and without graph optimization.
+        Names of `qinvert.export.runtimes.RUNTIMES`.
     layer : str, optional
         Layer of the plan; read from the file if left out.
     beta : tensor or array, shape ``(..., C)``, optional
@@ -128,17 +95,20 @@ def verify(
         raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
     # Every slot of the last batch computes something: fill it, and compare all of it.
     filled = np.arange(-(-len(lower) // batch) * batch) % len(lower)
-    expected, truth, unit = expected[filled], truth[filled], layer_plan.output.scale * unit[filled]
+    reference = Reference(
+        plan=layer_plan,
+        expected=expected[filled],
+        truth=truth[filled],
+        unit=(layer_plan.output.scale * unit[filled]).numpy(),
+        exact=exact,
+    )
     arrays = {name: values[filled].cpu().numpy() for name, values in feed.items()}
     results = []
     for runtime in runtimes:
-        for setting, run in run_settings(runtime, content):
-            actual = _run_batches(run, arrays, batch, layer_plan.chunk)
-            errors = ErrorStatistics()
-            errors.update(torch.from_numpy(actual).to(truth.device), truth)
-            name = f"{runtime} ({setting})"
-            results.append(_compare(name, actual, expected, layer_plan, exact, errors.sqnr_db, unit.numpy()))
-            _judge(results[-1], actual, expected, _hint(metadata, plan))
+        for execution in execute(runtime, content, _feeds(arrays, batch)):
+            actual = _joined(execution, batch, layer_plan.chunk)
+            results.append(reference.compare(runtime, execution, actual))
+            reference.judge(results[-1], actual, _hint(metadata, plan))
     return results
 
 
@@ -178,54 +148,24 @@ def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
     return exact or find_profile(metadata.get("qinvert.profile", "")).exact
 
 
-def _run_batches(run: Run, inputs: dict[str, Float32Array], batch: int, chunk: int) -> Float32Array:
-    parts, wanted = [], (1, batch, chunk, chunk)
-    for start in range(0, len(next(iter(inputs.values()))), batch):
-        result = np.asarray(run({name: x[start : start + batch][None] for name, x in inputs.items()}))
+def _feeds(inputs: dict[str, Float32Array], batch: int) -> list[Feed]:
+    count = len(next(iter(inputs.values())))
+    return [
+        {name: x[start : start + batch][None] for name, x in inputs.items()}
+        for start in range(0, count, batch)
+    ]
+
+
+def _joined(execution: Execution, batch: int, chunk: int) -> Float32Array:
+    wanted = (1, batch, chunk, chunk)
+    for result in execution.outputs:
         if result.shape != wanted or result.dtype != np.float32:
             raise ExportError(
                 f"the graph returned {result.dtype} {list(result.shape)}, not float32 {list(wanted)}; "
                 "export it again"
             )
-        parts.append(result[0])
-    return np.concatenate(parts)
-
-
-def _compare(
-    runtime: str,
-    actual: Float32Array,
-    expected: Float32Array,
-    plan: LayerPlan,
-    exact: bool,
-    sqnr_db: float,
-    unit: Float32Array,
-) -> Verification:
-    differ = ~(actual == expected)
-    steps = (np.abs(actual.astype(np.float64) - expected) / unit)[differ]
-    extra_bits = plan.output.format.container_bits - 8
-    return Verification(
-        runtime=runtime,
-        values=expected.size,
-        mismatches=int(differ.sum()),
-        max_steps=float(steps.max()) if steps.size else 0.0,
-        exact=exact,
-        allowed_share=0.0 if exact else ALLOWED_SHARE * 2**extra_bits,
-        allowed_steps=WIDE_STEPS if extra_bits else 1,
-        sqnr_db=sqnr_db,
-    )
-
-
-def _judge(result: Verification, actual: Float32Array, expected: Float32Array, hint: str) -> None:
-    # One legal tie may fall into any sample, however small.
-    allowed = 0 if result.exact else max(1.0, result.allowed_share * result.values)
-    if result.mismatches <= allowed and result.max_steps < result.allowed_steps + 0.5:
-        return
-    index = tuple(int(i) for i in np.argwhere(~(actual == expected))[0])
-    raise VerificationError(
-        f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
-        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of "
-        f"{expected[index]!r}; {hint}"
-    )
+    joined: Float32Array = np.concatenate(execution.outputs, axis=1)[0]
+    return joined
 
 
 def _hint(metadata: dict[str, str], plan: Plan) -> str:

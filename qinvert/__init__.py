@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qinvert.errors import ProgramError as ProgramError
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
-    from qinvert.export.verifying import Verification as Verification
+    from qinvert.export.comparing import Verification as Verification
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
@@ -67,7 +67,7 @@ _HOMES = {
     "Quantization": "plan",
     "RangeGrowth": "calibration.growth",
     "Report": "calibration.reports",
-    "Verification": "export.verifying",
+    "Verification": "export.comparing",
     "VerificationError": "errors",
     "banded_residual": "methods",
     "block_merge": "methods",

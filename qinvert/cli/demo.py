@@ -18,7 +18,8 @@ from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_o
 from qinvert.cli.graphs import PLAN_FILE, export_all
 from qinvert.cli.planning import show_choices
 from qinvert.cli.plans import growth_to_dict, show_growth
-from qinvert.export.verifying import Verification, verify
+from qinvert.export.comparing import Verification
+from qinvert.export.verifying import verify
 from qinvert.methods.banded_residual import banded_residual
 from qinvert.plan import Plan
 

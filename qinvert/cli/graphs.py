@@ -15,10 +15,10 @@ from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_bet
 from qinvert.cli.common import DECIBELS, Output, decibels, open_for_plan, output_options
 from qinvert.errors import InputError
 from qinvert.execute import needed_beta
+from qinvert.export.comparing import Verification
 from qinvert.export.encodings import STYLES, encodings, to_bytes
 from qinvert.export.exporting import build, serialize
 from qinvert.export.linting import lint
-from qinvert.export.verifying import Verification
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.files import make_folder, write_together
 from qinvert.plan import Plan
@@ -209,6 +209,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]], o
             f"{r.max_steps:.3g}",
             decibels(r.sqnr_db) if own_data else "-",
             "yes" if r.exact else "no",
+            ", ".join(f"{count} {types}" for types, count in r.products.items()),
         ]
         for name, verifications in results.items()
         for r in verifications
@@ -220,6 +221,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]], o
         "largest difference, steps",
         "sqnr_db",
         "must be exact",
+        "products",
     ]
     output.table("Verification", columns, rows)
 

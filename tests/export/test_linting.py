@@ -162,6 +162,20 @@ def test_pad_placement_is_found():
     assert (finding.node, finding.rule) == ("placed", "pad")
 
 
+@pytest.mark.parametrize("second", [2.0**-6, 2.0**-5])
+def test_constants_on_two_scales_are_found(second):
+    sketch = Sketch()
+    source = sketch.input("M", 2, 16, 16)
+    ones = sketch.graph.initializer("ones", np.ones(sketch.shape, dtype=np.int8))
+    for name, scale in (("first", 2.0**-6), ("second", second)):
+        inputs = [ones, sketch.scale(scale), sketch.zero]
+        sketch.graph.node("DequantizeLinear", inputs, f"{name}/ones", sketch.shape)
+        source = sketch.operator("Add", [source, f"{name}/ones"], name, sketch.shape)
+    findings = qinvert.export.lint(sketch.model(source, sketch.shape))
+    wanted = [("ones", "shared-constants")] if second != 2.0**-6 else []
+    assert [(f.node, f.rule) for f in findings] == wanted
+
+
 def test_concats_over_two_scales_are_found():
     sketch = Sketch()
     (a, b), _ = blocks(sketch)
@@ -450,7 +464,15 @@ def test_a_finding_names_node_rule_and_remedy():
 
 def test_every_rule_has_a_graph_that_breaks_it():
     shown = {name.split()[0] for name in DAMAGES}
-    by_hand = {"concat-order", "pad", "one-scale", "quantized", "accumulators", "wide-products"}
+    by_hand = {
+        "concat-order",
+        "pad",
+        "one-scale",
+        "shared-constants",
+        "quantized",
+        "accumulators",
+        "wide-products",
+    }
     assert shown | by_hand | {"operators", "power-of-two-scales"} == {*RULES, "self-contained"}
 
 

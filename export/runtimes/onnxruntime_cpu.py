@@ -1,0 +1,82 @@
+"""onnxruntime on the CPU, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+from onnx import numpy_helper
+
+from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
+
+#: Places of the two zero points, which tell the types of a product.
+ZERO_POINTS = {"MatMulInteger": (2, 3), "QLinearMatMul": (2, 5), "MatMulIntegerToFloat": (4, 5)}
+
+
+def execute(content: bytes, feeds: Sequence[Feed]) -> Iterator[Execution]:
+    """Run the graph unoptimized and optimized."""
+    for setting in ("unoptimized", "optimized"):
+        with TemporaryDirectory() as folder:
+            written = Path(folder) / "optimized.onnx"
+            session = open_session(content, optimized=setting == "optimized", written=written)
+            products = product_types(onnx.load(written))
+        outputs = [session.run(None, dict(feed))[0] for feed in feeds]
+        yield Execution(setting=setting, outputs=outputs, products=products)
+
+
+def open_session(
+    content: bytes, *, optimized: bool = True, threads: int = 0, written: Path | None = None
+) -> Any:
+    """Open an InferenceSession on the CPU.
+
+    ``session.qdqisint8allowed`` keeps int8 as int8: by default an x64 session
+    turns int8 QDQ into uint8 for single nodes and leaves chains unfused, in
+    float MatMuls.
+
+    Parameters
+    ----------
+    content : bytes
+        Serialized model.
+    optimized : bool
+        Whether the graph is optimized.
+    threads : int
+        0 leaves it to onnxruntime.
+    written : Path, optional
+        File for the graph that is executed.
+    """
+    import onnxruntime
+
+    levels = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if written is not None:
+        options.optimized_model_filepath = str(written)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def product_types(model: onnx.ModelProto) -> dict[str, str]:
+    """Types of the operands of every product in a graph, by node name."""
+    elements = {tensor.name: numpy_helper.to_array(tensor).dtype.name for tensor in model.graph.initializer}
+    types = {}
+    for node in model.graph.node:
+        if node.op_type in ZERO_POINTS:
+            operands = [elements.get(node.input[at], "?") for at in ZERO_POINTS[node.op_type]]
+            types[node.name] = " x ".join(operands)
+        elif node.op_type in ("MatMul", "Gemm", "FusedMatMul"):
+            types[node.name] = "float32"
+    return types
+
+
+RUNTIME = Runtime(
+    name="onnxruntime",
+    execute=execute,
+    summary="the CPU, graph optimization off and on",
+    module="onnxruntime",
+    requirement="onnxruntime",
+)

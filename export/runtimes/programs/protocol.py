@@ -1,0 +1,43 @@
+"""What every program of this folder shares; needs NumPy alone.
+
+A program gets a folder with ``model.onnx`` and ``feeds.npz``, each input
+stacked over calls.  It leaves ``report.json``, one entry a setting, and
+``outputs_<i>.npz`` beside it.  A traceback and a nonzero exit code mean that
+the toolkit refused the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+#: ``setting, outputs by call, types of products by node, nodes left to another processor``.
+Outcome = tuple[str, list[Array], dict[str, str], list[str]]
+#: ``program(model file, feeds, scratch folder)``.
+Program = Callable[[Path, list[dict[str, Array]], Path], Iterator[Outcome]]
+
+
+def main(program: Program) -> None:
+    """Run ``program`` on the folder that the command line names."""
+    folder = Path(sys.argv[1])
+    report = []
+    outcomes = program(folder / "model.onnx", read_feeds(folder / "feeds.npz"), folder)
+    for i, (setting, outputs, products, elsewhere) in enumerate(outcomes):
+        np.savez(folder / f"outputs_{i}.npz", outputs=np.stack(outputs))
+        report.append({"setting": setting, "products": products, "elsewhere": elsewhere})
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def read_feeds(path: Path) -> list[dict[str, Array]]:
+    """Return the inputs of every call."""
+    with np.load(path, allow_pickle=False) as archive:
+        stacked = {name: archive[name] for name in archive.files}
+    calls = len(next(iter(stacked.values())))
+    return [{name: array[i] for name, array in stacked.items()} for i in range(calls)]

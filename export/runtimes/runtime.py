@@ -1,0 +1,49 @@
+"""What a runtime is, and what it says of a graph that it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+
+#: Inputs of one call by name.
+Feed: TypeAlias = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """One way in which a runtime compiled a graph and ran it."""
+
+    #: Optimization level, processor or architecture.
+    setting: str
+    #: Output of every call.
+    outputs: Sequence[npt.NDArray[Any]]
+    #: Types that each product runs in, ``"int8 x int8"``, by name of the node.
+    products: Mapping[str, str] = field(default_factory=dict)
+    #: Nodes that the runtime left to another processor than the one it compiled for.
+    elsewhere: Sequence[str] = ()
+
+
+#: Yields what each setting of a runtime makes of a serialized model and the feeds.
+Execute: TypeAlias = Callable[[bytes, Sequence[Feed]], Iterator[Execution]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """A runtime that verification can use."""
+
+    #: Name on the command line.
+    name: str
+    #: Runs a graph.
+    execute: Execute
+    #: One line for the table of runtimes.
+    summary: str
+    #: Module whose import shows that it is installed.
+    module: str
+    #: What ``pip install`` takes.
+    requirement: str
+    #: Steps of the output's grid by which any value may differ: 0 where the runtime
+    #: computes what ONNX says, more where a processor has a rounding of its own.
+    own_steps: int = 0
