@@ -23,6 +23,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/runtimes.py --write
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py

@@ -8,11 +8,11 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timing import interleaved
 
 import qinvert
 from qinvert import recall
@@ -32,13 +32,7 @@ def seconds(sequences: int, rounds: int) -> dict[str, float]:
             run_model(model, batch)
 
     calls: dict[str, Any] = {"forward": forward, "calibrate": lambda: qinvert.calibrate(model, tokens)}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+    times = interleaved(calls, rounds, pause=0)
     ratios = [c / f for f, c in zip(times["forward"], times["calibrate"], strict=True)]
     return {name: statistics.median(t) for name, t in times.items()} | {"ratio": statistics.median(ratios)}
 

@@ -1,20 +1,17 @@
 """Time inverses of 64 x 64 matrices in one run and print ratios.
 
-Every contender is timed round-robin, so that a drift of the machine hits all
-of them alike; the ratio to a copy of the data is what to quote.
+The ratio to a copy of the data is what to quote.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
+from timing import Call, interleaved
 
 import qinvert
 from qinvert.execute import run_checked
@@ -22,9 +19,6 @@ from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.simulator import simulate_inverse
 from qinvert.stress import stress_matrices
 
-Contender = Callable[[], Any]
-#: Seconds between two calls.
-PAUSE = 0.05
 #: Simulations beside the graph that computes the same integers.
 PAIRS = (
     ("simulator int8, base 4", "onnxruntime npu-qdq-int8, base 4"),
@@ -32,7 +26,7 @@ PAIRS = (
 )
 
 
-def graph(plan: qinvert.Plan, profile: str, lower: torch.Tensor) -> Contender:
+def graph(plan: qinvert.Plan, profile: str, lower: torch.Tensor) -> Call:
     """Return a call of the exported graph in optimized onnxruntime."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
@@ -42,7 +36,7 @@ def graph(plan: qinvert.Plan, profile: str, lower: torch.Tensor) -> Contender:
     return lambda: session.run(None, feed)
 
 
-def contenders(lower: torch.Tensor) -> dict[str, Contender]:
+def contenders(lower: torch.Tensor) -> dict[str, Call]:
     """Return what is compared, by name."""
     chunk = lower.shape[-1]
     merge = qinvert.block_merge(chunk, base=4)
@@ -65,20 +59,6 @@ def contenders(lower: torch.Tensor) -> dict[str, Contender]:
     }
 
 
-def measure(calls: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each call over interleaved rounds."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            # Threads of the runtime before keep spinning for a moment: let them stop.
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            call()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     """Print microseconds per matrix and the ratio to a copy."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,7 +67,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     lower = stress_matrices("correlated_keys", arguments.count, arguments.chunk)
-    seconds = measure(contenders(lower), arguments.rounds)
+    times = interleaved(contenders(lower), arguments.rounds)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     print(f"{arguments.count} matrices, C = {arguments.chunk}, {torch.get_num_threads()} threads")
     for name, value in seconds.items():
         print(f"{name:<40}{1e6 * value / arguments.count:>8.2f} us{value / seconds['copy']:>8.1f} x copy")

@@ -15,6 +15,7 @@ import qinvert
 from qinvert import recall
 from qinvert.calibration.heads import head_name
 from qinvert.calibration.surveying import SurveyRow, survey
+from qinvert.documents import markdown
 from qinvert.methods import banded_residual
 from qinvert.stress import from_keys
 
@@ -68,12 +69,6 @@ Accuracy of recalled values on 64 unseen sequences. The planner passes over the 
 def decibels(value: float) -> str:
     """Return a cell."""
     return "exact" if value > EXACT_DB else f"{value:.1f}"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first line is the head."""
-    head, *rows = lines
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
 def pivot(

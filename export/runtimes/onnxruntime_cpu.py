@@ -49,15 +49,23 @@ def open_session(
     """
     import onnxruntime
 
+    options = session_options(optimized=optimized, threads=threads)
+    if written is not None:
+        options.optimized_model_filepath = str(written)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def session_options(*, optimized: bool = True, threads: int = 0) -> Any:
+    """Return the SessionOptions of `open_session`."""
+    import onnxruntime
+
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    if written is not None:
-        options.optimized_model_filepath = str(written)
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def product_types(model: onnx.ModelProto) -> dict[str, str]:

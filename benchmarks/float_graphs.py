@@ -1,0 +1,137 @@
+"""float32 ONNX graphs that integer ones are compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from qinvert.execute import constant_matrix
+from qinvert.export.graph import GraphBuilder
+from qinvert.export.lowering import AXES
+from qinvert.program import Evaluator, Program
+from qinvert.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+
+#: Operator set of the graphs.
+OPSET = 19
+
+
+class FloatLowering(Evaluator[str]):
+    """Appends a float32 operator for every step and every residual term."""
+
+    def __init__(self, program: Program, batch: int, graph: GraphBuilder) -> None:
+        self.program = program
+        self.batch = batch
+        self.graph = graph
+
+    def _shape(self, tensor: str) -> list[int]:
+        blocks, rows, columns = self.program.shapes[tensor]
+        return [1, blocks * self.batch, rows, columns]
+
+    def _node(self, operator: str, tensor: str, inputs: list[str], **attributes: int) -> str:
+        return self.graph.node(operator, inputs, tensor, self._shape(tensor), **attributes)
+
+    def constant(self, constant: Constant, blocks: int) -> str:
+        # Masks broadcast; what is joined does not, see `concat`.
+        return self.graph.initializer(constant.name, constant_matrix(constant).numpy()[None, None])
+
+    def matmul(self, step: MatMul, left: str, right: str, add: list[str], subtract: list[str]) -> str:
+        terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
+        if not terms:
+            return self._node("MatMul", step.output, [left, right])
+        shape = self._shape(step.output)
+        total = self.graph.node("MatMul", [left, right], f"{step.output}/product", shape)
+        for i, (operator, term) in enumerate(terms, start=1):
+            name = step.output if i == len(terms) else f"{step.output}/sum_{i}"
+            total = self.graph.node(operator, [total, term], name, shape)
+        return total
+
+    def add(self, step: Add, left: str, right: str) -> str:
+        return self._node("Add", step.output, [left, right])
+
+    def rescale(self, step: Rescale, source: str) -> str:
+        if step.factor == 1:
+            return source  # nothing to round
+        return self._node(
+            "Mul", step.output, [source, self.graph.scalar(f"{step.output}/factor", step.factor)]
+        )
+
+    def scale(self, step: Scale, source: str, vector: str) -> str:
+        raise NotImplementedError("factored programs are not compared")
+
+    def mask(self, step: Mask, source: str, constant: str) -> str:
+        return self._node("Mul", step.output, [source, constant])
+
+    def slice(self, step: Slice, source: str) -> str:
+        blocks = None if step.blocks is None else [edge * self.batch for edge in step.blocks]
+        cut = [(a, *s) for a, s in ((1, blocks), (2, step.rows), (3, step.columns)) if s is not None]
+        indices = [np.array(values, dtype=np.int64) for values in zip(*cut, strict=True)]
+        axes, starts, ends = (self.graph.initializer(f"indices/{v.tolist()}", v) for v in indices)
+        return self._node("Slice", step.output, [source, starts, ends, axes])
+
+    def concat(self, step: Concat, sources: list[str]) -> str:
+        blocks = self._shape(step.output)[1]
+        constants = {constant.name: constant for constant in self.program.constants}
+        parts = [self._repeated(constants[name], blocks) if name in constants else name for name in sources]
+        return self._node("Concat", step.output, parts, axis=AXES[step.axis])
+
+    def _repeated(self, constant: Constant, blocks: int) -> str:
+        matrix = constant_matrix(constant).numpy()
+        repeated = np.broadcast_to(matrix, (1, blocks, *matrix.shape))
+        return self.graph.initializer(f"{constant.name}/{blocks}", repeated)
+
+
+def float_graph(program: Program, batch: int) -> onnx.ModelProto:
+    """Return ``T = (I + L)^-1`` by the steps of a program in float32, ``[1, batch, C, C]``."""
+    graph, shape = GraphBuilder(), [1, batch, program.chunk, program.chunk]
+    negated = graph.node("Mul", [graph.input("L", shape), graph.scalar("minus_one", -1.0)], INPUT, shape)
+    result = program.evaluate(FloatLowering(program, batch, graph), negated)
+    graph.output(_plus_identity(graph, result, shape), shape)
+    return graph.model(program.name, OPSET, {}, program.title)
+
+
+def row_loop(chunk: int, batch: int) -> onnx.ModelProto:
+    """Return the inverse row after row, ``A[i, :i] += A[i, :i] A[:i, :i]`` from ``A = -L``.
+
+    What tracing a Python loop over rows with assignments into slices gives:
+    every assignment copies the whole stack, because ONNX tensors are values.
+    """
+    graph, shape = GraphBuilder(), [1, batch, chunk, chunk]
+    rows_first = [chunk, 1, batch, chunk]
+    total = graph.node("Mul", [graph.input("L", shape), graph.scalar("minus_one", -1.0)], INPUT, shape)
+    for i in range(1, chunk):
+        row = _appended(graph, total, f"row_{i}", i, batch, chunk)
+        turned = graph.node("Transpose", [total], f"row_{i}/turned", rows_first, perm=[2, 0, 1, 3])
+        index = graph.initializer(f"row_{i}/index", np.array([[i]], dtype=np.int64))
+        updated = graph.node("ScatterND", [turned, index, row], f"row_{i}/updated", rows_first)
+        total = graph.node("Transpose", [updated], f"row_{i}/A", shape, perm=[1, 2, 0, 3])
+    graph.output(_plus_identity(graph, total, shape), shape)
+    return graph.model("row_loop", OPSET, {}, f"row loop, {chunk}")
+
+
+def _appended(graph: GraphBuilder, total: str, name: str, i: int, batch: int, chunk: int) -> str:
+    """Append row i of the inverse as ``[1, 1, batch, chunk]``."""
+    row = _cut(graph, total, f"{name}/old", [i, 0], [i + 1, i], [1, batch, 1, i])
+    rest = _cut(graph, total, f"{name}/rest", [i, i], [i + 1, chunk], [1, batch, 1, chunk - i])
+    above = _cut(graph, total, f"{name}/above", [0, 0], [i, i], [1, batch, i, i])
+    column = graph.node("Transpose", [row], f"{name}/column", [1, batch, i, 1], perm=[0, 1, 3, 2])
+    scaled = graph.node("Mul", [column, above], f"{name}/scaled", [1, batch, i, i])
+    axes = graph.initializer("rows", np.array([2], dtype=np.int64))
+    summed = graph.node("ReduceSum", [scaled, axes], f"{name}/sum", [1, batch, 1, i], keepdims=1)
+    new = graph.node("Add", [row, summed], f"{name}/new", [1, batch, 1, i])
+    whole = graph.node("Concat", [new, rest], f"{name}/whole", [1, batch, 1, chunk], axis=3)
+    return graph.node("Transpose", [whole], f"{name}/update", [1, 1, batch, chunk], perm=[0, 2, 1, 3])
+
+
+def _cut(
+    graph: GraphBuilder, source: str, name: str, starts: list[int], ends: list[int], shape: list[int]
+) -> str:
+    values = {"starts": starts, "ends": ends, "axes": [2, 3]}
+    indices = [
+        graph.initializer(f"{name}/{kind}", np.array(value, dtype=np.int64)) for kind, value in values.items()
+    ]
+    return graph.node("Slice", [source, *indices], name, shape)
+
+
+def _plus_identity(graph: GraphBuilder, strict: str, shape: list[int]) -> str:
+    eye = graph.initializer("identity", np.eye(shape[-1], dtype=np.float32)[None, None])
+    return graph.node("Add", [strict, eye], "T", shape)

@@ -1,0 +1,121 @@
+"""What `runtimes.py` measured, as a page."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from contenders import DOUBLING, RUNTIMES, SOLVE, Case
+
+from qinvert.documents import markdown
+from qinvert.profiles import PROFILES
+
+#: What decides how fast a CPU multiplies int8.
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8")
+HEAD = """# Benchmarks
+Written by `make bench` (`benchmarks/runtimes.py --write`) on {date}.
+{machine}.
+
+Microseconds a matrix, the least of many interleaved calls on buffers that are there already, from float32 `L` to
+float32 `T`. In brackets: how many times faster than the dense float32 doubling graph on the same runtime. Columns
+are matrices / threads. Every profile exports the same program, `{program}`; `fp32 row loop` is
+the row-by-row loop of published model code as an exporter unrolls it, on onnxruntime only.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one contender took in one case."""
+
+    case: Case
+    #: What computed, and on what.
+    contender: str
+    runtime: str
+    #: Least and median seconds of a call.
+    best: float
+    median: float
+
+    @property
+    def microseconds(self) -> float:
+        """Least time, per matrix."""
+        return 1e6 * self.best / self.case.batch
+
+
+def page(
+    rows: list[Row],
+    exports: Mapping[str, tuple[float, int, int]],
+    spent: Mapping[str, Mapping[str, tuple[int, float]]],
+    program: str = "",
+) -> str:
+    """Return the whole page."""
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    parts = [HEAD.format(date=date, machine=machine(), program=program)]
+    chunks = dict.fromkeys(row.case.chunk for row in rows)
+    parts += [f"## C = {chunk}\n{_table(rows, chunk)}" for chunk in chunks]
+    parts.append(f"## The fastest graphs\n{_fastest(rows)}")
+    parts.append(f"## Where the time goes\n{_spent(spent)}")
+    parts.append(f"## Export of one layer, 64 matrices of 64 x 64\n{_exports(exports)}")
+    return "\n".join(parts)
+
+
+def machine() -> str:
+    """Name of the CPU, its integer instructions, and the versions of everything timed."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = [flag for flag in INSTRUCTIONS if flag in facts.get("flags", "").split()]
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", *RUNTIMES) if find_spec(name)]
+    name = facts.get("model name", platform.machine())
+    return f"{name}, {os.cpu_count()} cores, {' '.join(flags)}; {', '.join(versions)}"
+
+
+def _table(rows: list[Row], chunk: int) -> str:
+    times = {(row.contender, row.runtime, row.case): row.microseconds for row in rows}
+    cases = [case for case in dict.fromkeys(row.case for row in rows) if case.chunk == chunk]
+    lines = [["what", "on", *(f"{case.batch} / {case.threads}" for case in cases)]]
+    for name, runtime in dict.fromkeys((row.contender, row.runtime) for row in rows):
+        cells = []
+        for case in cases:
+            reference = times.get((DOUBLING, runtime, case), 0.0)
+            value = times[name, runtime, case]
+            cells.append(f"{value:.1f}" + (f" ({reference / value:.1f}x)" if reference else ""))
+        lines.append([name, runtime, *cells])
+    return markdown(lines)
+
+
+def _fastest(rows: list[Row]) -> str:
+    """Return what the fastest graph of every case of the largest batch is worth."""
+    lines = [["case", "on", "profile", "microseconds", "fp32 doubling / it", "solve_triangular / it"]]
+    largest = max(row.case.batch for row in rows)
+    for case in dict.fromkeys(row.case for row in rows if row.case.batch == largest):
+        found = [row for row in rows if row.case == case]
+        times = {(row.contender, row.runtime): row.microseconds for row in found}
+        for runtime in dict.fromkeys(row.runtime for row in found if row.runtime in RUNTIMES):
+            graphs = [row for row in found if row.runtime == runtime and row.contender in PROFILES]
+            best = min(graphs, key=lambda row: row.microseconds)
+            ratios = [times[key] / best.microseconds for key in ((DOUBLING, runtime), (SOLVE, "torch"))]
+            cells = [f"{value:.2f}" for value in (best.microseconds, *ratios)]
+            lines.append([str(case), runtime, f"`{best.contender}`", *cells])
+    return markdown(lines)
+
+
+def _spent(spent: Mapping[str, Mapping[str, tuple[int, float]]]) -> str:
+    lines = [["profile", "operator", "nodes", "microseconds a matrix"]]
+    for profile, found in spent.items():
+        counts, values = zip(*found.values(), strict=True)
+        lines.append([f"`{profile}`", "all", str(sum(counts)), f"{sum(values):.2f}"])
+        lines += [["", name, str(n), f"{value:.2f}"] for name, (n, value) in found.items()]
+    return markdown(lines)
+
+
+def _exports(exports: Mapping[str, tuple[float, int, int]]) -> str:
+    lines = [["profile", "seconds", "nodes", "bytes"]]
+    for profile, (seconds, nodes, size) in exports.items():
+        lines.append([f"`{profile}`", f"{seconds:.2f}", str(nodes), f"{size:,}"])
+    return markdown(lines)
