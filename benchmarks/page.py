@@ -22,9 +22,9 @@ HEAD = """# Benchmarks
 Written by `make bench` (`benchmarks/runtimes.py --write`) on {date}.
 {machine}.
 
-Microseconds a matrix, the least of many interleaved calls on buffers that are there already, from float32 `L` to
-float32 `T`. In brackets: how many times faster than the dense float32 doubling graph on the same runtime. Columns
-are matrices / threads. Every profile exports the same program, `{program}`; `fp32 row loop` is
+Microseconds a matrix, the least of many interleaved calls on buffers that are there already, float32 in and
+out. In brackets: how many times faster than the dense float32 doubling graph on the same runtime. Columns are
+matrices / threads. Every profile exports the same program, `{program}`; `fp32 row loop` is
 the row-by-row loop of published model code as an exporter unrolls it, on onnxruntime only.
 """
 

@@ -20,6 +20,9 @@ LARGEST = 2.0**49
 MAX_IDENTITY_BLOCKS = 16
 #: Grids of M and of the result may be this much coarser to hold 1.0: 1 dB.
 MAX_RECIPROCAL_COST = 1.12
+#: A grid may be this much coarser so that 1.0 is one of its integers, 0.5 dB: tensors then
+#: carry an identity on their diagonal, and no product is widened.
+CARRIED_COST = 1.06
 #: A reciprocal of an odd integer is preferred while it is at most this much coarser.
 TIE_FREE_COST = 1.02
 
@@ -156,6 +159,8 @@ def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool
     if rule is ScaleRule.POW2:
         return _power_of_two(wanted)
     tie_free = 1 / _odd_below(1 / wanted)
+    if reciprocal and 1 < 1 / (tie_free * fmt.largest) <= CARRIED_COST:
+        tie_free = 1 / _odd_below(fmt.largest)
     if reciprocal or wanted <= tie_free * (1 + 1e-4) <= TIE_FREE_COST * wanted:
         return arithmetic.float32(tie_free)
     return arithmetic.float32(wanted)

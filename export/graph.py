@@ -50,6 +50,11 @@ class GraphBuilder:
         """Shape of a tensor that a node writes."""
         return [d.dim_value for d in self._values[name].type.tensor_type.shape.dim]
 
+    def source(self, name: str) -> str:
+        """First operand of the node that writes a tensor."""
+        found: str = next(node.input[0] for node in reversed(self._nodes) if node.output[0] == name)
+        return found
+
     def input(self, name: str, shape: Sequence[int]) -> str:
         """Declare a float32 input."""
         self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
@@ -94,6 +99,16 @@ class GraphBuilder:
         self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
         return output
 
+    def _live_nodes(self) -> list[onnx.NodeProto]:
+        """Nodes that an output depends on: runtimes compute the others, too."""
+        wanted = {output.name for output in self._outputs}
+        live = []
+        for node in reversed(self._nodes):
+            if wanted & set(node.output):
+                live.append(node)
+                wanted.update(node.input)
+        return live[::-1]
+
     def model(self, name: str, opset: int, metadata: Mapping[str, str], doc: str) -> onnx.ModelProto:
         """Return the finished model, checked by onnx with strict shape inference.
 
@@ -103,7 +118,7 @@ class GraphBuilder:
             If onnx finds the graph illegal.
         """
         graph = helper.make_graph(
-            self._nodes,
+            self._live_nodes(),
             name,
             self._inputs,
             self._outputs,

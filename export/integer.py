@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from qinvert import arithmetic
@@ -19,17 +22,20 @@ class IntegerLowering(GraphLowering):
     def source(self, tensor: str, name: str) -> Value:
         return self._quantized(tensor, name, self.grid(tensor).scale)
 
-    def finish(self, name: str) -> str:
+    def finish(self, name: str, result: Value) -> str:
         output = self.plan.program.output
         if self.grid(output).format.planes > 1:
-            return self._sum(name, output, [("Add", self.value(output))])
-        inputs = [self.stored(output), self.scale_of(self.plan.output), self.zero_point()]
+            return self._sum(name, output, [("Add", result)])
+        inputs = [result.name, self.scale_of(self.plan.output), self.zero_point()]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
 
     def value(self, tensor: str) -> Value:
         """Return the value of a tensor of the program that was written before."""
         high, *low = self.plane_names(tensor)
         return Value(high, tensor, low="".join(low))
+
+    def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
+        return self.graph.node("Add", [value, identity], name, self.shape(tensor), "int8")
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
         return self.graph.initializer(f"{name}/int8", array)
@@ -42,9 +48,10 @@ class IntegerLowering(GraphLowering):
     ) -> Value:
         name = step.output
         if self.plan.requantize is Requantize.MULTIPLIER:
-            steps = self._product(name, step, self.widened(step, left, right))
+            *operands, ones = self.widened(step, left, right)
+            steps = self._product(name, step, operands)
             real = self._scaled(name, name, steps, self.plan.multiplier(step))
-            return self._quantized(name, real, 1.0)
+            return replace(self._quantized(name, real, 1.0), ones=ones)
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
         total = self._sum(f"{name}/sum", name, terms, self._products(step, left, right))
         return self._quantized(name, total, self.grid(name).scale)
@@ -69,7 +76,7 @@ class IntegerLowering(GraphLowering):
         grid = self.grid(tensor)
         return [scale for _, scale in arithmetic.planes_scalar(0, grid.scale, grid.format)]
 
-    def _product(self, name: str, step: MatMul, operands: tuple[str, str]) -> str:
+    def _product(self, name: str, step: MatMul, operands: Sequence[str]) -> str:
         shape, (left, right) = self.shape(step.output), operands
         left, left_zero = self._left_operand(left)
         inputs = [left, right, left_zero, self.zero_point()]
@@ -113,17 +120,18 @@ class IntegerLowering(GraphLowering):
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         name = step.output
-        total = self._sum(f"{name}/sum", name, [("Add", left), ("Add", right)])
+        terms = [("Add", self.plain(value)) for value in (left, right)]
+        total = self._sum(f"{name}/sum", name, terms)
         return self._quantized(name, total, self.grid(name).scale)
 
     def rescale(self, step: Rescale, source: Value) -> Value:
-        real = self._sum(f"{step.output}/scaled", step.output, [("Add", source)])
+        real = self._sum(f"{step.output}/scaled", step.output, [("Add", self.plain(source))])
         if step.factor != 1:
             real = self._scaled(step.output, step.output, real, step.factor)
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
-        name, factor = step.output, self.vectors[step.axis]
+        name, source, factor = step.output, self.plain(source), self.vectors[step.axis]
         pairs = arithmetic.partial_products(len(source.planes), len(factor.planes))
         totals = [self._elementwise(name, source, factor, group) for group in pairs]
         if self.plan.requantize is Requantize.MULTIPLIER:
@@ -157,11 +165,12 @@ class IntegerLowering(GraphLowering):
         # All bits set where the mask is 1.
         bits = -constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
         return self._move(
-            "BitwiseAnd", step, source, [self.graph.initializer(f"{constant.tensor}/bits", bits)]
+            "BitwiseAnd", step, self.plain(source), [self.graph.initializer(f"{constant.tensor}/bits", bits)]
         )
 
     def slice(self, step: Slice, source: Value) -> Value:
-        return self._move("Slice", step, source, self.slice_inputs(step))
+        value = self._move("Slice", step, source, self.slice_inputs(step))
+        return replace(value, ones=self.sliced_ones(step, source))
 
     def _move(self, operator: str, step: Mask | Slice, source: Value, inputs: list[str]) -> Value:
         shape = self.shape(step.output)

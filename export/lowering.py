@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from qinvert import arithmetic
 from qinvert.errors import ExportError
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder
+from qinvert.export.identity import Support, cut, strictly_lower
 from qinvert.formats import INT8, IntFormat
-from qinvert.plan import LayerPlan, Quantization
+from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.profiles import Profile
 from qinvert.program import Evaluator
 from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
@@ -41,11 +44,22 @@ class Value:
     constant: Constant | None = None
     #: Graph tensor of the low plane, if there are two.
     low: str = ""
+    #: Where the integers are 1.0 more than the tensor's, ``[rows, columns]`` of a block; None is nowhere.
+    ones: Support | None = field(default=None, compare=False)
 
     @property
     def planes(self) -> tuple[str, ...]:
         """Graph tensors, high plane first."""
         return (self.name, self.low) if self.low else (self.name,)
+
+
+class Operands(NamedTuple):
+    """What a product multiplies, residual terms included."""
+
+    left: str
+    right: str
+    #: As `Value.ones`, of the result.
+    ones: Support | None
 
 
 class GraphLowering(Evaluator[Value]):
@@ -62,18 +76,29 @@ class GraphLowering(Evaluator[Value]):
         self.graph = graph
         #: The quantized beta, by what it multiplies.
         self.vectors: dict[Axis, Value] = {}
+        #: Tensors that can carry an identity.
+        self.triangular = strictly_lower(plan.program) if self._integer_residuals else set()
+        self._shifted: dict[tuple[str, int], Value] = {}
+
+    @property
+    def _integer_residuals(self) -> bool:
+        return self.plan.requantize is Requantize.MULTIPLIER
 
     @abstractmethod
     def source(self, tensor: str, name: str) -> Value:
         """Quantize the float tensor ``name``, which holds the input ``tensor``, and return that."""
 
     @abstractmethod
-    def finish(self, name: str) -> str:
+    def finish(self, name: str, result: Value) -> str:
         """Append the dequantized output of the program as float tensor ``name``."""
 
     @abstractmethod
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
         """Add int8 values on ``grid`` and return what operators read."""
+
+    @abstractmethod
+    def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
+        """Append ``value + identity``, of the tensor's shape and grid, as what operators read."""
 
     @abstractmethod
     def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
@@ -113,11 +138,88 @@ class GraphLowering(Evaluator[Value]):
 
     def concat(self, step: Concat, sources: list[Value]) -> Value:
         grid, shape = self.grid(step.output), self.shape(step.output)
+        sources, ones = self._joined_ones(step, sources)
         names = []
         for i, name in enumerate(self.plane_names(step.output)):
             parts = [self._part(value, i, shape[1], grid) for value in sources]
             names.append(self.joined(name, parts, AXES[step.axis], shape, grid))
-        return Value(names[0], step.output, low="".join(names[1:]))
+        return Value(names[0], step.output, low="".join(names[1:]), ones=ones)
+
+    def _joined_ones(self, step: Concat, sources: list[Value]) -> tuple[list[Value], Support | None]:
+        if all(value.ones is None for value in sources):
+            return sources, None
+        ones = [self._ones(value) for value in sources]
+        if step.axis != Axis.BLOCKS:
+            return sources, np.concatenate(ones, axis=AXES[step.axis] - 2)
+        if all(np.array_equal(pattern, ones[0]) for pattern in ones):
+            return sources, ones[0]
+        return [self.plain(value) for value in sources], None
+
+    def _ones(self, value: Value) -> Support:
+        if value.ones is not None:
+            return value.ones
+        constant = value.constant
+        sizes = (constant.rows, constant.columns) if constant else self.plan.program.shapes[value.tensor][1:]
+        return np.zeros(sizes, np.bool_)
+
+    def sliced_ones(self, step: Slice, source: Value) -> Support | None:
+        """Return `Value.ones` of a slice."""
+        ones = None if source.ones is None else cut(step, source.ones)
+        return ones if ones is not None and ones.any() else None
+
+    def plain(self, value: Value) -> Value:
+        """Return the tensor as the program has it, without ones."""
+        return value if value.ones is None else self._shift(value, value.ones, -1)
+
+    def plus_identity(self, value: Value) -> Value:
+        """Return the tensor plus the identity."""
+        identity = np.eye(self.plan.program.shapes[value.tensor].columns, dtype=np.bool_)
+        if value.ones is not None and np.array_equal(value.ones, identity):
+            return value
+        return self._shift(self.plain(value), identity, 1)
+
+    def _shift(self, value: Value, ones: Support, sign: int) -> Value:
+        tensor, grid = value.tensor, self.grid(value.tensor)
+        if (tensor, sign) not in self._shifted:
+            shape, one = self.shape(tensor), sign * self._one(tensor)
+            integers = np.broadcast_to(ones.astype(np.int8) * np.int8(one), shape)
+            sizes = "x".join(map(str, shape[1:]))
+            kind = "identity" if shape[2] == shape[3] and ones.trace() == shape[3] else f"{tensor}/ones"
+            identity = self.literal(f"{kind}/{sizes}/{one}", integers, grid)
+            name = f"{tensor}/{'plus' if sign > 0 else 'minus'}_identity"
+            self._shifted[tensor, sign] = Value(
+                self.shifted(name, tensor, value.name, identity), tensor, ones=ones if sign > 0 else None
+            )
+        return self._shifted[tensor, sign]
+
+    def _one(self, tensor: str) -> int:
+        """Return the integer that means 1.0 on the tensor's grid, 0 if there is none."""
+        grid = self.grid(tensor)
+        integer = round(1 / grid.scale)
+        exact = 1 <= integer <= grid.format.largest and arithmetic.float32(1 / integer) == grid.scale
+        return integer if exact else 0
+
+    def carries_identity(self, tensor: str) -> bool:
+        """Whether the tensor can be stored with the identity added to it."""
+        return tensor in self.triangular and self._one(tensor) > 0
+
+    def plan_of_residuals(self, step: MatMul) -> tuple[bool, bool]:
+        """Return which operands take an identity: (left + I) right = left right + right."""
+        terms = list(step.add)
+        left = step.right in terms and self.carries_identity(step.left)
+        if left:
+            terms.remove(step.right)
+        right = step.left in terms and self.carries_identity(step.right)
+        # Both leave the product of the identities, which must be the result's.
+        return left, right and not (left and not self._yields_identity(step))
+
+    def _yields_identity(self, step: MatMul) -> bool:
+        if not self.carries_identity(step.output):
+            return False
+        accumulator = self._one(step.left) * self._one(step.right)
+        factor = self.plan.multiplier(step)
+        fmt = self.grid(step.output).format
+        return arithmetic.requantize_multiplier_scalar(accumulator, factor, fmt) == self._one(step.output)
 
     def plane_names(self, tensor: str) -> list[str]:
         """Names of the int8 tensors of every plane, high first."""
@@ -143,26 +245,36 @@ class GraphLowering(Evaluator[Value]):
         name = f"indices/{'_'.join(map(str, values))}"
         return self.graph.initializer(name, np.array(values, dtype=np.int64))
 
-    def widened(self, step: MatMul, left: Value, right: Value) -> tuple[str, str]:
+    def widened(self, step: MatMul, left: Value, right: Value) -> Operands:
         """Return operands whose plain product holds the residual terms, too.
 
-        ``A B + B = [A, kI] [B; B]`` and ``A B + A = [A, A] [B; kI]``, with
-        ``k = 1 / scale`` split into as many identity blocks of at most 127 as
-        it takes.  The sum happens in the accumulator: exact, int8 only.
+        ``A B + B = (A + I) B`` where A can carry an identity, and ``(A + I) (B
+        + I) = (A B + A + B) + I`` where both can.  Else ``A B + B = [A, kI] [B;
+        B]`` and ``A B + A = [A, A] [B; kI]``, with ``k = 1 / scale`` split
+        into as many identity blocks of at most 127 as it takes.  The sum
+        happens in the accumulator either way: exact, int8 only.
         """
-        lefts, rights = [left.name], [right.name]
-        for sign, names in ((1, step.add), (-1, step.subtract)):
+        shift_left, shift_right = self.plan_of_residuals(step)
+        lefts = [(self.plus_identity(left) if shift_left else self.plain(left)).name]
+        rights = [(self.plus_identity(right) if shift_right else self.plain(right)).name]
+        add = list(step.add)
+        for shift, term in ((shift_left, step.right), (shift_right, step.left)):
+            if shift:
+                add.remove(term)
+        for sign, names in ((1, add), (-1, step.subtract)):
             for name in names:
                 for value in self._identity_values(step, name):
                     if name == step.right:
                         lefts.append(self._identity(step.left, sign * value))
-                        rights.append(right.name)
+                        rights.append(self.plain(right).name)
                     else:
-                        lefts.append(left.name)
+                        lefts.append(self.plain(left).name)
                         rights.append(self._identity(step.right, sign * value))
-        return (
+        size = self.shape(step.output)[3]
+        return Operands(
             self.wide(f"{step.output}/left", step.left, lefts, 3),
             self.wide(f"{step.output}/right", step.right, rights, 2),
+            np.eye(size, dtype=np.bool_) if shift_left and shift_right else None,
         )
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
@@ -201,16 +313,27 @@ class GraphLowering(Evaluator[Value]):
         value = self.source(INPUT, source)
         for axis in dict.fromkeys(step.axis for step in program.steps if isinstance(step, Scale)):
             self.vectors[axis] = self.source(VECTORS[axis], self._turned(beta, axis))
-        program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
+        result = program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
         if not program.implicit_identity:
-            self.finish(output)
+            self.finish(output, self.plain(result))
             return
-        strict = f"{output}/strictly_lower"
+        if self._is_inverse(result):
+            self.finish(output, result)
+            return
+        strict, result = f"{output}/strictly_lower", self.plain(result)
         if program.vectors:
-            self.graph.node("Mul", [self.finish(f"{output}/factored"), beta], strict, shape)
+            self.graph.node("Mul", [self.finish(f"{output}/factored", result), beta], strict, shape)
         else:
-            self.finish(strict)
+            self.finish(strict, result)
         self.graph.node("Add", [strict, self.identity_matrix()], output, shape)
+
+    def _is_inverse(self, result: Value) -> bool:
+        """Whether the integers of the result are those of T, and its diagonal dequantizes to 1.0 exactly."""
+        if result.ones is None or self.plan.program.vectors:
+            return False
+        grid, integer = self.plan.output, self._one(result.tensor)
+        one = arithmetic.dequantize_scalar(integer, grid.scale, grid.format)
+        return one == 1.0 and np.array_equal(result.ones, np.eye(self.plan.chunk, dtype=np.bool_))
 
     def _turned(self, beta: str, axis: Axis) -> str:
         if axis == Axis.ROWS:

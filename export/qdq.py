@@ -6,6 +6,8 @@ becomes the int8 tensor ``x`` between ``x/quantize`` and ``x/dequantized``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qinvert.execute import constant_matrix
@@ -24,10 +26,15 @@ class QdqLowering(GraphLowering):
     def source(self, tensor: str, name: str) -> Value:
         return self._finished(tensor, name)
 
-    def finish(self, name: str) -> str:
+    def finish(self, name: str, result: Value) -> str:
         # A dequantize node of its own: the output's name is the caller's.
-        output = self.plan.program.output
-        return self._dequantize(name, self.stored(output), self.shape(output), self.plan.output)
+        integers = self.graph.source(result.name)  # of the DequantizeLinear
+        return self._dequantize(name, integers, self.shape(result.tensor), self.plan.output)
+
+    def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
+        shape = self.shape(tensor)
+        total = self.graph.node("Add", [value, identity], f"{name}/float", shape)
+        return self._stored(name, name, total, shape, self.grid(tensor))
 
     def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
         fmt = self.storage(grid)
@@ -49,10 +56,9 @@ class QdqLowering(GraphLowering):
     ) -> Value:
         shape = self.shape(step.output)
         if self.plan.requantize is Requantize.MULTIPLIER:
-            operands = self.widened(step, left, right)
-            return self._finished(
-                step.output, self.graph.node("MatMul", operands, self._float(step.output), shape)
-            )
+            *operands, ones = self.widened(step, left, right)
+            product = self.graph.node("MatMul", operands, self._float(step.output), shape)
+            return replace(self._finished(step.output, product), ones=ones)
         # Products and residuals join in float, unquantized: only some back ends fuse it.
         products = [
             self.graph.node("MatMul", [left.name, plane], f"{step.output}/matmul_{i}", shape)
@@ -78,9 +84,10 @@ class QdqLowering(GraphLowering):
         return [high, self._stored(f"{name}/low", f"{name}/low", rest, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
-        return self._operator("Add", step.output, [left.name, right.name])
+        return self._operator("Add", step.output, [self.plain(left).name, self.plain(right).name])
 
     def rescale(self, step: Rescale, source: Value) -> Value:
+        source = self.plain(source)
         if step.factor != 1:
             return self._operator("Mul", step.output, [source.name, self._factor(step.factor)])
         # Adding zero keeps an operator between the two scales: back ends merge
@@ -89,17 +96,18 @@ class QdqLowering(GraphLowering):
         return self._operator("Add", step.output, [source.name, zero])
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
-        return self._operator("Mul", step.output, [source.name, self.vectors[step.axis].name])
+        return self._operator("Mul", step.output, [self.plain(source).name, self.vectors[step.axis].name])
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
         matrix = constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
         return self._operator(
-            "Mul", step.output, [source.name, self.literal(constant.tensor, matrix, MASK_GRID)]
+            "Mul", step.output, [self.plain(source).name, self.literal(constant.tensor, matrix, MASK_GRID)]
         )
 
     def slice(self, step: Slice, source: Value) -> Value:
-        return self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
+        value = self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
+        return replace(value, ones=self.sliced_ones(step, source))
 
     def _factor(self, factor: float) -> str:
         # An integer times a scale, like every other operand of the graph: exact in float32.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qinvert.export.integer import IntegerLowering
 from qinvert.export.lowering import Value
 from qinvert.plan import Requantize
@@ -17,11 +19,11 @@ class QLinearLowering(IntegerLowering):
         if self.plan.requantize is not Requantize.MULTIPLIER:
             # QLinearMatMul rounds by one factor: another rounding than the plan's.
             return super().matmul(step, left, right, add, subtract)
-        operands = zip(self.widened(step, left, right), (step.left, step.right), strict=True)
+        *operands, ones = self.widened(step, left, right)
         inputs: list[str] = []
-        for operand, tensor in operands:
+        for operand, tensor in zip(operands, (step.left, step.right), strict=True):
             inputs += [operand, self.scale_of(self.grid(tensor)), self.zero_point()]
         inputs += [self.scale_of(self.grid(step.output)), self.zero_point()]
         output, shape = self.stored(step.output), self.shape(step.output)
         self.graph.node("QLinearMatMul", inputs, output, shape, "int8")
-        return self.value(step.output)
+        return replace(self.value(step.output), ones=ones)
