@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,6 +20,7 @@ from qinvert.export.exporting import build, serialize
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.formats import INT4, INT8, INT16
 from qinvert.profiles import PROFILES
+from qinvert.steps import INPUT
 from qinvert.stress import stress_matrices
 
 #: Matrices to calibrate on.
@@ -35,10 +37,18 @@ class Case:
 
     chunk: int
     batch: int
+    #: Threads of one call.
     threads: int
+    #: Calls at the same time, each on its share of the batch.
+    calls: int = 1
+
+    @property
+    def workers(self) -> str:
+        """Threads, as a column's title."""
+        return f"{self.calls} x {self.threads}" if self.calls > 1 else str(self.threads)
 
     def __str__(self) -> str:
-        return f"C = {self.chunk}, {self.batch} matrices, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"C = {self.chunk}, {self.batch} matrices, threads: {self.workers}"
 
 
 def onnxruntime_call(content: bytes, lower: Array, threads: int) -> Call:
@@ -89,7 +99,7 @@ def torch_calls(lower: torch.Tensor) -> dict[tuple[str, str], Call]:
 @cache
 def program(chunk: int) -> qinvert.Program:
     """Return the program that every profile exports."""
-    return qinvert.block_merge(chunk, base=4)
+    return qinvert.block_merge(chunk, base=4, tile=16)
 
 
 @cache
@@ -109,11 +119,24 @@ def graph(chunk: int, batch: int, name: str) -> onnx.ModelProto:
         return float_graph(qinvert.block_merge(chunk, layout="masked"), batch)
     if name == ROWS:
         return row_loop(chunk, batch)
-    return build(plan(chunk, name), profile=name, batch=batch)
+    return build(plan(chunk, name), profile=name, batch=batch, input=INPUT)
 
 
 def contenders(case: Case, profiles: list[str]) -> dict[tuple[str, str], Call]:
     """Return every call of a case by what computes on what."""
+    if case.calls == 1:
+        return _contenders(case, profiles)
+    share = replace(case, batch=case.batch // case.calls, calls=1)
+    shares = [_contenders(share, profiles) for _ in range(case.calls)]
+    pool = ThreadPoolExecutor(case.calls)
+    return {name: _together(pool, [calls[name] for calls in shares]) for name in shares[0]}
+
+
+def _together(pool: ThreadPoolExecutor, calls: list[Call]) -> Call:
+    return lambda: [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def _contenders(case: Case, profiles: list[str]) -> dict[tuple[str, str], Call]:
     lower = stress_matrices("correlated_keys", case.batch, case.chunk, seed=1)
     calls = torch_calls(lower)
     for name in (DOUBLING, MASKED, ROWS, *profiles):
@@ -121,5 +144,5 @@ def contenders(case: Case, profiles: list[str]) -> dict[tuple[str, str], Call]:
         for runtime, opened in RUNTIMES.items():
             # OpenVINO's compiler takes minutes for the row loop's thousand nodes.
             if find_spec(runtime) and not (name == ROWS and runtime == "openvino"):
-                calls[name, runtime] = opened(content, lower[None].numpy(), case.threads)
+                calls[name, runtime] = opened(content, -lower[None].numpy(), case.threads)
     return calls

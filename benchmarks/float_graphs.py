@@ -81,23 +81,22 @@ class FloatLowering(Evaluator[str]):
 
 
 def float_graph(program: Program, batch: int) -> onnx.ModelProto:
-    """Return ``T = (I + L)^-1`` by the steps of a program in float32, ``[1, batch, C, C]``."""
+    """Return ``T = (I - M)^-1`` by the steps of a program in float32, ``[1, batch, C, C]``."""
     graph, shape = GraphBuilder(), [1, batch, program.chunk, program.chunk]
-    negated = graph.node("Mul", [graph.input("L", shape), graph.scalar("minus_one", -1.0)], INPUT, shape)
-    result = program.evaluate(FloatLowering(program, batch, graph), negated)
+    result = program.evaluate(FloatLowering(program, batch, graph), graph.input(INPUT, shape))
     graph.output(_plus_identity(graph, result, shape), shape)
     return graph.model(program.name, OPSET, {}, program.title)
 
 
 def row_loop(chunk: int, batch: int) -> onnx.ModelProto:
-    """Return the inverse row after row, ``A[i, :i] += A[i, :i] A[:i, :i]`` from ``A = -L``.
+    """Return the inverse row after row, ``A[i, :i] += A[i, :i] A[:i, :i]`` from ``A = M``.
 
     What tracing a Python loop over rows with assignments into slices gives:
     every assignment copies the whole stack, because ONNX tensors are values.
     """
     graph, shape = GraphBuilder(), [1, batch, chunk, chunk]
     rows_first = [chunk, 1, batch, chunk]
-    total = graph.node("Mul", [graph.input("L", shape), graph.scalar("minus_one", -1.0)], INPUT, shape)
+    total = graph.input(INPUT, shape)
     for i in range(1, chunk):
         row = _appended(graph, total, f"row_{i}", i, batch, chunk)
         turned = graph.node("Transpose", [total], f"row_{i}/turned", rows_first, perm=[2, 0, 1, 3])

@@ -22,10 +22,11 @@ HEAD = """# Benchmarks
 Written by `make bench` (`benchmarks/runtimes.py --write`) on {date}.
 {machine}.
 
-Microseconds a matrix, the least of many interleaved calls on buffers that are there already, float32 in and
-out. In brackets: how many times faster than the dense float32 doubling graph on the same runtime. Columns are
-matrices / threads. Every profile exports the same program, `{program}`; `fp32 row loop` is
-the row-by-row loop of published model code as an exporter unrolls it, on onnxruntime only.
+Microseconds a matrix, the least of many calls, five in a row and all contenders in turn, on buffers that are
+there already, float32 M to float32 T. In brackets: how many times faster than the dense float32 doubling graph on
+the same runtime. Columns are matrices / threads; `2 x 1` is two calls at the same time, each with one thread and
+half of the matrices. Every profile exports the same program, `{program}`.
+`fp32 row loop` is the row-by-row loop of published model code as an exporter unrolls it, on onnxruntime only.
 """
 
 
@@ -78,7 +79,7 @@ def machine() -> str:
 def _table(rows: list[Row], chunk: int) -> str:
     times = {(row.contender, row.runtime, row.case): row.microseconds for row in rows}
     cases = [case for case in dict.fromkeys(row.case for row in rows) if case.chunk == chunk]
-    lines = [["what", "on", *(f"{case.batch} / {case.threads}" for case in cases)]]
+    lines = [["what", "on", *(f"{case.batch} / {case.workers}" for case in cases)]]
     for name, runtime in dict.fromkeys((row.contender, row.runtime) for row in rows):
         cells = []
         for case in cases:

@@ -203,7 +203,7 @@ class GraphLowering(Evaluator[Value]):
         """Whether the tensor can be stored with the identity added to it."""
         return tensor in self.triangular and self._one(tensor) > 0
 
-    def plan_of_residuals(self, step: MatMul) -> tuple[bool, bool]:
+    def _takes_identity(self, step: MatMul) -> tuple[bool, bool]:
         """Return which operands take an identity: (left + I) right = left right + right."""
         terms = list(step.add)
         left = step.right in terms and self.carries_identity(step.left)
@@ -254,7 +254,7 @@ class GraphLowering(Evaluator[Value]):
         into as many identity blocks of at most 127 as it takes.  The sum
         happens in the accumulator either way: exact, int8 only.
         """
-        shift_left, shift_right = self.plan_of_residuals(step)
+        shift_left, shift_right = self._takes_identity(step)
         lefts = [(self.plus_identity(left) if shift_left else self.plain(left)).name]
         rights = [(self.plus_identity(right) if shift_right else self.plain(right)).name]
         add = list(step.add)

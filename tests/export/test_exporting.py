@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from functools import cache
 
 import numpy as np
@@ -110,6 +113,33 @@ def test_equal_arguments_give_equal_bytes(profile, tmp_path):
     for name in ("a.onnx", "b.onnx"):
         qinvert.export(plan, tmp_path / name, profile=profile)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+DIGESTS = """
+import hashlib, qinvert
+from qinvert.export.exporting import build, serialize
+from qinvert.profiles import PROFILES
+from qinvert.stress import stress_matrices
+lower = stress_matrices("correlated_keys", 8, 16)
+for profile in PROFILES:
+    plan = qinvert.calibrate(lower, method="block_merge", target=profile, min_sqnr_db=0)
+    print(profile, hashlib.sha256(serialize(build(plan, profile=profile))).hexdigest())
+"""
+
+
+def test_another_process_with_another_hash_seed_exports_the_same_bytes():
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", DIGESTS],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    (output,) = outputs
+    assert len(set(output.split())) == 2 * len(PROFILES)
 
 
 def test_int4_values_stay_on_their_grid_in_an_int8_container(tmp_path):
