@@ -71,6 +71,8 @@ def openvino_call(content: bytes, lower: Array, threads: int) -> Call:
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads,
+        # Two calls at a time would be pinned to one core.
+        "ENABLE_CPU_PINNING": threads > 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
@@ -99,7 +101,7 @@ def torch_calls(lower: torch.Tensor) -> dict[tuple[str, str], Call]:
 @cache
 def program(chunk: int) -> qinvert.Program:
     """Return the program that every profile exports."""
-    return qinvert.block_merge(chunk, base=4, tile=16)
+    return qinvert.block_merge(chunk, base=2, tile=16)
 
 
 @cache
@@ -122,6 +124,12 @@ def graph(chunk: int, batch: int, name: str) -> onnx.ModelProto:
     return build(plan(chunk, name), profile=name, batch=batch, input=INPUT)
 
 
+@cache
+def serialized(chunk: int, batch: int, name: str) -> bytes:
+    """Return the file of a graph."""
+    return serialize(graph(chunk, batch, name))
+
+
 def contenders(case: Case, profiles: list[str]) -> dict[tuple[str, str], Call]:
     """Return every call of a case by what computes on what."""
     if case.calls == 1:
@@ -140,7 +148,7 @@ def _contenders(case: Case, profiles: list[str]) -> dict[tuple[str, str], Call]:
     lower = stress_matrices("correlated_keys", case.batch, case.chunk, seed=1)
     calls = torch_calls(lower)
     for name in (DOUBLING, MASKED, ROWS, *profiles):
-        content = serialize(graph(case.chunk, case.batch, name))
+        content = serialized(case.chunk, case.batch, name)
         for runtime, opened in RUNTIMES.items():
             # OpenVINO's compiler takes minutes for the row loop's thousand nodes.
             if find_spec(runtime) and not (name == ROWS and runtime == "openvino"):

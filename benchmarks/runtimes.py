@@ -94,8 +94,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=list(PROFILES))
     parser.add_argument("--spent", nargs="*", default=SPENT, choices=list(PROFILES), help="profiled by node")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--limit", type=float, default=0.3, help="seconds for one contender of one case")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=0.2, help="seconds for one contender of one case")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     return parser.parse_args()
 

@@ -117,14 +117,16 @@ class GraphBuilder:
         ExportError
             If onnx finds the graph illegal.
         """
+        nodes = self._live_nodes()
+        read = {tensor for node in nodes for tensor in node.input}
         graph = helper.make_graph(
-            self._live_nodes(),
+            nodes,
             name,
             self._inputs,
             self._outputs,
-            list(self._initializers.values()),
+            [tensor for name, tensor in self._initializers.items() if name in read],
             doc_string=doc,
-            value_info=list(self._values.values()),
+            value_info=[value for name, value in self._values.items() if name in read],
         )
         model = helper.make_model(
             graph,

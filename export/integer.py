@@ -125,6 +125,8 @@ class IntegerLowering(GraphLowering):
         return self._quantized(name, total, self.grid(name).scale)
 
     def rescale(self, step: Rescale, source: Value) -> Value:
+        if self.keeps_integers(step):
+            return replace(source, tensor=step.output)
         real = self._sum(f"{step.output}/scaled", step.output, [("Add", self.plain(source))])
         if step.factor != 1:
             real = self._scaled(step.output, step.output, real, step.factor)

@@ -18,7 +18,7 @@ from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.profiles import Profile
 from qinvert.program import Evaluator
-from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
+from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Rescale, Scale, Slice
 
 #: Tensor axis of a concat or slice; axis 0 is always 1.
 AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}
@@ -220,6 +220,11 @@ class GraphLowering(Evaluator[Value]):
         factor = self.plan.multiplier(step)
         fmt = self.grid(step.output).format
         return arithmetic.requantize_multiplier_scalar(accumulator, factor, fmt) == self._one(step.output)
+
+    def keeps_integers(self, step: Rescale) -> bool:
+        """Whether a rescaling changes nothing: no node is needed, unless the result has a name of its own."""
+        same = self.grid(step.source) == self.grid(step.output)
+        return step.factor == 1 and same and step.output != self.plan.program.output
 
     def plane_names(self, tensor: str) -> list[str]:
         """Names of the int8 tensors of every plane, high first."""

@@ -87,6 +87,8 @@ class QdqLowering(GraphLowering):
         return self._operator("Add", step.output, [self.plain(left).name, self.plain(right).name])
 
     def rescale(self, step: Rescale, source: Value) -> Value:
+        if self.keeps_integers(step):
+            return replace(source, tensor=step.output)
         source = self.plain(source)
         if step.factor != 1:
             return self._operator("Mul", step.output, [source.name, self._factor(step.factor)])
