@@ -29,9 +29,12 @@ each with one thread and half of the matrices. Every profile exports the same pr
 row loop` is the row-by-row loop of published model code as an exporter unrolls it, on onnxruntime only.
 """
 FASTEST = """
-Integer products pay off by batch and size: below C = 64 the float32 graphs are small enough for the caches. On a
-CPU `solve_triangular` does a sixth of the arithmetic of a dense product, on one pass through memory; graphs of
-MatMuls are for hardware that has nothing else.
+At C = 32 the gain is small: most products are 16 x 16 ones, and each costs the call of a kernel more than
+its arithmetic. `solve_triangular` takes half the arithmetic of one dense product, in one pass through
+memory, where doubling takes ten products at C = 64; the products of a merge alone take longer than all of
+it (see below). Graphs of MatMuls are for hardware that runs nothing else. In onnxruntime, Slice, Concat and
+masks run on one thread whatever the setting, which is why two calls at the same time use two threads better
+than one call does.
 """
 
 
