@@ -7,7 +7,7 @@ import numpy as np
 from qinvert import arithmetic
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import ELEMENT_TYPES
-from qinvert.export.lowering import GraphLowering, Int8Array, Value
+from qinvert.export.lowering import GraphLowering, IntArray, Value
 from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
@@ -31,7 +31,7 @@ class IntegerLowering(GraphLowering):
         high, *low = self.plane_names(tensor)
         return Value(high, tensor, low="".join(low))
 
-    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
+    def literal(self, name: str, array: IntArray, grid: Quantization) -> str:
         return self.graph.initializer(f"{name}/int8", array)
 
     def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,8 @@ MAX_IDENTITY_BLOCKS = 32
 #: Names of the quantized beta, as it multiplies rows or columns.
 VECTORS = {Axis.ROWS: "beta/rows", Axis.COLUMNS: "beta/columns"}
 
-Int8Array = npt.NDArray[np.int8]
+#: Values on a grid, without the zero point.
+IntArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class GraphLowering(Evaluator[Value]):
         """Append the dequantized output of the program as float tensor ``name``."""
 
     @abstractmethod
-    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
+    def literal(self, name: str, array: IntArray, grid: Quantization) -> str:
         """Add int8 values on ``grid`` and return what operators read."""
 
     @abstractmethod
@@ -166,20 +168,20 @@ class GraphLowering(Evaluator[Value]):
         )
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
-        partner = step.left if term == step.right else step.right
-        largest = self.grid(partner).format.largest
-        full, rest = divmod(self.plan.residual_factor(step, term), largest)
-        if full >= MAX_IDENTITY_BLOCKS:
+        blocks = self.plan.identity_blocks(step, term)
+        if len(blocks) > MAX_IDENTITY_BLOCKS:
+            partner = step.left if term == step.right else step.right
             raise ExportError(
-                f"step {step.output!r}: 1.0 is {full} times the largest integer of {partner!r}; at most "
-                f"{MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with requantize='divide'"
+                f"step {step.output!r}: 1.0 is {len(blocks)} times the largest integer of {partner!r}; "
+                f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with "
+                "requantize='divide'"
             )
-        return [largest] * full + [rest] * (rest > 0)
+        return blocks
 
     def _identity(self, tensor: str, value: int) -> str:
         blocks, size = self.shape(tensor)[1:3]
         grid = self.grid(tensor)
-        eye = np.broadcast_to(value * np.eye(size, dtype=np.int8), (1, blocks, size, size))
+        eye = np.broadcast_to(value * np.eye(size, dtype=grid.format.element), (1, blocks, size, size))
         return self.literal(f"identity/{blocks}x{size}/{value}", eye, grid)
 
     def wide(self, name: str, tensor: str, parts: list[str], axis: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qinvert.execute import constant_matrix
-from qinvert.export.lowering import GraphLowering, Int8Array, Value
+from qinvert.export.lowering import GraphLowering, IntArray, Value
 from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
@@ -29,7 +29,7 @@ class QdqLowering(GraphLowering):
         output = self.plan.program.output
         return self._dequantize(name, self.stored(output), self.shape(output), self.plan.output)
 
-    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
+    def literal(self, name: str, array: IntArray, grid: Quantization) -> str:
         fmt = self.storage(grid)
         shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
         output = f"{name}/{grid.scale!r}"
@@ -49,14 +49,11 @@ class QdqLowering(GraphLowering):
     ) -> Value:
         shape = self.shape(step.output)
         if self.plan.requantize is Requantize.MULTIPLIER:
-            operands = self.widened(step, left, right)
-            return self._finished(
-                step.output, self.graph.node("MatMul", operands, self._float(step.output), shape)
-            )
+            return self._partial(step, *self.widened(step, left, right))
         # Products and residuals join in float, unquantized: only some back ends fuse it.
         products = [
             self.graph.node("MatMul", [left.name, plane], f"{step.output}/matmul_{i}", shape)
-            for i, plane in enumerate(self._planes(step, right))
+            for i, plane in enumerate(self._planes(step, right.name, self.shape(step.right)))
         ]
         terms = [("Add", name) for name in (*products[1:], *(term.name for term in add))]
         terms += [("Sub", term.name) for term in subtract]
@@ -65,17 +62,34 @@ class QdqLowering(GraphLowering):
             total = self.graph.node(operator, [total, term], f"{step.output}/sum_{i}", shape)
         return self._finished(step.output, total)
 
-    def _planes(self, step: MatMul, right: Value) -> list[str]:
+    def _partial(self, step: MatMul, left: str, right: str) -> Value:
+        """Requantize the product of each plane, then their sum: compilers see integers only."""
+        shape, grid, width = self.shape(step.output), self.grid(step.output), self.shape(step.right)
+        width[2] = self.graph.shape(left)[3]
+        planes = self._planes(step, right, width)
+        if len(planes) == 1:
+            product = self.graph.node("MatMul", [left, right], self._float(step.output), shape)
+            return self._finished(step.output, product)
+        parts = []
+        for name, plane in zip(("high", "low"), planes, strict=True):
+            product = f"{step.output}/{name}"
+            real = self.graph.node("MatMul", [left, plane], self._float(product), shape)
+            parts.append(self._quantized(product, real, shape, grid).name)
+        return self._operator("Add", step.output, parts)
+
+    def _planes(self, step: MatMul, right: str, shape: list[int]) -> list[str]:
         """Return the right operand, of 16 bits as two int8 planes: no runtime multiplies 16 by 16."""
-        grid, shape = self.grid(step.right), self.shape(step.right)
+        grid = self.grid(step.right)
         if grid.format.container_bits == INT8.container_bits:
-            return [right.name]
+            return [right]
         high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
         low_grid = Quantization(format=INT8, scale=grid.scale)
         name = f"{step.output}/right"
-        high = self._stored(f"{name}/high", f"{name}/high", right.name, shape, high_grid)
-        rest = self.graph.node("Sub", [right.name, high], f"{name}/rest", shape)
-        return [high, self._stored(f"{name}/low", f"{name}/low", rest, shape, low_grid)]
+        high = self._stored(f"{name}/high", f"{name}/high", right, shape, high_grid)
+        rest = self.graph.node("Sub", [right, high], f"{name}/rest/float", shape)
+        # On the wide grid first: what a Sub of two types returns, compilers take as int16 only.
+        wide = self._stored(f"{name}/rest", f"{name}/rest", rest, shape, grid)
+        return [high, self._stored(f"{name}/low", f"{name}/low", wide, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         return self._operator("Add", step.output, [left.name, right.name])

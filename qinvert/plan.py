@@ -15,9 +15,11 @@ from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from qinvert import arithmetic
 from qinvert.errors import PlanError
-from qinvert.formats import INT8, IntFormat
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.matrices import M, check_matrices, like
 from qinvert.program import Program
 from qinvert.steps import INPUT, MOVES, MatMul, Scale
@@ -32,6 +34,7 @@ class Requantize(StrEnum):
     #: Residuals join as float32, then divide by the scale: MatMulInteger, Cast, Mul, Add, QuantizeLinear.
     DIVIDE = "divide"
     #: Residuals join as integers, then one float32 factor: QLinearMatMul and fused QDQ MatMul.
+    #: Two partial products (int16) are rounded one by one, then added.
     MULTIPLIER = "multiplier"
 
 
@@ -91,7 +94,7 @@ class LayerPlan:
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         _check_moves(self.program, self.tensors)
         if self.requantize is Requantize.MULTIPLIER:
-            _check_narrow(self.tensors)
+            _check_single_planes(self.tensors)
         for step in self.program.steps:
             if isinstance(step, MatMul):
                 arithmetic.check_accumulator(self.accumulator_bound(step))
@@ -146,6 +149,37 @@ class LayerPlan:
             )
         return factor
 
+    def identity_blocks(self, step: MatMul, term: str) -> list[int]:
+        """Integers of one operand's format that add up to `residual_factor`."""
+        partner = step.left if term == step.right else step.right
+        fmt = self.tensors[partner].format
+        # An int16 right operand is split into int8 planes, which end earlier than int16.
+        largest = PLANE_RATIO * INT8.maximum if fmt.container_bits > INT8.container_bits else fmt.largest
+        full, rest = divmod(self.residual_factor(step, term), largest)
+        return [largest] * full + [rest] * (rest > 0)
+
+    def residual_planes(
+        self, step: MatMul, term: str, values: torch.Tensor, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """What the residual ``term`` of integers ``values`` adds to each accumulator.
+
+        ``k q`` in one accumulator; of two, with the right operand split into
+        planes, ``k q_i`` for the right operand itself and ``k_i q`` for the
+        left one.  Exact where ``dtype`` holds the accumulators.
+        """
+        right = self.tensors[step.right]
+        if term == step.right:
+            planes = arithmetic.operand_planes(values, right.scale, right.format)
+            return [plane.to(dtype) * self.residual_factor(step, term) for plane, _ in planes]
+        return [values.to(dtype) * factor for factor in self.identity_planes(step, term)]
+
+    def identity_planes(self, step: MatMul, term: str) -> list[int]:
+        """`residual_factor` by planes of the right operand, where the left operand is the ``term``."""
+        right = self.tensors[step.right]
+        blocks = torch.tensor(self.identity_blocks(step, term), dtype=torch.float32)
+        planes = arithmetic.operand_planes(blocks, right.scale, right.format)
+        return [int(plane.sum()) for plane, _ in planes]
+
     def multiplier(self, step: MatMul | Scale) -> float:
         """Factor from the step's accumulator to the integers of its output."""
         left, right = (step.left, step.right) if isinstance(step, MatMul) else step.inputs
@@ -164,7 +198,9 @@ class LayerPlan:
         bound = max(sum(depth * left[i] * right[j] for i, j in pairs) for pairs in groups)
         if self.requantize is Requantize.MULTIPLIER:
             for term in (*step.add, *step.subtract):
-                bound += self.residual_factor(step, term) * self.tensors[term].format.magnitude
+                extreme = torch.tensor([float(self.tensors[term].format.minimum)])
+                planes = self.residual_planes(step, term, extreme, torch.float64)
+                bound += max(int(plane.abs()) for plane in planes)
         return bound
 
     def inverse(self, L: M, beta: Any = None) -> M:  # noqa: N803 - the field's name of this matrix
@@ -293,13 +329,13 @@ def _check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
             )
 
 
-def _check_narrow(tensors: Mapping[str, Quantization]) -> None:
+def _check_single_planes(tensors: Mapping[str, Quantization]) -> None:
     for name, quantization in tensors.items():
         fmt = quantization.format
-        if fmt.planes > 1 or fmt.container_bits > INT8.container_bits:
+        if fmt.planes > 1:
             raise PlanError(
                 f"tensor {name!r}: one factor per product cannot requantize {fmt}; "
-                "use int8, or requantize='divide'"
+                "use int8 or int16, or requantize='divide'"
             )
 
 
