@@ -48,11 +48,12 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
 def open_with_beta(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     """Stream checked ``(layer, L, beta)`` as `open_source` does; beta is None where it is not known."""
     if isinstance(source, torch.nn.Module):
-        from qinvert.calibration.hooks import capture_with_beta
+        from qinvert.calibration.capturing import Detail, capture_details
 
         if data is None:
             raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
-        return capture_with_beta(source, data)
+        found = capture_details(source, data, details=(Detail.BETA,))
+        return ((item.layer, item.lower, item.beta) for item in found)
     if data is not None:
         raise InputError("data=... goes with a model; pass matrices alone as the source")
     return _checked(_pairs(source))

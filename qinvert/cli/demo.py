@@ -10,9 +10,9 @@ import torch
 
 from qinvert import recall
 from qinvert.calibration.calibrate import calibrate
+from qinvert.calibration.capturing import capture
 from qinvert.calibration.evaluation import evaluate
 from qinvert.calibration.growth import range_growth
-from qinvert.calibration.hooks import capture
 from qinvert.calibration.reports import simulate
 from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
 from qinvert.cli.graphs import PLAN_FILE, export_all
