@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 
+from qinvert.calibration.sharding import Shard
 from qinvert.errors import InputError, reason
 from qinvert.matrices import check_beta, check_matrices
 
+#: ``(layer, L, beta or None)``.
+Item: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
+#: One process that takes everything.
+ALONE: Final = Shard()
 #: Name of the only layer where a source does not name its layers.
 DEFAULT_LAYER: Final = "layer"
 #: In a file the array ``NAME.beta`` goes with the matrices ``NAME``.
@@ -30,7 +36,7 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
         `qinvert.calibration.tokens.token_batches`); ``{layer: L}``; a tensor
         or array L; a path to .npz or .safetensors with one array a layer; an
         object with ``get_next()`` that returns such a dict or None at the
-        end; an iterable of L or of such dicts.  Instead of L a pair
+        end; an iterable of L, of such dicts or of pairs ``(layer, L)``.  Instead of L a pair
         ``(L, beta)`` is legal, beta of shape ``(..., C)``; in a file the
         array ``NAME.beta`` goes with ``NAME``.
     data : optional
@@ -45,18 +51,33 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
     return ((layer, lower) for layer, lower, _ in open_with_beta(source, data))
 
 
-def open_with_beta(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+def open_with_beta(source: Any, data: Any = None) -> Iterator[Item]:
     """Stream checked ``(layer, L, beta)`` as `open_source` does; beta is None where it is not known."""
-    if isinstance(source, torch.nn.Module):
-        from qinvert.calibration.capturing import Detail, capture_details
+    return chain.from_iterable(open_groups(source, data))
 
+
+def open_groups(source: Any, data: Any = None, shard: Shard = ALONE) -> Iterator[list[Item]]:
+    """Stream this process's share of `open_with_beta`: a list for every round of its shard.
+
+    A list holds the layers of one forward pass, or one item of a source of
+    matrices; it is empty where the last round has nothing for this process.
+    """
+    if isinstance(source, torch.nn.Module):
         if data is None:
             raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
-        found = capture_details(source, data, details=(Detail.BETA,))
-        return ((item.layer, item.lower, item.beta) for item in found)
+        return _captured(source, data, shard)
     if data is not None:
         raise InputError("data=... goes with a model; pass matrices alone as the source")
-    return _checked(_pairs(source))
+    return _checked(_pairs(source), shard)
+
+
+def _captured(model: torch.nn.Module, data: Any, shard: Shard) -> Iterator[list[Item]]:
+    from qinvert.calibration.capturing import Detail, capture_batch
+    from qinvert.calibration.tokens import token_batches
+
+    for batch in shard.slices(token_batches(data)):
+        found = [] if batch is None else capture_batch(model, batch, (Detail.BETA,))
+        yield [(item.layer, item.lower, item.beta) for item in found]
 
 
 def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
@@ -106,23 +127,31 @@ def read_all(reader: Any) -> Iterator[Any]:
 
 
 def _named(item: Any) -> Iterable[tuple[str, Any]]:
-    return item.items() if isinstance(item, Mapping) else [(DEFAULT_LAYER, item)]
+    if isinstance(item, Mapping):
+        return item.items()
+    # What `qinvert.capture` streams.
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        return [item]
+    return [(DEFAULT_LAYER, item)]
 
 
-def _checked(
-    pairs: Iterator[tuple[str, Any]],
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+def _checked(pairs: Iterator[tuple[str, Any]], shard: Shard) -> Iterator[list[Item]]:
     empty = True
-    for key, item in pairs:
-        empty, layer = False, str(key)
-        matrices, beta = item if _is_pair(item) else (item, None)
-        lower = check_matrices(matrices, name=f"L of layer {layer!r}")
-        yield layer, lower, None if beta is None else check_beta(beta, lower, f"beta of layer {layer!r}")
+    for pair in shard.slices(pairs):
+        empty = False
+        yield [] if pair is None else [_check_item(*pair)]
     if empty:
         raise InputError("the source holds no matrices; pass at least one L")
 
 
-def check_size(lower: torch.Tensor, chunk: int, layer: str) -> None:
+def _check_item(key: str, item: Any) -> Item:
+    layer = str(key)
+    matrices, beta = item if _is_pair(item) else (item, None)
+    lower = check_matrices(matrices, name=f"L of layer {layer!r}")
+    return layer, lower, None if beta is None else check_beta(beta, lower, f"beta of layer {layer!r}")
+
+
+def check_size(size: int, chunk: int, layer: str) -> None:
     """Refuse matrices of another size than the layer's.
 
     Raises
@@ -130,7 +159,6 @@ def check_size(lower: torch.Tensor, chunk: int, layer: str) -> None:
     InputError
         With both sizes.
     """
-    size = lower.shape[-1]
     if size != chunk:
         raise InputError(
             f"layer {layer!r} has {size} x {size} matrices where {chunk} x {chunk} are expected; "
