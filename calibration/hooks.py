@@ -87,11 +87,20 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
     PlanError
         If the plan lacks a layer of the model.
     """
-    with patched_by_layer(model, _by_layer(model, inverse)):
+    with patched_by_layer(model, by_layer(model, inverse)):
         yield model
 
 
-def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
+def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
+    """Return what `patched` takes as a function of a layer's name and chunks.
+
+    Raises
+    ------
+    InputError
+        If it is no inverse.
+    PlanError
+        If the plan lacks a layer of the model.
+    """
     match inverse:
         case Plan():
             lacking = [

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qinvert.calibration.capturing import capture as capture
     from qinvert.calibration.capturing import capture_details as capture_details
     from qinvert.calibration.evaluation import Evaluation as Evaluation
+    from qinvert.calibration.evaluation import LayerErrors as LayerErrors
+    from qinvert.calibration.evaluation import compare as compare
     from qinvert.calibration.evaluation import evaluate as evaluate
     from qinvert.calibration.growth import RangeGrowth as RangeGrowth
     from qinvert.calibration.growth import range_growth as range_growth
@@ -57,6 +59,7 @@ _HOMES = {
     "ExportError": "errors",
     "InputError": "errors",
     "IntFormat": "formats",
+    "LayerErrors": "calibration.evaluation",
     "LayerPlan": "plan",
     "LayerReport": "calibration.reports",
     "MissingDependencyError": "errors",
@@ -77,6 +80,7 @@ _HOMES = {
     "capture_details": "calibration.capturing",
     "chunk_gated_delta_rule": "delta_rule",
     "column_sweep": "methods",
+    "compare": "calibration.evaluation",
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
     "forward_substitution": "methods",

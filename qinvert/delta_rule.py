@@ -104,8 +104,8 @@ def chunk_gated_delta_rule(
     # Autocast would run the float32 products below in 16 bits.
     with torch.autocast(query.device.type, enabled=False):
         chunks = _cut(query, key, value, g, beta, chunk_size, initial_state, use_qk_l2norm_in_kernel)
-        t = _checked(inverse(chunks.lower) if chunk_inverse is None else chunk_inverse(chunks), chunks)
-        result = chunks.apply(t)
+        t = inverse(chunks.lower) if chunk_inverse is None else chunk_inverse(chunks)
+        result = chunks.apply(applicable(t, chunks))
     out = result.out.flatten(2, 3)[:, :, : query.shape[1]].transpose(1, 2).to(query.dtype)
     return out.contiguous(), result.state if output_final_state else None
 
@@ -165,7 +165,14 @@ def _check_shapes(
         raise InputError(f"initial_state has shape {list(state.shape)}, {list(wanted)} fits")
 
 
-def _checked(t: Any, chunks: DeltaChunks) -> Applied:
+def applicable(t: Any, chunks: DeltaChunks) -> Applied:
+    """Return what an inverse returned, in float32 where it is a tensor.
+
+    Raises
+    ------
+    InputError
+        If it is no T for these chunks.
+    """
     if isinstance(t, SolvedInverse):
         return t
     wanted = [*chunks.beta.shape, chunks.beta.shape[-1]]
