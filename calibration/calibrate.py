@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from os import PathLike
 from typing import Any, Final, TypeVar
 
 from qinvert.calibration.candidates import GridRules, candidate_programs
@@ -26,6 +27,7 @@ from qinvert.program import Program
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
+
 E = TypeVar("E", bound=StrEnum)
 
 
@@ -54,6 +56,7 @@ def calibrate(
     factored: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> Plan:
     """Measure the ranges of every tensor and return an integer plan per layer.
 
@@ -98,6 +101,12 @@ def calibrate(
         Of the sample.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
+    checkpoint : path, optional
+        Where to save statistics now and then, and at the end.  If the file
+        exists, calibration goes on from there, to the same plan: the same
+        data must be passed again, from its start, but what was seen does not
+        go through the model.  Other goals, bits and scales plan from the same
+        file.
 
     Returns
     -------
@@ -108,7 +117,8 @@ def calibrate(
     Raises
     ------
     InputError
-        If the source or one of its matrices is not legal, or lacks beta.
+        If the source or one of its matrices is not legal, or lacks beta; if
+        the checkpoint is of other data or options.
     PlanError
         If an option is not legal, or the target does not take the format.
     ProgramError
@@ -125,6 +135,7 @@ def calibrate(
         granularity=grain,
         seed=seed,
         progress=progress,
+        checkpoint=checkpoint,
     )
     layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
     provenance = {

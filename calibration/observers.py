@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from qinvert.errors import InputError
 from qinvert.execute import program_inputs, run_checked
 from qinvert.program import Program
 from qinvert.steps import MOVES
@@ -210,6 +211,22 @@ class LayerObserver:
             keys=keys,
             sample=[x.cpu() for x in sample],
         )
+
+    def check(self, programs: Sequence[str], state: LayerState) -> None:
+        """Refuse a state of an observer of other programs.
+
+        Raises
+        ------
+        InputError
+            If titles or tensors differ.
+        """
+        own = [observer.ranges.keys() for observer in self._observers]
+        same = list(programs) == [program.title for program in self.programs]
+        if not same or [ranges.keys() for ranges in state.ranges] != own:
+            raise InputError(
+                "the checkpoint was made for other programs; pass the same method and factored, "
+                "or another checkpoint file"
+            )
 
     def restore(self, state: LayerState) -> None:
         """Go on from a state of an observer with the same programs, capacity and seed."""

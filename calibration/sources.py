@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -18,6 +18,8 @@ from qinvert.matrices import check_beta, check_matrices
 
 #: ``(layer, L, beta or None)``.
 Item: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
+#: Passes on what it reads.
+Passing: TypeAlias = Callable[[Iterable[Any]], Iterator[Any]]
 #: One process that takes everything.
 ALONE: Final = Shard()
 #: Name of the only layer where a source does not name its layers.
@@ -56,26 +58,29 @@ def open_with_beta(source: Any, data: Any = None) -> Iterator[Item]:
     return chain.from_iterable(open_groups(source, data))
 
 
-def open_groups(source: Any, data: Any = None, shard: Shard = ALONE) -> Iterator[list[Item]]:
+def open_groups(
+    source: Any, data: Any = None, shard: Shard = ALONE, passing: Passing = iter
+) -> Iterator[list[Item]]:
     """Stream this process's share of `open_with_beta`: a list for every round of its shard.
 
     A list holds the layers of one forward pass, or one item of a source of
     matrices; it is empty where the last round has nothing for this process.
+    ``passing`` sees every batch or item before it is shared out, and may drop some.
     """
     if isinstance(source, torch.nn.Module):
         if data is None:
             raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
-        return _captured(source, data, shard)
+        return _captured(source, data, shard, passing)
     if data is not None:
         raise InputError("data=... goes with a model; pass matrices alone as the source")
-    return _checked(_pairs(source), shard)
+    return _checked(_pairs(source), shard, passing)
 
 
-def _captured(model: torch.nn.Module, data: Any, shard: Shard) -> Iterator[list[Item]]:
+def _captured(model: torch.nn.Module, data: Any, shard: Shard, passing: Passing) -> Iterator[list[Item]]:
     from qinvert.calibration.capturing import Detail, capture_batch
     from qinvert.calibration.tokens import token_batches
 
-    for batch in shard.slices(token_batches(data)):
+    for batch in shard.slices(passing(token_batches(data))):
         found = [] if batch is None else capture_batch(model, batch, (Detail.BETA,))
         yield [(item.layer, item.lower, item.beta) for item in found]
 
@@ -135,11 +140,16 @@ def _named(item: Any) -> Iterable[tuple[str, Any]]:
     return [(DEFAULT_LAYER, item)]
 
 
-def _checked(pairs: Iterator[tuple[str, Any]], shard: Shard) -> Iterator[list[Item]]:
-    empty = True
-    for pair in shard.slices(pairs):
-        empty = False
+def _checked(pairs: Iterator[tuple[str, Any]], shard: Shard, passing: Passing) -> Iterator[list[Item]]:
+    for pair in shard.slices(passing(_some(pairs))):
         yield [] if pair is None else [_check_item(*pair)]
+
+
+def _some(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    empty = True
+    for pair in pairs:
+        empty = False
+        yield pair
     if empty:
         raise InputError("the source holds no matrices; pass at least one L")
 
@@ -178,13 +188,20 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"cannot read {file}: no such file; pass a .npz or .safetensors file")
     if file.suffix == ".npz":
-        return _read_npz(file)
+        return read_npz(file)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     raise InputError(f"cannot read {file}: unknown kind {file.suffix!r}; use .npz or .safetensors")
 
 
-def _read_npz(file: Path) -> dict[str, Any]:
+def read_npz(file: Path) -> dict[str, Any]:
+    """Return the arrays of a file that `numpy.savez` wrote, whatever its name.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, of another kind, or holds objects.
+    """
     try:
         with file.open("rb") as handle, zipfile.ZipFile(handle):
             handle.seek(0)

@@ -56,6 +56,11 @@ from qinvert.proof import Proof
     help="Goal for the distance to the floor, dB.",
 )
 @click.option("--factored", is_flag=True, help="Quantize L / beta; a file needs arrays NAME.beta.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Save statistics here now and then; go on from them if the file exists.",
+)
 @data_options
 @output_options
 def calibrate(
@@ -70,6 +75,7 @@ def calibrate(
     factored: bool,
     min_sqnr: float,
     max_loss: float,
+    checkpoint: str | None,
     data: str | None,
     sequences: int,
     seed: int,
@@ -86,6 +92,7 @@ def calibrate(
     Example: qinvert calibrate recall -o plan.json
              qinvert calibrate ./my-model --data tokens.npz -o plan.json
              qinvert calibrate L.npz --bits 8x2 --min-sqnr 60 -o plan.json
+             qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
              torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
     """
     with joined() as shard:
@@ -106,6 +113,7 @@ def calibrate(
                 factored=factored,
                 seed=seed,
                 progress=progress,
+                checkpoint=checkpoint,
             )
     plan = with_source(plan, source)
     if first:

@@ -17,6 +17,7 @@ from qinvert.calibration.observers import LayerObserver, merged
 from qinvert.calibration.sharding import Shard
 from qinvert.cli.app import cli
 from qinvert.methods import block_merge, neumann
+from qinvert.plan_io import to_bytes
 from qinvert.stress import stress_matrices
 
 PROGRAMS = (block_merge(8, base=2), block_merge(8, base=2, corrections=1), neumann(8, 3))
@@ -125,9 +126,28 @@ def streamed():
 
 def cases():
     yield "streamed", lambda: qinvert.calibrate(streamed(), granularity="head")
+    yield "resumed", lambda: qinvert.calibrate(streamed(), granularity="head")
     yield "one", lambda: qinvert.calibrate({"only": stress_matrices("wide_gates", 80, 16)}, seed=3)
 """
 
+
+INTERRUPTION = """
+def cut():
+    for i, item in enumerate(streamed()):
+        if i == 4:
+            raise RuntimeError("no more")
+        yield item
+
+def resumed(rank):
+    file = f"{FOLDER}/checkpoint"
+    try:
+        qinvert.calibrate(cut(), granularity="head", checkpoint=file)
+    except RuntimeError:
+        pass
+    if rank == 0:
+        shutil.copy(file, f"{FOLDER}/half")
+    return qinvert.calibrate(streamed(), granularity="head", checkpoint=file)
+"""
 
 FAILURES = """
 def spoiled():
@@ -146,8 +166,11 @@ def sources(rank):
 def two_processes(tmp_path_factory):
     """What two processes wrote: plans of all cases, and what they were told about failures."""
     folder = tmp_path_factory.mktemp("shards")
-    script = f"""{SETUP}{CASES}{FAILURES}
-import pathlib
+    script = f"""{SETUP}{CASES}{INTERRUPTION}{FAILURES}
+import pathlib, shutil
+from qinvert.calibration import checkpointing
+# Save at every occasion.
+checkpointing.SHARE = 1e9
 with joined() as shard:
     assert shard.size == 2
     for name, source in sources(shard.rank):
@@ -156,21 +179,40 @@ with joined() as shard:
         except qinvert.InputError as error:
             pathlib.Path(FOLDER, f"{{name}}-{{shard.rank}}.txt").write_text(str(error))
     for name, plan in cases():
-        plan().save(f"{{FOLDER}}/{{name}}-{{shard.rank}}.json")
+        plan = resumed(shard.rank) if name == "resumed" else plan()
+        plan.save(f"{{FOLDER}}/{{name}}-{{shard.rank}}.json")
 """
     codes, texts = in_two_processes(script, folder)
     assert codes == [0, 0], texts
     return folder
 
 
-@pytest.mark.parametrize("name", ["streamed", "one"])
-def test_two_processes_plan_as_one(two_processes, name, tmp_path):
-    space = {"qinvert": qinvert, "stress_matrices": stress_matrices}
-    exec(CASES, space)
+@pytest.fixture(scope="module")
+def space():
+    names = {"qinvert": qinvert, "stress_matrices": stress_matrices}
+    exec(CASES, names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["streamed", "resumed", "one"])
+def test_two_processes_plan_as_one(two_processes, space, name, tmp_path):
     dict(space["cases"]())[name]().save(tmp_path / "plan.json")
     expected = (tmp_path / "plan.json").read_bytes()
     for rank in range(2):
         assert (two_processes / f"{name}-{rank}.json").read_bytes() == expected
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(two_processes, space):
+    seen = []
+    plan = qinvert.calibrate(
+        space["streamed"](),
+        granularity="head",
+        checkpoint=two_processes / "half",
+        progress=lambda *args: seen.append(args),
+    )
+    assert to_bytes(plan) == (two_processes / "streamed-0.json").read_bytes()
+    # Four of five items were in it.
+    assert seen == [("a/head_0", 60), ("a/head_1", 60)]
 
 
 def test_a_failure_in_one_process_ends_the_other(two_processes):
