@@ -61,8 +61,9 @@ def calibrate(
     """Measure the ranges of every tensor and return an integer plan per layer.
 
     One pass over ``source``; memory does not grow with it.  Under torchrun, with
-    torch's process group initialized, each process runs its share of the
-    batches, and all return the plan that one process would make.
+    torch's process group initialized, every process must call this with the
+    same arguments: each runs its share of the batches, and all return the plan
+    that one process would make.
 
     Parameters
     ----------

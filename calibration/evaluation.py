@@ -90,7 +90,7 @@ def evaluate(
     data
         Token batches, see `qinvert.calibration.tokens.token_batches`.
     score : callable, optional
-        ``score(logits, tokens) -> float``, averaged over sequences.
+        ``score(logits, tokens) -> float``, both on the logits' device, averaged over sequences.
     progress : callable, optional
         Called as ``progress("tokens", seen)`` after every batch.
 
@@ -183,8 +183,9 @@ class _Comparison:
         sums["loss"] += _next_token_loss(p, ids)
         sums["other_loss"] += _next_token_loss(q, ids)
         if self._score is not None:
-            sums["exact_score"] += self._score(reference, ids) * len(ids)
-            sums["score"] += self._score(other, ids) * len(ids)
+            on_device = ids.to(reference.device)
+            sums["exact_score"] += self._score(reference, on_device) * len(ids)
+            sums["score"] += self._score(other, on_device) * len(ids)
         self._tokens += ids.numel()
         self._targets += ids[:, 1:].numel()
         self._sequences += len(ids)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qinvert
 from qinvert.errors import InputError
 from qinvert.gram import decayed_products, from_dplr, from_keys
 from qinvert.matrices import solve
@@ -132,6 +133,15 @@ def test_the_inverse_of_a_low_rank_recurrence_gives_its_reads(chunk, per_channel
     kept = torch.exp(total[-1:] - total)
     state = torch.exp(total[-1]).unsqueeze(-1) * start + (b * kept).mT @ reads + (k * kept).mT @ v
     assert torch.allclose(state, last, rtol=0, atol=1e-12)
+
+
+def test_low_rank_matrices_are_planned_like_others():
+    generator = torch.Generator().manual_seed(0)
+    removal = torch.nn.functional.normalize(torch.randn(8, 2, 64, 16, generator=generator), dim=-1)
+    rates, w = torch.sigmoid(torch.randn(2, 8, 2, 64, 16, generator=generator))
+    lower = from_dplr(-removal, removal * rates, -0.6065 * w)
+    plan = qinvert.calibrate(lower[:4], method="block_merge", bits=8)
+    assert qinvert.simulate(plan, lower[4:]).worst_sqnr_db > 30
 
 
 def test_a_removal_key_without_decay_is_a_delta_rule():
