@@ -24,6 +24,7 @@ import torch
 from qinvert.calibration.observers import LayerState
 from qinvert.calibration.sharding import Shard
 from qinvert.calibration.sources import read_npz
+from qinvert.checks import check_integer
 from qinvert.errors import InputError, QInvertError, reason
 from qinvert.files import write_atomically
 from qinvert.matrices import check_beta, check_matrices
@@ -34,6 +35,8 @@ T = TypeVar("T")
 SCHEMA_VERSION: Final = 1
 #: Name of the array that holds everything but the samples, as JSON.
 HEADER: Final = "checkpoint"
+#: No data holds more.
+MAX_MATRICES: Final = 2**62
 #: Saving may take this share of the time.
 SHARE: Final = 0.05
 
@@ -216,7 +219,7 @@ def load(path: str | PathLike[str]) -> Saved | None:
         return _read(read_npz(Path(path)))
     except QInvertError as error:
         raise InputError(f"{os.fspath(path)} is no checkpoint: {error}; delete it to start anew") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
             f"{os.fspath(path)} is no checkpoint: {reason(error)}; delete it to start anew"
         ) from None
@@ -229,7 +232,7 @@ def _read(arrays: dict[str, Any]) -> Saved:
     if header["schema_version"] != SCHEMA_VERSION:
         raise InputError(f"its schema_version is {header['schema_version']!r}, not {SCHEMA_VERSION}")
     return Saved(
-        items=int(header["items"]),
+        items=check_integer("items", header["items"], 1, MAX_MATRICES, InputError),
         digest=str(header["digest"]),
         options=dict(header["options"]),
         layers={str(x["name"]): _read_layer(x, arrays, i) for i, x in enumerate(header["layers"])},
@@ -243,11 +246,12 @@ def _read_layer(record: dict[str, Any], arrays: dict[str, Any], index: int) -> S
     if f"{index}.beta" in arrays:
         sample.append(check_beta(arrays[f"{index}.beta"], lower))
     keys = torch.from_numpy(np.array(arrays[f"{index}.keys"], dtype=np.float64))
-    if keys.shape != lower.shape[:1] or lower.ndim != 3 or lower.dtype != torch.float32:
+    fits = keys.shape == lower.shape[:1] and lower.ndim == 3 and lower.dtype == torch.float32
+    if not fits or not bool(((keys >= 0) & (keys < 1)).all()):
         raise InputError(f"its sample of layer {record['name']!r} does not fit together")
     state = LayerState(
-        matrices=int(record["matrices"]),
-        observed=int(record["observed"]),
+        matrices=check_integer("matrices", record["matrices"], len(lower), MAX_MATRICES, InputError),
+        observed=check_integer("observed", record["observed"], 0, MAX_MATRICES, InputError),
         largest=_numbers(record["largest"]),
         ranges=[_numbers(ranges) for ranges in record["ranges"]],
         keys=keys,

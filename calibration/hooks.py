@@ -116,7 +116,7 @@ def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Lay
             return lambda layer, chunks: plan_inverse(inverse, layer, chunks.lower, chunks.beta)
         case LayerPlan():
             return lambda _, chunks: layer_inverse(inverse, chunks.lower, chunks.beta)
-        case _ if inverse in (exact, exact_inverse):
+        case _ if inverse is exact or inverse is exact_inverse:
             return solve_chunks
         case _ if callable(inverse):
             return lambda _, chunks: inverse(chunks.lower)

@@ -141,6 +141,9 @@ DAMAGE = {
     "negative range": lambda file: file.header["layers"][0]["largest"].update(M=-1.0),
     "nan range": lambda file: file.header["layers"][0]["ranges"][0].update(M=float("nan")),
     "lost range": lambda file: file.header["layers"][0]["ranges"][0].popitem(),
+    "negative": lambda file: file.header["layers"][0].update(matrices=-1),
+    "no items": lambda file: file.header.update(items=0),
+    "keys beyond 1": lambda file: file.arrays.update({"0.keys": file.arrays["0.keys"] + 1}),
     "text": lambda file: file.header["layers"][0].update(matrices="many"),
 }
 
