@@ -141,6 +141,8 @@ def observe(
             for layer in observation.update(list(_split(group, granularity))):
                 if progress is not None:
                     progress(layer, observation.layers[layer].matrices)
+            # Free before the model runs on the next batch.
+            group.clear()
         observation.finish()
     return observation.layers
 

@@ -80,9 +80,13 @@ def _captured(model: torch.nn.Module, data: Any, shard: Shard, passing: Passing)
     from qinvert.calibration.capturing import Detail, capture_batch
     from qinvert.calibration.tokens import token_batches
 
+    def captured(batch: Any) -> list[Item]:
+        found = capture_batch(model, batch, (Detail.BETA,))
+        return [(item.layer, item.lower, item.beta) for item in found]
+
     for batch in shard.slices(passing(token_batches(data))):
-        found = [] if batch is None else capture_batch(model, batch, (Detail.BETA,))
-        yield [(item.layer, item.lower, item.beta) for item in found]
+        # Nothing here keeps what was yielded while the next batch runs.
+        yield [] if batch is None else captured(batch)
 
 
 def _pairs(source: Any) -> Iterator[tuple[str, Any]]:

@@ -171,7 +171,9 @@ def test_a_checkpoint_that_cannot_be_written_is_an_input_error(tmp_path):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+# A process started in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, "")
 import qinvert
 from qinvert.stress import stress_matrices
