@@ -15,6 +15,7 @@ import torch
 
 from qinvert.checks import check_integer, check_seed
 from qinvert.errors import InputError, lookup
+from qinvert.gram import from_keys as from_keys
 from qinvert.steps import check_chunk
 
 Generator = Callable[[int, int, int], torch.Tensor]
@@ -23,42 +24,6 @@ Generator = Callable[[int, int, int], torch.Tensor]
 MAX_COUNT = 2**24
 #: Length of the synthetic keys.
 KEY_SIZE = 64
-
-
-def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """``L[i, j] = beta_i <k_i, k_j> exp(G_i - G_j)`` for ``j < i``, ``G = cumsum(g)``.
-
-    Parameters
-    ----------
-    k : torch.Tensor, shape ``(..., C, D)``
-        Keys, as they enter the product (normalize them first).
-    beta : torch.Tensor, shape ``(..., C)``
-    g : torch.Tensor, shape ``(..., C)`` or ``(..., C, D)``
-        Log decay, ``<= 0``; one per channel makes it
-        ``beta_i sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])``.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(..., C, C)``, dtype of ``k``.
-    """
-    if g.ndim < k.ndim:
-        products = k @ k.mT * decay(g)
-    else:
-        # Channel by channel: all of them at once would take D times the memory of the result.
-        channels = zip(k.unbind(-1), g.unbind(-1), strict=True)
-        products = sum(
-            (x.unsqueeze(-1) * x.unsqueeze(-2) * decay(log_decay) for x, log_decay in channels),
-            start=k.new_zeros(*k.shape[:-1], k.shape[-2]),
-        )
-    return torch.tril(beta.unsqueeze(-1) * products, -1)
-
-
-def decay(g: torch.Tensor) -> torch.Tensor:
-    """``exp(G_i - G_j)`` for ``j <= i`` and 1 above, ``G = cumsum(g)``, shape ``(..., C, C)``."""
-    total = torch.cumsum(g, -1)
-    # Mask before exp: above the diagonal the difference is positive and may overflow.
-    return torch.exp(torch.tril(total.unsqueeze(-1) - total.unsqueeze(-2)))
 
 
 def unit_keys(count: int, chunk: int, cosine: float, generator: torch.Generator) -> torch.Tensor:

@@ -189,7 +189,7 @@ def matrices_for(
     parts = []
     for name, lower, beta in open_with_beta(*own):
         if name in (layer, DEFAULT_LAYER):
-            check_size(lower, program.chunk, layer)
+            check_size(lower.shape[-1], program.chunk, layer)
             rows = needed_beta(program, lower, beta, f"beta of layer {layer!r}")
             parts.append((lower, rows))
     if not parts:

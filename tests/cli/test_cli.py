@@ -113,6 +113,28 @@ def test_the_embedded_model_needs_no_data(tmp_path):
     assert growth["layers"]["model.layers.1.linear_attn"]["powers"]["8"] > 1e3
 
 
+def test_plans_are_evaluated_side_by_side(tmp_path):
+    pytest.importorskip("transformers")
+    paths = [tmp_path / f"int{bits}.json" for bits in (8, 4)]
+    for path, bits in zip(paths, (8, 4), strict=True):
+        options = ("--bits", bits, "--method", "block_merge", "--sequences", 2)
+        assert run("calibrate", "recall", *options, "-o", path, "--min-sqnr", -20).exit_code in (0, 1)
+    assert "--compare" in refused("evaluate", *paths)
+    assert "Missing argument" in refused("evaluate", "--compare")
+    result = run("evaluate", "--compare", *paths, "--sequences", 2)
+    assert result.exit_code == 0
+    for text in ("Model under each plan", "int8.json", "int4.json", "final state", "layers.1"):
+        assert text in result.stdout
+    found = json.loads(run("evaluate", "--compare", *paths, "--sequences", 2, "--json").stdout)["plans"]
+    assert list(found) == [str(path) for path in paths]
+    assert found[str(paths[0])]["kl"] < found[str(paths[1])]["kl"]
+    for layer, errors in found[str(paths[0])]["layers"].items():
+        assert set(errors) == {"t", "u", "w", "out", "state"}
+        assert errors["out"] > found[str(paths[1])]["layers"][layer]["out"] + 10
+    alone = json.loads(run("evaluate", paths[0], "--sequences", 2, "--json").stdout)
+    assert alone == found[str(paths[0])]
+
+
 def test_a_model_folder_takes_token_files(tmp_path):
     pytest.importorskip("transformers")
     folder = tmp_path / "model"
