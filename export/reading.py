@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from os import PathLike
 
 import onnx
+import onnx.inliner
 from onnx.external_data_helper import uses_external_data
 
 from qinvert.errors import ExportError, reason
@@ -27,7 +28,7 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
     for node in _nodes(model):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")
-    for tensor in _tensors(model):
+    for tensor in tensors(model):
         if uses_external_data(tensor):
             raise ExportError(f"{path}: tensor {tensor.name!r} lies in another file; export it again")
     return model
@@ -57,6 +58,22 @@ def check_model(model: onnx.ModelProto, path: str | PathLike[str]) -> None:
         raise ExportError(f"{path}: its metadata is no UTF-8 text; export it again")
 
 
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a checked model without local functions: every call is replaced by the function's nodes.
+
+    Raises
+    ------
+    ExportError
+        If onnx cannot inline them.
+    """
+    if not model.functions:
+        return model
+    try:
+        return onnx.inliner.inline_local_functions(model)
+    except Exception as error:  # as above
+        raise ExportError(f"the model's functions cannot be inlined ({reason(error)})") from None
+
+
 def _no_model(path: str | PathLike[str], error: Exception) -> ExportError:
     return ExportError(f"{path} is no ONNX model ({reason(error)}); export it again")
 
@@ -67,7 +84,8 @@ def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield from function.node
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every constant of a model, those of its nodes and functions included."""
     yield from model.graph.initializer
     yield from _parts(model.graph.sparse_initializer)
     for node in _nodes(model):

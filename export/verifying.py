@@ -18,7 +18,7 @@ from qinvert.arithmetic import is_power_of_two
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError, VerificationError
 from qinvert.execute import needed_beta
-from qinvert.export.exporting import INPUTS, MAX_BATCH
+from qinvert.export.interface import MAX_BATCH
 from qinvert.export.reading import read_model
 from qinvert.export.runtimes import Run, run_settings
 from qinvert.files import read_bytes
@@ -154,7 +154,7 @@ def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
     shapes = {value.name: _static_shape(value) for value in model.graph.input}
     outputs = [value.name for value in model.graph.output]
     name, shape = next(iter(shapes.items()), ("", []))
-    if list(shapes)[1:] != list(plan.program.vectors) or name not in INPUTS or outputs != ["T"]:
+    if list(shapes)[1:] != list(plan.program.vectors) or name not in ("L", "M") or outputs != ["T"]:
         wanted = " and ".join(["L or M", *plan.program.vectors])
         raise ExportError(f"the graph has no input {wanted} and output T; pass a file that qinvert exported")
     returned = _static_shape(model.graph.output[0])
