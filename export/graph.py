@@ -102,12 +102,18 @@ class GraphBuilder:
         return output
 
     def call(
-        self, function: onnx.FunctionProto, inputs: Sequence[str], name: str, outputs: Sequence[str]
+        self,
+        function: onnx.FunctionProto,
+        inputs: Sequence[str],
+        name: str,
+        outputs: Mapping[str, tuple[Sizes, str]],
     ) -> None:
-        """Append the call of a function; its outputs are declared by the caller."""
+        """Append the call of a function, with the shape and element of every output."""
         self._nodes.append(
             helper.make_node(function.name, list(inputs), list(outputs), name=name, domain=function.domain)
         )
+        for output, (shape, element) in outputs.items():
+            self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
 
     def model(
         self,

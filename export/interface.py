@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, cast
+
+import onnx
 
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
 from qinvert.plan import LayerPlan
+from qinvert.profiles import Profile
 from qinvert.steps import BETA
 
 #: Largest batch: more matrices than that overflow a graph's constants.
 MAX_BATCH: Final = 65536
+#: Largest input that a graph may ask for.
+MAX_ELEMENTS: Final = 2**28
 #: Longest key; models use 64 to 256.
 MAX_KEY_SIZE: Final = 4096
 #: Names of the inputs that L is built from: keys, strengths, log decays.
@@ -75,6 +80,44 @@ class Interface:
         elif self.key_size is not None:
             raise ExportError(f"key_size {self.key_size!r} is for input='keys' only; leave it out")
 
+    @staticmethod
+    def of(model: onnx.ModelProto, plan: LayerPlan) -> Interface:
+        """Return what a graph takes and returns, if it is one of this package's for the plan.
+
+        Raises
+        ------
+        ExportError
+            If it is not.
+        """
+        given = {value.name: _static_shape(value) for value in model.graph.input}
+        returned = {value.name: _static_shape(value) for value in model.graph.output}
+        first = next(iter(given), "")
+        source = GraphInput.KEYS if first == KEYS else GraphInput.M if first == "M" else GraphInput.L
+        shape = given.get(first, [])
+        batch, key_size = (shape[1], shape[3]) if len(shape) == 4 else (0, 0)
+        most = min(MAX_BATCH, MAX_ELEMENTS // plan.chunk**2)
+        try:
+            found = Interface(
+                batch=check_integer("batch of the graph", batch, 1, most, ExportError),
+                input=source,
+                key_size=cast("int", key_size) if source is GraphInput.KEYS else None,
+                output=GraphOutput.INTEGERS if _returns_integers(model) else GraphOutput.T,
+            )
+            fits = list(given.items()) == list(found.inputs(plan).items())
+            fits = fits and returned == {found.output_name(plan): found.square(plan)}
+        except ExportError as error:
+            raise ExportError(
+                f"the graph takes {given} and returns {returned}: {error}; export again"
+            ) from None
+        if not fits:
+            wanted = " and ".join(["L or M", *plan.program.vectors])
+            raise ExportError(
+                f"the graph has no input {wanted} and output T of {plan.chunk} x {plan.chunk} "
+                f"matrices, nor keys or integers: it takes {given} and returns {returned}; pass a file that "
+                "qinvert exported"
+            )
+        return found
+
     @property
     def count(self) -> int | str:
         """Size of the batch axis."""
@@ -108,6 +151,11 @@ class Interface:
             return "T"
         return "W" if plan.program.vectors else "S"
 
+    def element(self, plan: LayerPlan, profile: Profile) -> str:
+        """NumPy name of the output's type."""
+        integers = self.output is GraphOutput.INTEGERS
+        return profile.storage_of(plan.output.format).element if integers else "float32"
+
     def square(self, plan: LayerPlan) -> Sizes:
         """Shape of L and of the output."""
         return [1, self.count, plan.chunk, plan.chunk]
@@ -122,6 +170,15 @@ class Interface:
             found["qinvert.output_zero_point"] = str(zero_point)
             found["qinvert.output_meaning"] = f"T = {PREFIXES.get(name, '')}{real}"
         return found
+
+
+def _static_shape(value: onnx.ValueInfoProto) -> Sizes:
+    dims = value.type.tensor_type.shape.dim
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
+
+
+def _returns_integers(model: onnx.ModelProto) -> bool:
+    return any(value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT for value in model.graph.output)
 
 
 #: What stands before the program's result in T, by the result's name.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import KEYS, LOG_DECAY, Interface
 from qinvert.plan import LayerPlan
 from qinvert.steps import BETA
+
+#: Name of M where the graph builds it.
+FROM_KEYS: Final = "M/from_keys"
 
 
 def matrix_from_keys(graph: GraphBuilder, plan: LayerPlan, interface: Interface) -> str:
@@ -36,4 +41,4 @@ def matrix_from_keys(graph: GraphBuilder, plan: LayerPlan, interface: Interface)
     decayed = graph.node("Mul", [products, decay], "keys/decayed", square)
     mask = graph.initializer("minus_ones/strictly_lower", np.where(below, -below, below)[None, None])
     strict = graph.node("Mul", [decayed, mask], "keys/strictly_lower", square)
-    return graph.node("Mul", [strict, BETA], "M/from_keys", square)
+    return graph.node("Mul", [strict, BETA], FROM_KEYS, square)

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
+import onnx.utils
 import torch
 
 from qinvert import plan_io
 from qinvert.arithmetic import is_power_of_two
-from qinvert.checks import check_integer
 from qinvert.errors import ExportError, VerificationError
-from qinvert.execute import needed_beta
-from qinvert.export.interface import MAX_BATCH
+from qinvert.export.exporting import serialize
+from qinvert.export.interface import GraphInput, Interface
+from qinvert.export.keys import FROM_KEYS
+from qinvert.export.layers import single_layer
 from qinvert.export.reading import read_model
+from qinvert.export.references import Reference, Returned, graph_inputs, lower_from_keys, reference
 from qinvert.export.runtimes import Run, run_settings
 from qinvert.files import read_bytes
-from qinvert.matrices import check_matrices, row_factors, solve
 from qinvert.metrics import ErrorStatistics
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import find_profile
 from qinvert.steps import BETA
 
-Float32Array: TypeAlias = npt.NDArray[np.float32]
-
-#: Largest input that a graph may ask for.
-MAX_ELEMENTS = 2**28
+#: Error of L, relative to its largest element, that a float32 prologue stays far below.
+KEYS_TOLERANCE = 1e-4
 #: Share of values that may differ by one step of an 8-bit grid where a float MatMul
 #: stays unfused; the steps of a 16-bit grid are 256 times as many.
 ALLOWED_SHARE = 1e-4
@@ -77,10 +76,11 @@ def verify(
     """Run an exported graph and compare every value with the simulator.
 
     Integer profiles, and QDQ profiles under power-of-two scales, must agree
-    bit for bit.  A QDQ graph with float scales may differ by one step in at
-    most `ALLOWED_SHARE` of the values where a runtime leaves a product in
-    float32; the count is in the result.  A program that amplifies (powers
-    that explode) amplifies such a step, too, and then fails here.
+    bit for bit, but for a float32 L that is built in the graph.  A QDQ graph
+    with float scales may differ by one step in at most `ALLOWED_SHARE` of the
+    values where a runtime leaves a product in float32; the count is in the
+    result.  A program that amplifies (powers that explode) amplifies such a
+    step, too, and then fails here.
 
     Parameters
     ----------
@@ -90,10 +90,14 @@ def verify(
         That the file was exported from.
     L : tensor or array, shape ``(..., C, C)``
         Inputs; repeated to fill the last batch, all of which is compared.
+        For a graph from keys a mapping of ``k (..., C, D)``, ``beta (..., C)``
+        and ``g (..., C)``: the L that a runtime builds of them must be right
+        in float32, and the simulator is given that one.
     runtimes : sequence of str
         ``"onnxruntime"``, which runs with and without graph optimization.
     layer : str, optional
-        Layer of the plan; read from the file if left out.
+        Layer of the plan; read from the file if left out.  Of a model with
+        a function per layer that function is run, alone and inlined.
     beta : tensor or array, shape ``(..., C)``, optional
         In [0, 2]; a factored plan needs it, others ignore it.
 
@@ -113,63 +117,77 @@ def verify(
         If ``L`` or ``beta`` is not legal.
     """
     content = read_bytes(path)
-    model = read_model(content, path)
+    whole = read_model(content, path)
+    model = single_layer(whole, layer)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     name = layer if layer is not None else metadata.get("qinvert.layer")
     layer_plan = plan.layer(name)
-    source, batch = _graph_input(model, layer_plan)
-    lower, rows = _inputs(layer_plan, L, beta)
-    expected = layer_plan.inverse(lower, rows).cpu().numpy()
-    feed, unit = {source: lower if source == "L" else -lower}, torch.ones(len(lower), 1, 1)
-    if rows is not None:
-        feed[BETA], unit = rows.unsqueeze(-1), row_factors(rows, torch.float32).cpu()
-    truth, exact = solve(lower), _is_exact(metadata, layer_plan)
+    interface = Interface.of(model, layer_plan)
+    content = content if model is whole else serialize(model)
+    inputs = graph_inputs(layer_plan, interface, L, beta)
     if not runtimes:
         raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
     # Every slot of the last batch computes something: fill it, and compare all of it.
-    filled = np.arange(-(-len(lower) // batch) * batch) % len(lower)
-    expected, truth, unit = expected[filled], truth[filled], layer_plan.output.scale * unit[filled]
-    arrays = {name: values[filled].cpu().numpy() for name, values in feed.items()}
-    results = []
+    assert interface.batch is not None
+    count = len(next(iter(inputs.values())))
+    filled = np.arange(-(-count // interface.batch) * interface.batch) % count
+    inputs = {name: values[filled] for name, values in inputs.items()}
+    storage = find_profile(metadata.get("qinvert.profile", plan.target)).storage_of(layer_plan.output.format)
+    rows = inputs[BETA].squeeze(-1) if layer_plan.program.vectors else None
+    fixed = None
+    if interface.input is not GraphInput.KEYS:
+        fixed = reference(layer_plan, interface, storage, _lower(interface, inputs), rows)
+    exact, results = fixed is not None and _is_exact(metadata, layer_plan), []
     for runtime in runtimes:
         for setting, run in run_settings(runtime, content):
-            actual = _run_batches(run, arrays, batch, layer_plan.chunk)
-            errors = ErrorStatistics()
-            errors.update(torch.from_numpy(actual).to(truth.device), truth)
-            name = f"{runtime} ({setting})"
-            results.append(_compare(name, actual, expected, layer_plan, exact, errors.sqnr_db, unit.numpy()))
-            _judge(results[-1], actual, expected, _hint(metadata, plan))
+            wanted = fixed
+            if wanted is None:
+                lower = _built(model, interface, inputs, runtime, setting)
+                wanted = reference(layer_plan, interface, storage, lower, rows)
+            actual = _run_batches(run, inputs, interface.batch, wanted.expected)
+            results.append(_compare(f"{runtime} ({setting})", actual, wanted, exact))
+            _judge(results[-1], actual, wanted.expected, _hint(metadata, plan))
     return results
 
 
-def _inputs(plan: LayerPlan, matrices: Any, beta: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    lower = check_matrices(matrices, plan.chunk).to(torch.float32)
-    rows = needed_beta(plan.program, lower, beta)
-    if rows is not None:
-        rows = rows.to(torch.float32).reshape(-1, plan.chunk)
-    return lower.reshape(-1, plan.chunk, plan.chunk), rows
+def read_interface(path: str | PathLike[str], plan: Plan, layer: str) -> Interface:
+    """Return what the exported graph of a layer takes and returns.
+
+    Raises
+    ------
+    ExportError
+        If the file is no graph of this package.
+    """
+    return Interface.of(single_layer(read_model(read_bytes(path), path), layer), plan.layer(layer))
 
 
-def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
-    shapes = {value.name: _static_shape(value) for value in model.graph.input}
-    outputs = [value.name for value in model.graph.output]
-    name, shape = next(iter(shapes.items()), ("", []))
-    if list(shapes)[1:] != list(plan.program.vectors) or name not in ("L", "M") or outputs != ["T"]:
-        wanted = " and ".join(["L or M", *plan.program.vectors])
-        raise ExportError(f"the graph has no input {wanted} and output T; pass a file that qinvert exported")
-    returned = _static_shape(model.graph.output[0])
-    if len(shape) != 4 or shape[0] != 1 or shape[2:] != [plan.chunk, plan.chunk] or returned != shape:
-        raise ExportError(
-            f"the graph maps {shape} to {returned}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; "
-            "export again"
+def _lower(interface: Interface, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    matrices = inputs[str(interface.input)]
+    return matrices if interface.input is GraphInput.L else -matrices
+
+
+def _built(
+    model: onnx.ModelProto,
+    interface: Interface,
+    inputs: Mapping[str, torch.Tensor],
+    runtime: str,
+    setting: str,
+) -> torch.Tensor:
+    """L as a runtime builds it from keys, by the part of the graph that does so."""
+    name = next((n.output[0] for n in model.graph.node if n.output[0].startswith(FROM_KEYS)), None)
+    if name is None or interface.batch is None:
+        raise ExportError(f"the graph has no tensor {FROM_KEYS!r}; export it again")
+    part = onnx.utils.Extractor(model).extract_model([value.name for value in model.graph.input], [name])
+    run = dict(run_settings(runtime, part.SerializeToString()))[setting]
+    expected = lower_from_keys(inputs)
+    found = _run_batches(run, inputs, interface.batch, expected.to(torch.float32).cpu().numpy())
+    error = float((expected.cpu() + torch.from_numpy(found)).abs().amax())
+    if not error <= KEYS_TOLERANCE * max(1.0, float(expected.abs().amax())):
+        raise VerificationError(
+            f"{runtime} ({setting}) builds L from keys with an error of {error:.3g}; it should stay below "
+            f"{KEYS_TOLERANCE:g} of the largest element: run float operators in float32"
         )
-    most = min(MAX_BATCH, MAX_ELEMENTS // plan.chunk**2)
-    return name, check_integer("batch of the graph", shape[1], 1, most, ExportError, "; export again")
-
-
-def _static_shape(value: onnx.ValueInfoProto) -> list[int | str]:
-    dims = value.type.tensor_type.shape.dim
-    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
+    return torch.tril(-torch.from_numpy(found), -1)
 
 
 def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
@@ -178,44 +196,40 @@ def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
     return exact or find_profile(metadata.get("qinvert.profile", "")).exact
 
 
-def _run_batches(run: Run, inputs: dict[str, Float32Array], batch: int, chunk: int) -> Float32Array:
-    parts, wanted = [], (1, batch, chunk, chunk)
-    for start in range(0, len(next(iter(inputs.values()))), batch):
-        result = np.asarray(run({name: x[start : start + batch][None] for name, x in inputs.items()}))
-        if result.shape != wanted or result.dtype != np.float32:
+def _run_batches(run: Run, inputs: Mapping[str, torch.Tensor], batch: int, like: Returned) -> Returned:
+    """Return what a graph returned for every batch, of the type and shape of ``like``."""
+    arrays = {name: values.cpu().numpy() for name, values in inputs.items()}
+    parts, wanted = [], (1, batch, *like.shape[1:])
+    for start in range(0, len(like), batch):
+        result = np.asarray(run({name: x[start : start + batch][None] for name, x in arrays.items()}))
+        if result.shape != wanted or result.dtype != like.dtype:
             raise ExportError(
-                f"the graph returned {result.dtype} {list(result.shape)}, not float32 {list(wanted)}; "
+                f"the graph returned {result.dtype} {list(result.shape)}, not {like.dtype} {list(wanted)}; "
                 "export it again"
             )
         parts.append(result[0])
     return np.concatenate(parts)
 
 
-def _compare(
-    runtime: str,
-    actual: Float32Array,
-    expected: Float32Array,
-    plan: LayerPlan,
-    exact: bool,
-    sqnr_db: float,
-    unit: Float32Array,
-) -> Verification:
-    differ = ~(actual == expected)
-    steps = (np.abs(actual.astype(np.float64) - expected) / unit)[differ]
-    extra_bits = plan.output.format.container_bits - 8
+def _compare(runtime: str, actual: Returned, wanted: Reference, exact: bool) -> Verification:
+    differ = ~(actual == wanted.expected)
+    steps = (np.abs(actual.astype(np.float64) - wanted.expected) / wanted.unit)[differ]
+    extra_bits = wanted.plan.output.format.container_bits - 8
+    errors = ErrorStatistics()
+    errors.update(wanted.inverse(actual).to(wanted.truth.device), wanted.truth)
     return Verification(
         runtime=runtime,
-        values=expected.size,
+        values=wanted.expected.size,
         mismatches=int(differ.sum()),
         max_steps=float(steps.max()) if steps.size else 0.0,
         exact=exact,
         allowed_share=0.0 if exact else ALLOWED_SHARE * 2**extra_bits,
         allowed_steps=WIDE_STEPS if extra_bits else 1,
-        sqnr_db=sqnr_db,
+        sqnr_db=errors.sqnr_db,
     )
 
 
-def _judge(result: Verification, actual: Float32Array, expected: Float32Array, hint: str) -> None:
+def _judge(result: Verification, actual: Returned, expected: Returned, hint: str) -> None:
     # One legal tie may fall into any sample, however small.
     allowed = 0 if result.exact else max(1.0, result.allowed_share * result.values)
     if result.mismatches <= allowed and result.max_steps < result.allowed_steps + 0.5:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qinvert.errors import ProgramError as ProgramError
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
+    from qinvert.export.layers import export_layers as export_layers
     from qinvert.export.verifying import Verification as Verification
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
@@ -77,6 +78,7 @@ _HOMES = {
     "column_sweep": "methods",
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
+    "export_layers": "export.layers",
     "forward_substitution": "methods",
     "neumann": "methods",
     "neumann_doubling": "methods",
