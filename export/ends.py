@@ -43,7 +43,7 @@ def is_from_keys(graph: Structure, node: onnx.NodeProto) -> bool:
 def _find_from_keys(graph: Structure) -> set[str]:
     """Tensors that nodes make of the inputs k, beta and g."""
     found: set[str] = set()
-    if not {KEYS, BETA, LOG_DECAY} <= graph.inputs:
+    if not {KEYS, BETA, LOG_DECAY} <= _roles(graph):
         return found
     for node in graph.nodes:
         known = all(n in graph.inputs or n in found or graph.constant(n) is not None for n in node.input)
@@ -57,8 +57,18 @@ def _is_product_of_inputs(graph: Structure, node: onnx.NodeProto) -> bool:
         return False
     left, right = node.input
     turned = graph.writers.get(right)
-    grams = left == KEYS and turned is not None and turned.op_type == "Transpose" and KEYS in turned.input
+    keys = left in graph.inputs and _role(left) == KEYS
+    grams = keys and turned is not None and turned.op_type == "Transpose" and left in turned.input
     return grams or graph.constant(right) is not None
+
+
+def _roles(graph: Structure) -> set[str]:
+    return {_role(name) for name in graph.inputs}
+
+
+def _role(name: str) -> str:
+    # Graphs of several layers have an input LAYER/k for each.
+    return name.rpartition("/")[2]
 
 
 def _is_preparation(graph: Structure, node: onnx.NodeProto, depth: int = 2) -> bool:
@@ -69,7 +79,7 @@ def _is_preparation(graph: Structure, node: onnx.NodeProto, depth: int = 2) -> b
         constants = [c for name in node.input if (c := graph.constant(name)) is not None]
         flips = any(c.size == 1 and c.reshape(()) == -1 for c in constants)
         return flips and bool(graph.inputs & set(node.input))
-    if node.op_type not in ("Max", "Div", "Transpose") or BETA not in graph.inputs:
+    if node.op_type not in ("Max", "Div", "Transpose") or BETA not in _roles(graph):
         return False
     return all(_is_prepared(graph, name, depth - 1) for name in node.input)
 

@@ -60,7 +60,7 @@ class Options(TypedDict, total=False):
     "source",
     default="L",
     show_default=True,
-    type=click.Choice(tuple(GraphInput)),
+    type=click.Choice([kind.value for kind in GraphInput]),
     help="M takes -L; keys takes k, beta and g and builds L in float32.",
 )
 @click.option("--key-size", type=int, help="Length of a key, with --input keys.")
@@ -69,7 +69,7 @@ class Options(TypedDict, total=False):
     "result",
     default="T",
     show_default=True,
-    type=click.Choice(tuple(GraphOutput)),
+    type=click.Choice([kind.value for kind in GraphOutput]),
     help="integers returns what T is made of, as it is stored; its scale is in the metadata.",
 )
 @click.option("--one-file", is_flag=True, help=f"One {ALL_LAYERS} with a local function a layer.")
