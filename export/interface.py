@@ -95,7 +95,8 @@ class Interface:
         source = GraphInput.KEYS if first == KEYS else GraphInput.M if first == "M" else GraphInput.L
         shape = given.get(first, [])
         batch, key_size = (shape[1], shape[3]) if len(shape) == 4 else (0, 0)
-        most = min(MAX_BATCH, MAX_ELEMENTS // plan.chunk**2)
+        widest = max(plan.chunk, key_size if isinstance(key_size, int) else 0)
+        most = min(MAX_BATCH, MAX_ELEMENTS // (plan.chunk * widest))
         try:
             found = Interface(
                 batch=check_integer("batch of the graph", batch, 1, most, ExportError),

@@ -18,6 +18,7 @@ from qinvert.export import keys, layers, lint
 from qinvert.export.exporting import build, serialize
 from qinvert.export.interface import Interface
 from qinvert.export.layers import function_names, layer_function
+from qinvert.export.reading import inlined
 from qinvert.profiles import PROFILES
 from qinvert.simulator import simulate_integers
 from qinvert.steps import MIN_BETA
@@ -402,3 +403,28 @@ def test_constants_of_functions_may_not_lie_outside():
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="passwd")
     assert {finding.rule for finding in lint(model)} == {"self-contained"}
+
+
+def test_functions_that_call_functions_are_refused(monkeypatch):
+    # Twice at each of 40 levels: 2^40 nodes.
+    opset, functions = [onnx.helper.make_opsetid("", 19), onnx.helper.make_opsetid("qinvert", 1)], []
+    for level in range(40):
+        names = [f"f{level - 1}"] * 2 if level else ["Neg"] * 2
+        domain = "qinvert" if level else ""
+        body = [
+            onnx.helper.make_node(name, [source], [target], domain=domain)
+            for name, source, target in zip(names, "xy", "yz", strict=True)
+        ]
+        functions.append(onnx.helper.make_function("qinvert", f"f{level}", ["x"], ["z"], body, opset))
+    value = [onnx.helper.make_tensor_value_info(name, 1, [1, 8, 16, 16]) for name in ("L", "T")]
+    call = onnx.helper.make_node("f39", ["L"], ["T"], domain="qinvert", name="layer")
+    graph = onnx.helper.make_graph([call], "g", value[:1], value[1:])
+    model = onnx.helper.make_model(graph, functions=functions, opset_imports=opset, ir_version=10)
+    with pytest.raises(ExportError, match="calls another one"):
+        inlined(model)
+    del model.functions[1:]
+    model.graph.node[0].op_type = "f0"
+    assert [node.op_type for node in inlined(model).graph.node] == ["Neg", "Neg"]
+    monkeypatch.setattr("qinvert.export.reading.MAX_NODES", 1)
+    with pytest.raises(ExportError, match="nodes once it is inlined"):
+        inlined(model)
