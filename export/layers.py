@@ -48,7 +48,8 @@ def export_layers(
     the domain ``qinvert``; the graph has the inputs and outputs ``LAYER/L``,
     ``LAYER/T`` and so on.  A function needs no constants from outside: its
     scales are Constant nodes, which `onnx.inliner.inline_local_functions`
-    leaves as constants of the inlined graph.
+    leaves as constants of the inlined graph.  onnxruntime inlines by itself,
+    OpenVINO reads no local functions.
 
     Parameters
     ----------
