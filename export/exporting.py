@@ -71,7 +71,7 @@ def export(
         beta W`` for factored plans, or T itself where the program holds the
         identity.  So ``T V = V + scale (S V)`` stays an integer product.  Scale
         and zero point are the metadata ``qinvert.output_scale`` and
-        ``qinvert.output_zero_point``: compilers take no constant as an output.
+        ``qinvert.output_zero_point``: they are static, so no second output carries them.
     key_size : int, optional
         Length of a key, for ``input="keys"``.
 

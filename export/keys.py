@@ -20,7 +20,7 @@ def matrix_from_keys(graph: GraphBuilder, plan: LayerPlan, interface: Interface)
 
     The formula of `qinvert.stress.from_keys`, whose ``G_i - G_j`` with ``G =
     cumsum(g)`` is this sum.  Here it is one product with constant 0/1
-    matrices, ``(lower diag(g)) strictly_lower``: compilers get CumSum wrong, terms
+    matrices, ``(lower diag(g)) strictly_lower``: CumSum is wrong in some compilers, terms
     of one sign cannot cancel as a difference of long sums does, and on and
     above the diagonal the sum is empty, so that no exponential overflows
     before the mask.  The constant is the right operand, as weights are.
