@@ -11,15 +11,16 @@ import numpy.typing as npt
 
 from qinvert.errors import ExportError
 from qinvert.execute import constant_matrix
-from qinvert.export.graph import GraphBuilder
+from qinvert.export.graph import GraphBuilder, Sizes
+from qinvert.export.interface import ANY_BATCH, GraphOutput, Interface
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Quantization
 from qinvert.profiles import Profile
 from qinvert.program import Evaluator
 from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
 
-#: Tensor axis of a concat or slice; axis 0 is always 1.
-AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}
+#: Tensor axis of a concat or slice of rows and columns.
+AXES = {Axis.ROWS: 2, Axis.COLUMNS: 3}
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
 MAX_IDENTITY_BLOCKS = 32
@@ -51,17 +52,23 @@ class Value:
 
 
 class GraphLowering(Evaluator[Value]):
-    """Appends the nodes of a plan's program to a graph, for a fixed batch.
+    """Appends the nodes of a plan's program to a graph.
 
-    A tensor of ``blocks`` blocks is ``[1, blocks * batch, rows, columns]``.
+    For a fixed batch, a tensor of ``blocks`` blocks is ``[1, blocks * batch,
+    rows, columns]``: compilers want 1 in front.  For any batch it is ``[blocks,
+    batch, rows, columns]``: no index depends on the batch.
     Subclasses say how a value is read (`operand`) and finished.
     """
 
-    def __init__(self, plan: LayerPlan, profile: Profile, batch: int, graph: GraphBuilder) -> None:
+    def __init__(self, plan: LayerPlan, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
         self.plan = plan
         self.profile = profile
-        self.batch = batch
+        self.batch = interface.batch
         self.graph = graph
+        #: Name of the result's integers where the graph returns them.
+        self.returned = interface.output_name(plan) if interface.output is GraphOutput.INTEGERS else ""
+        #: Float tensor that has the batch as its second size.
+        self.given = ""
         #: The quantized beta, by what it multiplies.
         self.vectors: dict[Axis, Value] = {}
 
@@ -74,32 +81,40 @@ class GraphLowering(Evaluator[Value]):
         """Append the dequantized output of the program as float tensor ``name``."""
 
     @abstractmethod
-    def literal(self, name: str, array: IntArray, grid: Quantization) -> str:
-        """Add int8 values on ``grid`` and return what operators read."""
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        """Add int8 values on ``grid`` and return what operators read; `spread` them over any batch."""
 
     @abstractmethod
-    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         """Append a Concat of operands that share ``grid``."""
 
     def stored(self, tensor: str) -> str:
         """Name of the integer tensor; M has a suffix, because the graph's input may be called M."""
+        if self.returned and tensor == self.plan.program.output:
+            return self.returned
         return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor == INPUT else tensor
 
     def storage(self, grid: Quantization) -> IntFormat:
         """Format whose container and zero point the graph has for values of a grid."""
-        return self.profile.storage if grid.format.container_bits == INT8.container_bits else grid.format
+        return self.profile.storage_of(grid.format)
 
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""
         return self.plan.tensors[tensor if tensor in self.plan.tensors else BETA]
 
-    def shape(self, tensor: str) -> list[int]:
+    def shape(self, tensor: str) -> Sizes:
         """Shape of a tensor of the program in the graph."""
         shapes = self.plan.program.shapes
         blocks, rows, columns = shapes[tensor] if tensor in shapes else shapes[BETA]
         if tensor == VECTORS[Axis.COLUMNS] and tensor not in shapes:
             rows, columns = columns, rows
-        return [1, blocks * self.batch, rows, columns]
+        return [*self._stack(blocks), rows, columns]
+
+    def _stack(self, blocks: int) -> Sizes:
+        return [blocks, ANY_BATCH] if self.batch is None else [1, blocks * self.batch]
+
+    def _axis(self, axis: Axis) -> int:
+        return AXES.get(axis, 0 if self.batch is None else 1)
 
     def scale_of(self, grid: Quantization) -> str:
         """Scalar initializer of a scale, shared by all tensors that have it."""
@@ -117,8 +132,8 @@ class GraphLowering(Evaluator[Value]):
         grid, shape = self.grid(step.output), self.shape(step.output)
         names = []
         for i, name in enumerate(self.plane_names(step.output)):
-            parts = [self._part(value, i, shape[1], grid) for value in sources]
-            names.append(self.joined(name, parts, AXES[step.axis], shape, grid))
+            parts = [self._part(value, i, step, grid) for value in sources]
+            names.append(self.joined(name, parts, self._axis(step.axis), shape, grid))
         return Value(names[0], step.output, low="".join(names[1:]))
 
     def plane_names(self, tensor: str) -> list[str]:
@@ -127,16 +142,41 @@ class GraphLowering(Evaluator[Value]):
             return [self.stored(tensor)]
         return [f"{tensor}/high", f"{tensor}/low"]
 
-    def _part(self, value: Value, plane: int, blocks: int, grid: Quantization) -> str:
+    def _part(self, value: Value, plane: int, step: Concat, grid: Quantization) -> str:
         if value.constant is None:
             return value.planes[plane]
         matrix = constant_matrix(value.constant).numpy().astype(np.int8)
-        return self.literal(value.tensor, np.broadcast_to(matrix, (1, blocks, *matrix.shape)), grid)
+        return self._repeated(value.tensor, matrix, self.plan.program.shapes[step.output].blocks, grid)
+
+    def _repeated(self, name: str, matrix: IntArray, blocks: int, grid: Quantization) -> str:
+        """Add one matrix, the same for every block of every input: Concat does not broadcast."""
+        stack = (blocks, 1) if self.batch is None else (1, blocks * self.batch)
+        return self.literal(name, np.broadcast_to(matrix, (*stack, *matrix.shape)), grid, spread=True)
+
+    def spread(self, name: str, array: IntArray, element: str) -> str:
+        """Return a constant ``[blocks, 1, rows, columns]`` for every matrix of a batch that is not fixed."""
+        if self.batch is not None:
+            return name
+        output, (blocks, _, *sizes) = f"{name}/spread", array.shape
+        if output not in self.graph:
+            shape = [blocks, ANY_BATCH, *sizes]
+            self.graph.node("Expand", [name, self._batch_shape()], output, shape, element)
+        return output
+
+    def _batch_shape(self) -> str:
+        """``[1, batch, 1, 1]``."""
+        output = "batch/shape"
+        if output in self.graph:
+            return output
+        stack = self.graph.node("Shape", [self.given], "batch/stack", [2], "int64", start=0, end=2)
+        ones = self.graph.initializer("batch/ones", np.ones(2, dtype=np.int64))
+        return self.graph.node("Concat", [stack, ones], output, [4], "int64", axis=0)
 
     def slice_inputs(self, step: Slice) -> list[str]:
         """Return the initializers ``starts, ends, axes`` of a slice, one node for all axes."""
-        blocks = None if step.blocks is None else (step.blocks[0] * self.batch, step.blocks[1] * self.batch)
-        spans = [(1, blocks), (2, step.rows), (3, step.columns)]
+        each = self.batch or 1
+        blocks = None if step.blocks is None else (step.blocks[0] * each, step.blocks[1] * each)
+        spans = [(self._axis(Axis.BLOCKS), blocks), (2, step.rows), (3, step.columns)]
         cut = [(axis, *span) for axis, span in spans if span is not None]
         axes, starts, ends = zip(*cut, strict=True)
         return [self._indices(values) for values in (starts, ends, axes)]
@@ -179,17 +219,17 @@ class GraphLowering(Evaluator[Value]):
         return blocks
 
     def _identity(self, tensor: str, value: int) -> str:
-        blocks, size = self.shape(tensor)[1:3]
+        blocks, size, _ = self.plan.program.shapes[tensor]
         grid = self.grid(tensor)
-        eye = np.broadcast_to(value * np.eye(size, dtype=grid.format.element), (1, blocks, size, size))
-        return self.literal(f"identity/{blocks}x{size}/{value}", eye, grid)
+        eye: IntArray = value * np.eye(size, dtype=grid.format.element)
+        return self._repeated(f"identity/{blocks * (self.batch or 1)}x{size}/{value}", eye, blocks, grid)
 
     def wide(self, name: str, tensor: str, parts: list[str], axis: int) -> str:
         """Join operands of the shape of ``tensor``; one alone stays as it is."""
         if len(parts) == 1:
             return parts[0]
-        shape = self.shape(tensor)
-        shape[axis] *= len(parts)
+        shape, sizes = self.shape(tensor), self.plan.program.shapes[tensor]
+        shape[axis] = len(parts) * sizes[axis - 1]
         return self.joined(name, parts, axis, shape, self.grid(tensor))
 
     def identity_matrix(self) -> str:
@@ -198,12 +238,18 @@ class GraphLowering(Evaluator[Value]):
         return self.graph.initializer("identity", eye)
 
     def run(self, source: str, output: str, beta: str = "") -> None:
-        """Append the whole program between two float tensors, ``beta`` a third one where it is factored."""
+        """Append the whole program between two float tensors, ``beta`` a third one where it is factored.
+
+        Where the graph returns integers, ``output`` is what it calls them.
+        """
         program, shape = self.plan.program, self.shape(INPUT)
+        self.given = source
         value = self.source(INPUT, source)
         for axis in dict.fromkeys(step.axis for step in program.steps if isinstance(step, Scale)):
             self.vectors[axis] = self.source(VECTORS[axis], self._turned(beta, axis))
         program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
+        if self.returned:
+            return
         if not program.implicit_identity:
             self.finish(output)
             return

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from qinvert.execute import constant_matrix
+from qinvert.export.graph import Sizes
+from qinvert.export.interface import ANY_BATCH
 from qinvert.export.lowering import GraphLowering, IntArray, Value
 from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
@@ -29,17 +31,20 @@ class QdqLowering(GraphLowering):
         output = self.plan.program.output
         return self._dequantize(name, self.stored(output), self.shape(output), self.plan.output)
 
-    def literal(self, name: str, array: IntArray, grid: Quantization) -> str:
-        fmt = self.storage(grid)
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
         shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
-        output = f"{name}/{grid.scale!r}"
         # Integers of its own for every scale: onnxruntime-qnn reads a shared constant on one scale only.
         values = self.graph.initializer(f"{output}/{fmt.element}", shifted)
+        shape: Sizes = list(array.shape)
+        if spread:
+            values = self.spread(values, array, fmt.element)
+            shape[1] = shape[1] if self.batch is not None else ANY_BATCH
         if output not in self.graph:
-            self._dequantize(output, values, list(array.shape), grid)
+            self._dequantize(output, values, shape, grid)
         return output
 
-    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
         # What is joined lies on the grid already: nothing to clip.
         return self._stored(name, self.stored(name), joined, shape, grid)
@@ -77,7 +82,7 @@ class QdqLowering(GraphLowering):
             parts.append(self._quantized(product, real, shape, grid).name)
         return self._operator("Add", step.output, parts)
 
-    def _planes(self, step: MatMul, right: str, shape: list[int]) -> list[str]:
+    def _planes(self, step: MatMul, right: str, shape: Sizes) -> list[str]:
         """Return the right operand, of 16 bits as two int8 planes: no runtime multiplies 16 by 16."""
         grid = self.grid(step.right)
         if grid.format.container_bits == INT8.container_bits:
@@ -133,7 +138,7 @@ class QdqLowering(GraphLowering):
     def _finished(self, tensor: str, value: str) -> Value:
         return self._quantized(tensor, value, self.shape(tensor), self.grid(tensor))
 
-    def _quantized(self, tensor: str, value: str, shape: list[int], grid: Quantization) -> Value:
+    def _quantized(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> Value:
         fmt = grid.format
         if 2**fmt.container_bits > fmt.maximum - fmt.minimum + 1:
             ends = [
@@ -143,12 +148,12 @@ class QdqLowering(GraphLowering):
             value = self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
         return Value(self._stored(tensor, self.stored(tensor), value, shape, grid), tensor)
 
-    def _stored(self, name: str, stored: str, value: str, shape: list[int], grid: Quantization) -> str:
+    def _stored(self, name: str, stored: str, value: str, shape: Sizes, grid: Quantization) -> str:
         fmt = self.storage(grid)
         inputs = [value, self.scale_of(grid), self.zero_point(fmt)]
         self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)
         return self._dequantize(f"{name}/dequantized", stored, shape, grid)
 
-    def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
+    def _dequantize(self, name: str, values: str, shape: Sizes, grid: Quantization) -> str:
         inputs = [values, self.scale_of(grid), self.zero_point(self.storage(grid))]
         return self.graph.node("DequantizeLinear", inputs, name, shape)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.comparing import Verification as Verification
+    from qinvert.export.layers import export_layers as export_layers
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
@@ -83,6 +84,7 @@ _HOMES = {
     "compare": "calibration.evaluation",
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
+    "export_layers": "export.layers",
     "forward_substitution": "methods",
     "neumann": "methods",
     "neumann_doubling": "methods",

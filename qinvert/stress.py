@@ -26,12 +26,30 @@ MAX_COUNT = 2**24
 KEY_SIZE = 64
 
 
-def unit_keys(count: int, chunk: int, cosine: float, generator: torch.Generator) -> torch.Tensor:
-    """Unit keys ``[count, chunk, KEY_SIZE]`` whose expected pairwise cosine is about ``cosine``."""
-    shared = torch.randn(count, 1, KEY_SIZE, generator=generator, dtype=torch.float32)
-    own = torch.randn(count, chunk, KEY_SIZE, generator=generator, dtype=torch.float32)
+def unit_keys(
+    count: int, chunk: int, cosine: float, generator: torch.Generator, size: int = KEY_SIZE
+) -> torch.Tensor:
+    """Unit keys ``[count, chunk, size]`` whose expected pairwise cosine is about ``cosine``."""
+    shared = torch.randn(count, 1, size, generator=generator, dtype=torch.float32)
+    own = torch.randn(count, chunk, size, generator=generator, dtype=torch.float32)
     keys = cosine**0.5 * shared + (1 - cosine) ** 0.5 * own
     return torch.nn.functional.normalize(keys, dim=-1)
+
+
+def stress_keys(count: int, chunk: int, size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return ``k [N, chunk, size]``, ``beta`` and ``g [N, chunk]`` for `from_keys`, alike and not.
+
+    ``count`` matrices for each of four cosines of the keys; decays from none
+    to forgetting everything at once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.cat([unit_keys(count, chunk, cosine, generator, size) for cosine in (0.0, 0.5, 0.97, 1.0)])
+    level = torch.exp(_uniform((math.log(1e-4), math.log(166.0)), (len(k), 1), generator))
+    return {
+        "k": k,
+        "beta": _uniform((0.0, 1.0), (len(k), chunk), generator),
+        "g": -level * _uniform((0.0, 1.0), (len(k), chunk), generator),
+    }
 
 
 def _keyed(cosine: float, beta: tuple[float, float], g: tuple[float, float]) -> Generator:
