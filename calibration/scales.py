@@ -23,7 +23,7 @@ MAX_IDENTITY_BLOCKS = 16
 WIDE_LARGEST = 32256
 #: Ranges of the operands of an int16 product, times each other, over that of the result: where
 #: more cancels, one partial product saturates on the grid of the sum.
-MAX_CANCELLATION = 2.0
+MAX_CANCELLATION = 16.0
 #: Grids of M and of the result may be this much coarser to hold 1.0: 1 dB.
 MAX_RECIPROCAL_COST = 1.12
 #: A reciprocal of an odd integer is preferred while it is at most this much coarser.

@@ -21,7 +21,7 @@ from qinvert.metrics import ErrorStatistics
 ALLOWED_SHARE: Final = 1e-4
 #: Steps of a 16-bit grid by which any value may differ there: accumulators of int16 by
 #: int8 are wider than float32, and a step that flips early is multiplied.
-WIDE_STEPS: Final = 4
+WIDE_STEPS: Final = 8
 #: Steps of a 16-bit grid for one of an 8-bit grid where a processor has its own rounding:
 #: Hexagon cuts 8 bits off the accumulators of int16 by int8, about one step a product.
 WIDE_OWN_STEPS: Final = 32

@@ -28,7 +28,7 @@ BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
 #: Every profile but one is exact under these.
 SCALES = "pow2"
 #: 16 bits are summed in float32.
-# Any value of int16 may differ, by four steps at most.
+# Any value of int16 may differ, by eight steps at most.
 SHARE = dict.fromkeys(PROFILES, 0.0) | {"npu-qdq-int16": 1.0}
 SIZE = 24
 
@@ -106,7 +106,7 @@ def test_graphs_from_keys_equal_the_simulator_given_the_l_that_they_build(profil
         expected = integers + int(metadata(model)["qinvert.output_zero_point"])
     assert wrong_share(actual[0], expected) <= SHARE[profile]
     step = 1 if output == "integers" else layer.output.scale * (2 if factored else 1)
-    assert np.abs(actual[0].astype(np.float64) - expected).max() < 4.5 * step
+    assert np.abs(actual[0].astype(np.float64) - expected).max() < 8.5 * step
 
 
 @pytest.mark.parametrize("factored", [False, True])
