@@ -2,15 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types bench docs clean
+.PHONY: demo test test-transformers-5.14 lint types bench docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+# Models as they were before 5.15: layers hold the function that is replaced.
+test-transformers-5.14: $(OLD_VENV)/.installed
+	$(OLD_VENV)/bin/python -m pytest tests/calibration/test_families.py tests/calibration/test_hooks.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,11 +34,20 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) build dist *.egg-info
 
 # torch comes first: its CPU build must be in place before anything asks for torch.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# The rest of constraints.txt belongs to newer transformers.
+$(OLD_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLD_VENV)
+	grep -E '^(torch|numpy|onnx|onnxruntime|scipy|pytest|hypothesis)==' constraints.txt > $(OLD_VENV)/constraints.txt
+	$(OLD_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLD_VENV)/constraints.txt torch
+	$(OLD_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLD_VENV)/constraints.txt \
+		--editable . transformers==5.14.1 click rich hypothesis pytest
 	@touch $@

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from os import PathLike
 from typing import Any, Final, TypeVar
-
-import torch
 
 from qinvert.calibration.candidates import GridRules, candidate_programs
 from qinvert.calibration.clipping import RangeRule
 from qinvert.calibration.explaining import explain
-from qinvert.calibration.heads import Granularity, split_heads
+from qinvert.calibration.heads import Granularity
 from qinvert.calibration.observers import LayerObserver
+from qinvert.calibration.observing import Progress, observe
 from qinvert.calibration.planner import Candidate, Goals, choose
 from qinvert.calibration.scales import ScaleRule
-from qinvert.calibration.sources import check_size, open_with_beta
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
-from qinvert.execute import needed_beta
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 from qinvert.plan import LayerPlan, Plan, Requantize
 from qinvert.profiles import Profile, default_target, find_profile
 from qinvert.program import Program
 
-#: Called after every batch with the layer's name and the matrices seen so far.
-Progress = Callable[[str, int], None]
-
 #: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
-#: Matrices per layer that candidates are simulated on.
-SAMPLE_SIZE: Final = 64
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -63,10 +56,14 @@ def calibrate(
     factored: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> Plan:
     """Measure the ranges of every tensor and return an integer plan per layer.
 
-    One pass over ``source``; memory does not grow with it.
+    One pass over ``source``; memory does not grow with it.  Under torchrun, with
+    torch's process group initialized, every process must call this with the
+    same arguments: each runs its share of the batches, and all return the plan
+    that one process would make.
 
     Parameters
     ----------
@@ -105,6 +102,12 @@ def calibrate(
         Of the sample.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
+    checkpoint : path, optional
+        Where to save statistics now and then, and at the end.  If the file
+        exists, calibration goes on from there, to the same plan: the same
+        data must be passed again, from its start, but what was seen does not
+        go through the model.  Other goals, bits and scales plan from the same
+        file.
 
     Returns
     -------
@@ -115,7 +118,8 @@ def calibrate(
     Raises
     ------
     InputError
-        If the source or one of its matrices is not legal, or lacks beta.
+        If the source or one of its matrices is not legal, or lacks beta; if
+        the checkpoint is of other data or options.
     PlanError
         If an option is not legal, or the target does not take the format.
     ProgramError
@@ -125,16 +129,15 @@ def calibrate(
     options = _options(bits, target, scales, ranges, min_sqnr_db, max_loss_db)
     check_seed(seed, PlanError)
     grain = _member(Granularity, "granularity", granularity)
-    observers: dict[str, LayerObserver] = {}
-    for layer, lower, given in _stream(open_with_beta(source, data), grain):
-        if layer not in observers:
-            programs = _programs(method, lower.shape[-1], factored, options.profile.requantize)
-            observers[layer] = LayerObserver(programs, SAMPLE_SIZE, seed)
-        check_size(lower, observers[layer].chunk, layer)
-        beta = needed_beta(observers[layer].programs[0], lower, given, f"beta of layer {layer!r}")
-        observers[layer].update(lower, beta)
-        if progress is not None:
-            progress(layer, observers[layer].matrices)
+    observers = observe(
+        source,
+        data,
+        lambda chunk: _programs(method, chunk, factored, options.profile.requantize),
+        granularity=grain,
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
     layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
     provenance = {
         "method": method if isinstance(method, str) else method.title,
@@ -148,16 +151,6 @@ def calibrate(
         **({"factored": True} if factored else {}),
     }
     return Plan(layers=layers, target=options.profile.name, provenance=provenance)
-
-
-def _stream(
-    items: Iterator[tuple[str, torch.Tensor, torch.Tensor | None]], grain: Granularity
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    for item in items:
-        if grain is Granularity.HEAD:
-            yield from split_heads(*item)
-        else:
-            yield item
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:

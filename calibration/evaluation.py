@@ -1,20 +1,42 @@
-"""`qinvert.evaluate`: what a plan does to the model around it."""
+"""`qinvert.evaluate`: what a plan does to the layers and the model around it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from qinvert.calibration.hooks import patched, run_model
+from qinvert.calibration.hooks import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
 from qinvert.calibration.tokens import token_batches
-from qinvert.delta_rule import Inverse, exact
+from qinvert.delta_chunks import Applied, DeltaChunks
+from qinvert.delta_rule import Inverse, applicable
 from qinvert.documents import to_document
 from qinvert.errors import InputError
+from qinvert.matrices import solve
+from qinvert.metrics import ErrorStatistics, NoiseStatistics
 from qinvert.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerErrors:
+    """Where the error of one layer's T goes, as ``20 log10(||x|| / ||x_hat - x||)``, dB.
+
+    Both sides have the same inputs: those that reach the layer under the plan.
+    """
+
+    #: T below its diagonal.
+    t: float
+    #: ``U = T (beta v)``.
+    u: float
+    #: ``W = T (beta k exp(G))``.
+    w: float
+    #: The layer's output, before its norm and projection.
+    out: float
+    #: The state after the last chunk.
+    state: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +57,8 @@ class Evaluation:
     exact_score: float | None = None
     #: Task score with the other inverse.
     score: float | None = None
+    #: Errors of every layer by itself.
+    layers: dict[str, LayerErrors] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -44,6 +68,8 @@ class Evaluation:
 
 #: ``score(logits, tokens)``: a task's accuracy on one batch.
 Score = Callable[[torch.Tensor, torch.Tensor], float]
+#: Called after every batch with what is counted and how many there were.
+Progress = Callable[[str, int], None]
 
 
 def evaluate(
@@ -52,7 +78,7 @@ def evaluate(
     data: Any,
     *,
     score: Score | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the model under ``plan`` with the same model under the exact inverse.
 
@@ -64,7 +90,7 @@ def evaluate(
     data
         Token batches, see `qinvert.calibration.tokens.token_batches`.
     score : callable, optional
-        ``score(logits, tokens) -> float``, averaged over sequences.
+        ``score(logits, tokens) -> float``, both on the logits' device, averaged over sequences.
     progress : callable, optional
         Called as ``progress("tokens", seen)`` after every batch.
 
@@ -73,41 +99,118 @@ def evaluate(
     InputError, PlanError
         See `qinvert.patched`.
     """
-    sums = dict.fromkeys(("kl", "top1", "loss", "other_loss", "exact_score", "score"), 0.0)
-    tokens = targets = sequences = 0
+    return compare(model, {"plan": plan}, data, score=score, progress=progress)["plan"]
+
+
+def compare(
+    model: torch.nn.Module,
+    plans: Mapping[str, Plan | LayerPlan | Inverse],
+    data: Any,
+    *,
+    score: Score | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """`evaluate` several plans in one pass over the data.
+
+    Parameters
+    ----------
+    plans : mapping
+        Plans or inverses by the name that the result gives them.
+    model, data, score, progress
+        As for `evaluate`.
+
+    Raises
+    ------
+    InputError, PlanError
+        See `qinvert.patched`.
+    """
+    running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
+    tokens = 0
     for batch in token_batches(data):
-        ids = batch["input_ids"]
-        with patched(model, exact):
+        with patched_by_layer(model, solve_chunks):
             reference = run_model(model, batch).to(torch.float32)
-        with patched(model, plan):
-            other = run_model(model, batch).to(torch.float32)
+        ids = batch["input_ids"]
         if reference.shape[:2] != ids.shape:
             raise InputError(
                 f"the model returns logits {list(reference.shape)} for tokens {list(ids.shape)}; "
                 "leave out arguments that cut them"
             )
+        for comparison in running.values():
+            comparison.update(model, batch, reference)
+        tokens += ids.numel()
+        if progress is not None:
+            progress("tokens", tokens)
+    return {name: comparison.result() for name, comparison in running.items()}
+
+
+class _LayerComparison:
+    """Streams the errors of one layer."""
+
+    def __init__(self) -> None:
+        self.t = ErrorStatistics()
+        self.parts = {name: NoiseStatistics() for name in ("u", "w", "out", "state")}
+
+    def update(self, chunks: DeltaChunks, t: Applied) -> None:
+        lower = chunks.lower
+        one = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+        self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
+        exact, other = chunks.apply(solve_chunks("", chunks)), chunks.apply(t)
+        for name, statistics in self.parts.items():
+            statistics.update(getattr(other, name), getattr(exact, name))
+
+    def result(self) -> LayerErrors:
+        return LayerErrors(t=self.t.sqnr_db, **{name: x.sqnr_db for name, x in self.parts.items()})
+
+
+class _Comparison:
+    """Streams the differences between a model under one inverse and its reference."""
+
+    def __init__(self, inverse: LayerInverse, score: Score | None) -> None:
+        self._inverse = inverse
+        self._score = score
+        self._layers: dict[str, _LayerComparison] = {}
+        self._sums = dict.fromkeys(("kl", "top1", "loss", "other_loss", "exact_score", "score"), 0.0)
+        self._tokens = self._targets = self._sequences = 0
+
+    def update(self, model: torch.nn.Module, batch: dict[str, Any], reference: torch.Tensor) -> None:
+        """Add one batch, whose logits with the exact inverse are ``reference``."""
+        with patched_by_layer(model, self._followed):
+            other = run_model(model, batch).to(torch.float32)
+        ids, sums = batch["input_ids"], self._sums
         p, q = log_softmax(reference, -1), log_softmax(other, -1)
         sums["kl"] += float(kl_div(q, p, reduction="sum", log_target=True))
         sums["top1"] += float((p.argmax(-1) == q.argmax(-1)).sum())
         sums["loss"] += _next_token_loss(p, ids)
         sums["other_loss"] += _next_token_loss(q, ids)
-        if score is not None:
-            sums["exact_score"] += score(reference, ids) * len(ids)
-            sums["score"] += score(other, ids) * len(ids)
-        tokens, targets, sequences = tokens + ids.numel(), targets + ids[:, 1:].numel(), sequences + len(ids)
-        if progress is not None:
-            progress("tokens", tokens)
-    loss = sums["loss"] / max(targets, 1)
-    return Evaluation(
-        # Rounding may leave a tiny negative sum; NaN must stay visible.
-        kl=sums["kl"] / tokens if not sums["kl"] < 0 else 0.0,
-        top1_agreement=sums["top1"] / tokens,
-        loss=loss,
-        loss_delta=sums["other_loss"] / max(targets, 1) - loss,
-        tokens=tokens,
-        exact_score=None if score is None else sums["exact_score"] / sequences,
-        score=None if score is None else sums["score"] / sequences,
-    )
+        if self._score is not None:
+            on_device = ids.to(reference.device)
+            sums["exact_score"] += self._score(reference, on_device) * len(ids)
+            sums["score"] += self._score(other, on_device) * len(ids)
+        self._tokens += ids.numel()
+        self._targets += ids[:, 1:].numel()
+        self._sequences += len(ids)
+
+    def _followed(self, layer: str, chunks: DeltaChunks) -> Applied:
+        t = applicable(self._inverse(layer, chunks), chunks)
+        self._layers.setdefault(layer, _LayerComparison()).update(chunks, t)
+        return t
+
+    def result(self) -> Evaluation:
+        """Return the means over everything seen."""
+        sums, targets = self._sums, max(self._targets, 1)
+        loss = sums["loss"] / targets
+        scored = self._score is not None
+        return Evaluation(
+            # Rounding may leave a tiny negative sum; NaN must stay visible.
+            kl=sums["kl"] / self._tokens if not sums["kl"] < 0 else 0.0,
+            top1_agreement=sums["top1"] / self._tokens,
+            loss=loss,
+            loss_delta=sums["other_loss"] / targets - loss,
+            tokens=self._tokens,
+            exact_score=sums["exact_score"] / self._sequences if scored else None,
+            score=sums["score"] / self._sequences if scored else None,
+            layers={layer: comparison.result() for layer, comparison in self._layers.items()},
+        )
 
 
 def _next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -63,6 +63,6 @@ def range_growth(matrices: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Rang
     for layer, lower in matrices:
         if layer not in observers:
             observers[layer] = GrowthObserver(lower.shape[-1])
-        check_size(lower, observers[layer].chunk, layer)
+        check_size(lower.shape[-1], observers[layer].chunk, layer)
         observers[layer].update(lower)
     return {layer: observer.result() for layer, observer in observers.items()}

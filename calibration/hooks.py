@@ -1,6 +1,6 @@
 """Puts another inverse into a Hugging Face model, and captures L from it.
 
-Models call a chunked gated delta rule through a global of their module, or
+Models call a chunked delta rule through a global of their module, or
 (transformers up to 5.14) through an attribute of the layer.  Both are replaced
 by `qinvert.delta_rule.chunk_gated_delta_rule` with a pluggable inverse, for
 the time of a ``with`` block.  No model code is copied.
@@ -21,18 +21,30 @@ from weakref import WeakSet
 import torch
 
 from qinvert.calibration.heads import is_split, layer_inverse, plan_inverse
-from qinvert.calibration.tokens import token_batches
+from qinvert.delta_chunks import Applied, DeltaChunks
 from qinvert.delta_rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
+from qinvert.matrices import SolvedInverse, exact_inverse
 from qinvert.plan import LayerPlan, Plan
 
-#: ``inverse(layer, L, beta) -> T``.
-LayerInverse: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+#: ``inverse(layer, chunks) -> T``.
+LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied]
 
-#: Module global that models call in prefill.
-GLOBAL_NAME: Final = "torch_chunk_gated_delta_rule"
+#: Module globals that models call in prefill: one decay a head, one a channel.
+GLOBAL_NAMES: Final = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 #: Attribute of a layer in older transformers.
 ATTRIBUTE_NAME: Final = "chunk_gated_delta_rule"
+#: Model types of transformers with such layers.
+FAMILIES: Final = (
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+    "olmo_hybrid",
+    "kimi_linear",
+    "bailing_hybrid",
+    "glm5_next",
+)
 
 _patched_models: WeakSet[torch.nn.Module] = WeakSet()
 
@@ -56,10 +68,12 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
     Parameters
     ----------
     model : torch.nn.Module
-        A Hugging Face model with gated delta layers.
+        A Hugging Face model with delta-rule layers, see `FAMILIES`.
     inverse : Plan, LayerPlan or callable
         A plan simulates each layer's integer program; a callable maps
-        ``L [batch, heads, chunks, C, C]`` to T.
+        ``L [batch, heads, chunks, C, C]`` to T.  `qinvert.exact_inverse` does
+        not form T but solves for what T is multiplied with, in float32, as
+        models do: where they do, nothing changes, not even a rounding.
 
     Yields
     ------
@@ -73,11 +87,20 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
     PlanError
         If the plan lacks a layer of the model.
     """
-    with patched_by_layer(model, _by_layer(model, inverse)):
+    with patched_by_layer(model, by_layer(model, inverse)):
         yield model
 
 
-def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
+def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
+    """Return what `patched` takes as a function of a layer's name and chunks.
+
+    Raises
+    ------
+    InputError
+        If it is no inverse.
+    PlanError
+        If the plan lacks a layer of the model.
+    """
     match inverse:
         case Plan():
             lacking = [
@@ -90,18 +113,25 @@ def _by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> La
                     f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
                     "calibrate this model"
                 )
-            return lambda layer, lower, beta: plan_inverse(inverse, layer, lower, beta)
+            return lambda layer, chunks: plan_inverse(inverse, layer, chunks.lower, chunks.beta)
         case LayerPlan():
-            return lambda _, lower, beta: layer_inverse(inverse, lower, beta)
+            return lambda _, chunks: layer_inverse(inverse, chunks.lower, chunks.beta)
+        case _ if inverse is exact or inverse is exact_inverse:
+            return solve_chunks
         case _ if callable(inverse):
-            return lambda _, lower, __: inverse(lower)
+            return lambda _, chunks: inverse(chunks.lower)
     raise InputError(
         f"cannot use {type(inverse).__name__} as an inverse; pass a plan or a callable inverse(L)"
     )
 
 
+def solve_chunks(_layer: str, chunks: DeltaChunks) -> SolvedInverse:
+    """Return the exact inverse, as a `LayerInverse`."""
+    return SolvedInverse(chunks.lower)
+
+
 def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the model's gated delta layers by module name.
+    """Return the model's delta-rule layers by module name.
 
     Raises
     ------
@@ -111,24 +141,24 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{type(model).__name__} is no model; pass a torch.nn.Module")
     layers = {
-        name: m
-        for name, m in model.named_modules()
-        if _calling_module(m) is not None or hasattr(m, ATTRIBUTE_NAME)
+        name: m for name, m in model.named_modules() if _called(m) is not None or hasattr(m, ATTRIBUTE_NAME)
     }
     if not layers:
         raise InputError(
-            f"{type(model).__name__} has no gated delta layer; supported are the Hugging Face models "
-            f"that call {GLOBAL_NAME}: qwen3_next, qwen3_5, qwen3_5_moe, qwen4_exp, olmo_hybrid"
+            f"{type(model).__name__} has no delta-rule layer; supported are the Hugging Face models "
+            f"{', '.join(FAMILIES)}; of others, pass the matrices L themselves"
         )
     return layers
 
 
-def _calling_module(layer: torch.nn.Module) -> Any:
-    """Return the Python module whose global the layer's forward calls, or None."""
+def _called(layer: torch.nn.Module) -> tuple[Any, str] | None:
+    """Return the Python module and the name of its global that the layer's forward calls, or None."""
     for kind in type(layer).__mro__:
         forward = inspect.unwrap(vars(kind).get("forward", lambda: None))
-        if GLOBAL_NAME in getattr(getattr(forward, "__code__", None), "co_names", ()):
-            return sys.modules[kind.__module__]
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        for name in GLOBAL_NAMES:
+            if name in names:
+                return sys.modules[kind.__module__], name
     return None
 
 
@@ -145,8 +175,9 @@ def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[
             _track(layer, name, inverse, undo)
             if hasattr(layer, ATTRIBUTE_NAME):
                 _redirect(layer, ATTRIBUTE_NAME, undo)
-        for module in {_calling_module(m) for m in layers.values()} - {None}:
-            _redirect(module, GLOBAL_NAME, undo)
+        for called in {_called(layer) for layer in layers.values()}:
+            if called is not None:
+                _redirect(*called, undo)
         yield
 
 
@@ -178,7 +209,7 @@ class _Redirection:
             return self.original(*args, **kwargs)
         layer, inverse = _running.layers[-1]
         try:
-            return chunk_gated_delta_rule(*args, **kwargs, inverse_with_beta=partial(inverse, layer))
+            return chunk_gated_delta_rule(*args, **kwargs, chunk_inverse=partial(inverse, layer))
         except Exception as error:
             _running.failure = error
             raise
@@ -203,36 +234,6 @@ def _redirect(owner: Any, name: str, undo: ExitStack) -> None:
     undo.callback(redirection.release)
 
 
-def capture(model: torch.nn.Module, data: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream ``(layer, L)`` from the model's forward passes over ``data``.
-
-    Holds the matrices of one batch at a time.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    data
-        See `qinvert.calibration.tokens.token_batches`.
-    """
-    for layer, lower, _ in capture_with_beta(model, data):
-        yield layer, lower
-
-
-def capture_with_beta(model: torch.nn.Module, data: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Stream ``(layer, L, beta)`` as `capture` does."""
-    found: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-
-    def record(layer: str, lower: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-        found.append((layer, lower, beta))
-        return exact(lower)
-
-    for batch in token_batches(data):
-        with patched_by_layer(model, record):
-            run_model(model, batch)
-        yield from found
-        found.clear()
-
-
 def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Return the logits of one batch, computed on the model's device without gradients.
 
@@ -243,7 +244,7 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    tokens, size = inputs.get("input_ids"), getattr(getattr(model, "config", None), "vocab_size", None)
+    tokens, size = inputs.get("input_ids"), _vocabulary(model)
     if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
         raise InputError(
             f"token ids go from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary has "
@@ -252,6 +253,13 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad(), _refusals(inputs):
         logits: torch.Tensor = model(**inputs).logits
     return logits
+
+
+def _vocabulary(model: torch.nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    # Models of text and images keep the numbers of their text part apart.
+    size = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 @contextmanager

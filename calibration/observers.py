@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 
+from qinvert.errors import InputError
 from qinvert.execute import program_inputs, run_checked
 from qinvert.program import Program
 from qinvert.steps import MOVES
@@ -66,15 +68,35 @@ class MatrixSample:
     def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
         """Offer matrices ``[B, C, C]``, always with beta ``[B, C]`` or always without."""
         drawn = torch.from_numpy(self._generator.random(lower.shape[0]))
+        self.offer(drawn, [x.to(torch.float32) for x in (lower, beta) if x is not None])
+
+    def offer(self, drawn: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+        """Offer matrices, and beta, with the keys that were drawn for them."""
+        if not given:
+            return
         keys = torch.cat([self._keys, drawn])
         order = torch.topk(keys, min(self.capacity, len(keys))).indices
-        given = [x.to(torch.float32) for x in (lower, beta) if x is not None]
         old = self._kept or [x[:0] for x in given]
         # Copies, so that the rest of the batch can be freed.
         self._kept = [
-            torch.cat(pair)[order.to(lower.device)].clone() for pair in zip(old, given, strict=True)
+            torch.cat([kept.to(new.device), new])[order.to(new.device)].clone()
+            for kept, new in zip(old, given, strict=True)
         ]
         self._keys = keys[order]
+
+    def skip(self, count: int) -> None:
+        """Pass over the draws of ``count`` matrices."""
+        skip_draws(self._generator, count)
+
+    def replace(self, keys: torch.Tensor, sample: Sequence[torch.Tensor]) -> None:
+        """Take over the `drawn` of another sample of the same seed."""
+        device = self._kept[0].device if self._kept else None
+        self._keys, self._kept = keys, [x.to(device) for x in sample]
+
+    @property
+    def drawn(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The keys of the sample, largest first, and its matrices (and beta) in that order."""
+        return self._keys, self._kept
 
     @property
     def matrices(self) -> torch.Tensor:
@@ -87,6 +109,55 @@ class MatrixSample:
     def beta(self) -> torch.Tensor | None:
         """Beta of the sample, float32 ``[n, C]``, or None if none was offered."""
         return self._kept[1] if len(self._kept) > 1 else None
+
+
+def skip_draws(generator: np.random.Generator, count: int) -> None:
+    """Bring a generator where ``count`` draws of ``random`` would."""
+    stream = generator.bit_generator
+    assert isinstance(stream, np.random.PCG64)  # what default_rng makes; one step a draw
+    stream.advance(count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerState:
+    """What a `LayerObserver` remembers, as data."""
+
+    #: Matrices counted, those of other processes included.
+    matrices: int
+    #: Matrices that programs ran on here.
+    observed: int
+    #: max|x| of each input.
+    largest: Mapping[str, float]
+    #: max|x| of each tensor, per program that is run.
+    ranges: Sequence[Mapping[str, float]]
+    #: Keys of the sample, largest first.
+    keys: torch.Tensor
+    #: Matrices of the sample, and beta, in that order.
+    sample: Sequence[torch.Tensor]
+
+
+def merged(states: Sequence[LayerState], capacity: int) -> LayerState:
+    """Return the state of one observer that saw all matrices, from observers that shared them.
+
+    Maxima, counts, and the largest keys: exact, whatever the split.
+    """
+    sample = MatrixSample(capacity, seed=0)
+    for state in states:
+        sample.offer(state.keys, state.sample)
+    keys, kept = sample.drawn
+    return LayerState(
+        matrices=max(state.matrices for state in states),
+        observed=sum(state.observed for state in states),
+        largest=_largest([state.largest for state in states]),
+        ranges=[_largest(parts) for parts in zip(*(state.ranges for state in states), strict=True)],
+        keys=keys,
+        sample=kept,
+    )
+
+
+def _largest(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: max(part[name] for part in parts if name in part) for name in names}
 
 
 class LayerObserver:
@@ -122,6 +193,49 @@ class LayerObserver:
         if chosen.shape[0]:
             for observer in self._observers:
                 observer.update(chosen, None if rows is None else rows[kept])
+
+    def skip(self, count: int) -> None:
+        """Count matrices that another process observes."""
+        self.matrices += count
+        self.sample.skip(count)
+        skip_draws(self._generator, count)
+
+    def state(self) -> LayerState:
+        """Return what was seen so far."""
+        keys, sample = self.sample.drawn
+        return LayerState(
+            matrices=self.matrices,
+            observed=self.observed,
+            largest=dict(self._largest),
+            ranges=[dict(observer.ranges) for observer in self._observers],
+            keys=keys,
+            sample=[x.cpu() for x in sample],
+        )
+
+    def check(self, programs: Sequence[str], state: LayerState) -> None:
+        """Refuse a state of an observer of other programs.
+
+        Raises
+        ------
+        InputError
+            If titles or tensors differ.
+        """
+        own = [observer.ranges.keys() for observer in self._observers]
+        same = list(programs) == [program.title for program in self.programs]
+        if not same or [ranges.keys() for ranges in state.ranges] != own:
+            raise InputError(
+                "the checkpoint was made for other programs; pass the same method and factored, "
+                "or another checkpoint file"
+            )
+
+    def restore(self, state: LayerState) -> None:
+        """Go on from a state of an observer with the same programs, capacity and seed."""
+        self.skip(state.matrices - self.matrices)
+        self.observed = state.observed
+        self._largest = dict(state.largest)
+        for observer, ranges in zip(self._observers, state.ranges, strict=True):
+            observer.ranges = dict(ranges)
+        self.sample.replace(state.keys, state.sample)
 
     def ranges(self, program: Program) -> dict[str, float]:
         """Return ``max|x|`` of every tensor of one of the programs."""

@@ -16,7 +16,7 @@ from qinvert.calibration.scales import scale_groups
 from qinvert.calibration.sensitivity import Sensitivities, measure_sensitivities
 from qinvert.formats import INT8, IntFormat
 from qinvert.matrices import solve
-from qinvert.plan import LayerPlan
+from qinvert.plan import LayerPlan, Requantize
 from qinvert.program import Program
 
 #: Programs whose powers outgrow both M and T by more are passed over: unseen data
@@ -66,8 +66,16 @@ class Candidate:
     @cached_property
     def sensitivities(self) -> Sensitivities:
         """Noise of every grid under every format of the ladder."""
-        grids = [self._grids(self.uniform(fmt)).tensors for fmt in self.ladder]
-        return measure_sensitivities(self.program, grids, self._sample, self.beta, self.truth)
+        grids = {fmt: self._grids(self.uniform(fmt)) for fmt in self.ladder}
+        partial = [
+            fmt.name
+            for fmt, found in grids.items()
+            if found.requantize is Requantize.MULTIPLIER and fmt.container_bits > INT8.container_bits
+        ]
+        tensors = [found.tensors for found in grids.values()]
+        return measure_sensitivities(
+            self.program, tensors, self._sample, self.beta, self.truth, partial=partial
+        )
 
     def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
         """One format for every group of tensors that share a grid."""

@@ -173,7 +173,7 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
         for layer, lower, known in parts:
             if layer not in running:
                 running[layer] = LayerSimulation(plan.layer(layer))
-            check_size(lower, plan.layer(layer).chunk, layer)
+            check_size(lower.shape[-1], plan.layer(layer).chunk, layer)
             beta = needed_beta(plan.layer(layer).program, lower, known, f"beta of layer {layer!r}")
             running[layer].update(lower, beta)
             if progress is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from qinvert import arithmetic
-from qinvert.formats import IntFormat
+from qinvert.formats import INT8, IntFormat
 from qinvert.plan import Quantization, Requantize
 from qinvert.program import Program
 from qinvert.steps import INPUT, MOVES, MatMul
@@ -18,6 +18,12 @@ LARGEST = 2.0**49
 #: 1.0 on a grid is at most this many times the grid's largest integer: a graph
 #: that widens a product by identity blocks needs that many of them.
 MAX_IDENTITY_BLOCKS = 16
+#: What an int16 range maps onto.  The integers above it are headroom: the int8 planes of a
+#: right operand end at 32639, and one partial product may exceed the sum of both.
+WIDE_LARGEST = 32256
+#: Ranges of the operands of an int16 product, times each other, over that of the result: where
+#: more cancels, one partial product saturates on the grid of the sum.
+MAX_CANCELLATION = 16.0
 #: Grids of M and of the result may be this much coarser to hold 1.0: 1 dB.
 MAX_RECIPROCAL_COST = 1.12
 #: A grid may be this much coarser so that 1.0 is one of its integers, 0.5 dB: tensors then
@@ -75,9 +81,9 @@ def allows_multiplier(
 
     Each must be an operand of its product, and 1.0 must lie on the other
     operand's grid: the other range must not exceed its largest integer, and
-    all formats must be one int8 plane.  Matrices
-    that would lose resolution on such a grid, because they are very small or
-    larger than a few units, are refused, too.
+    all formats must be of one plane, and int16 products must not cancel (see
+    `MAX_CANCELLATION`).  Matrices that would lose resolution on such a grid,
+    because they are very small or larger than a few units, are refused, too.
     """
     operands = all(
         term in (step.left, step.right)
@@ -88,13 +94,21 @@ def allows_multiplier(
     partners = residual_partners(program)
     shared = group_ranges(program, ranges)
     fits = all(shared[name] <= formats[name].largest for name in partners)
-    narrow = all(fmt.planes == 1 and fmt.container_bits == 8 for fmt in formats.values())
+    single = all(fmt.planes == 1 for fmt in formats.values())
     costs = [
         choose_scale(shared[name], formats[name], rule, reciprocal=True)
         / choose_scale(shared[name], formats[name], rule)
         for name in (INPUT, program.output)
     ]
-    return narrow and operands and fits and not (partners and max(costs) > MAX_RECIPROCAL_COST)
+    cancels = any(
+        formats[step.output].container_bits > INT8.container_bits
+        and shared[step.left] * shared[step.right] > MAX_CANCELLATION * shared[step.output]
+        for step in program.steps
+        if isinstance(step, MatMul)
+    )
+    return (
+        single and operands and fits and not cancels and not (partners and max(costs) > MAX_RECIPROCAL_COST)
+    )
 
 
 def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
@@ -142,6 +156,8 @@ def choose_quantizations(
 def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool = False) -> float:
     """Return the smallest legal scale with ``largest * scale >= limit``, up to float32 rounding.
 
+    ``largest`` is the format's, of int16 `WIDE_LARGEST`.
+
     Parameters
     ----------
     limit : float
@@ -153,14 +169,15 @@ def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool
         Only ``float32(1 / k)`` for an odd integer k up to `MAX_IDENTITY_BLOCKS`
         times ``fmt.largest``.
     """
-    wanted = min(max((limit or 1.0) / fmt.largest, SMALLEST), LARGEST)
+    largest = WIDE_LARGEST if fmt.container_bits > INT8.container_bits else fmt.largest
+    wanted = min(max((limit or 1.0) / largest, SMALLEST), LARGEST)
     if reciprocal:
-        wanted = max(wanted, 1 / (MAX_IDENTITY_BLOCKS * fmt.largest))
+        wanted = max(wanted, 1 / (MAX_IDENTITY_BLOCKS * largest))
     if rule is ScaleRule.POW2:
         return _power_of_two(wanted)
     tie_free = 1 / _odd_below(1 / wanted)
-    if reciprocal and 1 < 1 / (tie_free * fmt.largest) <= CARRIED_COST:
-        tie_free = 1 / _odd_below(fmt.largest)
+    if reciprocal and 1 < 1 / (tie_free * largest) <= CARRIED_COST:
+        tie_free = 1 / _odd_below(largest)
     if reciprocal or wanted <= tie_free * (1 + 1e-4) <= TIE_FREE_COST * wanted:
         return arithmetic.float32(tie_free)
     return arithmetic.float32(wanted)

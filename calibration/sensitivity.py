@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -94,10 +94,16 @@ class _VariantEvaluator(FloatEvaluator):
     """Float64 steps over copies of the sample, one copy a variant, the last one exact."""
 
     def __init__(
-        self, program: Program, variants: Sequence[Variant], count: int, device: torch.device
+        self,
+        program: Program,
+        variants: Sequence[Variant],
+        count: int,
+        device: torch.device,
+        partial: Collection[str],
     ) -> None:
         super().__init__((len(variants) + 1) * count, torch.float64, device)
         self.count = count
+        self.partial = partial
         self.generator = torch.Generator(device="cpu").manual_seed(SEED)
         groups = scale_groups(program)
         self.rounded: dict[str, list[tuple[int, Quantization]]] = {name: [] for name in groups}
@@ -119,6 +125,9 @@ class _VariantEvaluator(FloatEvaluator):
             # Two planes drop the product of the low ones.
             dropped = self._low(step.left, left, i) @ self._low(step.right, right, i)
             subtract = [*subtract, self._copy(dropped, i)]
+        for i in self._partial(step.output):
+            # The products of both planes of an int16 operand are rounded, not their sum.
+            subtract = [*subtract, self._copy(self._rounding_of_high(step, left, right, i), i)]
         return super().matmul(step, left, right, add, subtract)
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -131,6 +140,18 @@ class _VariantEvaluator(FloatEvaluator):
 
     def _dropping(self, name: str) -> list[int]:
         return [i for i, grid in self.rounded[name] if grid.format.planes > 1]
+
+    def _partial(self, name: str) -> list[int]:
+        return [i for i, grid in self.rounded[name] if grid.format.name in self.partial]
+
+    def _rounding_of_high(
+        self, step: MatMul, left: torch.Tensor, right: torch.Tensor, i: int
+    ) -> torch.Tensor:
+        grid, output = self.grids[i][step.right], self.grids[i][step.output]
+        q = arithmetic.quantize(self._copies(right)[:, i], grid.scale, grid.format)
+        high, scale = arithmetic.operand_planes(q, grid.scale, grid.format)[0]
+        product = self._copies(left)[:, i] @ (high.to(torch.float64) * scale)
+        return (product - output.scale * torch.round(product / output.scale)).flatten(0, 1)
 
     def _copy(self, values: torch.Tensor, i: int) -> torch.Tensor:
         """Return zeros but for variant ``i``."""
@@ -169,6 +190,7 @@ def measure_sensitivities(
     sample: torch.Tensor,
     beta: torch.Tensor | None = None,
     truth: torch.Tensor | None = None,
+    partial: Collection[str] = (),
 ) -> Sensitivities:
     """Round every group of tensors by itself and measure the error of the result.
 
@@ -183,6 +205,8 @@ def measure_sensitivities(
         For a factored program.
     truth : torch.Tensor, shape ``[n, C, C]``, optional
         Exact inverses of the sample, where a caller has them already.
+    partial : collection of str
+        Names of formats whose products are rounded plane by plane.
     """
     exact = torch.tril(solve(sample) if truth is None else truth, -1)
     # Rare large matrices would make the signal of a few a poor guess.
@@ -191,7 +215,7 @@ def measure_sensitivities(
     beta = None if beta is None else beta[:MATRICES]
     groups = scale_groups(program)
     variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
-    evaluator = _VariantEvaluator(program, variants, len(sample), sample.device)
+    evaluator = _VariantEvaluator(program, variants, len(sample), sample.device, partial)
     exact_inputs = program_inputs(program, sample, beta, torch.float64)
     inputs = {
         name: evaluator.stored(name, value.repeat(len(variants) + 1, 1, 1))

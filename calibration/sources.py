@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 
+from qinvert.calibration.sharding import Shard
 from qinvert.errors import InputError, reason
 from qinvert.matrices import check_beta, check_matrices
 
+#: ``(layer, L, beta or None)``.
+Item: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
+#: Passes on what it reads.
+Passing: TypeAlias = Callable[[Iterable[Any]], Iterator[Any]]
+#: One process that takes everything.
+ALONE: Final = Shard()
 #: Name of the only layer where a source does not name its layers.
 DEFAULT_LAYER: Final = "layer"
 #: In a file the array ``NAME.beta`` goes with the matrices ``NAME``.
@@ -30,7 +38,7 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
         `qinvert.calibration.tokens.token_batches`); ``{layer: L}``; a tensor
         or array L; a path to .npz or .safetensors with one array a layer; an
         object with ``get_next()`` that returns such a dict or None at the
-        end; an iterable of L or of such dicts.  Instead of L a pair
+        end; an iterable of L, of such dicts or of pairs ``(layer, L)``.  Instead of L a pair
         ``(L, beta)`` is legal, beta of shape ``(..., C)``; in a file the
         array ``NAME.beta`` goes with ``NAME``.
     data : optional
@@ -45,17 +53,40 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
     return ((layer, lower) for layer, lower, _ in open_with_beta(source, data))
 
 
-def open_with_beta(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+def open_with_beta(source: Any, data: Any = None) -> Iterator[Item]:
     """Stream checked ``(layer, L, beta)`` as `open_source` does; beta is None where it is not known."""
-    if isinstance(source, torch.nn.Module):
-        from qinvert.calibration.hooks import capture_with_beta
+    return chain.from_iterable(open_groups(source, data))
 
+
+def open_groups(
+    source: Any, data: Any = None, shard: Shard = ALONE, passing: Passing = iter
+) -> Iterator[list[Item]]:
+    """Stream this process's share of `open_with_beta`: a list for every round of its shard.
+
+    A list holds the layers of one forward pass, or one item of a source of
+    matrices; it is empty where the last round has nothing for this process.
+    ``passing`` sees every batch or item before it is shared out, and may drop some.
+    """
+    if isinstance(source, torch.nn.Module):
         if data is None:
             raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
-        return capture_with_beta(source, data)
+        return _captured(source, data, shard, passing)
     if data is not None:
         raise InputError("data=... goes with a model; pass matrices alone as the source")
-    return _checked(_pairs(source))
+    return _checked(_pairs(source), shard, passing)
+
+
+def _captured(model: torch.nn.Module, data: Any, shard: Shard, passing: Passing) -> Iterator[list[Item]]:
+    from qinvert.calibration.capturing import Detail, capture_batch
+    from qinvert.calibration.tokens import token_batches
+
+    def captured(batch: Any) -> list[Item]:
+        found = capture_batch(model, batch, (Detail.BETA,))
+        return [(item.layer, item.lower, item.beta) for item in found]
+
+    for batch in shard.slices(passing(token_batches(data))):
+        # Nothing here keeps what was yielded while the next batch runs.
+        yield [] if batch is None else captured(batch)
 
 
 def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
@@ -105,23 +136,36 @@ def read_all(reader: Any) -> Iterator[Any]:
 
 
 def _named(item: Any) -> Iterable[tuple[str, Any]]:
-    return item.items() if isinstance(item, Mapping) else [(DEFAULT_LAYER, item)]
+    if isinstance(item, Mapping):
+        return item.items()
+    # What `qinvert.capture` streams.
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        return [item]
+    return [(DEFAULT_LAYER, item)]
 
 
-def _checked(
-    pairs: Iterator[tuple[str, Any]],
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+def _checked(pairs: Iterator[tuple[str, Any]], shard: Shard, passing: Passing) -> Iterator[list[Item]]:
+    for pair in shard.slices(passing(_some(pairs))):
+        yield [] if pair is None else [_check_item(*pair)]
+
+
+def _some(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     empty = True
-    for key, item in pairs:
-        empty, layer = False, str(key)
-        matrices, beta = item if _is_pair(item) else (item, None)
-        lower = check_matrices(matrices, name=f"L of layer {layer!r}")
-        yield layer, lower, None if beta is None else check_beta(beta, lower, f"beta of layer {layer!r}")
+    for pair in pairs:
+        empty = False
+        yield pair
     if empty:
         raise InputError("the source holds no matrices; pass at least one L")
 
 
-def check_size(lower: torch.Tensor, chunk: int, layer: str) -> None:
+def _check_item(key: str, item: Any) -> Item:
+    layer = str(key)
+    matrices, beta = item if _is_pair(item) else (item, None)
+    lower = check_matrices(matrices, name=f"L of layer {layer!r}")
+    return layer, lower, None if beta is None else check_beta(beta, lower, f"beta of layer {layer!r}")
+
+
+def check_size(size: int, chunk: int, layer: str) -> None:
     """Refuse matrices of another size than the layer's.
 
     Raises
@@ -129,7 +173,6 @@ def check_size(lower: torch.Tensor, chunk: int, layer: str) -> None:
     InputError
         With both sizes.
     """
-    size = lower.shape[-1]
     if size != chunk:
         raise InputError(
             f"layer {layer!r} has {size} x {size} matrices where {chunk} x {chunk} are expected; "
@@ -149,13 +192,20 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"cannot read {file}: no such file; pass a .npz or .safetensors file")
     if file.suffix == ".npz":
-        return _read_npz(file)
+        return read_npz(file)
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
     raise InputError(f"cannot read {file}: unknown kind {file.suffix!r}; use .npz or .safetensors")
 
 
-def _read_npz(file: Path) -> dict[str, Any]:
+def read_npz(file: Path) -> dict[str, Any]:
+    """Return the arrays of a file that `numpy.savez` wrote, whatever its name.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, of another kind, or holds objects.
+    """
     try:
         with file.open("rb") as handle, zipfile.ZipFile(handle):
             handle.seek(0)

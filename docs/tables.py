@@ -180,8 +180,7 @@ def recall_section() -> str:
         "T = I": lambda lower: torch.eye(lower.shape[-1]).expand(lower.shape),
     }
     lines = [["inverse", "accuracy", "KL to exact, nats", "top-1 agreement"]]
-    for name, inverse in inverses.items():
-        result = qinvert.evaluate(model, inverse, unseen, score=recall.accuracy)
+    for name, result in qinvert.compare(model, inverses, unseen, score=recall.accuracy).items():
         lines.append([name, f"{result.score:.4f}", f"{result.kl:.2g}", f"{result.top1_agreement:.4f}"])
     reasons = [r for plan in auto.layers.values() for r in plan.provenance["rejected"] if "banded" in r]
     return RECALL.format(table=markdown(lines), reason=reasons[-1].split(": ", 1)[1])

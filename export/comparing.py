@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qinvert.errors import VerificationError
+from qinvert.export.references import Reference, Returned
 from qinvert.export.runtimes import RUNTIMES, Execution
+from qinvert.formats import INT8
 from qinvert.metrics import ErrorStatistics
-from qinvert.plan import LayerPlan
-
-Float32Array: TypeAlias = npt.NDArray[np.float32]
 
 #: Share of values that may differ by one step of an 8-bit grid where a float MatMul
-#: stays unfused; the steps of a 16-bit grid are 256 times as many.
+#: stays unfused.
 ALLOWED_SHARE: Final = 1e-4
-#: Steps of a 16-bit grid by which a value may differ: one that flips early is multiplied.
-WIDE_STEPS: Final = 4
+#: Steps of a 16-bit grid by which any value may differ there: accumulators of int16 by
+#: int8 are wider than float32, and a step that flips early is multiplied.
+WIDE_STEPS: Final = 8
+#: Steps of a 16-bit grid for one of an 8-bit grid where a processor has its own rounding:
+#: Hexagon cuts 8 bits off the accumulators of int16 by int8, about one step a product.
+WIDE_OWN_STEPS: Final = 32
 #: Share of values that may exceed the steps of a processor's own rounding: on matrices
 #: that amplify, a chain of products turns one step into several.
 AMPLIFIED_SHARE: Final = 1e-3
@@ -62,67 +64,68 @@ class Verification:
         return f"{self.runtime} == simulator: {equal}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reference:
-    """What every runtime is compared with."""
+def compare(
+    runtime: str, execution: Execution, actual: Returned, wanted: Reference, exact: bool
+) -> Verification:
+    """Count the differences of one execution.
 
-    plan: LayerPlan
-    #: What the simulator computes.
-    expected: Float32Array
-    #: The exact inverse.
-    truth: torch.Tensor
-    #: One step of the output's grid in every row.
-    unit: Float32Array
-    #: Whether profile and scales promise equality bit for bit.
-    exact: bool
+    Parameters
+    ----------
+    runtime : str
+    execution : Execution
+    actual : array
+        What it returned for all matrices.
+    wanted : Reference
+    exact : bool
+        Whether profile and scales promise equality bit for bit.
+    """
+    own = RUNTIMES[runtime].own_steps
+    wide = wanted.plan.output.format.container_bits > INT8.container_bits
+    allowed = own * (WIDE_OWN_STEPS if wide else 1) or (WIDE_STEPS if wide else 1)
+    steps = _steps(actual, wanted)
+    errors = ErrorStatistics()
+    errors.update(wanted.inverse(actual).to(wanted.truth.device), wanted.truth)
+    exact = exact and not own
+    return Verification(
+        runtime=f"{runtime} ({execution.setting})",
+        values=actual.size,
+        # NaN is a difference, too.
+        mismatches=int((~(steps < 0.5) if own else ~(actual == wanted.expected)).sum()),
+        max_steps=float(steps.max(initial=0.0)),
+        beyond=int((~(steps < allowed + 0.5)).sum()),
+        exact=exact,
+        allowed_share=1.0 if own or wide else 0.0 if exact else ALLOWED_SHARE,
+        allowed_steps=allowed,
+        sqnr_db=errors.sqnr_db,
+        products=Counter(execution.products.values()),
+        elsewhere=tuple(execution.elsewhere),
+    )
 
-    def compare(self, runtime: str, execution: Execution, actual: Float32Array) -> Verification:
-        """Count the differences of one execution."""
-        own = RUNTIMES[runtime].own_steps
-        extra_bits = self.plan.output.format.container_bits - 8
-        allowed = max(own, WIDE_STEPS if extra_bits else 1)
-        steps = self.steps(actual)
-        errors = ErrorStatistics()
-        errors.update(torch.from_numpy(actual).to(self.truth.device), self.truth)
-        exact = self.exact and not own
-        return Verification(
-            runtime=f"{runtime} ({execution.setting})",
-            values=actual.size,
-            # NaN is a difference, too.
-            mismatches=int((~(steps < 0.5) if own else ~(actual == self.expected)).sum()),
-            max_steps=float(steps.max(initial=0.0)),
-            beyond=int((~(steps < allowed + 0.5)).sum()),
-            exact=exact,
-            allowed_share=1.0 if own else 0.0 if exact else ALLOWED_SHARE * 2**extra_bits,
-            allowed_steps=allowed,
-            sqnr_db=errors.sqnr_db,
-            products=Counter(execution.products.values()),
-            elsewhere=tuple(execution.elsewhere),
-        )
 
-    def steps(self, actual: Float32Array) -> npt.NDArray[np.float64]:
-        """Differences in steps of the output's grid."""
-        return np.asarray(np.abs(actual.astype(np.float64) - self.expected) / self.unit)
+def judge(result: Verification, actual: Returned, wanted: Reference, hint: str) -> None:
+    """Refuse differences that are not allowed.
 
-    def judge(self, result: Verification, actual: Float32Array, hint: str) -> None:
-        """Refuse differences that are not allowed.
+    Raises
+    ------
+    VerificationError
+        With the first differing element.
+    """
+    own = RUNTIMES[result.runtime.split(" (")[0]].own_steps > 0
+    # One legal tie may fall into any sample, however small.
+    allowed = 0 if result.exact else max(1.0, result.allowed_share * result.values)
+    beyond = AMPLIFIED_SHARE * result.values if own else 0
+    largest = result.allowed_steps * (AMPLIFIED_TIMES if own else 1) + 0.5
+    if result.mismatches <= allowed and result.beyond <= beyond and result.max_steps < largest:
+        return
+    expected = wanted.expected
+    far = ~(_steps(actual, wanted) < result.allowed_steps + 0.5) if own else ~(actual == expected)
+    index = tuple(int(i) for i in np.argwhere(far)[0])
+    raise VerificationError(
+        f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
+        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of "
+        f"{expected[index]!r}; {hint}"
+    )
 
-        Raises
-        ------
-        VerificationError
-            With the first differing element.
-        """
-        own = result.allowed_share == 1
-        # One legal tie may fall into any sample, however small.
-        allowed = 0 if result.exact else max(1.0, result.allowed_share * result.values)
-        beyond = AMPLIFIED_SHARE * result.values if own else 0
-        largest = result.allowed_steps * (AMPLIFIED_TIMES if own else 1) + 0.5
-        if result.mismatches <= allowed and result.beyond <= beyond and result.max_steps < largest:
-            return
-        far = ~(self.steps(actual) < result.allowed_steps + 0.5) if own else ~(actual == self.expected)
-        index = tuple(int(i) for i in np.argwhere(far)[0])
-        raise VerificationError(
-            f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
-            f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of "
-            f"{self.expected[index]!r}; {hint}"
-        )
+
+def _steps(actual: Returned, wanted: Reference) -> npt.NDArray[np.float64]:
+    return np.asarray(np.abs(actual.astype(np.float64) - wanted.expected) / wanted.unit)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any, Final
+from typing import Final, cast
 
 import onnx
 
 from qinvert import plan_io
 from qinvert.arithmetic import is_power_of_two
-from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.integer import IntegerLowering
+from qinvert.export.interface import GraphInput, GraphOutput, Interface
+from qinvert.export.keys import matrix_from_keys
 from qinvert.export.linting import find_faults
 from qinvert.export.lowering import GraphLowering
 from qinvert.export.qdq import QdqLowering
@@ -29,10 +30,6 @@ LOWERINGS: Final[dict[Lowering, type[GraphLowering]]] = {
     Lowering.INTEGER: IntegerLowering,
     Lowering.QLINEAR: QLinearLowering,
 }
-#: Inputs that a graph can start from.
-INPUTS: Final = ("L", "M")
-#: Largest batch: more matrices than that overflow a graph's constants.
-MAX_BATCH: Final = 65536
 
 
 def export(
@@ -43,6 +40,8 @@ def export(
     layer: str | None = None,
     batch: int = 8,
     input: str = "L",  # noqa: A002 - the name in the public contract
+    output: str = "T",
+    key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph.
 
@@ -61,8 +60,20 @@ def export(
         Layer of the plan; may be left out if there is only one.
     batch : int
         Matrices per call.
-    input : {"L", "M"}
-        ``"M"`` takes -L and saves the sign flip.
+    input : {"L", "M", "keys"}
+        ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
+        ``[1, batch, C, key_size]`` (as it enters the product: normalize
+        first), ``beta`` and ``g`` (log decay of each token, <= 0), both ``[1,
+        batch, C, 1]``, and builds L in float32: `qinvert.export.keys`.
+    output : {"T", "integers"}
+        ``"integers"`` returns the integers of the program's result instead, as
+        the profile stores them: ``S`` of ``T = I + S``, ``W`` of ``T = I +
+        beta W`` for factored plans, or T itself where the program holds the
+        identity.  So ``T V = V + scale (S V)`` stays an integer product.  Scale
+        and zero point are the metadata ``qinvert.output_scale`` and
+        ``qinvert.output_zero_point``: they are static, so no second output carries them.
+    key_size : int, optional
+        Length of a key, for ``input="keys"``.
 
     Returns
     -------
@@ -76,7 +87,9 @@ def export(
     PlanError
         If the layer is unknown.
     """
-    model = build(plan, profile=profile, layer=layer, batch=batch, input=input)
+    model = build(
+        plan, profile=profile, layer=layer, batch=batch, input=input, output=output, key_size=key_size
+    )
     write_atomically(path, serialize(model))
     return model
 
@@ -88,25 +101,60 @@ def build(
     layer: str | None = None,
     batch: int = 8,
     input: str = "L",  # noqa: A002 - as in `export`
+    output: str = "T",
+    key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
     chosen = find_profile(plan.target if profile is None else profile)
     layer_plan = plan.layer(layer)
     name = layer if layer is not None else next(iter(plan.layers))
-    _check_arguments(batch, input)
-    _require(chosen, layer_plan)
-    metadata = {
+    if batch is None:
+        raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
+    interface = interface_of(batch, input, output, key_size)
+    metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
+    graph = lower(layer_plan, chosen, interface)
+    model = graph.model("triangular_inverse", chosen.opset, metadata, describe(layer_plan, interface))
+    ensure(chosen, model)
+    return model
+
+
+def interface_of(batch: int | None, source: str, result: str, key_size: int | None) -> Interface:
+    """Return checked options of `export`.
+
+    Raises
+    ------
+    ExportError
+        If one of them is not legal.
+    """
+    return Interface(
+        batch=batch, input=cast("GraphInput", source), output=cast("GraphOutput", result), key_size=key_size
+    )
+
+
+def provenance(plan: Plan, profile: Profile) -> dict[str, str]:
+    """Metadata about a whole file."""
+    return {
         "qinvert.version": __version__,
-        "qinvert.profile": chosen.name,
-        "qinvert.layer": name,
-        "qinvert.input": input,
-        "qinvert.program": layer_plan.program.title,
-        "qinvert.requantize": str(layer_plan.requantize),
+        "qinvert.profile": profile.name,
         "qinvert.plan_sha256": plan_io.sha256(plan),
     }
-    model = lower(layer_plan, chosen, batch, input, metadata)
-    _ensure(chosen, model)
-    return model
+
+
+def layer_metadata(name: str, plan: LayerPlan, profile: Profile, interface: Interface) -> dict[str, str]:
+    """Metadata about one layer."""
+    return {
+        "qinvert.layer": name,
+        "qinvert.program": plan.program.title,
+        "qinvert.requantize": str(plan.requantize),
+        **interface.metadata(plan, profile.storage_of(plan.output.format).zero_point),
+    }
+
+
+def describe(plan: LayerPlan, interface: Interface) -> str:
+    """One line for readers of a graph."""
+    sign = "-" if interface.input is GraphInput.M else "+"
+    matrix = "M" if interface.input is GraphInput.M else "L"
+    return f"T = (I {sign} {matrix})^-1, {plan}"
 
 
 def serialize(model: onnx.ModelProto) -> bytes:
@@ -115,32 +163,40 @@ def serialize(model: onnx.ModelProto) -> bytes:
     return content
 
 
-def lower(
-    plan: LayerPlan, profile: Profile, batch: int, source: str, metadata: dict[str, str]
-) -> onnx.ModelProto:
-    """Return the graph of one layer under ``profile``; nothing is written."""
+def lower(plan: LayerPlan, profile: Profile, interface: Interface) -> GraphBuilder:
+    """Return the graph of one layer under ``profile``; nothing is written.
+
+    Raises
+    ------
+    ExportError
+        If the profile cannot express the plan.
+    """
+    _require(profile, plan)
     graph = GraphBuilder()
-    shape = [1, batch, plan.chunk, plan.chunk]
-    tensor = graph.input(source, shape)
-    if source == "L":
-        tensor = graph.node("Mul", [tensor, graph.scalar("minus_one", -1.0)], "M/negated", shape)
-    factors = ""
+    lowering = LOWERINGS[profile.lowering](plan, profile, interface, graph)
+    for name, shape in interface.inputs(plan).items():
+        graph.input(name, shape)
+    tensor, factors = _matrix(graph, plan, interface), ""
     if plan.program.vectors:
-        # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.
-        column = [1, batch, plan.chunk, 1]
-        given = [graph.input(BETA, column), graph.scalar("smallest_beta", MIN_BETA)]
+        # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.  Where L
+        # comes from keys it was a product with beta just before; what the simulator is
+        # given are L and beta, and a beta below the smallest one must scale K as it does there.
+        column = interface.inputs(plan)[BETA]
+        given = [BETA, graph.scalar("smallest_beta", MIN_BETA)]
         factors = graph.node("Max", given, "beta/floored", column)
-        tensor = graph.node("Div", [tensor, factors], "K", shape)
-    LOWERINGS[profile.lowering](plan, profile, batch, graph).run(tensor, "T", factors)
-    graph.output("T", shape)
-    sign = "+" if source == "L" else "-"
-    return graph.model("triangular_inverse", profile.opset, metadata, f"T = (I {sign} {source})^-1, {plan}")
+        tensor = graph.node("Div", [tensor, factors], "K", interface.square(plan))
+    lowering.run(tensor, interface.output_name(plan), factors)
+    graph.output(interface.output_name(plan))
+    return graph
 
 
-def _check_arguments(batch: Any, source: Any) -> None:
-    check_integer("batch", batch, 1, MAX_BATCH, ExportError, "; pass the matrices per call")
-    if source not in INPUTS:
-        raise ExportError(f"input {source!r} is unknown; use {' or '.join(INPUTS)}")
+def _matrix(graph: GraphBuilder, plan: LayerPlan, interface: Interface) -> str:
+    """Append what makes M of the graph's inputs, and return its name."""
+    if interface.input is GraphInput.M:
+        return "M"
+    if interface.input is GraphInput.KEYS:
+        return matrix_from_keys(graph, plan, interface)
+    return graph.node("Mul", ["L", graph.scalar("minus_one", -1.0)], "M/negated", interface.square(plan))
 
 
 def _require(profile: Profile, plan: LayerPlan) -> None:
@@ -164,7 +220,14 @@ def _require(profile: Profile, plan: LayerPlan) -> None:
             )
 
 
-def _ensure(profile: Profile, model: onnx.ModelProto) -> None:
+def ensure(profile: Profile, model: onnx.ModelProto) -> None:
+    """Refuse a graph that breaks a rule of its profile.
+
+    Raises
+    ------
+    ExportError
+        With the first finding.
+    """
     findings = find_faults(model, profile)
     if findings:
         more = f" (and {len(findings) - 1} more)" if findings[1:] else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qinvert.errors import ExportError
 
+#: Sizes of a tensor; a name stands for a size that the caller chooses.
+Sizes: TypeAlias = list[int | str]
+
 #: IR version that every runtime of the last two years reads.
 IR_VERSION = 9
+#: The first one whose functions declare the types of their tensors.
+FUNCTION_IR_VERSION = 10
+#: Domain of the functions.
+DOMAIN = "qinvert"
 
 #: Protobuf files end at 2 GiB; constants stay well below.
 MAX_BYTES = 2**30
@@ -25,11 +32,12 @@ ELEMENT_TYPES: Mapping[str, int] = {
     "uint8": TensorProto.UINT8,
     "int16": TensorProto.INT16,
     "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
 }
 
 
 class GraphBuilder:
-    """Append-only ONNX graph; every tensor has a static shape and an element type.
+    """Append-only ONNX graph; every tensor has a shape and an element type.
 
     Names are unique: a second tensor of the same name is an error of the
     caller.  Initializers of equal name must have equal content.
@@ -46,24 +54,23 @@ class GraphBuilder:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def shape(self, name: str) -> list[int]:
+    def shape(self, name: str) -> Sizes:
         """Shape of a tensor that a node writes."""
-        return [d.dim_value for d in self._values[name].type.tensor_type.shape.dim]
+        return [d.dim_param or d.dim_value for d in self._values[name].type.tensor_type.shape.dim]
 
     def source(self, name: str) -> str:
         """First operand of the node that writes a tensor."""
         found: str = next(node.input[0] for node in reversed(self._nodes) if node.output[0] == name)
         return found
 
-    def input(self, name: str, shape: Sequence[int]) -> str:
+    def input(self, name: str, shape: Sequence[int | str]) -> str:
         """Declare a float32 input."""
         self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return name
 
-    def output(self, name: str, shape: Sequence[int]) -> str:
-        """Declare a float32 output; a node must write it."""
-        self._values.pop(name, None)
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    def output(self, name: str) -> str:
+        """Declare that a tensor is an output; a node must have written it."""
+        self._outputs.append(self._values.pop(name))
         return name
 
     def initializer(self, name: str, array: npt.NDArray[Any]) -> str:
@@ -88,7 +95,7 @@ class GraphBuilder:
         operator: str,
         inputs: Sequence[str],
         output: str,
-        shape: Sequence[int],
+        shape: Sequence[int | str],
         element: str = "float32",
         **attributes: Any,
     ) -> str:
@@ -99,17 +106,28 @@ class GraphBuilder:
         self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
         return output
 
-    def _live_nodes(self) -> list[onnx.NodeProto]:
-        """Nodes that an output depends on: runtimes compute the others, too."""
-        wanted = {output.name for output in self._outputs}
-        live = []
-        for node in reversed(self._nodes):
-            if wanted & set(node.output):
-                live.append(node)
-                wanted.update(node.input)
-        return live[::-1]
+    def call(
+        self,
+        function: onnx.FunctionProto,
+        inputs: Sequence[str],
+        name: str,
+        outputs: Mapping[str, tuple[Sizes, str]],
+    ) -> None:
+        """Append the call of a function, with the shape and element of every output."""
+        self._nodes.append(
+            helper.make_node(function.name, list(inputs), list(outputs), name=name, domain=function.domain)
+        )
+        for output, (shape, element) in outputs.items():
+            self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
 
-    def model(self, name: str, opset: int, metadata: Mapping[str, str], doc: str) -> onnx.ModelProto:
+    def model(
+        self,
+        name: str,
+        opset: int,
+        metadata: Mapping[str, str],
+        doc: str,
+        functions: Sequence[onnx.FunctionProto] = (),
+    ) -> onnx.ModelProto:
         """Return the finished model, checked by onnx with strict shape inference.
 
         Raises
@@ -128,15 +146,66 @@ class GraphBuilder:
             doc_string=doc,
             value_info=[value for name, value in self._values.items() if name in read],
         )
+        domains = [helper.make_opsetid(DOMAIN, 1)] if functions else []
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", opset)],
-            ir_version=IR_VERSION,
+            functions=functions,
+            opset_imports=[helper.make_opsetid("", opset), *domains],
+            ir_version=FUNCTION_IR_VERSION if functions else IR_VERSION,
             producer_name="qinvert",
         )
         helper.set_model_props(model, dict(metadata))
-        try:
-            onnx.checker.check_model(model, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"onnx refuses the exported graph: {error}") from error
+        check(model)
         return model
+
+    def function(self, name: str, opset: int, metadata: Mapping[str, str], doc: str) -> onnx.FunctionProto:
+        """Return what was built as a function of the domain ``qinvert``.
+
+        A function has no initializers: every constant is a Constant node with
+        the name that it has in a graph, so that a call needs its tensors only
+        and an inlined graph holds everything that compilers read as constant.
+        """
+        nodes = self._live_nodes()
+        read = {tensor for node in nodes for tensor in node.input}
+        constants = [
+            helper.make_node("Constant", [], [name], name=name, value=tensor)
+            for name, tensor in self._initializers.items()
+            if name in read
+        ]
+        function = helper.make_function(
+            DOMAIN,
+            name,
+            [value.name for value in self._inputs],
+            [value.name for value in self._outputs],
+            [*constants, *nodes],
+            [helper.make_opsetid("", opset)],
+            doc_string=doc,
+            value_info=[value for name, value in self._values.items() if name in read],
+        )
+        for key, value in metadata.items():
+            function.metadata_props.add(key=key, value=value)
+        return function
+
+    def _live_nodes(self) -> list[onnx.NodeProto]:
+        """Nodes that an output depends on: runtimes compute the others, too."""
+        wanted = {output.name for output in self._outputs}
+        live = []
+        for node in reversed(self._nodes):
+            if wanted & set(node.output):
+                live.append(node)
+                wanted.update(node.input)
+        return live[::-1]
+
+
+def check(model: onnx.ModelProto) -> None:
+    """Check a model by onnx, with strict shape inference.
+
+    Raises
+    ------
+    ExportError
+        If onnx finds it illegal.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx refuses the exported graph: {error}") from error

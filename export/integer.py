@@ -9,8 +9,8 @@ import numpy as np
 
 from qinvert import arithmetic
 from qinvert.execute import constant_matrix
-from qinvert.export.graph import ELEMENT_TYPES
-from qinvert.export.lowering import GraphLowering, Int8Array, Value
+from qinvert.export.graph import ELEMENT_TYPES, Sizes
+from qinvert.export.lowering import GraphLowering, IntArray, Value
 from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
@@ -37,10 +37,11 @@ class IntegerLowering(GraphLowering):
     def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
         return self.graph.node("Add", [value, identity], name, self.shape(tensor), "int8")
 
-    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
-        return self.graph.initializer(f"{name}/int8", array)
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        values = self.graph.initializer(f"{name}/int8", array)
+        return self.spread(values, array, "int8") if spread else values
 
-    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         return self.graph.node("Concat", parts, name, shape, "int8", axis=axis)
 
     def matmul(
@@ -158,7 +159,7 @@ class IntegerLowering(GraphLowering):
             total = self.graph.node("Add", [total, term], f"{name}/{i}x{j}/sum", shape) if total else term
         return total
 
-    def _cast(self, plane: str, shape: list[int]) -> str:
+    def _cast(self, plane: str, shape: Sizes) -> str:
         output = f"{plane}/cast"
         return output if output in self.graph else self.graph.node("Cast", [plane], output, shape, to=1)
 
@@ -171,6 +172,7 @@ class IntegerLowering(GraphLowering):
         )
 
     def slice(self, step: Slice, source: Value) -> Value:
+        source = self.movable(step, source)
         value = self._move("Slice", step, source, self.slice_inputs(step))
         return replace(value, ones=self.sliced_ones(step, source))
 

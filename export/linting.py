@@ -10,21 +10,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx.external_data_helper import uses_external_data
 
 from qinvert.arithmetic import FLOAT32_EXACT, MIN_SCALE, is_power_of_two
 from qinvert.errors import ExportError, reason
+from qinvert.export.ends import is_float_end, is_from_keys
 from qinvert.export.products import accumulator_bound, products
-from qinvert.export.reading import check_model, parse_model
+from qinvert.export.reading import check_model, inlined, parse_model, tensors
 from qinvert.export.structure import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.files import read_bytes
 from qinvert.profiles import Lowering, Profile, find_profile
-from qinvert.steps import BETA
 
 #: Operators that only move values.
 MOVES: Final = ("Concat", "Slice", "Reshape", "Transpose")
@@ -72,7 +71,8 @@ def lint(model: onnx.ModelProto | str | PathLike[str], profile: str | None = Non
     Parameters
     ----------
     model : onnx.ModelProto or path
-        Any ONNX model; nothing outside the file is read.
+        Any ONNX model; nothing outside the file is read.  Local functions
+        are inlined: the names in findings are those of the inlined graph.
     profile : str, optional
         See `qinvert.profiles`; by default what the model's metadata names.
 
@@ -95,6 +95,7 @@ def lint(model: onnx.ModelProto | str | PathLike[str], profile: str | None = Non
         # Any further look, onnx's own included, would read the other files.
         return outside
     check_model(model, path)
+    model = inlined(model)
     try:
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     except Exception as error:  # onnx raises unrelated types here
@@ -112,7 +113,7 @@ def _profile_of(model: onnx.ModelProto) -> Profile:
 
 
 def _outside(model: onnx.ModelProto) -> Iterator[Finding]:
-    for tensor in model.graph.initializer:
+    for tensor in tensors(model):
         if uses_external_data(tensor):
             yield Finding(
                 node=tensor.name,
@@ -151,7 +152,8 @@ def _opset(case: _Case) -> Iterator[tuple[str, str]]:
 @_rule("operators", "choose another profile or method")
 def _operators(case: _Case) -> Iterator[tuple[str, str]]:
     for node in case.graph.nodes:
-        if node.op_type not in case.profile.operators and node.op_type != "Pad":
+        prologue = case.profile.prologue if is_from_keys(case.graph, node) else frozenset()
+        if node.op_type not in case.profile.operators | prologue | {"Pad"}:
             yield _name(node), f"is {node.op_type}, which profile {case.profile.name!r} does not allow"
 
 
@@ -315,7 +317,7 @@ def _quantized(case: _Case) -> Iterator[tuple[str, str]]:
         return
     sums = _accumulating(case.graph)
     for node in case.graph.nodes:
-        if node.op_type not in GRID_INPUTS and not _is_float_end(case.graph, node):
+        if node.op_type not in GRID_INPUTS and not is_float_end(case.graph, node):
             for name in _float_tensors(case.graph, node, sums):
                 yield _name(node), f"leaves {name!r} unquantized"
 
@@ -341,57 +343,6 @@ def _accumulating(graph: Structure) -> set[str]:
         if node.op_type == "MatMul" or (node.op_type in ("Add", "Sub") and found & set(node.input)):
             found.update(node.output)
     return found
-
-
-def _is_float_end(graph: Structure, node: onnx.NodeProto) -> bool:
-    """Whether a node prepares the inputs (sign flip, L / beta) or makes ``T = I + S`` or ``I + beta W``."""
-    if _is_preparation(graph, node):
-        return True
-    others = [name for name in node.input if graph.constant(name) is None]
-    if node.op_type == "Mul":
-        readers = [reader for name in node.output for reader in graph.readers[name]]
-        return _is_scaled_result(graph, node) and all(_is_final(graph, reader) for reader in readers)
-    sources = [graph.writers.get(name) for name in others]
-    return _is_final(graph, node) and all(
-        source is not None and (source.op_type == "DequantizeLinear" or _is_scaled_result(graph, source))
-        for source in sources
-    )
-
-
-def _is_preparation(graph: Structure, node: onnx.NodeProto, depth: int = 2) -> bool:
-    # The sign flip or the smallest beta, then the division or the transpose; no longer chain.
-    if node.op_type == "Mul":
-        constants = [c for name in node.input if (c := graph.constant(name)) is not None]
-        flips = any(c.size == 1 and c.reshape(()) == -1 for c in constants)
-        return flips and bool(graph.inputs & set(node.input))
-    if node.op_type not in ("Max", "Div", "Transpose") or BETA not in graph.inputs:
-        return False
-    return all(_is_prepared(graph, name, depth - 1) for name in node.input)
-
-
-def _is_prepared(graph: Structure, name: str, depth: int = 2) -> bool:
-    source = graph.writers.get(name)
-    if name in graph.inputs or graph.constant(name) is not None:
-        return True
-    return depth > 0 and source is not None and _is_preparation(graph, source, depth)
-
-
-def _is_scaled_result(graph: Structure, node: onnx.NodeProto) -> bool:
-    kinds = sorted(
-        "grid" if graph.operator(name) == "DequantizeLinear" else "beta" if _is_prepared(graph, name) else ""
-        for name in node.input
-    )
-    return node.op_type == "Mul" and kinds == ["beta", "grid"]
-
-
-def _is_final(graph: Structure, node: onnx.NodeProto) -> bool:
-    constants = [c for name in node.input if (c := graph.constant(name)) is not None]
-    ends = node.op_type == "Add" and set(node.output) <= graph.outputs
-    return ends and any(_is_identity(c) for c in constants)
-
-
-def _is_identity(array: npt.NDArray[Any]) -> bool:
-    return array.ndim >= 2 and bool((array == np.eye(*array.shape[-2:])).all())
 
 
 @_rule("wide-products", "split the right operand into two int8 planes")

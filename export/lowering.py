@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,17 @@ import numpy.typing as npt
 from qinvert import arithmetic
 from qinvert.errors import ExportError
 from qinvert.execute import constant_matrix
-from qinvert.export.graph import GraphBuilder
+from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.identity import Support, cut, strictly_lower
+from qinvert.export.interface import ANY_BATCH, GraphOutput, Interface
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.profiles import Profile
 from qinvert.program import Evaluator
 from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Rescale, Scale, Slice
 
-#: Tensor axis of a concat or slice; axis 0 is always 1.
-AXES = {Axis.BLOCKS: 1, Axis.ROWS: 2, Axis.COLUMNS: 3}
+#: Tensor axis of a concat or slice of rows and columns.
+AXES = {Axis.ROWS: 2, Axis.COLUMNS: 3}
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
 MAX_IDENTITY_BLOCKS = 32
@@ -29,7 +30,8 @@ MAX_IDENTITY_BLOCKS = 32
 #: Names of the quantized beta, as it multiplies rows or columns.
 VECTORS = {Axis.ROWS: "beta/rows", Axis.COLUMNS: "beta/columns"}
 
-Int8Array = npt.NDArray[np.int8]
+#: Values on a grid, without the zero point.
+IntArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,23 @@ class Operands(NamedTuple):
 
 
 class GraphLowering(Evaluator[Value]):
-    """Appends the nodes of a plan's program to a graph, for a fixed batch.
+    """Appends the nodes of a plan's program to a graph.
 
-    A tensor of ``blocks`` blocks is ``[1, blocks * batch, rows, columns]``.
+    For a fixed batch, a tensor of ``blocks`` blocks is ``[1, blocks * batch,
+    rows, columns]``: compilers want 1 in front.  For any batch it is ``[blocks,
+    batch, rows, columns]``: no index depends on the batch.
     Subclasses say how a value is read (`operand`) and finished.
     """
 
-    def __init__(self, plan: LayerPlan, profile: Profile, batch: int, graph: GraphBuilder) -> None:
+    def __init__(self, plan: LayerPlan, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
         self.plan = plan
         self.profile = profile
-        self.batch = batch
+        self.batch = interface.batch
         self.graph = graph
+        #: Name of the result's integers where the graph returns them.
+        self.returned = interface.output_name(plan) if interface.output is GraphOutput.INTEGERS else ""
+        #: Float tensor that has the batch as its second size.
+        self.given = ""
         #: The quantized beta, by what it multiplies.
         self.vectors: dict[Axis, Value] = {}
         #: Tensors that can carry an identity.
@@ -93,36 +101,44 @@ class GraphLowering(Evaluator[Value]):
         """Append the dequantized output of the program as float tensor ``name``."""
 
     @abstractmethod
-    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
-        """Add int8 values on ``grid`` and return what operators read."""
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        """Add int8 values on ``grid`` and return what operators read; `spread` them over any batch."""
 
     @abstractmethod
     def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
         """Append ``value + identity``, of the tensor's shape and grid, as what operators read."""
 
     @abstractmethod
-    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         """Append a Concat of operands that share ``grid``."""
 
     def stored(self, tensor: str) -> str:
         """Name of the integer tensor; M has a suffix, because the graph's input may be called M."""
+        if self._returns(tensor):
+            return self.returned
         return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor == INPUT else tensor
 
     def storage(self, grid: Quantization) -> IntFormat:
         """Format whose container and zero point the graph has for values of a grid."""
-        return self.profile.storage if grid.format.container_bits == INT8.container_bits else grid.format
+        return self.profile.storage_of(grid.format)
 
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""
         return self.plan.tensors[tensor if tensor in self.plan.tensors else BETA]
 
-    def shape(self, tensor: str) -> list[int]:
+    def shape(self, tensor: str) -> Sizes:
         """Shape of a tensor of the program in the graph."""
         shapes = self.plan.program.shapes
         blocks, rows, columns = shapes[tensor] if tensor in shapes else shapes[BETA]
         if tensor == VECTORS[Axis.COLUMNS] and tensor not in shapes:
             rows, columns = columns, rows
-        return [1, blocks * self.batch, rows, columns]
+        return [*self._stack(blocks), rows, columns]
+
+    def _stack(self, blocks: int) -> Sizes:
+        return [blocks, ANY_BATCH] if self.batch is None else [1, blocks * self.batch]
+
+    def _axis(self, axis: Axis) -> int:
+        return AXES.get(axis, 0 if self.batch is None else 1)
 
     def scale_of(self, grid: Quantization) -> str:
         """Scalar initializer of a scale, shared by all tensors that have it."""
@@ -138,11 +154,11 @@ class GraphLowering(Evaluator[Value]):
 
     def concat(self, step: Concat, sources: list[Value]) -> Value:
         grid, shape = self.grid(step.output), self.shape(step.output)
-        sources, ones = self._joined_ones(step, sources)
+        sources, ones = self._joined_ones(step, [self.movable(step, value) for value in sources])
         names = []
         for i, name in enumerate(self.plane_names(step.output)):
-            parts = [self._part(value, i, shape[1], grid) for value in sources]
-            names.append(self.joined(name, parts, AXES[step.axis], shape, grid))
+            parts = [self._part(value, i, step, grid) for value in sources]
+            names.append(self.joined(name, parts, self._axis(step.axis), shape, grid))
         return Value(names[0], step.output, low="".join(names[1:]), ones=ones)
 
     def _joined_ones(self, step: Concat, sources: list[Value]) -> tuple[list[Value], Support | None]:
@@ -167,6 +183,13 @@ class GraphLowering(Evaluator[Value]):
         ones = None if source.ones is None else cut(step, source.ones)
         return ones if ones is not None and ones.any() else None
 
+    def movable(self, step: Concat | Slice, value: Value) -> Value:
+        """Return what a step moves: integers that the graph returns are those of the program."""
+        return self.plain(value) if self._returns(step.output) else value
+
+    def _returns(self, tensor: str) -> bool:
+        return bool(self.returned) and tensor == self.plan.program.output
+
     def plain(self, value: Value) -> Value:
         """Return the tensor as the program has it, without ones."""
         return value if value.ones is None else self._shift(value, value.ones, -1)
@@ -179,13 +202,10 @@ class GraphLowering(Evaluator[Value]):
         return self._shift(self.plain(value), identity, 1)
 
     def _shift(self, value: Value, ones: Support, sign: int) -> Value:
-        tensor, grid = value.tensor, self.grid(value.tensor)
+        tensor = value.tensor
         if (tensor, sign) not in self._shifted:
-            shape, one = self.shape(tensor), sign * self._one(tensor)
-            integers = np.broadcast_to(ones.astype(np.int8) * np.int8(one), shape)
-            sizes = "x".join(map(str, shape[1:]))
-            kind = "identity" if shape[2] == shape[3] and ones.trace() == shape[3] else f"{tensor}/ones"
-            identity = self.literal(f"{kind}/{sizes}/{one}", integers, grid)
+            kind = "identity" if np.array_equal(ones, np.eye(len(ones))) else f"{tensor}/ones"
+            identity = self._diagonal(tensor, ones, sign * self._one(tensor), kind)
             name = f"{tensor}/{'plus' if sign > 0 else 'minus'}_identity"
             self._shifted[tensor, sign] = Value(
                 self.shifted(name, tensor, value.name, identity), tensor, ones=ones if sign > 0 else None
@@ -195,13 +215,11 @@ class GraphLowering(Evaluator[Value]):
     def _one(self, tensor: str) -> int:
         """Return the integer that means 1.0 on the tensor's grid, 0 if there is none."""
         grid = self.grid(tensor)
-        integer = round(1 / grid.scale)
-        exact = 1 <= integer <= grid.format.largest and arithmetic.float32(1 / integer) == grid.scale
-        return integer if exact else 0
+        return grid.one if grid.one <= grid.largest_one else 0
 
     def carries_identity(self, tensor: str) -> bool:
         """Whether the tensor can be stored with the identity added to it."""
-        return tensor in self.triangular and self._one(tensor) > 0
+        return tensor in self.triangular and self._one(tensor) > 0 and not self._returns(tensor)
 
     def _takes_identity(self, step: MatMul) -> tuple[bool, bool]:
         """Return which operands take an identity: (left + I) right = left right + right."""
@@ -216,10 +234,10 @@ class GraphLowering(Evaluator[Value]):
     def _yields_identity(self, step: MatMul) -> bool:
         if not self.carries_identity(step.output):
             return False
-        accumulator = self._one(step.left) * self._one(step.right)
-        factor = self.plan.multiplier(step)
-        fmt = self.grid(step.output).format
-        return arithmetic.requantize_multiplier_scalar(accumulator, factor, fmt) == self._one(step.output)
+        accumulators = [self._one(step.left) * k for k in self.plan.identity_planes(step, step.left)]
+        factor, grid = self.plan.multiplier(step), self.grid(step.output)
+        found = arithmetic.requantize_partial_scalar(accumulators, factor, grid.scale, grid.format)
+        return found == self._one(step.output)
 
     def keeps_integers(self, step: Rescale) -> bool:
         """Whether a rescaling changes nothing: no node is needed, unless the result has a name of its own."""
@@ -232,16 +250,41 @@ class GraphLowering(Evaluator[Value]):
             return [self.stored(tensor)]
         return [f"{tensor}/high", f"{tensor}/low"]
 
-    def _part(self, value: Value, plane: int, blocks: int, grid: Quantization) -> str:
+    def _part(self, value: Value, plane: int, step: Concat, grid: Quantization) -> str:
         if value.constant is None:
             return value.planes[plane]
         matrix = constant_matrix(value.constant).numpy().astype(np.int8)
-        return self.literal(value.tensor, np.broadcast_to(matrix, (1, blocks, *matrix.shape)), grid)
+        return self._repeated(value.tensor, matrix, self.plan.program.shapes[step.output].blocks, grid)
+
+    def _repeated(self, name: str, matrix: IntArray, blocks: int, grid: Quantization) -> str:
+        """Add one matrix, the same for every block of every input: Concat does not broadcast."""
+        stack = (blocks, 1) if self.batch is None else (1, blocks * self.batch)
+        return self.literal(name, np.broadcast_to(matrix, (*stack, *matrix.shape)), grid, spread=True)
+
+    def spread(self, name: str, array: IntArray, element: str) -> str:
+        """Return a constant ``[blocks, 1, rows, columns]`` for every matrix of a batch that is not fixed."""
+        if self.batch is not None:
+            return name
+        output, (blocks, _, *sizes) = f"{name}/spread", array.shape
+        if output not in self.graph:
+            shape = [blocks, ANY_BATCH, *sizes]
+            self.graph.node("Expand", [name, self._batch_shape()], output, shape, element)
+        return output
+
+    def _batch_shape(self) -> str:
+        """``[1, batch, 1, 1]``."""
+        output = "batch/shape"
+        if output in self.graph:
+            return output
+        stack = self.graph.node("Shape", [self.given], "batch/stack", [2], "int64", start=0, end=2)
+        ones = self.graph.initializer("batch/ones", np.ones(2, dtype=np.int64))
+        return self.graph.node("Concat", [stack, ones], output, [4], "int64", axis=0)
 
     def slice_inputs(self, step: Slice) -> list[str]:
         """Return the initializers ``starts, ends, axes`` of a slice, one node for all axes."""
-        blocks = None if step.blocks is None else (step.blocks[0] * self.batch, step.blocks[1] * self.batch)
-        spans = [(1, blocks), (2, step.rows), (3, step.columns)]
+        each = self.batch or 1
+        blocks = None if step.blocks is None else (step.blocks[0] * each, step.blocks[1] * each)
+        spans = [(self._axis(Axis.BLOCKS), blocks), (2, step.rows), (3, step.columns)]
         cut = [(axis, *span) for axis, span in spans if span is not None]
         axes, starts, ends = zip(*cut, strict=True)
         return [self._indices(values) for values in (starts, ends, axes)]
@@ -275,7 +318,7 @@ class GraphLowering(Evaluator[Value]):
                     else:
                         lefts.append(self.plain(left).name)
                         rights.append(self._identity(step.right, sign * value))
-        size = self.shape(step.output)[3]
+        size = self.plan.program.shapes[step.output].columns
         return Operands(
             self.wide(f"{step.output}/left", step.left, lefts, 3),
             self.wide(f"{step.output}/right", step.right, rights, 2),
@@ -283,28 +326,33 @@ class GraphLowering(Evaluator[Value]):
         )
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
-        partner = step.left if term == step.right else step.right
-        largest = self.grid(partner).format.largest
-        full, rest = divmod(self.plan.residual_factor(step, term), largest)
-        if full >= MAX_IDENTITY_BLOCKS:
+        blocks = self.plan.identity_blocks(step, term)
+        if len(blocks) > MAX_IDENTITY_BLOCKS:
+            partner = step.left if term == step.right else step.right
             raise ExportError(
-                f"step {step.output!r}: 1.0 is {full} times the largest integer of {partner!r}; at most "
-                f"{MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with requantize='divide'"
+                f"step {step.output!r}: 1.0 is {len(blocks)} times the largest integer of {partner!r}; "
+                f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with "
+                "requantize='divide'"
             )
-        return [largest] * full + [rest] * (rest > 0)
+        return blocks
 
     def _identity(self, tensor: str, value: int) -> str:
-        blocks, size = self.shape(tensor)[1:3]
-        grid = self.grid(tensor)
-        eye = np.broadcast_to(value * np.eye(size, dtype=np.int8), (1, blocks, size, size))
-        return self.literal(f"identity/{blocks}x{size}/{value}", eye, grid)
+        size = self.plan.program.shapes[tensor].rows
+        return self._diagonal(tensor, np.eye(size, dtype=np.bool_), value, "identity")
+
+    def _diagonal(self, tensor: str, ones: Support, value: int, kind: str) -> str:
+        """Add the constant ``value`` where ``ones`` are, for every block of ``tensor``."""
+        blocks, grid = self.plan.program.shapes[tensor].blocks, self.grid(tensor)
+        matrix: IntArray = ones * np.array(value, dtype=grid.format.element)
+        sizes = "x".join(map(str, dict.fromkeys(ones.shape)))
+        return self._repeated(f"{kind}/{blocks * (self.batch or 1)}x{sizes}/{value}", matrix, blocks, grid)
 
     def wide(self, name: str, tensor: str, parts: list[str], axis: int) -> str:
         """Join operands of the shape of ``tensor``; one alone stays as it is."""
         if len(parts) == 1:
             return parts[0]
-        shape = self.shape(tensor)
-        shape[axis] *= len(parts)
+        shape, sizes = self.shape(tensor), self.plan.program.shapes[tensor]
+        shape[axis] = len(parts) * sizes[axis - 1]
         return self.joined(name, parts, axis, shape, self.grid(tensor))
 
     def identity_matrix(self) -> str:
@@ -313,12 +361,18 @@ class GraphLowering(Evaluator[Value]):
         return self.graph.initializer("identity", eye)
 
     def run(self, source: str, output: str, beta: str = "") -> None:
-        """Append the whole program between two float tensors, ``beta`` a third one where it is factored."""
+        """Append the whole program between two float tensors, ``beta`` a third one where it is factored.
+
+        Where the graph returns integers, ``output`` is what it calls them.
+        """
         program, shape = self.plan.program, self.shape(INPUT)
+        self.given = source
         value = self.source(INPUT, source)
         for axis in dict.fromkeys(step.axis for step in program.steps if isinstance(step, Scale)):
             self.vectors[axis] = self.source(VECTORS[axis], self._turned(beta, axis))
         result = program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
+        if self.returned:
+            return
         if not program.implicit_identity:
             self.finish(output, self.plain(result))
             return

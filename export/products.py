@@ -18,6 +18,8 @@ Magnitudes: TypeAlias = npt.NDArray[np.float64]
 OPERANDS: Final = {"MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
 
 
+#: Nodes that magnitudes are followed back through: a join, and its split into two planes.
+MAX_STEPS: Final = 12
 #: Operands of more elements a block are bounded by their types alone.
 MAX_ELEMENTS: Final = 2**25
 
@@ -86,35 +88,76 @@ def accumulator_bound(structure: Structure, left: Operand, right: Operand, enoug
 
 def _magnitudes(structure: Structure, operand: Operand, shape: list[int]) -> Magnitudes:
     """Largest magnitude of each element over all blocks, ``[rows, columns]``."""
-    node, operands = _join(structure, operand.tensor)
-    if node is not None and (joins(node, ROWS) or joins(node, COLUMNS)):
-        parts = [_part(structure, part) for part in operands if part is not None]
-        if len(parts) == len(node.input):
-            return np.concatenate(parts, axis=join_axis(node) - 2)
-    return np.full(shape[-2:], float(operand.magnitude))
-
-
-def _part(structure: Structure, operand: Operand) -> Magnitudes:
-    constant = structure.constant(operand.tensor)
-    shape = structure.shape(operand.tensor) or [1, 1]
-    if constant is None:
-        return np.full(shape[-2:], float(operand.magnitude))
-    shifted = np.abs(constant.astype(np.float64) - operand.zero_point)
-    return np.asarray(shifted.reshape(-1, *shape[-2:]).max(axis=0))
-
-
-def _join(structure: Structure, tensor: str) -> tuple[onnx.NodeProto | None, list[Operand | None]]:
-    """Node that joins other integers to these, and those integers."""
+    tensor = operand.tensor
     while structure.operator(tensor) in CASTS:
         tensor = structure.writers[tensor].input[0]
     node = structure.writers.get(tensor)
-    if node is None or node.op_type != "QuantizeLinear":
-        return node, [_integers(structure, name, None) for name in node.input] if node else []
-    # Joined as real numbers: the same integers only on the same grid.
-    grid, joint = structure.grid(node), structure.writers.get(node.input[0])
-    names = [name for name in joint.input if _grid_of(structure, name) == grid] if joint else []
-    return joint, [_dequantized(structure, name) for name in names]
+    found = None
+    if node is not None and node.op_type == "QuantizeLinear":
+        found = _rounded(structure, node, MAX_STEPS)
+    elif node is not None:
+        found = _joined(node, [_integer_magnitudes(structure, name) for name in node.input])
+    return np.full(shape[-2:], float(operand.magnitude)) if found is None else found
 
 
-def _grid_of(structure: Structure, name: str) -> Grid | None:
-    return structure.grid(structure.writers[name]) if structure.operator(name) == "DequantizeLinear" else None
+def _integer_magnitudes(structure: Structure, name: str) -> Magnitudes | None:
+    operand = _integers(structure, name, None)
+    if operand is None:
+        return None
+    constant = structure.constant(name)
+    if constant is not None:
+        return _largest(np.abs(constant.astype(np.float64)))
+    return np.full((structure.shape(name) or [1, 1])[-2:], float(operand.magnitude))
+
+
+def _rounded(structure: Structure, node: onnx.NodeProto, steps: int) -> Magnitudes | None:
+    """Magnitudes of the integers that a QuantizeLinear writes."""
+    real, grid = _real_magnitudes(structure, node.input[0], steps - 1), structure.grid(node)
+    if real is None or grid is None:
+        return None
+    # A value exactly between two steps may go either way.
+    return np.minimum(np.floor(real / grid.scale + 0.5), grid.magnitude)
+
+
+def _real_magnitudes(structure: Structure, name: str, steps: int) -> Magnitudes | None:
+    """Magnitudes of a float tensor, followed through joins, splits into planes and their sums."""
+    node = structure.writers.get(name)
+    if node is None or steps <= 0:
+        return None
+    if node.op_type == "DequantizeLinear":
+        return _dequantized_magnitudes(structure, node, steps)
+    if node.op_type not in ("Concat", "Add", "Sub"):
+        return None
+    parts = [_real_magnitudes(structure, part, steps - 1) for part in node.input]
+    if node.op_type == "Concat":
+        return _joined(node, parts)
+    first, second = parts
+    same = first is not None and second is not None and first.shape == second.shape
+    return first + second if same and first is not None and second is not None else None
+
+
+def _dequantized_magnitudes(structure: Structure, node: onnx.NodeProto, steps: int) -> Magnitudes | None:
+    grid, integers = structure.grid(node), node.input[0]
+    if grid is None:
+        return None
+    constant, writer = structure.constant(integers), structure.writers.get(integers)
+    if constant is not None:
+        return _largest(np.abs(constant.astype(np.float64) - grid.zero_point)) * grid.scale
+    found = None
+    if writer is not None and writer.op_type == "QuantizeLinear":
+        found = _rounded(structure, writer, steps - 1)
+    if found is None:
+        shape = structure.shape(integers) or [1, 1]
+        found = np.full(shape[-2:], float(grid.magnitude))
+    return found * grid.scale
+
+
+def _largest(array: Magnitudes) -> Magnitudes:
+    return np.asarray(array.reshape(-1, *array.shape[-2:]).max(axis=0))
+
+
+def _joined(node: onnx.NodeProto, parts: list[Magnitudes | None]) -> Magnitudes | None:
+    if not joins(node, ROWS) and not joins(node, COLUMNS):
+        return None
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known, axis=join_axis(node) - 2) if len(known) == len(parts) else None

@@ -11,7 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from qinvert.execute import constant_matrix
-from qinvert.export.lowering import GraphLowering, Int8Array, Value
+from qinvert.export.graph import Sizes
+from qinvert.export.interface import ANY_BATCH
+from qinvert.export.lowering import GraphLowering, IntArray, Value
 from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
@@ -36,17 +38,20 @@ class QdqLowering(GraphLowering):
         total = self.graph.node("Add", [value, identity], f"{name}/float", shape)
         return self._stored(name, name, total, shape, self.grid(tensor))
 
-    def literal(self, name: str, array: Int8Array, grid: Quantization) -> str:
-        fmt = self.storage(grid)
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
         shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
-        output = f"{name}/{grid.scale!r}"
         # Integers of its own for every scale: onnxruntime-qnn reads a shared constant on one scale only.
         values = self.graph.initializer(f"{output}/{fmt.element}", shifted)
+        shape: Sizes = list(array.shape)
+        if spread:
+            values = self.spread(values, array, fmt.element)
+            shape[1] = shape[1] if self.batch is not None else ANY_BATCH
         if output not in self.graph:
-            self._dequantize(output, values, list(array.shape), grid)
+            self._dequantize(output, values, shape, grid)
         return output
 
-    def joined(self, name: str, parts: list[str], axis: int, shape: list[int], grid: Quantization) -> str:
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
         # What is joined lies on the grid already: nothing to clip.
         return self._stored(name, self.stored(name), joined, shape, grid)
@@ -57,12 +62,11 @@ class QdqLowering(GraphLowering):
         shape = self.shape(step.output)
         if self.plan.requantize is Requantize.MULTIPLIER:
             *operands, ones = self.widened(step, left, right)
-            product = self.graph.node("MatMul", operands, self._float(step.output), shape)
-            return replace(self._finished(step.output, product), ones=ones)
+            return replace(self._partial(step, *operands), ones=ones)
         # Products and residuals join in float, unquantized: only some back ends fuse it.
         products = [
             self.graph.node("MatMul", [left.name, plane], f"{step.output}/matmul_{i}", shape)
-            for i, plane in enumerate(self._planes(step, right))
+            for i, plane in enumerate(self._planes(step, right.name, self.shape(step.right)))
         ]
         terms = [("Add", name) for name in (*products[1:], *(term.name for term in add))]
         terms += [("Sub", term.name) for term in subtract]
@@ -71,17 +75,34 @@ class QdqLowering(GraphLowering):
             total = self.graph.node(operator, [total, term], f"{step.output}/sum_{i}", shape)
         return self._finished(step.output, total)
 
-    def _planes(self, step: MatMul, right: Value) -> list[str]:
+    def _partial(self, step: MatMul, left: str, right: str) -> Value:
+        """Requantize the product of each plane, then their sum: compilers see integers only."""
+        shape, grid, width = self.shape(step.output), self.grid(step.output), self.shape(step.right)
+        width[2] = self.graph.shape(left)[3]
+        planes = self._planes(step, right, width)
+        if len(planes) == 1:
+            product = self.graph.node("MatMul", [left, right], self._float(step.output), shape)
+            return self._finished(step.output, product)
+        parts = []
+        for name, plane in zip(("high", "low"), planes, strict=True):
+            product = f"{step.output}/{name}"
+            real = self.graph.node("MatMul", [left, plane], self._float(product), shape)
+            parts.append(self._quantized(product, real, shape, grid).name)
+        return self._operator("Add", step.output, parts)
+
+    def _planes(self, step: MatMul, right: str, shape: Sizes) -> list[str]:
         """Return the right operand, of 16 bits as two int8 planes: no runtime multiplies 16 by 16."""
-        grid, shape = self.grid(step.right), self.shape(step.right)
+        grid = self.grid(step.right)
         if grid.format.container_bits == INT8.container_bits:
-            return [right.name]
+            return [right]
         high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
         low_grid = Quantization(format=INT8, scale=grid.scale)
         name = f"{step.output}/right"
-        high = self._stored(f"{name}/high", f"{name}/high", right.name, shape, high_grid)
-        rest = self.graph.node("Sub", [right.name, high], f"{name}/rest", shape)
-        return [high, self._stored(f"{name}/low", f"{name}/low", rest, shape, low_grid)]
+        high = self._stored(f"{name}/high", f"{name}/high", right, shape, high_grid)
+        rest = self.graph.node("Sub", [right, high], f"{name}/rest/float", shape)
+        # On the wide grid first: what a Sub of two types returns, compilers take as int16 only.
+        wide = self._stored(f"{name}/rest", f"{name}/rest", rest, shape, grid)
+        return [high, self._stored(f"{name}/low", f"{name}/low", wide, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         return self._operator("Add", step.output, [self.plain(left).name, self.plain(right).name])
@@ -108,6 +129,7 @@ class QdqLowering(GraphLowering):
         )
 
     def slice(self, step: Slice, source: Value) -> Value:
+        source = self.movable(step, source)
         value = self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
         return replace(value, ones=self.sliced_ones(step, source))
 
@@ -129,7 +151,7 @@ class QdqLowering(GraphLowering):
     def _finished(self, tensor: str, value: str) -> Value:
         return self._quantized(tensor, value, self.shape(tensor), self.grid(tensor))
 
-    def _quantized(self, tensor: str, value: str, shape: list[int], grid: Quantization) -> Value:
+    def _quantized(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> Value:
         fmt = grid.format
         if 2**fmt.container_bits > fmt.maximum - fmt.minimum + 1:
             ends = [
@@ -139,12 +161,12 @@ class QdqLowering(GraphLowering):
             value = self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
         return Value(self._stored(tensor, self.stored(tensor), value, shape, grid), tensor)
 
-    def _stored(self, name: str, stored: str, value: str, shape: list[int], grid: Quantization) -> str:
+    def _stored(self, name: str, stored: str, value: str, shape: Sizes, grid: Quantization) -> str:
         fmt = self.storage(grid)
         inputs = [value, self.scale_of(grid), self.zero_point(fmt)]
         self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)
         return self._dequantize(f"{name}/dequantized", stored, shape, grid)
 
-    def _dequantize(self, name: str, values: str, shape: list[int], grid: Quantization) -> str:
+    def _dequantize(self, name: str, values: str, shape: Sizes, grid: Quantization) -> str:
         inputs = [values, self.scale_of(grid), self.zero_point(self.storage(grid))]
         return self.graph.node("DequantizeLinear", inputs, name, shape)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from os import PathLike
+from typing import Final
 
 import onnx
+import onnx.inliner
 from onnx.external_data_helper import uses_external_data
 
 from qinvert.errors import ExportError, reason
+
+#: Most nodes of a graph whose functions are inlined.
+MAX_NODES: Final = 2**20
 
 
 def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
@@ -27,7 +32,7 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
     for node in _nodes(model):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")
-    for tensor in _tensors(model):
+    for tensor in tensors(model):
         if uses_external_data(tensor):
             raise ExportError(f"{path}: tensor {tensor.name!r} lies in another file; export it again")
     return model
@@ -53,8 +58,37 @@ def check_model(model: onnx.ModelProto, path: str | PathLike[str]) -> None:
         onnx.checker.check_model(model)
     except Exception as error:  # as above
         raise _no_model(path, error) from None
-    if not all(isinstance(text, str) for p in model.metadata_props for text in (p.key, p.value)):
+    entries = [*model.metadata_props, *(p for function in model.functions for p in function.metadata_props)]
+    if not all(isinstance(text, str) for entry in entries for text in (entry.key, entry.value)):
         raise ExportError(f"{path}: its metadata is no UTF-8 text; export it again")
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a checked model without local functions: every call is replaced by the function's nodes.
+
+    Raises
+    ------
+    ExportError
+        If they call each other, or onnx cannot inline them.
+    """
+    if not model.functions:
+        return model
+    _check_calls(model)
+    try:
+        return onnx.inliner.inline_local_functions(model)
+    except Exception as error:  # as above
+        raise ExportError(f"the model's functions cannot be inlined ({reason(error)})") from None
+
+
+def _check_calls(model: onnx.ModelProto) -> None:
+    # Functions that call functions double at every level: a small file, an endless graph.
+    sizes = {(f.domain, f.name): len(f.node) for f in model.functions}
+    for function in model.functions:
+        if any((node.domain, node.op_type) in sizes for node in function.node):
+            raise ExportError(f"function {function.name!r} calls another one; inline the model first")
+    total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
+    if total > MAX_NODES:
+        raise ExportError(f"the model has {total} nodes once it is inlined, at most {MAX_NODES} are read")
 
 
 def _no_model(path: str | PathLike[str], error: Exception) -> ExportError:
@@ -67,7 +101,8 @@ def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield from function.node
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every constant of a model, those of its nodes and functions included."""
     yield from model.graph.initializer
     yield from _parts(model.graph.sparse_initializer)
     for node in _nodes(model):

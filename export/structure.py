@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -50,11 +50,21 @@ class Grid:
 
 
 class Structure:
-    """Index of one graph, whose nodes are in order and whose tensors are written once."""
+    """Index of one graph, whose nodes are in order and whose tensors are written once.
+
+    A Constant node is a constant like any initializer, and no node.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.name = model.graph.name
-        self.nodes = [_qualified(node) for node in model.graph.node]
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.nodes: list[onnx.NodeProto] = []
+        for node in map(_qualified, model.graph.node):
+            tensor = _constant(node)
+            if tensor is None:
+                self.nodes.append(node)
+            else:
+                self._initializers[node.output[0]] = tensor
         self.inputs = {value.name for value in model.graph.input}
         self.outputs = {value.name for value in model.graph.output}
         self.writers = {name: node for node in self.nodes for name in node.output if name}
@@ -62,10 +72,16 @@ class Structure:
         for node in self.nodes:
             for name in filter(None, node.input):
                 self.readers[name].append(node)
-        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         declared = (*model.graph.value_info, *model.graph.input, *model.graph.output)
         self._types = {value.name: value.type.tensor_type for value in declared}
         self._arrays: dict[str, Array] = {}
+        self._memo: dict[str, set[str]] = {}
+
+    def memo(self, name: str, find: Callable[[Structure], set[str]]) -> set[str]:
+        """Return the named set of tensors, found once a graph."""
+        if name not in self._memo:
+            self._memo[name] = find(self)
+        return self._memo[name]
 
     @property
     def activations(self) -> Iterator[str]:
@@ -131,6 +147,12 @@ class Structure:
         if scale is None or scale.size != 1 or zero is None or not np.issubdtype(zero[0], np.integer):
             return None
         return Grid(scale=float(scale.reshape(())), element=zero[0], zero_point=zero[1])
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    if node.op_type != "Constant" or len(node.output) != 1:
+        return None
+    return next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
 
 
 def _qualified(node: onnx.NodeProto) -> onnx.NodeProto:

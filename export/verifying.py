@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.utils
 import torch
 
 from qinvert import plan_io
 from qinvert.arithmetic import is_power_of_two
-from qinvert.checks import check_integer
-from qinvert.errors import ExportError
-from qinvert.execute import needed_beta
-from qinvert.export.comparing import Float32Array, Reference, Verification
-from qinvert.export.exporting import INPUTS, MAX_BATCH
+from qinvert.errors import ExportError, VerificationError
+from qinvert.export.comparing import Verification, compare, judge
+from qinvert.export.exporting import serialize
+from qinvert.export.interface import GraphInput, Interface
+from qinvert.export.keys import FROM_KEYS
+from qinvert.export.layers import single_layer
 from qinvert.export.reading import read_model
+from qinvert.export.references import Returned, graph_inputs, lower_from_keys, reference
 from qinvert.export.runtimes import Execution, Feed, execute
 from qinvert.files import read_bytes
-from qinvert.matrices import check_matrices, row_factors, solve
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import find_profile
 from qinvert.steps import BETA
 
-#: Largest input that a graph may ask for.
-MAX_ELEMENTS = 2**28
+#: Error of L, relative to its largest element, that a float32 prologue stays far below.
+KEYS_TOLERANCE = 1e-4
 
 
 def verify(
@@ -42,12 +44,12 @@ def verify(
     """Run an exported graph and compare every value with the simulator.
 
     Integer profiles, and QDQ profiles under power-of-two scales, must agree
-    bit for bit.  A QDQ graph with float scales may differ by one step in at
-    most 1e-4 of the values where a runtime leaves a product in
-    float32; the count is in the result.  A program that amplifies (powers
-    that explode) amplifies such a step, too, and then fails here.  A processor
-    with a rounding of its own may differ by `Runtime.own_steps` anywhere, and
-    by more in one value of a thousand.
+    bit for bit, but for a float32 L that is built in the graph.  A QDQ graph
+    with float scales may differ by one step in at most 1e-4 of the values
+    where a runtime leaves a product in float32; the count is in the result.
+    A program that amplifies (powers that explode) amplifies such a step, too,
+    and then fails here.  A processor with a rounding of its own may differ by
+    `Runtime.own_steps` anywhere, and by more in one value of a thousand.
 
     Parameters
     ----------
@@ -57,10 +59,14 @@ def verify(
         That the file was exported from.
     L : tensor or array, shape ``(..., C, C)``
         Inputs; repeated to fill the last batch, all of which is compared.
+        For a graph from keys a mapping of ``k (..., C, D)``, ``beta (..., C)``
+        and ``g (..., C)``: the L that a runtime builds of them must be right
+        in float32, and the simulator is given that one.
     runtimes : sequence of str
         Names of `qinvert.export.runtimes.RUNTIMES`.
     layer : str, optional
-        Layer of the plan; read from the file if left out.
+        Layer of the plan; read from the file if left out.  Of a model with
+        a function per layer that function is run, alone and inlined.
     beta : tensor or array, shape ``(..., C)``, optional
         In [0, 2]; a factored plan needs it, others ignore it.
 
@@ -80,66 +86,77 @@ def verify(
         If ``L`` or ``beta`` is not legal.
     """
     content = read_bytes(path)
-    model = read_model(content, path)
+    whole = read_model(content, path)
+    model = single_layer(whole, layer)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     name = layer if layer is not None else metadata.get("qinvert.layer")
     layer_plan = plan.layer(name)
-    source, batch = _graph_input(model, layer_plan)
-    lower, rows = _inputs(layer_plan, L, beta)
-    expected = layer_plan.inverse(lower, rows).cpu().numpy()
-    feed, unit = {source: lower if source == "L" else -lower}, torch.ones(len(lower), 1, 1)
-    if rows is not None:
-        feed[BETA], unit = rows.unsqueeze(-1), row_factors(rows, torch.float32).cpu()
-    truth, exact = solve(lower), _is_exact(metadata, layer_plan)
+    interface = Interface.of(model, layer_plan)
+    content = content if model is whole else serialize(model)
+    inputs = graph_inputs(layer_plan, interface, L, beta)
     if not runtimes:
         raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
     # Every slot of the last batch computes something: fill it, and compare all of it.
-    filled = np.arange(-(-len(lower) // batch) * batch) % len(lower)
-    reference = Reference(
-        plan=layer_plan,
-        expected=expected[filled],
-        truth=truth[filled],
-        unit=(layer_plan.output.scale * unit[filled]).numpy(),
-        exact=exact,
-    )
-    arrays = {name: values[filled].cpu().numpy() for name, values in feed.items()}
-    results = []
+    assert interface.batch is not None
+    count = len(next(iter(inputs.values())))
+    filled = np.arange(-(-count // interface.batch) * interface.batch) % count
+    inputs = {name: values[filled] for name, values in inputs.items()}
+    storage = find_profile(metadata.get("qinvert.profile", plan.target)).storage_of(layer_plan.output.format)
+    rows = inputs[BETA].squeeze(-1) if layer_plan.program.vectors else None
+    fixed = None
+    if interface.input is not GraphInput.KEYS:
+        fixed = reference(layer_plan, interface, storage, _lower(interface, inputs), rows)
+    exact, results = fixed is not None and _is_exact(metadata, layer_plan), []
+    feeds = _feeds(inputs, interface.batch)
     for runtime in runtimes:
-        for execution in execute(runtime, content, _feeds(arrays, batch)):
-            actual = _joined(execution, batch, layer_plan.chunk)
-            results.append(reference.compare(runtime, execution, actual))
-            reference.judge(results[-1], actual, _hint(metadata, plan))
+        built = {} if fixed is not None else _built(model, interface, inputs, runtime)
+        for execution in execute(runtime, content, feeds):
+            wanted = fixed
+            if wanted is None:
+                wanted = reference(layer_plan, interface, storage, built[execution.setting], rows)
+            actual = _joined(execution, interface.batch, wanted.expected)
+            results.append(compare(runtime, execution, actual, wanted, exact))
+            judge(results[-1], actual, wanted, _hint(metadata, plan))
     return results
 
 
-def _inputs(plan: LayerPlan, matrices: Any, beta: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    lower = check_matrices(matrices, plan.chunk).to(torch.float32)
-    rows = needed_beta(plan.program, lower, beta)
-    if rows is not None:
-        rows = rows.to(torch.float32).reshape(-1, plan.chunk)
-    return lower.reshape(-1, plan.chunk, plan.chunk), rows
+def read_interface(path: str | PathLike[str], plan: Plan, layer: str) -> Interface:
+    """Return what the exported graph of a layer takes and returns.
+
+    Raises
+    ------
+    ExportError
+        If the file is no graph of this package.
+    """
+    return Interface.of(single_layer(read_model(read_bytes(path), path), layer), plan.layer(layer))
 
 
-def _graph_input(model: onnx.ModelProto, plan: LayerPlan) -> tuple[str, int]:
-    shapes = {value.name: _static_shape(value) for value in model.graph.input}
-    outputs = [value.name for value in model.graph.output]
-    name, shape = next(iter(shapes.items()), ("", []))
-    if list(shapes)[1:] != list(plan.program.vectors) or name not in INPUTS or outputs != ["T"]:
-        wanted = " and ".join(["L or M", *plan.program.vectors])
-        raise ExportError(f"the graph has no input {wanted} and output T; pass a file that qinvert exported")
-    returned = _static_shape(model.graph.output[0])
-    if len(shape) != 4 or shape[0] != 1 or shape[2:] != [plan.chunk, plan.chunk] or returned != shape:
-        raise ExportError(
-            f"the graph maps {shape} to {returned}, the plan needs [1, batch, {plan.chunk}, {plan.chunk}]; "
-            "export again"
-        )
-    most = min(MAX_BATCH, MAX_ELEMENTS // plan.chunk**2)
-    return name, check_integer("batch of the graph", shape[1], 1, most, ExportError, "; export again")
+def _lower(interface: Interface, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    matrices = inputs[str(interface.input)]
+    return matrices if interface.input is GraphInput.L else -matrices
 
 
-def _static_shape(value: onnx.ValueInfoProto) -> list[int | str]:
-    dims = value.type.tensor_type.shape.dim
-    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
+def _built(
+    model: onnx.ModelProto, interface: Interface, inputs: Mapping[str, torch.Tensor], runtime: str
+) -> dict[str, torch.Tensor]:
+    """L as each setting of a runtime builds it from keys, by the part of the graph that does so."""
+    name = next((n.output[0] for n in model.graph.node if n.output[0].startswith(FROM_KEYS)), None)
+    if name is None or interface.batch is None:
+        raise ExportError(f"the graph has no tensor {FROM_KEYS!r}; export it again")
+    part = onnx.utils.Extractor(model).extract_model([value.name for value in model.graph.input], [name])
+    expected = lower_from_keys(inputs).cpu()
+    like = expected.to(torch.float32).numpy()
+    built = {}
+    for execution in execute(runtime, serialize(part), _feeds(inputs, interface.batch)):
+        found = torch.from_numpy(_joined(execution, interface.batch, like))
+        error = float((expected + found).abs().amax())
+        if not error <= KEYS_TOLERANCE * max(1.0, float(expected.abs().amax())):
+            raise VerificationError(
+                f"{runtime} ({execution.setting}) builds L from keys with an error of {error:.3g}; it should "
+                f"stay below {KEYS_TOLERANCE:g} of the largest element: run float operators in float32"
+            )
+        built[execution.setting] = torch.tril(-found, -1)
+    return built
 
 
 def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
@@ -148,23 +165,25 @@ def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
     return exact or find_profile(metadata.get("qinvert.profile", "")).exact
 
 
-def _feeds(inputs: dict[str, Float32Array], batch: int) -> list[Feed]:
-    count = len(next(iter(inputs.values())))
+def _feeds(inputs: Mapping[str, torch.Tensor], batch: int) -> list[Feed]:
+    arrays = {name: values.cpu().numpy() for name, values in inputs.items()}
+    count = len(next(iter(arrays.values())))
     return [
-        {name: x[start : start + batch][None] for name, x in inputs.items()}
+        {name: x[start : start + batch][None] for name, x in arrays.items()}
         for start in range(0, count, batch)
     ]
 
 
-def _joined(execution: Execution, batch: int, chunk: int) -> Float32Array:
-    wanted = (1, batch, chunk, chunk)
+def _joined(execution: Execution, batch: int, like: Returned) -> Returned:
+    """Return what a graph returned for every batch, of the type and shape of ``like``."""
+    wanted = (1, batch, *like.shape[1:])
     for result in execution.outputs:
-        if result.shape != wanted or result.dtype != np.float32:
+        if result.shape != wanted or result.dtype != like.dtype:
             raise ExportError(
-                f"the graph returned {result.dtype} {list(result.shape)}, not float32 {list(wanted)}; "
+                f"the graph returned {result.dtype} {list(result.shape)}, not {like.dtype} {list(wanted)}; "
                 "export it again"
             )
-    joined: Float32Array = np.concatenate(execution.outputs, axis=1)[0]
+    joined: Returned = np.concatenate(execution.outputs, axis=1)[0]
     return joined
 
 

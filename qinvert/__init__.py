@@ -17,11 +17,14 @@ from qinvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qinvert.calibration.calibrate import calibrate as calibrate
+    from qinvert.calibration.capturing import capture as capture
+    from qinvert.calibration.capturing import capture_details as capture_details
     from qinvert.calibration.evaluation import Evaluation as Evaluation
+    from qinvert.calibration.evaluation import LayerErrors as LayerErrors
+    from qinvert.calibration.evaluation import compare as compare
     from qinvert.calibration.evaluation import evaluate as evaluate
     from qinvert.calibration.growth import RangeGrowth as RangeGrowth
     from qinvert.calibration.growth import range_growth as range_growth
-    from qinvert.calibration.hooks import capture as capture
     from qinvert.calibration.hooks import patched as patched
     from qinvert.calibration.reports import LayerReport as LayerReport
     from qinvert.calibration.reports import Report as Report
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.comparing import Verification as Verification
+    from qinvert.export.layers import export_layers as export_layers
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
@@ -56,6 +60,7 @@ _HOMES = {
     "ExportError": "errors",
     "InputError": "errors",
     "IntFormat": "formats",
+    "LayerErrors": "calibration.evaluation",
     "LayerPlan": "plan",
     "LayerReport": "calibration.reports",
     "MissingDependencyError": "errors",
@@ -72,11 +77,14 @@ _HOMES = {
     "banded_residual": "methods",
     "block_merge": "methods",
     "calibrate": "calibration.calibrate",
-    "capture": "calibration.hooks",
+    "capture": "calibration.capturing",
+    "capture_details": "calibration.capturing",
     "chunk_gated_delta_rule": "delta_rule",
     "column_sweep": "methods",
+    "compare": "calibration.evaluation",
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
+    "export_layers": "export.layers",
     "forward_substitution": "methods",
     "neumann": "methods",
     "neumann_doubling": "methods",

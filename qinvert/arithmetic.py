@@ -376,6 +376,51 @@ def requantize_scaled(
     return _round(q.to(torch.float32) * unit * factor, scale, fmt)
 
 
+def requantize_partial_scalar(accumulators: list[int], factor: float, scale: float, fmt: IntFormat) -> int:
+    """Scalar twin of `requantize_partial`."""
+    first, *rest = (
+        requantize_multiplier_scalar(accumulator, weighted, fmt)
+        for accumulator, weighted in zip(
+            accumulators, partial_factors(factor, len(accumulators)), strict=True
+        )
+    )
+    return requantize_divide_scalar(first, scale, [(q, scale) for q in rest], scale, fmt) if rest else first
+
+
+def requantize_partial(
+    accumulators: list[torch.Tensor], factor: float, scale: float, fmt: IntFormat, *, overwrite: bool = False
+) -> torch.Tensor:
+    """``sat(sum_i sat(round_half_even(float32(acc_i) * f_i)))``, ``f_i`` the factor of plane i.
+
+    What QLinearMatMul computes of one accumulator, and one such product for
+    each plane of a right operand with a quantized Add of both.
+
+    Parameters
+    ----------
+    accumulators : list of torch.Tensor
+        One, or that of the high plane and that of the low one.
+    factor : float
+        `multiplier` of the scales, the low plane's.
+    scale, fmt
+        Of the result.
+    overwrite : bool
+        The accumulators are nobody else's: their memory may hold the result.
+    """
+    first, *rest = (
+        requantize_multiplier(accumulator, weighted, fmt, overwrite=overwrite)
+        for accumulator, weighted in zip(
+            accumulators, partial_factors(factor, len(accumulators)), strict=True
+        )
+    )
+    addends = [(q, scale) for q in rest]
+    return requantize_divide(first, scale, addends, scale, fmt, overwrite=True) if rest else first
+
+
+def partial_factors(factor: float, planes: int) -> list[float]:
+    """Factors of the accumulators of a right operand's planes, high first; exact in float32."""
+    return [factor * PLANE_RATIO**i for i in reversed(range(planes))]
+
+
 def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat) -> int:
     """Scalar twin of `requantize_multiplier`."""
     with np.errstate(over="ignore"):

@@ -213,10 +213,9 @@ class IntervalEvaluator(TorchEvaluator):
         lefts = self._planes(step.left, left)
         rights = self._planes(step.right, right, arithmetic.operand_planes)
         if self.plan.requantize is Requantize.MULTIPLIER:
-            residuals = [scaled(q, sign * self.plan.residual_factor(step, name)) for name, sign, q in signed]
-            ((total, _),) = self._accumulators(step.output, product, lefts, rights, residuals)
-            factor = self.plan.multiplier(step)
-            return self._round(step.output, lambda fmt: arithmetic.requantize_multiplier(total, factor, fmt))
+            residuals = [self._residual(step, name, sign, q) for name, sign, q in signed]
+            terms = self._accumulators(step.output, product, lefts, rights, residuals)
+            return self._partial(step, terms)
         terms = self._accumulators(step.output, product, lefts, rights, [])
         for name, sign, q in signed:
             terms += [(plane, sign * scale) for plane, scale in self._planes(name, q)]
@@ -240,8 +239,25 @@ class IntervalEvaluator(TorchEvaluator):
         terms = self._accumulators(step.output, elementwise, lefts, rights, [])
         if self.plan.requantize is Requantize.DIVIDE:
             return self._sum(step.output, terms)
-        (total, _), factor = terms[0], self.plan.multiplier(step)
-        return self._round(step.output, lambda fmt: arithmetic.requantize_multiplier(total, factor, fmt))
+        return self._partial(step, terms)
+
+    def _partial(self, step: MatMul | Scale, terms: list[Term]) -> torch.Tensor:
+        name, factor, grid = step.output, self.plan.multiplier(step), self.plan.tensors[step.output]
+        totals = [total for total, _ in terms]
+        result = self._round(name, lambda fmt: arithmetic.requantize_partial(totals, factor, grid.scale, fmt))
+        for total, weighted in zip(totals, arithmetic.partial_factors(factor, len(totals)), strict=True):
+            part = arithmetic.requantize_multiplier(total, weighted, UNBOUNDED)
+            legal = (grid.format.minimum <= part) & (part <= grid.format.maximum)
+            self.inside[name] &= bool(legal.all())
+        return result
+
+    def _residual(self, step: MatMul, name: str, sign: int, interval: torch.Tensor) -> list[torch.Tensor]:
+        """Intervals that a residual adds to every accumulator."""
+        if name == step.right:
+            planes = self._planes(name, interval, arithmetic.operand_planes)
+            factor = sign * self.plan.residual_factor(step, name)
+            return [scaled(plane, factor) for plane, _ in planes]
+        return [scaled(interval, sign * factor) for factor in self.plan.identity_planes(step, name)]
 
     def _planes(
         self,
@@ -262,12 +278,12 @@ class IntervalEvaluator(TorchEvaluator):
         multiply: Multiply,
         lefts: list[Term],
         rights: list[Term],
-        residuals: list[torch.Tensor],
+        residuals: list[list[torch.Tensor]],
     ) -> list[Term]:
         totals, records = [], []
-        for pairs in arithmetic.partial_products(len(lefts), len(rights)):
+        for plane, pairs in enumerate(arithmetic.partial_products(len(lefts), len(rights))):
             parts = [multiply(lefts[i][0], rights[j][0]) for i, j in pairs]
-            parts += [(residual, magnitude(residual)) for residual in residuals]
+            parts += [(residual[plane], magnitude(residual[plane])) for residual in residuals]
             total, largest = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
             low, high = split(total)
             records.append(Accumulator(int(low.min()), int(high.max()), int(largest.max())))

@@ -170,6 +170,28 @@ def solve(lower: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
+class SolvedInverse:
+    """``T = (I + L)^-1`` without T: ``T @ b`` solves ``(I + L) x = b`` in L's dtype.
+
+    What models do that solve; the result equals theirs bit by bit.
+
+    Parameters
+    ----------
+    lower : torch.Tensor, shape ``(..., C, C)``
+        Checked L.
+    """
+
+    def __init__(self, lower: torch.Tensor) -> None:
+        self.lower = lower
+
+    def __matmul__(self, right: torch.Tensor) -> torch.Tensor:
+        with _one_thread():
+            solution: torch.Tensor = torch.linalg.solve_triangular(
+                self.lower, right, upper=False, unitriangular=True
+            )
+        return solution
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     # LAPACK splits every single small matrix over the threads and waits for all of them:

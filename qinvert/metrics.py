@@ -57,11 +57,41 @@ class ErrorStatistics:
         ``inf`` without an error, ``-inf`` where an estimate was not finite or
         the signal is zero and the error is not.
         """
-        if self.non_finite or not math.isfinite(self.noise):
-            return -math.inf
-        if self.noise == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        return -math.inf if self.non_finite else ratio_db(self.signal, self.noise)
+
+
+@dataclass(slots=True)
+class NoiseStatistics:
+    """Streaming sums over vectors that follow from T: what the error of T makes of them."""
+
+    #: Sum of squares of the exact values.
+    signal: float = 0.0
+    #: Sum of squares of the errors.
+    noise: float = 0.0
+
+    def update(self, estimate: torch.Tensor, exact: torch.Tensor) -> None:
+        """Add values of any shape."""
+        exact = exact.to(torch.float64)
+        self.signal += float(exact.square().sum())
+        self.noise += float((estimate.to(torch.float64) - exact).square().sum())
+
+    @property
+    def sqnr_db(self) -> float:
+        """``20 log10(||x|| / ||x_hat - x||)`` over all values together, as for T."""
+        return ratio_db(self.signal, self.noise)
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of sums of squares.
+
+    ``inf`` without noise, ``-inf`` where the noise is not finite, or the
+    signal is zero and the noise is not.
+    """
+    if not math.isfinite(noise):
+        return -math.inf
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def _largest(old: float, new: float) -> float:

@@ -12,7 +12,7 @@ from qinvert.errors import InputError, MissingDependencyError, reason
 
 
 def load_pretrained(path: str | PathLike[str]) -> Any:
-    """Load a causal language model from a local folder, float32, in eval mode.
+    """Load a language model, or one of text and images, from a local folder, float32, in eval mode.
 
     Nothing is downloaded and no code from the folder is run.
 
@@ -30,12 +30,19 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
         )
     transformers = require_transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = _loader(transformers, folder).from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except Exception as error:  # transformers raises anything from KeyError to RuntimeError here
         raise InputError(f"cannot load the model in {folder}: {reason(error)}") from error
     return model.eval()
+
+
+def _loader(transformers: Any, folder: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    # Some families exist with images only.
+    text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
 
 
 def require_transformers() -> Any:

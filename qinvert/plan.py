@@ -15,9 +15,11 @@ from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from qinvert import arithmetic
 from qinvert.errors import PlanError
-from qinvert.formats import INT8, IntFormat
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.matrices import M, check_matrices, like
 from qinvert.program import Program
 from qinvert.steps import INPUT, MOVES, MatMul, Scale
@@ -32,6 +34,7 @@ class Requantize(StrEnum):
     #: Residuals join as float32, then divide by the scale: MatMulInteger, Cast, Mul, Add, QuantizeLinear.
     DIVIDE = "divide"
     #: Residuals join as integers, then one float32 factor: QLinearMatMul and fused QDQ MatMul.
+    #: Two partial products (int16) are rounded one by one, then added.
     MULTIPLIER = "multiplier"
 
 
@@ -55,6 +58,19 @@ class Quantization:
     def limit(self) -> float:
         """Largest magnitude that both signs can represent."""
         return self.format.largest * self.scale
+
+    @property
+    def one(self) -> int:
+        """Integer ``k`` with ``float32(1 / k) = scale``, that means 1.0; any format's; 0 if none."""
+        integer = round(1 / self.scale)
+        return integer if integer and arithmetic.float32(1 / integer) == self.scale else 0
+
+    @property
+    def largest_one(self) -> int:
+        """Largest integer that an operand can hold on its diagonal, whichever side it is on."""
+        # An int16 right operand is split into int8 planes, which end earlier than int16.
+        fmt = self.format
+        return PLANE_RATIO * INT8.maximum if fmt.container_bits > INT8.container_bits else fmt.largest
 
     def __str__(self) -> str:
         return f"{self.format} s={self.scale:.4g}"
@@ -91,7 +107,7 @@ class LayerPlan:
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         _check_moves(self.program, self.tensors)
         if self.requantize is Requantize.MULTIPLIER:
-            _check_narrow(self.tensors)
+            _check_single_planes(self.tensors)
         for step in self.program.steps:
             if isinstance(step, MatMul):
                 arithmetic.check_accumulator(self.accumulator_bound(step))
@@ -137,14 +153,42 @@ class LayerPlan:
                 f"step {step.output!r}: residual {term!r} is no operand of the product; "
                 "plan it with requantize='divide'"
             )
-        scale = self.tensors[partner].scale
-        factor = round(1 / scale)
-        if factor < 1 or arithmetic.float32(1 / factor) != scale:
+        grid = self.tensors[partner]
+        if not grid.one:
             raise PlanError(
-                f"step {step.output!r}: 1.0 is no integer on the grid of {partner!r} (scale {scale!r}); "
+                f"step {step.output!r}: 1.0 is no integer on the grid of {partner!r} (scale {grid.scale!r}); "
                 "use a scale 1/k or requantize='divide'"
             )
-        return factor
+        return grid.one
+
+    def identity_blocks(self, step: MatMul, term: str) -> list[int]:
+        """Integers of one operand's format that add up to `residual_factor`."""
+        partner = step.left if term == step.right else step.right
+        largest = self.tensors[partner].largest_one
+        full, rest = divmod(self.residual_factor(step, term), largest)
+        return [largest] * full + [rest] * (rest > 0)
+
+    def residual_planes(
+        self, step: MatMul, term: str, values: torch.Tensor, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """What the residual ``term`` of integers ``values`` adds to each accumulator.
+
+        ``k q`` in one accumulator; of two, with the right operand split into
+        planes, ``k q_i`` for the right operand itself and ``k_i q`` for the
+        left one.  Exact where ``dtype`` holds the accumulators.
+        """
+        right = self.tensors[step.right]
+        if term == step.right:
+            planes = arithmetic.operand_planes(values, right.scale, right.format)
+            return [plane.to(dtype) * self.residual_factor(step, term) for plane, _ in planes]
+        return [values.to(dtype) * factor for factor in self.identity_planes(step, term)]
+
+    def identity_planes(self, step: MatMul, term: str) -> list[int]:
+        """`residual_factor` by planes of the right operand, where the left operand is the ``term``."""
+        right = self.tensors[step.right]
+        blocks = torch.tensor(self.identity_blocks(step, term), dtype=torch.float32)
+        planes = arithmetic.operand_planes(blocks, right.scale, right.format)
+        return [int(plane.sum()) for plane, _ in planes]
 
     def multiplier(self, step: MatMul | Scale) -> float:
         """Factor from the step's accumulator to the integers of its output."""
@@ -164,7 +208,9 @@ class LayerPlan:
         bound = max(sum(depth * left[i] * right[j] for i, j in pairs) for pairs in groups)
         if self.requantize is Requantize.MULTIPLIER:
             for term in (*step.add, *step.subtract):
-                bound += self.residual_factor(step, term) * self.tensors[term].format.magnitude
+                extreme = torch.tensor([float(self.tensors[term].format.minimum)])
+                planes = self.residual_planes(step, term, extreme, torch.float64)
+                bound += max(int(plane.abs()) for plane in planes)
         return bound
 
     def inverse(self, L: M, beta: Any = None) -> M:  # noqa: N803 - the field's name of this matrix
@@ -293,13 +339,13 @@ def _check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
             )
 
 
-def _check_narrow(tensors: Mapping[str, Quantization]) -> None:
+def _check_single_planes(tensors: Mapping[str, Quantization]) -> None:
     for name, quantization in tensors.items():
         fmt = quantization.format
-        if fmt.planes > 1 or fmt.container_bits > INT8.container_bits:
+        if fmt.planes > 1:
             raise PlanError(
                 f"tensor {name!r}: one factor per product cannot requantize {fmt}; "
-                "use int8, or requantize='divide'"
+                "use int8 or int16, or requantize='divide'"
             )
 
 

@@ -54,14 +54,16 @@ class IntegerEvaluator(TorchEvaluator):
             *((name, -1, value) for name, value in zip(step.subtract, subtract, strict=True)),
         ]
         output = tensors[step.output]
-        (accumulator, unit), *addends = accumulators
         if self.plan.requantize is Requantize.MULTIPLIER:
+            totals = [total for total, _ in accumulators]
             for name, sign, value in signed:
-                # In the accumulator's dtype: the product may exceed what float32 holds exactly.
-                term = value.to(accumulator.dtype)
-                accumulator += term * (sign * self.plan.residual_factor(step, name))
-            factor = self.plan.multiplier(step)
-            return arithmetic.requantize_multiplier(accumulator, factor, output.format, overwrite=True)
+                terms = self.plan.residual_planes(step, name, value, totals[0].dtype)
+                for total, term in zip(totals, terms, strict=True):
+                    total += sign * term
+            return arithmetic.requantize_partial(
+                totals, self.plan.multiplier(step), output.scale, output.format, overwrite=True
+            )
+        (accumulator, unit), *addends = accumulators
         for name, sign, value in signed:
             addends += [(plane, sign * scale) for plane, scale in self._planes(name, value)]
         return arithmetic.requantize_divide(
@@ -108,7 +110,10 @@ class IntegerEvaluator(TorchEvaluator):
             tensors[step.source], tensors[step.vector], source, along(step, vector), torch.mul
         )
         if self.plan.requantize is Requantize.MULTIPLIER:
-            return arithmetic.requantize_multiplier(terms[0][0], self.plan.multiplier(step), output.format)
+            totals = [total for total, _ in terms]
+            return arithmetic.requantize_partial(
+                totals, self.plan.multiplier(step), output.scale, output.format
+            )
         return self._sum(step.output, terms)
 
     def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from qinvert.checks import check_integer, check_seed
 from qinvert.errors import InputError, lookup
+from qinvert.gram import from_keys as from_keys
 from qinvert.steps import check_chunk
 
 Generator = Callable[[int, int, int], torch.Tensor]
@@ -25,48 +26,30 @@ MAX_COUNT = 2**24
 KEY_SIZE = 64
 
 
-def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """``L[i, j] = beta_i <k_i, k_j> exp(G_i - G_j)`` for ``j < i``, ``G = cumsum(g)``.
-
-    Parameters
-    ----------
-    k : torch.Tensor, shape ``(..., C, D)``
-        Keys, as they enter the product (normalize them first).
-    beta : torch.Tensor, shape ``(..., C)``
-    g : torch.Tensor, shape ``(..., C)`` or ``(..., C, D)``
-        Log decay, ``<= 0``; one per channel makes it
-        ``beta_i sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])``.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(..., C, C)``, dtype of ``k``.
-    """
-    if g.ndim < k.ndim:
-        products = k @ k.mT * decay(g)
-    else:
-        # Channel by channel: all of them at once would take D times the memory of the result.
-        channels = zip(k.unbind(-1), g.unbind(-1), strict=True)
-        products = sum(
-            (x.unsqueeze(-1) * x.unsqueeze(-2) * decay(log_decay) for x, log_decay in channels),
-            start=k.new_zeros(*k.shape[:-1], k.shape[-2]),
-        )
-    return torch.tril(beta.unsqueeze(-1) * products, -1)
-
-
-def decay(g: torch.Tensor) -> torch.Tensor:
-    """``exp(G_i - G_j)`` for ``j <= i`` and 1 above, ``G = cumsum(g)``, shape ``(..., C, C)``."""
-    total = torch.cumsum(g, -1)
-    # Mask before exp: above the diagonal the difference is positive and may overflow.
-    return torch.exp(torch.tril(total.unsqueeze(-1) - total.unsqueeze(-2)))
-
-
-def unit_keys(count: int, chunk: int, cosine: float, generator: torch.Generator) -> torch.Tensor:
-    """Unit keys ``[count, chunk, KEY_SIZE]`` whose expected pairwise cosine is about ``cosine``."""
-    shared = torch.randn(count, 1, KEY_SIZE, generator=generator, dtype=torch.float32)
-    own = torch.randn(count, chunk, KEY_SIZE, generator=generator, dtype=torch.float32)
+def unit_keys(
+    count: int, chunk: int, cosine: float, generator: torch.Generator, size: int = KEY_SIZE
+) -> torch.Tensor:
+    """Unit keys ``[count, chunk, size]`` whose expected pairwise cosine is about ``cosine``."""
+    shared = torch.randn(count, 1, size, generator=generator, dtype=torch.float32)
+    own = torch.randn(count, chunk, size, generator=generator, dtype=torch.float32)
     keys = cosine**0.5 * shared + (1 - cosine) ** 0.5 * own
     return torch.nn.functional.normalize(keys, dim=-1)
+
+
+def stress_keys(count: int, chunk: int, size: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return ``k [N, chunk, size]``, ``beta`` and ``g [N, chunk]`` for `from_keys`, alike and not.
+
+    ``count`` matrices for each of four cosines of the keys; decays from none
+    to forgetting everything at once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.cat([unit_keys(count, chunk, cosine, generator, size) for cosine in (0.0, 0.5, 0.97, 1.0)])
+    level = torch.exp(_uniform((math.log(1e-4), math.log(166.0)), (len(k), 1), generator))
+    return {
+        "k": k,
+        "beta": _uniform((0.0, 1.0), (len(k), chunk), generator),
+        "g": -level * _uniform((0.0, 1.0), (len(k), chunk), generator),
+    }
 
 
 def _keyed(cosine: float, beta: tuple[float, float], g: tuple[float, float]) -> Generator:

@@ -369,3 +369,21 @@ def test_partial_products_drop_low_times_low_and_share_accumulators():
     assert arithmetic.partial_products(1, 1) == [[(0, 0)]]
     assert arithmetic.partial_products(2, 1) == [[(0, 0)], [(1, 0)]]
     assert arithmetic.partial_products(2, 2) == [[(0, 0)], [(0, 1), (1, 0)]]
+
+
+@given(st.integers(-(2**30), 2**30), st.integers(-(2**30), 2**30), st.integers(1, 2**20))
+def test_partial_products_are_rounded_one_by_one(high, low, odd):
+    factor, scale = arithmetic.float32(odd * 2.0**-40), 2.0**-15
+    accumulators = [torch.tensor([float(a)], dtype=torch.float64) for a in (high, low)]
+    (found,) = arithmetic.requantize_partial(accumulators, factor, scale, INT16).tolist()
+    assert found == arithmetic.requantize_partial_scalar([high, low], factor, scale, INT16)
+    parts = [
+        arithmetic.requantize_multiplier_scalar(a, factor * w, INT16) for a, w in ((high, 256), (low, 1))
+    ]
+    assert found == max(-(2**15), min(2**15 - 1, sum(parts)))
+
+
+def test_one_partial_product_is_a_product():
+    accumulator = torch.arange(-300.0, 300.0)
+    single = arithmetic.requantize_partial([accumulator], 0.37, 0.1, INT8)
+    assert torch.equal(single, arithmetic.requantize_multiplier(accumulator, 0.37, INT8))

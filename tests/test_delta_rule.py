@@ -8,7 +8,7 @@ import torch
 import qinvert
 from qinvert.delta_rule import chunk_gated_delta_rule, exact
 from qinvert.errors import InputError
-from qinvert.matrices import check_matrices
+from qinvert.matrices import SolvedInverse, check_matrices
 
 
 def inputs(length=12, key_heads=2, heads=2, batch=2, key_size=6, value_size=5, seed=0, dtype=torch.float32):
@@ -28,6 +28,13 @@ def inputs(length=12, key_heads=2, heads=2, batch=2, key_size=6, value_size=5, s
     return {name: tensor.to(dtype) for name, tensor in arguments.items()}
 
 
+def per_channel(arguments, strength=1.0):
+    generator = torch.Generator().manual_seed(4)
+    shape = (*arguments["g"].shape, arguments["key"].shape[-1])
+    g = -strength * torch.rand(shape, generator=generator).pow(4)
+    return arguments | {"g": g.to(arguments["g"].dtype)}
+
+
 def token_by_token(query, key, value, g, beta, state=None):
     """``S <- exp(g) S (I - beta k k^T) + beta v k^T``, ``o = S q / sqrt(D)``, in float64."""
     query, key, value, g, beta = (x.double() for x in (query, key, value, g, beta))
@@ -40,7 +47,8 @@ def token_by_token(query, key, value, g, beta, state=None):
             s = torch.zeros(value_size, key_size).double() if state is None else state[b, h].double().T
             for t in range(length):
                 k, v, q = key[b, t, h // group], value[b, t, h], query[b, t, h // group]
-                s = math.exp(g[b, t, h]) * (s - beta[b, t, h] * torch.outer(s @ k, k))
+                s = s * torch.exp(g[b, t, h])
+                s = s - beta[b, t, h] * torch.outer(s @ k, k)
                 s = s + beta[b, t, h] * torch.outer(v, k)
                 out[b, t, h] = s @ q / math.sqrt(key_size)
             states[b, h] = s.T
@@ -60,6 +68,40 @@ def test_chunks_compute_the_recurrence_whatever_the_padding(length, chunk_size):
     assert out.shape == arguments["value"].shape
     assert close(out, expected)
     assert close(state, expected_state)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 12, 64])
+@pytest.mark.parametrize("strength", [0.1, 5.0, 1000.0])
+def test_a_decay_per_channel_computes_the_recurrence(chunk_size, strength):
+    arguments = per_channel(inputs(33), strength)
+    start = torch.randn(2, 2, 6, 5, generator=torch.Generator().manual_seed(3))
+    options = {"chunk_size": chunk_size, "initial_state": start, "output_final_state": True}
+    out, state = chunk_gated_delta_rule(**arguments, **options)
+    expected, expected_state = token_by_token(**arguments, state=start)
+    # Differences of cumulated decays are exact to their float32 grid only.
+    room = 2e-6 * max(1, strength)
+    assert close(out, expected, room)
+    assert close(state, expected_state, room)
+
+
+def test_the_same_decay_in_all_channels_is_one_decay_a_head():
+    arguments = inputs(40)
+    channels = arguments | {"g": arguments["g"].unsqueeze(-1).expand(-1, -1, -1, 6)}
+    options = {"chunk_size": 16, "output_final_state": True}
+    for found, expected in zip(
+        chunk_gated_delta_rule(**channels, **options),
+        chunk_gated_delta_rule(**arguments, **options),
+        strict=True,
+    ):
+        assert close(found, expected.double())
+
+
+def test_an_inverse_that_is_solved_equals_one_that_is_formed():
+    arguments = inputs(40)
+    solved, _ = chunk_gated_delta_rule(**arguments, inverse=SolvedInverse)
+    formed, _ = chunk_gated_delta_rule(**arguments, inverse=exact)
+    assert torch.equal(solved, chunk_gated_delta_rule(**arguments)[0])
+    assert close(solved, formed.double())
 
 
 def test_the_default_chunk_is_64():
@@ -196,13 +238,6 @@ def test_the_exact_inverse_keeps_the_type(chunk):
     assert torch.allclose(result @ (torch.eye(chunk) + lower), torch.eye(chunk), atol=1e-6)
 
 
-def test_a_decay_per_channel_is_refused():
-    arguments = inputs(4)
-    arguments["g"] = arguments["g"].unsqueeze(-1).expand(-1, -1, -1, 6)
-    with pytest.raises(InputError, match="one decay a head, not per channel"):
-        chunk_gated_delta_rule(**arguments)
-
-
 def test_packed_sequences_are_refused():
     with pytest.raises(InputError, match=r"cu_seqlens.*pass one sequence a row"):
         chunk_gated_delta_rule(**inputs(4), cu_seqlens=torch.tensor([0, 2, 4]))
@@ -214,6 +249,8 @@ def test_packed_sequences_are_refused():
         (inputs(4, key_heads=2, heads=3), {}),
         (inputs(4, key_heads=4, heads=2), {}),
         (inputs(0), {}),
+        (inputs(4) | {"g": torch.zeros(2, 4, 2, 5)}, {}),
+        (inputs(4) | {"g": torch.zeros(2, 4, 1)}, {}),
         (inputs(4), {"chunk_size": 0}),
         (inputs(4), {"chunk_size": -4}),
         (inputs(4), {"initial_state": torch.zeros(2, 2, 5, 6)}),

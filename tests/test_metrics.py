@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import qinvert
 from qinvert.formats import INT8
 from qinvert.methods import block_merge
-from qinvert.metrics import ErrorStatistics, floor_inverse
+from qinvert.metrics import ErrorStatistics, NoiseStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.stress import stress_matrices
@@ -41,6 +41,19 @@ def plan() -> LayerPlan:
 def test_sqnr_is_twenty_log_of_the_ratio_below_the_diagonal(error, decibels):
     exact, estimate = unit(e10=1.0), unit(e10=1.0, e32=error)
     assert measured(estimate, exact).sqnr_db == pytest.approx(decibels)
+
+
+@pytest.mark.parametrize(
+    ("error", "decibels"), [(5.0, 0.0), (0.5, 20.0), (0.0, math.inf), (math.nan, -math.inf)]
+)
+def test_sqnr_of_vectors_counts_every_value(error, decibels):
+    statistics = NoiseStatistics()
+    for exact in (torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])):
+        estimate = exact.clone()
+        if exact.numel() == 1:
+            estimate += error
+        statistics.update(estimate, exact)
+    assert statistics.sqnr_db == pytest.approx(decibels)
 
 
 def test_sqnr_is_over_all_matrices_together():

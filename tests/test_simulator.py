@@ -94,18 +94,35 @@ def planes(q: np.ndarray, scale: float, fmt, right: bool = False) -> list[tuple[
     return [((q - low) // 256, np.float32(256 * scale)), (low, np.float32(scale))]
 
 
+def residual(plan: LayerPlan, step: MatMul, name: str, q: np.ndarray, plane: int) -> np.ndarray:
+    right = plan.tensors[step.right]
+    partner = plan.tensors[step.left] if name == step.right else right
+    one = round(1 / partner.scale)
+    if right.format is not INT16:
+        return one * q
+    if name == step.right:
+        return one * planes(q, right.scale, right.format, right=True)[plane][0]
+    # Blocks of 127 * 256, and what remains.
+    count, rest = divmod(one, 127 * 256)
+    parts = planes(np.array(rest), right.scale, right.format, right=True)
+    return q * int(parts[plane][0] + (127 * count if plane == 0 else 0))
+
+
 def product(plan: LayerPlan, step: MatMul, q: dict[str, np.ndarray]) -> np.ndarray:
     grids = plan.tensors
     terms = [(name, 1) for name in step.add] + [(name, -1) for name in step.subtract]
     if plan.requantize is Requantize.MULTIPLIER:
-        scale = {name: np.float32(t.scale) for name, t in grids.items()}
-        accumulator = q[step.left] @ q[step.right]
-        for name, sign in terms:
-            other = step.left if name == step.right else step.right
-            accumulator = accumulator + sign * round(1 / float(scale[other])) * q[name]
-        # One factor: the rounding of its steps is that of a grid of scale 1.
-        unit = scale[step.left] * scale[step.right]
-        return rounded(single(accumulator) * (unit / scale[step.output]), 1.0, grids[step.output].format)
+        output, right = grids[step.output], grids[step.right]
+        factor = np.float32(grids[step.left].scale) * np.float32(right.scale) / np.float32(output.scale)
+        weights = (1,) if right.format is not INT16 else (256, 1)
+        parts = []
+        for i, weight in enumerate(weights):
+            accumulator = q[step.left] @ planes(q[step.right], right.scale, right.format, right=True)[i][0]
+            for name, sign in terms:
+                accumulator = accumulator + sign * residual(plan, step, name, q[name], i)
+            # One factor: the rounding of its steps is that of a grid of scale 1.
+            parts.append(rounded(single(accumulator) * (factor * np.float32(weight)), 1.0, output.format))
+        return np.clip(sum(parts), output.format.minimum, output.format.maximum)
     left = planes(q[step.left], grids[step.left].scale, grids[step.left].format)
     right = planes(q[step.right], grids[step.right].scale, grids[step.right].format, right=True)
     x = single(left[0][0] @ right[0][0]) * (left[0][1] * right[0][1])

@@ -10,9 +10,9 @@ import torch
 
 from qinvert import recall
 from qinvert.calibration.calibrate import calibrate
-from qinvert.calibration.evaluation import evaluate
+from qinvert.calibration.capturing import capture
+from qinvert.calibration.evaluation import compare
 from qinvert.calibration.growth import range_growth
-from qinvert.calibration.hooks import capture
 from qinvert.calibration.reports import simulate
 from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
 from qinvert.cli.graphs import PLAN_FILE, export_all
@@ -113,10 +113,7 @@ def _accuracy(
             "banded residual, int8": calibrate(model, seen, method=banded_residual(64), progress=progress),
             "T = I": no_inverse,
         }
-        results = {
-            name: evaluate(model, inverse, unseen, score=recall.accuracy, progress=progress)
-            for name, inverse in inverses.items()
-        }
+        results = compare(model, inverses, unseen, score=recall.accuracy, progress=progress)
     scores = {"exact": results["integer"].exact_score or 0.0}
     scores |= {name: result.score or 0.0 for name, result in results.items()}
     rows = [["exact", f"{scores['exact']:.4f}", "-"]]

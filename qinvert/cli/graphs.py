@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import click
 import torch
@@ -18,18 +18,34 @@ from qinvert.execute import needed_beta
 from qinvert.export.comparing import Verification
 from qinvert.export.encodings import STYLES, encodings, to_bytes
 from qinvert.export.exporting import build, serialize
+from qinvert.export.interface import GraphInput, GraphOutput
+from qinvert.export.layers import build_layers, called_layers
 from qinvert.export.linting import lint
+from qinvert.export.verifying import read_interface
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.files import make_folder, write_together
 from qinvert.plan import Plan
 from qinvert.profiles import PROFILES, Profile, find_profile
 from qinvert.steps import MAX_BETA
-from qinvert.stress import STRESS, stress_matrices
+from qinvert.stress import STRESS, stress_keys, stress_matrices
 
 #: Sequences of the embedded model's task that a goal is measured on.
 GATE_SEQUENCES = 4
 #: Name of the plan beside the graphs.
 PLAN_FILE = "plan.json"
+#: Name of the file that has a function for each layer.
+ALL_LAYERS = "all_layers.onnx"
+#: Keys of each kind that graphs from keys are verified with.
+STRESS_KEYS = 8
+
+
+class Options(TypedDict, total=False):
+    """What graphs take and return, as in `qinvert.export`."""
+
+    batch: int
+    input: str
+    output: str
+    key_size: int | None
 
 
 @click.command()
@@ -41,8 +57,23 @@ PLAN_FILE = "plan.json"
 @click.option("--layer", "layers", multiple=True, help="Layer to export, repeatable; all by default.")
 @click.option("--batch", default=8, show_default=True, help="Matrices per call of the graph.")
 @click.option(
-    "--input", "source", default="L", show_default=True, type=click.Choice(("L", "M")), help="M takes -L."
+    "--input",
+    "source",
+    default="L",
+    show_default=True,
+    type=click.Choice([kind.value for kind in GraphInput]),
+    help="M takes -L; keys takes k, beta and g and builds L in float32.",
 )
+@click.option("--key-size", type=int, help="Length of a key, with --input keys.")
+@click.option(
+    "--output-type",
+    "result",
+    default="T",
+    show_default=True,
+    type=click.Choice([kind.value for kind in GraphOutput]),
+    help="integers returns what T is made of, as it is stored; its scale is in the metadata.",
+)
+@click.option("--one-file", is_flag=True, help=f"One {ALL_LAYERS} with a local function a layer.")
 @click.option(
     "--encodings", "style", type=click.Choice(tuple(STYLES)), help="Also write the scales as JSON, QDQ only."
 )
@@ -54,24 +85,35 @@ def export(
     layers: tuple[str, ...],
     batch: int,
     source: str,
+    key_size: int | None,
+    result: str,
+    one_file: bool,
     style: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Write one ONNX file a layer, and the plan beside them.
+    r"""Write one ONNX file a layer, or one for all, and the plan beside them.
 
     \b
     Example: qinvert export plan.json -o graphs/ --profile npu-qdq-int8
              qinvert export plan.json -o graphs/ --encodings aimet-2.0.0
+             qinvert export plan.json -o graphs/ --one-file --output-type integers
+             qinvert export plan.json -o graphs/ --input keys --key-size 128
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     find_profile(profile if profile is not None else plan.target)
     for name in layers:
         plan.layer(name)
-    files = export_all(plan, folder, profile, batch, source, layers, style)
+    options: Options = {"batch": batch, "input": source, "output": result, "key_size": key_size}
+    if one_file:
+        if style is not None:
+            raise InputError("--encodings describes one graph a layer; leave out --one-file")
+        files = export_together(plan, folder, profile, layers, **options)
+    else:
+        files = export_all(plan, folder, profile, layers, style, **options)
     written = {name: encodings_file(file) for name, file in files.items()} if style is not None else {}
-    for file in (*files.values(), *written.values()):
+    for file in dict.fromkeys((*files.values(), *written.values())):
         output.say(f"wrote {file}")
     output.result({"files": files, **({"encodings": written} if written else {})})
 
@@ -80,10 +122,9 @@ def export_all(
     plan: Plan,
     folder: str,
     profile: str | None = None,
-    batch: int = 8,
-    source: str = "L",
     layers: tuple[str, ...] = (),
     style: str | None = None,
+    **options: Unpack[Options],
 ) -> dict[str, str]:
     """Export the named layers (all by default) into ``folder``; return the file of each.
 
@@ -93,7 +134,7 @@ def export_all(
     names, target = file_names(plan), Path(folder)
     contents: dict[Path, bytes] = {}
     for name in layers or plan.layers:
-        model = build(plan, profile=profile, layer=name, batch=batch, input=source)
+        model = build(plan, profile=profile, layer=name, **options)
         contents[target / names[name]] = serialize(model)
         if style is not None:
             contents[target / encodings_file(names[name])] = to_bytes(encodings(model, style))
@@ -102,10 +143,25 @@ def export_all(
     return {name: str(target / names[name]) for name in layers or plan.layers}
 
 
+def export_together(
+    plan: Plan,
+    folder: str,
+    profile: str | None = None,
+    layers: tuple[str, ...] = (),
+    **options: Unpack[Options],
+) -> dict[str, str]:
+    """Export the named layers (all by default) into one file; return it for each."""
+    names = layers or tuple(plan.layers)
+    model, target = build_layers(plan, profile=profile, layers=names, **options), Path(folder)
+    make_folder(folder)
+    write_together({target / ALL_LAYERS: serialize(model), target / PLAN_FILE: plan_io.to_bytes(plan)})
+    return dict.fromkeys(names, str(target / ALL_LAYERS))
+
+
 def file_names(plan: Plan) -> dict[str, str]:
     """Return a safe, unique file name for every layer."""
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = {ALL_LAYERS.removesuffix(".onnx")}
     for i, layer in enumerate(plan.layers):
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
         tail = ""
@@ -154,8 +210,7 @@ def verify(
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(Path(folder) / PLAN_FILE)
-    files = {name: Path(folder) / file for name, file in file_names(plan).items()}
-    found = {name: file for name, file in files.items() if file.is_file()}
+    found = exported_graphs(plan, Path(folder))
     if not found:
         raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
     own = None if data is None else (data, None)
@@ -163,18 +218,39 @@ def verify(
         # A goal is about the data that the plan is for, not about stress matrices.
         own = open_for_plan(plan, None, None, GATE_SEQUENCES, 0)
     results: dict[str, list[Verification]] = {}
-    for name, file in found.items():
-        lower, beta = matrices_for(plan, name, own)
-        with output.progress(f"verifying {name}"):
-            results[name] = verify_layer(file, plan, lower, runtimes=runtimes, layer=name, beta=beta)
+    for label, (name, file) in found.items():
+        given, beta = inputs_for(file, plan, name, own)
+        with output.progress(f"verifying {label}"):
+            results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
+    for file in dict.fromkeys(file for _, file in found.values()):
         for finding in lint(file):
-            output.say(f"{name}: {finding}")
+            output.say(f"{file.name}: {finding}")
     show_verifications(output, results, own_data=own is not None)
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
         output.say(f"missed: the worst runtime has {worst:.1f} dB, wanted {min_sqnr:.1f}")
         sys.exit(1)
+
+
+def exported_graphs(plan: Plan, folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return layer and file of every graph in a folder, by a label for tables."""
+    files = {name: folder / file for name, file in file_names(plan).items()}
+    found = {name: (name, file) for name, file in files.items() if file.is_file()}
+    together = folder / ALL_LAYERS
+    for name in called_layers(together) if together.is_file() else ():
+        found[f"{name} ({ALL_LAYERS})" if name in found else name] = (name, together)
+    return found
+
+
+def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) -> tuple[Any, Any]:
+    """Return what to verify a graph with: matrices, or keys if it builds L from them, and beta."""
+    interface = read_interface(file, plan, layer)
+    if interface.key_size is None:
+        return matrices_for(plan, layer, own)
+    if own is not None:
+        raise InputError(f"{file} takes keys, the data has matrices; verify a graph of --input L with them")
+    return stress_keys(STRESS_KEYS, plan.layer(layer).chunk, interface.key_size), None
 
 
 def matrices_for(
@@ -189,7 +265,7 @@ def matrices_for(
     parts = []
     for name, lower, beta in open_with_beta(*own):
         if name in (layer, DEFAULT_LAYER):
-            check_size(lower, program.chunk, layer)
+            check_size(lower.shape[-1], program.chunk, layer)
             rows = needed_beta(program, lower, beta, f"beta of layer {layer!r}")
             parts.append((lower, rows))
     if not parts:

@@ -12,6 +12,7 @@ from qinvert.calibration.calibrate import calibrate as run_calibration
 from qinvert.calibration.clipping import RangeRule
 from qinvert.calibration.heads import Granularity
 from qinvert.calibration.scales import ScaleRule
+from qinvert.calibration.sharding import joined
 from qinvert.cli.common import DECIBELS, Output, data_options, open_pair, output_options, with_source
 from qinvert.methods import METHODS
 from qinvert.plan import LayerPlan, Plan
@@ -55,6 +56,11 @@ from qinvert.proof import Proof
     help="Goal for the distance to the floor, dB.",
 )
 @click.option("--factored", is_flag=True, help="Quantize L / beta; a file needs arrays NAME.beta.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Save statistics here now and then; go on from them if the file exists.",
+)
 @data_options
 @output_options
 def calibrate(
@@ -69,6 +75,7 @@ def calibrate(
     factored: bool,
     min_sqnr: float,
     max_loss: float,
+    checkpoint: str | None,
     data: str | None,
     sequences: int,
     seed: int,
@@ -85,25 +92,32 @@ def calibrate(
     Example: qinvert calibrate recall -o plan.json
              qinvert calibrate ./my-model --data tokens.npz -o plan.json
              qinvert calibrate L.npz --bits 8x2 --min-sqnr 60 -o plan.json
+             qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
+             torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
     """
-    output = Output(as_json=as_json, quiet=quiet)
-    with output.progress("calibrating") as progress:
-        plan = run_calibration(
-            *open_pair(source, data, sequences, seed),
-            method=method,
-            bits=bits,
-            target=target,
-            min_sqnr_db=min_sqnr,
-            max_loss_db=max_loss,
-            scales=scales,
-            ranges=ranges,
-            granularity=granularity,
-            factored=factored,
-            seed=seed,
-            progress=progress,
-        )
+    with joined() as shard:
+        # One of several processes talks and writes; all of them have the plan.
+        first = shard.rank == 0
+        output = Output(as_json=as_json and first, quiet=quiet or not first)
+        with output.progress("calibrating") as progress:
+            plan = run_calibration(
+                *open_pair(source, data, sequences, seed),
+                method=method,
+                bits=bits,
+                target=target,
+                min_sqnr_db=min_sqnr,
+                max_loss_db=max_loss,
+                scales=scales,
+                ranges=ranges,
+                granularity=granularity,
+                factored=factored,
+                seed=seed,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
     plan = with_source(plan, source)
-    plan.save(path)
+    if first:
+        plan.save(path)
     show_choices(output, plan)
     output.say(f"wrote {path}")
     output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})

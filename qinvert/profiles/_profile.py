@@ -49,6 +49,8 @@ class Profile:
     left_operand: IntFormat | None = None
     #: Whether every scale must be a power of two.
     power_of_two_scales: bool = False
+    #: Operators that may, too, build L from keys, in float and before anything is quantized.
+    prologue: frozenset[str] = frozenset({"Exp", "MatMul", "Mul", "Transpose"})
     #: Largest magnitude of an accumulator: what float32 holds exactly, for back ends
     #: that multiply in it.
     accumulator_limit: int = FLOAT32_EXACT
@@ -57,6 +59,10 @@ class Profile:
     def exact(self) -> bool:
         """Whether graphs equal the simulator bit for bit, whatever the scales."""
         return self.lowering is not Lowering.QDQ
+
+    def storage_of(self, fmt: IntFormat) -> IntFormat:
+        """Format whose container and zero point graphs have for values of a format."""
+        return self.storage if fmt.container_bits == INT8.container_bits else fmt
 
     @property
     def stored(self) -> dict[str, int]:

@@ -71,6 +71,67 @@ def test_the_exact_inverse_against_itself_is_perfect(model):
     assert result.loss == pytest.approx(float(expected), rel=1e-4)
 
 
+def perturbed(layer_error):
+    """The exact inverse times a factor that leaves nothing but that relative error."""
+    return lambda lower: qinvert.exact_inverse(lower) * (1 + layer_error)
+
+
+def test_an_error_of_t_is_followed_to_outputs_and_state(model):
+    result = qinvert.evaluate(model, perturbed(1e-3), UNSEEN[:2])
+    assert list(result.layers) == ["model.layers.0.linear_attn", "model.layers.1.linear_attn"]
+    for errors in result.layers.values():
+        for part in (errors.t, errors.u, errors.w):
+            assert part == pytest.approx(60, abs=0.1)
+        # What is wrong in U and W is wrong in the state; outputs read both.
+        assert 40 < errors.state < 62
+        assert 40 < errors.out < 62
+
+
+def test_layer_errors_are_those_of_the_recurrence(model):
+    """One layer's figures, from its captured systems and a float64 loop over its chunks."""
+    plan = qinvert.calibrate(model, recall.sequences(4), bits=4)
+    name = "model.layers.0.linear_attn"
+    found = qinvert.evaluate(model, plan, UNSEEN[:2]).layers[name]
+    # Nothing before the first layer depends on an inverse.
+    item = next(qinvert.capture_details(model, UNSEEN[:2], details=("right_hand_sides",)))
+    assert item.layer == name
+    exact, other = qinvert.exact_inverse(item.lower), plan.layers[name].inverse(item.lower).double()
+    for part, side in zip((found.u, found.w), item.right_hand_sides, strict=True):
+        error = (other - exact) @ side.double()
+        expected = 20 * math.log10(float((exact @ side.double()).norm() / error.norm()))
+        assert part == pytest.approx(expected, abs=1e-3)
+    below = torch.tril(exact, -1).norm() / torch.tril(other - exact, -1).norm()
+    assert found.t == pytest.approx(20 * math.log10(float(below)), abs=1e-6)
+    assert found.out > found.t - 20
+    assert math.isfinite(found.state)
+
+
+def test_the_exact_inverse_makes_no_error_in_any_layer(model):
+    for errors in qinvert.evaluate(model, qinvert.exact_inverse, UNSEEN[:2]).layers.values():
+        assert errors.t > 120
+        assert (errors.u, errors.w, errors.out, errors.state) == (math.inf,) * 4
+
+
+def test_plans_are_compared_in_one_pass_over_the_data(model, plan):
+    plans = {"int8": plan, "none": no_inverse}
+    together = qinvert.compare(model, plans, iter([UNSEEN[:2], UNSEEN[2:4]]), score=recall.accuracy)
+    assert list(together) == ["int8", "none"]
+    for name, inverse in plans.items():
+        alone = qinvert.evaluate(model, inverse, [UNSEEN[:2], UNSEEN[2:4]], score=recall.accuracy)
+        assert together[name] == alone
+    worst = together["none"].layers["model.layers.1.linear_attn"]
+    best = together["int8"].layers["model.layers.1.linear_attn"]
+    assert worst.t == 0
+    assert best.t > 25
+    assert best.out > worst.out + 15
+    assert best.state > worst.state + 15
+
+
+def test_what_an_inverse_returns_is_checked(model):
+    with pytest.raises(InputError, match="return a tensor of L's shape"):
+        qinvert.evaluate(model, lambda lower: lower[..., :2], UNSEEN[:2])
+
+
 def test_sequences_follow_the_rules_of_the_task():
     reads = writes = 0
     for row in UNSEEN.tolist():

@@ -8,7 +8,6 @@ import torch
 
 import qinvert
 from qinvert import plan_io, recall
-from qinvert.calibration.hooks import capture_with_beta
 from qinvert.calibration.observers import LayerObserver, MatrixSample
 from qinvert.calibration.residues import settle_residues
 from qinvert.calibration.scales import scale_groups
@@ -16,6 +15,7 @@ from qinvert.calibration.sensitivity import measure_sensitivities
 from qinvert.calibration.sources import open_source, open_with_beta
 from qinvert.errors import InputError, ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
+from qinvert.matrices import SolvedInverse
 from qinvert.methods import block_merge
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
@@ -336,12 +336,12 @@ def test_the_chunk_rule_hands_beta_over_in_chunks():
     beta, g = torch.rand(2, 70, 3, generator=generator), -0.1 * torch.rand(2, 70, 3, generator=generator)
     seen = []
 
-    def inverse(lower, rows):
-        seen.append((lower, rows))
-        return qinvert.exact_inverse(lower).float()
+    def inverse(chunks):
+        seen.append((chunks.lower, chunks.beta))
+        return SolvedInverse(chunks.lower)
 
     arguments = {"query": q, "key": k, "value": v, "g": g, "beta": beta, "chunk_size": 32}
-    result, _ = qinvert.chunk_gated_delta_rule(**arguments, inverse_with_beta=inverse)
+    result, _ = qinvert.chunk_gated_delta_rule(**arguments, chunk_inverse=inverse)
     expected, _ = qinvert.chunk_gated_delta_rule(**arguments)
     assert torch.equal(result, expected)
     ((lower, rows),) = seen
@@ -354,8 +354,10 @@ def test_captured_beta_belongs_to_the_captured_matrices(model):
     tokens = recall.sequences(2, seed=3)
     pairs = list(qinvert.capture(model, tokens))
     largest = 0.0
-    for (name, lower, beta), (other, same) in zip(capture_with_beta(model, tokens), pairs, strict=True):
-        assert name == other
+    found = qinvert.capture_details(model, tokens, details=("beta",))
+    for item, (other, same) in zip(found, pairs, strict=True):
+        lower, beta = item.lower, item.beta
+        assert item.layer == other
         assert torch.equal(lower, same)
         assert beta.shape == lower.shape[:-1]
         # Unit keys: what is left of an entry without beta is a decayed cosine.

@@ -228,6 +228,22 @@ def test_models_patched_in_two_threads_keep_their_own_inverse(model):
             assert torch.allclose(exact, before, atol=1e-3)
 
 
+def test_layers_whose_forward_is_wrapped_are_found_and_patched(small_qwen3_next):
+    """As accelerate does for device_map: an instance attribute that moves inputs, then calls the old one."""
+    tokens = torch.arange(70).remainder(64).unsqueeze(0)
+    before = logits(small_qwen3_next, tokens)
+    layer = delta_layers(small_qwen3_next)["model.layers.0.linear_attn"]
+    old = layer.forward
+    layer.forward = lambda *args, **kwargs: old(*args, **kwargs)
+    try:
+        with qinvert.patched(small_qwen3_next, no_inverse):
+            assert not torch.equal(logits(small_qwen3_next, tokens), before)
+        with qinvert.patched(small_qwen3_next, qinvert.exact_inverse):
+            assert torch.equal(logits(small_qwen3_next, tokens), before)
+    finally:
+        del layer.forward
+
+
 def test_autocast_around_the_model_leaves_the_integers_alone(model, plan):
     captured = dict(qinvert.capture(model, TOKENS))
     for name, lower in captured.items():

@@ -14,7 +14,7 @@ from qinvert.calibration.scales import (
     residual_partners,
     scale_groups,
 )
-from qinvert.formats import INT4, INT8, INT16
+from qinvert.formats import INT4, INT8, INT8X2
 from qinvert.methods import block_merge, neumann_doubling
 from qinvert.plan import Requantize
 
@@ -85,7 +85,7 @@ def test_one_must_lie_on_the_grid_that_a_residual_is_multiplied_by():
     doubling = neumann_doubling(16)
     wide = dict.fromkeys(doubling.tensors, 1e9)
     assert allows_multiplier(doubling, wide, dict.fromkeys(doubling.tensors, INT8), ScaleRule.FLOAT)
-    assert not allows_multiplier(program, ranges, formats | {"base_4/power_2": INT16}, ScaleRule.FLOAT)
+    assert not allows_multiplier(program, ranges, formats | {"base_4/power_2": INT8X2}, ScaleRule.FLOAT)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def collect(source, data=None):
         ([{"a": LOWER}, {"b": LOWER}], [("a", (4, 8, 8)), ("b", (4, 8, 8))]),
         (Reader([{"a": LOWER}, {"a": LOWER[:1]}]), [("a", (4, 8, 8)), ("a", (1, 8, 8))]),
         (Reader([LOWER]), [(DEFAULT_LAYER, (4, 8, 8))]),
+        (iter([("a", LOWER), ("b", (LOWER, LOWER.new_ones(4, 8)))]), [("a", (4, 8, 8)), ("b", (4, 8, 8))]),
     ],
 )
 def test_sources_stream_layers_and_matrices(source, expected):

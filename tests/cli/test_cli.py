@@ -113,6 +113,28 @@ def test_the_embedded_model_needs_no_data(tmp_path):
     assert growth["layers"]["model.layers.1.linear_attn"]["powers"]["8"] > 1e3
 
 
+def test_plans_are_evaluated_side_by_side(tmp_path):
+    pytest.importorskip("transformers")
+    paths = [tmp_path / f"int{bits}.json" for bits in (8, 4)]
+    for path, bits in zip(paths, (8, 4), strict=True):
+        options = ("--bits", bits, "--method", "block_merge", "--sequences", 2)
+        assert run("calibrate", "recall", *options, "-o", path, "--min-sqnr", -20).exit_code in (0, 1)
+    assert "--compare" in refused("evaluate", *paths)
+    assert "Missing argument" in refused("evaluate", "--compare")
+    result = run("evaluate", "--compare", *paths, "--sequences", 2)
+    assert result.exit_code == 0
+    for text in ("Model under each plan", "int8.json", "int4.json", "final state", "layers.1"):
+        assert text in result.stdout
+    found = json.loads(run("evaluate", "--compare", *paths, "--sequences", 2, "--json").stdout)["plans"]
+    assert list(found) == [str(path) for path in paths]
+    assert found[str(paths[0])]["kl"] < found[str(paths[1])]["kl"]
+    for layer, errors in found[str(paths[0])]["layers"].items():
+        assert set(errors) == {"t", "u", "w", "out", "state"}
+        assert errors["out"] > found[str(paths[1])]["layers"][layer]["out"] + 10
+    alone = json.loads(run("evaluate", paths[0], "--sequences", 2, "--json").stdout)
+    assert alone == found[str(paths[0])]
+
+
 def test_a_model_folder_takes_token_files(tmp_path):
     pytest.importorskip("transformers")
     folder = tmp_path / "model"
@@ -326,3 +348,45 @@ def test_tokens_without_reads_are_evaluated_without_an_accuracy(tmp_path):
     result = run("evaluate", tmp_path / "plan.json", "--data", tmp_path / "t.npz", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["score"] is None
+
+
+@pytest.fixture
+def two_layers(tmp_path):
+    lower = stress_matrices("correlated_keys", 8, 16)
+    qinvert.calibrate({"a.0": lower, "a.1": lower / 2}).save(tmp_path / "two.json")
+    return tmp_path / "two.json"
+
+
+@pytest.mark.parametrize("output", ["T", "integers"])
+@pytest.mark.parametrize("source", [("L",), ("M",), ("keys", "--key-size", 8)])
+def test_one_file_for_all_layers_is_verified_layer_by_layer(two_layers, source, output, tmp_path):
+    options = ("--one-file", "--input", *source, "--output-type", output)
+    exported = run("export", two_layers, "-o", tmp_path / "g", *options, "--json")
+    file = str(tmp_path / "g" / "all_layers.onnx")
+    assert json.loads(exported.stdout)["files"] == {"a.0": file, "a.1": file}
+    assert sorted(os.listdir(tmp_path / "g")) == ["all_layers.onnx", "plan.json"]
+    verified = json.loads(run("verify", tmp_path / "g", "--json").stdout)
+    assert list(verified) == ["a.0", "a.1"]
+    assert all(r["mismatches"] == 0 for rows in verified.values() for r in rows)
+
+
+def test_verify_finds_graphs_of_both_kinds(two_layers, tmp_path):
+    run("export", two_layers, "-o", tmp_path / "g", "--layer", "a.0")
+    run("export", two_layers, "-o", tmp_path / "g", "--one-file")
+    found = json.loads(run("verify", tmp_path / "g", "--json").stdout)
+    assert list(found) == ["a.0", "a.0 (all_layers.onnx)", "a.1"]
+
+
+def test_options_of_export_that_do_not_fit_are_refused(two_layers, tmp_path):
+    out = tmp_path / "g"
+    assert "key_size None" in refused("export", two_layers, "-o", out, "--input", "keys")
+    assert "leave it out" in refused("export", two_layers, "-o", out, "--key-size", 8)
+    assert "leave out --one-file" in refused(
+        "export", two_layers, "-o", out, "--one-file", "--encodings", "ort"
+    )
+    assert not out.exists()
+
+
+def test_own_matrices_do_not_fit_a_graph_from_keys(plan, matrices, tmp_path):
+    run("export", plan, "-o", tmp_path / "g", "--input", "keys", "--key-size", 8)
+    assert "takes keys" in refused("verify", tmp_path / "g", "--data", matrices)

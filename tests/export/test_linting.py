@@ -111,7 +111,7 @@ class Sketch:
     def model(self, result, shape, opset=19):
         zero = self.graph.initializer("identity", np.eye(*shape[-2:], dtype=np.float32)[None, None])
         self.graph.node("Add", [result, zero], "T", shape)
-        self.graph.output("T", shape)
+        self.graph.output("T")
         return self.graph.model("sketch", opset, {"qinvert.profile": "npu-qdq-int8"}, "")
 
 
@@ -222,7 +222,7 @@ def test_an_unquantized_result_is_found():
     source = sketch.input("M", 2, 16, 16)
     square = sketch.graph.node("MatMul", [source, source], "square", sketch.shape)
     sketch.graph.node("Add", [square, source], "T", sketch.shape)
-    sketch.graph.output("T", sketch.shape)
+    sketch.graph.output("T")
     model = sketch.graph.model("sketch", 19, {}, "")
     assert broken(model, "npu-qdq-int8") == {"quantized"}
 
@@ -495,7 +495,7 @@ def test_hostile_sizes_cost_neither_memory_nor_the_stack():
     sketch = Sketch()
     source = sketch.input("M", 1, huge, huge)
     product = sketch.operator("MatMul", [source, source], "product", sketch.shape)
-    sketch.graph.output("product/dq", sketch.shape)
+    sketch.graph.output("product/dq")
     assert broken(sketch.graph.model("huge", 19, {}, ""), "npu-qdq-int8") == {"accumulators"}
     assert product == "product/dq"
 
@@ -510,7 +510,7 @@ def test_long_chains_are_walked():
     for i in range(3000):
         last = graph.node("Cast", [last], f"again_{i}", [1, 1, 16, 32], to=TensorProto.FLOAT)
     graph.node("Add", [last, last], "T", [1, 1, 16, 32])
-    graph.output("T", [1, 1, 16, 32])
+    graph.output("T")
     assert broken(graph.model("chain", 19, {}, ""), "int-ops") == set()
 
 

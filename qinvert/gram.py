@@ -1,0 +1,157 @@
+"""L from keys, gates and decays: the products that every delta rule shares.
+
+No form here takes the exponential of a positive number: a decay from j to i
+is ``exp(G_i - G_j)`` with the difference taken first, or a product of two such
+factors over a pivot between j and i.  Splitting it into ``exp(G_i) exp(-G_j)``
+overflows on real gates.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qinvert.errors import InputError
+
+
+def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """``L[i, j] = beta_i <k_i, k_j> exp(G_i - G_j)`` for ``j < i``, ``G = cumsum(g)``.
+
+    Parameters
+    ----------
+    k : torch.Tensor, shape ``(..., C, D)``
+        Keys, as they enter the product (normalize them first).
+    beta : torch.Tensor, shape ``(..., C)``
+    g : torch.Tensor, shape ``(..., C)`` or ``(..., C, D)``
+        Log decay, ``<= 0``; one per channel makes it
+        ``beta_i sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])``.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(..., C, C)``, dtype of ``k``.
+    """
+    return torch.tril(decayed_products(k * beta.unsqueeze(-1), k, cumulative(g, k)), -1)
+
+
+def from_dplr(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """``L[i, j] = -sum_d a_i[d] b_j[d] exp(G_{i-1}[d] - G_j[d])`` for ``j < i``, ``G = cumsum(g)``.
+
+    The recurrence with a diagonal plus a low-rank term (DPLR),
+    ``S_t = (diag(exp(g_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T``, reads the old
+    state before its own decay: row i has ``G_{i-1}`` where `from_keys` has
+    ``G_i``.  The reads ``x_t = a_t^T S_{t-1}`` of a chunk are
+    ``x = T (A_ak V + (a exp(G_{i-1})) S_0)`` with ``T = (I + L)^-1``.
+
+    Parameters
+    ----------
+    a, b : torch.Tensor, shape ``(..., C, D)``
+        For RWKV-7 ``a = -kk`` and ``b = kk * lr``, with kk the unit removal
+        key and lr in (0, 1) its in-context learning rate.
+    g : torch.Tensor, shape ``(..., C, D)`` or ``(..., C)``
+        Log decay, ``<= 0``; for RWKV-7 ``-exp(w)`` of the published code or
+        ``-0.6065 sigmoid(w)``.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(..., C, C)``, dtype of ``a``.  Other libraries write
+        ``(I - A_ab)^-1``: L is ``-A_ab``.
+
+    References
+    ----------
+    RWKV-7, arXiv 2503.14456, section 4; DeltaNet, arXiv 2406.06484, section 3.
+    """
+    total, axis = cumulative(g, a), a.ndim - 2
+    # Shifted, not G - g: that would round, up and down.
+    before = torch.roll(total, 1, axis)
+    before.select(axis, 0).zero_()
+    return torch.tril(decayed_products(-a, b, total, before), -1)
+
+
+def cumulative(g: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """``G = cumsum(g)`` along the chunk, for one decay a row or one a channel of ``k``.
+
+    Raises
+    ------
+    InputError
+        If ``g`` has neither the shape of ``k`` nor that of its rows.
+    """
+    if g.shape not in (k.shape, k.shape[:-1]):
+        raise InputError(
+            f"g has shape {list(g.shape)}; keys {list(k.shape)} take one log decay a row, "
+            f"{list(k.shape[:-1])}, or one a channel"
+        )
+    return torch.cumsum(g, k.ndim - 2)
+
+
+def decayed_products(
+    left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, read: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``sum_d left_i[d] right_j[d] exp(R_i[d] - G_j[d])`` for ``j <= i``; what is above is not defined.
+
+    Parameters
+    ----------
+    left, right : torch.Tensor, shape ``(..., C, D)``
+    total : torch.Tensor, shape ``(..., C)`` or ``(..., C, D)``
+        G, falling along the chunk.
+    read : torch.Tensor, optional
+        R, of G's shape, ``G_i <= R_i <= G_{i-1}``; G by default, as for a state that is
+        read after its decay.  With another one the diagonal is not defined either.
+    """
+    rows = total if read is None else read
+    diagonal = 0 if read is None else -1
+    if total.ndim < left.ndim:
+        return left @ right.mT * _decays(rows, total, diagonal)
+    return _by_halves(left, right, total, rows, diagonal)
+
+
+def _decays(rows: torch.Tensor, total: torch.Tensor, diagonal: int) -> torch.Tensor:
+    # Mask before exp: above the diagonal the difference is positive and may overflow.
+    return torch.exp(torch.tril(rows.unsqueeze(-1) - total.unsqueeze(-2), diagonal))
+
+
+def _by_halves(
+    left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, diagonal: int
+) -> torch.Tensor:
+    """Halve the diagonal blocks; what lies below each pair of halves is one product over a pivot.
+
+    Memory is that of the result: the differences of all pairs would take D times as much.
+    """
+    size = left.shape[-2]
+    result = left.new_zeros(*left.shape[:-1], size)
+    width = size
+    while width % 2 == 0:
+        half = width // 2
+        above, below = (slice(0, half), slice(half, width))
+        tiled = [_tiles(x, width) for x in (left, right, total, rows)]
+        # The last G of the upper half lies between all that meet here: both factors are <= 1.
+        pivot = tiled[2][..., half - 1 : half, :]
+        writers = tiled[1][..., above, :] * torch.exp(pivot - tiled[2][..., above, :])
+        readers = tiled[0][..., below, :] * torch.exp(tiled[3][..., below, :] - pivot)
+        _diagonal_blocks(result, width)[..., below, above] = readers @ writers.mT
+        width = half
+    left, right, total, rows = (_tiles(x, width) for x in (left, right, total, rows))
+    _diagonal_blocks(result, width)[...] = _direct(left, right, total, rows, diagonal)
+    return result
+
+
+def _tiles(x: torch.Tensor, width: int) -> torch.Tensor:
+    """``(..., C, D)`` to ``(..., C / width, width, D)``."""
+    return x.reshape(*x.shape[:-2], -1, width, x.shape[-1])
+
+
+def _diagonal_blocks(matrices: torch.Tensor, width: int) -> torch.Tensor:
+    """View of the diagonal blocks ``(..., C / width, width, width)`` of contiguous matrices."""
+    count = matrices.shape[-1] // width
+    tiles = matrices.view(*matrices.shape[:-2], count, width, count, width)
+    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _direct(
+    left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, diagonal: int
+) -> torch.Tensor:
+    # As in _decays: mask before exp.
+    size = left.shape[-2]
+    above = torch.ones(size, size, dtype=torch.bool, device=left.device).triu(diagonal + 1)
+    gaps = (rows.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill_(above.unsqueeze(-1), 0.0)
+    return (left.unsqueeze(-2) * right.unsqueeze(-3) * torch.exp(gaps)).sum(-1)
