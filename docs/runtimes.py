@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,11 @@ def cell(result: Verification) -> str:
 
 def short(error: Exception) -> str:
     """Return the part of a message that says why, on one line, without paths."""
-    text = str(error).split("; first at")[0].split("; export it again")[0].rsplit(" | ", 1)[-1]
+    text = str(error).split("; first at")[0].split("; export it again")[0]
+    crash = re.search(r"exit code -\d+", text)
+    if crash:
+        return f"crashed ({crash[0]})"
+    text = re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.rsplit(" | ", 1)[-1])
     words = ["..." if word.count("/") > 1 else word for word in text.replace("|", "/").split()]
     line = " ".join(words)
     return line if len(line) <= REASON else line[:REASON].rsplit(" ", 1)[0] + " ..."

@@ -9,7 +9,7 @@ import torch
 
 import qinvert
 from qinvert.errors import ExportError, VerificationError
-from qinvert.export.runtimes import RUNTIMES, execute, installed, subprocesses
+from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute, installed, subprocesses
 from qinvert.stress import STRESS, stress_matrices
 
 SEPARATE = [name for name in RUNTIMES if name != "onnxruntime"]
@@ -176,3 +176,27 @@ def test_what_a_program_reports_arrives(fake, tmp_path):
     assert (execution.setting, Counter(execution.products.values())) == ("chip", {"int8 x int8": 1})
     assert execution.elsewhere == ("q",)
     assert np.array_equal(execution.outputs[0], np.ones((1, 1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("scales", "steps", "counted"), [("float", 0.001, 0), ("float", 0.01, 1), ("pow2", 0.001, 1)]
+)
+def test_float32_rounding_is_a_difference_only_where_values_must_be_exact(
+    scales, steps, counted, tmp_path, monkeypatch
+):
+    path, plan, lower = exported(tmp_path, 16, "packed", scales, 1, batch=26)
+
+    def off(content, feeds):
+        expected = plan.layer().inverse(lower).numpy()[np.arange(26) % len(lower)]
+        expected[0, 5, 2] += steps * plan.layer().output.scale
+        yield Execution(setting="off", outputs=[expected[None]])
+
+    monkeypatch.setitem(
+        RUNTIMES, "off", Runtime(name="off", execute=off, summary="", module="", requirement="")
+    )
+    if scales == "pow2":
+        with pytest.raises(VerificationError, match=r"1 of .* first at \[0, 5, 2\]"):
+            qinvert.verify(path, plan, lower, runtimes=("off",))
+    else:
+        (result,) = qinvert.verify(path, plan, lower, runtimes=("off",))
+        assert result.mismatches == counted

@@ -44,11 +44,14 @@ def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        values, scale, divisor = node.input[0], node.input[1], 1
+        values, scale, zero = node.input
+        divisor = 1
         if values in constants:
-            divisor = max(1, int(np.gcd.reduce(constants[values].astype(np.int64), axis=None)))
+            shifted = constants[values].astype(np.int64) - constants[zero]
+            divisor = max(1, int(np.gcd.reduce(shifted, axis=None)))
             node.input[0] = f"{values}/{divisor}"
-            changed[node.input[0]] = constants[values] // np.int8(divisor)
+            reduced = shifted // divisor + constants[zero]
+            changed[node.input[0]] = reduced.astype(constants[values].dtype)
         node.input[1] = f"{scale}/narrowed/{divisor}"
         changed[node.input[1]] = np.asarray(constants[scale] * np.float32(divisor) / STRETCHED)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in changed.items())
