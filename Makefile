@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-5.14 lint types bench docs clean
+.PHONY: demo test test-transformers-5.14 lint types bench docs verify-npu clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
@@ -32,9 +32,29 @@ bench: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/runtimes.py
+
+# Each runtime in an environment of its own; one that has no wheel for this platform is left out.
+LIGHT := openvino qnn
+openvino_PACKAGES := openvino
+qnn_PACKAGES := onnxruntime onnxruntime-qnn onnx
+
+verify-npu: $(INSTALLED) $(LIGHT:%=.venv-%/.tried)
+	for name in $(LIGHT); do \
+		if test -f .venv-$$name/.installed; then \
+			export QINVERT_$$(echo $$name | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$$name/bin/python; \
+		else echo "$$name does not install here: left out"; fi; \
+	done; \
+	$(BIN)/python -m pytest -q -rs tests/export/test_runtimes.py
+
+.venv-%/.tried: Makefile
+	$(PYTHON) -m venv .venv-$*
+	if .venv-$*/bin/pip install --quiet --disable-pip-version-check --only-binary :all: $($*_PACKAGES); \
+		then touch .venv-$*/.installed; fi
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLD_VENV) $(LIGHT:%=.venv-%) build dist *.egg-info
 
 # torch comes first: its CPU build must be in place before anything asks for torch.
 $(INSTALLED): pyproject.toml constraints.txt

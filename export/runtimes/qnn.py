@@ -11,6 +11,6 @@ RUNTIME = separate(
     "qnn",
     summary="Hexagon v73, v75 and v79: context binary without CPU fallback, and its emulator",
     module="onnxruntime_qnn",
-    requirement="onnxruntime onnxruntime-qnn",
+    requirement="onnxruntime onnxruntime-qnn onnx",
     own_steps=OWN_STEPS,
 )

@@ -21,6 +21,7 @@ from qinvert.export.exporting import build, serialize
 from qinvert.export.interface import GraphInput, GraphOutput
 from qinvert.export.layers import build_layers, called_layers
 from qinvert.export.linting import lint
+from qinvert.export.runtimes import RUNTIMES, Runtime, installed
 from qinvert.export.verifying import read_interface
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.files import make_folder, write_together
@@ -183,7 +184,14 @@ def encodings_file(graph: str) -> str:
 @click.option(
     "--data", type=click.Path(), help="Matrices L, .npz or .safetensors; stress matrices by default."
 )
-@click.option("--runtime", "runtimes", multiple=True, default=("onnxruntime",), show_default=True)
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    default=("onnxruntime",),
+    show_default=True,
+    help=f"{', '.join(RUNTIMES)}; repeatable. `qinvert profiles` says which are installed.",
+)
 @click.option(
     "--min-sqnr",
     type=DECIBELS,
@@ -207,6 +215,7 @@ def verify(
     \b
     Example: qinvert verify graphs/
              qinvert verify graphs/ --data L.npz --min-sqnr 20
+             qinvert verify graphs/ --runtime openvino --runtime qnn
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(Path(folder) / PLAN_FILE)
@@ -305,7 +314,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]], o
 @click.command()
 @output_options
 def profiles(as_json: bool, quiet: bool) -> None:
-    r"""List the export profiles.
+    r"""List the export profiles, and the runtimes that graphs can be verified on.
 
     \b
     Example: qinvert profiles
@@ -324,7 +333,15 @@ def profiles(as_json: bool, quiet: bool) -> None:
         for p in PROFILES.values()
     ]
     output.table("Profiles", ["profile", "formats", "types", "opset", "proved on", "form", "caveats"], rows)
+    found = installed()
+    runtimes = [[r.name, "installed" if r.name in found else remedy(r), r.summary] for r in RUNTIMES.values()]
+    output.table("Runtimes", ["runtime", "here", "what"], runtimes)
     output.result({p.name: profile_to_dict(p) for p in PROFILES.values()})
+
+
+def remedy(runtime: Runtime) -> str:
+    """How to get a runtime."""
+    return f"pip install {runtime.requirement}, or QINVERT_{runtime.name.upper()}_PYTHON"
 
 
 def types_of(profile: Profile) -> str:

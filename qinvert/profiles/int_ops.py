@@ -32,6 +32,9 @@ PROFILE = Profile(
             "Transpose",
         }
     ),
-    proved=("onnxruntime",),
-    caveats="no NPU compiler takes MatMulInteger; s8 x s8 is slow on x86 in onnxruntime",
+    proved=("onnxruntime", "openvino", "iree", "tvm"),
+    caveats=(
+        "no NPU compiler takes MatMulInteger (QNN and RKNN refuse it); OpenVINO multiplies in float32; "
+        "s8 x s8 is slow on x86 in onnxruntime"
+    ),
 )

@@ -18,6 +18,9 @@ PROFILE = Profile(
         # Factored plans only.
         | {"Div", "Max", "Transpose"}
     ),
-    proved=("onnxruntime",),
-    caveats="back ends that leave a MatMul in float32 may differ by one step at rounding ties",
+    proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
+    caveats=(
+        "back ends that leave a MatMul in float32 may differ by one step at rounding ties; QNN and RKNN have "
+        "a rounding of their own; rknn-toolkit2 multiplies symmetric scales by 128/127, see docs/runtimes.md"
+    ),
 )

@@ -15,10 +15,12 @@ PROFILE: Profile = replace(
     summary="QLinearMatMul s8 x s8 -> s8 with residual terms inside the product; sums as in int-ops",
     lowering=Lowering.QLINEAR,
     formats=(INT8,),
+    proved=("onnxruntime", "openvino"),
     requantize=Requantize.MULTIPLIER,
     operators=INT_OPS.operators | {"QLinearMatMul"},
     caveats=(
         "sums stay Cast, Mul, Add, QuantizeLinear, and plans in the divide form keep MatMulInteger: NPU "
-        "compilers leave those to the CPU or refuse them; s8 x s8 is slow on x86 in onnxruntime"
+        "compilers leave those to the CPU or refuse them (QNN, RKNN); IREE and TVM refuse QLinearMatMul; "
+        "s8 x s8 is slow on x86 in onnxruntime"
     ),
 )

@@ -12,6 +12,6 @@ PROFILE: Profile = replace(
     name="ryzen-xint8",
     summary="npu-qdq-int8 at opset 17, every scale a power of two (XINT8)",
     opset=17,
-    caveats="the NPU's own compiler is not public: checked in onnxruntime only",
+    caveats="the NPU's own compiler is not public: checked in other runtimes only",
     power_of_two_scales=True,
 )

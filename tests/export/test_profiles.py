@@ -11,6 +11,7 @@ import torch
 import qinvert
 from qinvert.errors import ExportError, PlanError
 from qinvert.export.exporting import build, serialize
+from qinvert.export.runtimes import RUNTIMES
 from qinvert.plan import Requantize
 from qinvert.profiles import PROFILES
 from qinvert.stress import STRESS, stress_matrices
@@ -171,6 +172,21 @@ def test_xint8_refuses_other_scales_and_says_what_to_do(tmp_path):
 def test_every_profile_says_what_it_is(profile):
     assert profile.summary
     assert profile.caveats
-    assert profile.proved == ("onnxruntime",)
+    assert "onnxruntime" in profile.proved
+    assert set(profile.proved) <= set(RUNTIMES)
     assert set(profile.stored) <= {"int8", "uint8", "int16"}
     assert "Pad" not in profile.operators
+
+
+def test_what_profiles_call_proved_was_measured(pytestconfig):
+    page = (pytestconfig.rootpath / "docs" / "runtimes.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:3] == "| `"
+    ]
+    for name, profile in PROFILES.items():
+        for runtime in profile.proved:
+            own = [row for row in rows if row[0] == f"`{name}`" and row[2].split(" ")[0] == runtime]
+            assert own, f"{name} on {runtime} is not in docs/runtimes.md: make docs"
+            for row in own:
+                assert row[3].startswith("compiled")
+                assert "differs" not in row[5]

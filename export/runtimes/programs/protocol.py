@@ -35,6 +35,13 @@ def main(program: Program) -> None:
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
+def log(folder: Path) -> str:
+    """Return what this process and the toolkit's own libraries have printed so far."""
+    sys.stdout.flush()
+    file = folder / "log.txt"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
 def read_feeds(path: Path) -> list[dict[str, Array]]:
     """Return the inputs of every call."""
     with np.load(path, allow_pickle=False) as archive:

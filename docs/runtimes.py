@@ -1,0 +1,142 @@
+"""Write docs/runtimes.md: what each installed runtime makes of each profile, computed anew."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import qinvert
+from qinvert import recall
+from qinvert.errors import ExportError, VerificationError
+from qinvert.export.comparing import Verification
+from qinvert.export.runtimes import RUNTIMES, installed
+from qinvert.export.runtimes.subprocesses import interpreter
+from qinvert.profiles import PROFILES
+from qinvert.stress import STRESS, stress_matrices
+
+CHUNK = 64
+#: Matrices of each stress set.
+COUNT = 4
+#: Captured matrices of each layer of the embedded model.
+CAPTURED = 64
+#: Characters of a refusal that a cell repeats.
+REASON = 110
+BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
+HEAD = """# Runtimes
+Written by `make docs` (`docs/runtimes.py`). Block merge, C = {chunk}, base 4; {stress} matrices of `qinvert.stress`
+and {captured} captured from each layer of the embedded model. A cell says how many values differ from the simulator
+and by how many steps of the output's grid at most; where a processor has its own rounding (QNN, RKNN), only
+differences of at least half a step count. `verify` accepts what the README's Limits say and refuses the rest.
+Products are counted by the types that they run in, as the runtime's own compiled graph names them; for TVM as its
+importer leaves them. Not installed here, so without a row: {missing}.
+
+{versions}
+"""
+NOTES = """
+* QNN: context binaries for Hexagon v73, v75 and v79 without CPU fallback, run in the x86 emulator.
+* RKNN: `.rknn` files for RK3588, RK3576 and RK3568, run in the toolkit's simulator. The toolkit multiplies the scale
+  of every symmetric tensor by 128/127, in the compiled file, too, and rounds constants on that grid. So its program
+  (`export/runtimes/programs/rknn_program.py`) multiplies scales by 127/128 first and writes constants with their
+  greatest common divisor in the scale. Do the same before you load a graph yourself. T leaves the NPU as float16.
+* IREE fuses QDQ products to int8; MatMulInteger it extends to int32 first. TVM multiplies what the graph says:
+  float32 for QDQ, int32 for MatMulInteger.
+"""
+
+
+def matrices() -> torch.Tensor:
+    """Return stress matrices and captured ones: one compilation serves both."""
+    stress = [stress_matrices(name, COUNT, CHUNK, seed=7) for name in STRESS]
+    layers = qinvert.capture(recall.load_model(), recall.sequences(2))
+    captured = [lower.reshape(-1, CHUNK, CHUNK)[:CAPTURED] for _, lower in layers]
+    return torch.cat([*stress, *captured])
+
+
+def profile_rows(profile: str, scales: str, lower: torch.Tensor, folder: Path) -> Iterator[list[str]]:
+    """Yield the rows of one profile."""
+    method = qinvert.block_merge(CHUNK, base=4)
+    bits = BITS.get(profile, 8)
+    plan = qinvert.calibrate(lower, method=method, bits=bits, target=profile, scales=scales)
+    qinvert.export(plan, folder / "t.onnx", batch=8)
+    for runtime in installed():
+        for row in runtime_rows(runtime, plan, folder / "t.onnx", lower):
+            yield [f"`{profile}`", scales, *row]
+
+
+def runtime_rows(runtime: str, plan: qinvert.Plan, file: Path, lower: torch.Tensor) -> Iterator[list[str]]:
+    """Yield the rows of one runtime: one a setting."""
+    try:
+        results = qinvert.verify(file, plan, lower, runtimes=(runtime,))
+    except VerificationError as error:
+        yield [runtime, "compiled", "", short(error)]
+        return
+    except ExportError as error:
+        yield [runtime, "refused", short(error), ""]
+        return
+    for result in results:
+        products = ", ".join(f"{count} {types}" for types, count in sorted(result.products.items()))
+        state = f"compiled, {len(result.elsewhere)} nodes elsewhere" if result.elsewhere else "compiled"
+        yield [result.runtime, state, products, cell(result)]
+
+
+def cell(result: Verification) -> str:
+    """Differences of one setting."""
+    if not result.mismatches:
+        return f"0 of {result.values}"
+    return f"{result.mismatches} of {result.values}, up to {result.max_steps:.3g} steps"
+
+
+def short(error: Exception) -> str:
+    """Return the part of a message that says why, on one line, without paths."""
+    text = str(error).split("; first at")[0].split("; export it again")[0]
+    crash = re.search(r"exit code -\d+", text)
+    if crash:
+        return f"crashed ({crash[0]})"
+    text = re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.rsplit(" | ", 1)[-1])
+    words = ["..." if word.count("/") > 1 else word for word in text.replace("|", "/").split()]
+    line = " ".join(words)
+    return line if len(line) <= REASON else line[:REASON].rsplit(" ", 1)[0] + " ..."
+
+
+def versions() -> str:
+    """Return the versions of what is installed, as each interpreter tells them."""
+    lines = []
+    for name in installed():
+        runtime = RUNTIMES[name]
+        packages = [part.split("[")[0] for part in runtime.requirement.split()]
+        code = f"from importlib.metadata import version as v; print(', '.join(p + ' ' + v(p) for p in {packages!r}))"
+        python = interpreter(name, runtime.module)
+        told = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+        lines.append(f"* {name}: {told.stdout.strip()}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", action="append", choices=tuple(PROFILES), help="all by default")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "runtimes.md")
+    arguments = parser.parse_args()
+    columns = ["profile", "scales", "runtime", "", "products, or why refused", "values that differ"]
+    lines = [columns, ["---"] * len(columns)]
+    lower = matrices()
+    with TemporaryDirectory() as folder:
+        for name in arguments.profile or PROFILES:
+            kinds = ("pow2",) if PROFILES[name].power_of_two_scales else ("float", "pow2")
+            for scales in kinds if not PROFILES[name].exact else ("float",):
+                lines += profile_rows(name, scales, lower, Path(folder))
+    missing = ", ".join(sorted(set(RUNTIMES) - set(installed()))) or "none"
+    head = HEAD.format(
+        chunk=CHUNK, stress=COUNT * len(STRESS), captured=CAPTURED, missing=missing, versions=versions()
+    )
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    arguments.output.write_text(f"{head}\n{table}{NOTES}")
+
+
+if __name__ == "__main__":
+    main()
