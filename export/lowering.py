@@ -229,7 +229,11 @@ class GraphLowering(Evaluator[Value]):
             terms.remove(step.right)
         right = step.left in terms and self.carries_identity(step.right)
         # Both leave the product of the identities, which must be the result's.
-        return left, right and not (left and not self._yields_identity(step))
+        right = right and not (left and not self._yields_identity(step))
+        # No product is both shifted and widened: QNN miscompiles a Concat of a tensor and of that
+        # tensor plus a constant.
+        widened = left + right < len(step.add) + len(step.subtract)
+        return (False, False) if widened else (left, right)
 
     def _yields_identity(self, step: MatMul) -> bool:
         if not self.carries_identity(step.output):

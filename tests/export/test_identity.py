@@ -126,6 +126,8 @@ def test_a_product_of_identities_must_be_one_on_the_grid_of_the_result():
     program = qinvert.block_merge(16, base=4, layout="masked")
     last = program.steps[-1]
     plan = with_grids(program, {last.output: 1 / 131})
-    names = [node.name for node in build(plan, batch=1).graph.node]
-    # One operand takes an identity, the other residual widens the product.
-    assert f"{last.output}/left/float" in names
+    nodes = {node.name: node for node in build(plan, batch=1).graph.node}
+    # No operand takes an identity, both residuals widen the product.
+    parts = nodes[f"{last.output}/left/float"].input
+    assert len(parts) == 3
+    assert parts[0] == parts[2]
