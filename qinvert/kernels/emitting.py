@@ -27,8 +27,8 @@ class Tile:
     values: tuple[str, ...]
     #: The same planes as operands of a product.
     operands: tuple[str, ...]
-    #: The operands are the values: nothing was rounded away.
-    exact: bool = False
+    #: Comes from memory, in other registers than a product's result, and loses nothing as an operand.
+    loaded: bool = False
 
 
 @dataclass(slots=True)

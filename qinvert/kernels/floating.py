@@ -44,10 +44,10 @@ class FloatOps(TritonOps):
             self.dot_options = f', input_precision="{precision}"'
 
     def load(self, position: Position) -> Tile:
-        return replace(self._tile(self.raw(position)), exact=self.exact)
+        return replace(self._tile(self.raw(position)), loaded=self.exact)
 
     def mask(self, value: Tile, keep: Support, support: Support) -> Tile:
-        return replace(self._tile(self.where(value.values[0], keep, support)), exact=value.exact)
+        return replace(self._tile(self.where(value.values[0], keep, support)), loaded=value.loaded)
 
     def merge(self, left: Tile, right: Tile) -> Tile:
         return self._tile(self.source.assign(f"{left.values[0]} + {right.values[0]}"))
@@ -69,7 +69,7 @@ class FloatOps(TritonOps):
         for name, value in add:
             side, k = (0, position[0]) if name == step.right else (1, position[1])
             operand = name in (step.left, step.right)
-            if value.exact and operand and k in free and len(groups) == 1:
+            if value.loaded and operand and k in free and len(groups) == 1:
                 # left @ right + left = left @ (right + I): no float32 copy of left is needed.
                 free.discard(k)
                 products[k, (0, 0)][side] = self._shifted(pairs[k][side])

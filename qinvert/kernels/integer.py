@@ -8,10 +8,12 @@ them stand the IEEE float32 operations of `qinvert.arithmetic`, in its order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from qinvert import arithmetic
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
+from qinvert.kernels.division import residual_steps
 from qinvert.kernels.emitting import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
 from qinvert.kernels.placement import Position, Support, UnsupportedError
 from qinvert.plan import LayerPlan, Quantization, Requantize
@@ -43,16 +45,19 @@ class IntegerOps(TritonOps):
                 raise UnsupportedError(f"{quantization.format} of tensor {name!r} is no float16 operand")
             if not 1 / SCALE_LIMIT <= quantization.scale <= SCALE_LIMIT:
                 raise UnsupportedError(f"the scale of tensor {name!r} is outside [2**-30, 2**30]")
+        #: Residual steps of every division: plans of one structure share a kernel.
+        self.steps = max(residual_steps(q.scale) for q in plan.tensors.values())
         for step in plan.program.steps:
             if isinstance(step, MatMul) and plan.accumulator_bound(step) >= arithmetic.FLOAT32_EXACT:
                 raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
 
     def load(self, position: Position) -> Tile:
         limited = f"tl.minimum(tl.maximum({self.raw(position)}, {-INPUT_LIMIT}), {INPUT_LIMIT})"
-        return self._round(INPUT, self.source.assign(limited))
+        return replace(self._round(INPUT, self.source.assign(limited)), loaded=True)
 
     def mask(self, value: Tile, keep: Support, support: Support) -> Tile:
-        return self._tile([self.where(name, keep, support) for name in value.values])
+        masked = self._tile([self.where(name, keep, support) for name in value.values])
+        return replace(masked, loaded=value.loaded)
 
     def merge(self, left: Tile, right: Tile) -> Tile:
         pairs = zip(left.values, right.values, strict=True)
@@ -71,8 +76,19 @@ class IntegerOps(TritonOps):
             return self._multiplied(step, position, pairs, signed)
         terms = [("+", *accumulator) for accumulator in self._accumulators(step, pairs)]
         for sign, name, value in signed:
-            terms += [(sign, *plane) for plane in self._planes(name, value)]
+            values = replace(value, values=self._residual(value))
+            terms += [(sign, *plane) for plane in self._planes(name, values)]
         return self._round(step.output, self._sum(terms))
+
+    def _residual(self, value: Tile) -> tuple[str, ...]:
+        """Return a tile's planes where sums of products lie."""
+        if not value.loaded:
+            return value.values
+        # A product with the identity is exact, and cheaper than moving values between threads.
+        identity = self.source.once(
+            f"tl.broadcast_to(tl.where({DIAGONAL}, 1.0, 0.0), (NB, 16, 16)).to({self.operand})"
+        )
+        return tuple(self.chain([(operand, identity)], None) for operand in value.operands)
 
     def _multiplied(
         self,
@@ -93,7 +109,7 @@ class IntegerOps(TritonOps):
                 products[k][side] = self._shifted(pairs[k][side], factor)
             else:
                 minus = "-" if sign == "-" else ""
-                residuals.append(self.source.assign(f"{minus}{value.values[0]} * {factor}"))
+                residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
         accumulator = self.chain(products.values(), self.total(residuals))
         multiplier = self.source.scalar(f"multiplier {step.output}", self.plan.multiplier(step))
         return self._tile([self._saturated(f"{accumulator} * {multiplier}", self._format(step.output))])
@@ -165,7 +181,7 @@ class IntegerOps(TritonOps):
         for i, scale in enumerate(_plane_scales(grid)):
             unit = self._scale(name, i, scale)
             reciprocal = self.source.scalar(f"reciprocal {name} {i}", arithmetic.float32(1 / scale))
-            planes.append(self._saturated(f"divide({value}, {unit}, {reciprocal})", fmt))
+            planes.append(self._saturated(f"divide_{self.steps}({value}, {unit}, {reciprocal})", fmt))
             if i + 1 < grid.format.planes:
                 value = self.source.assign(f"{value} - {planes[-1]} * {unit}")
         return self._tile(planes)

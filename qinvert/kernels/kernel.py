@@ -12,6 +12,7 @@ from qinvert.kernels.evaluating import TileEvaluator
 from qinvert.kernels.floating import FloatOps, Precision
 from qinvert.kernels.integer import IntegerOps
 from qinvert.kernels.placement import TILE, Placed, UnsupportedError
+from qinvert.kernels.rolling import rolled
 from qinvert.kernels.template import TEMPLATE
 from qinvert.methods.block_merge import block_merge
 from qinvert.plan import LayerPlan
@@ -19,8 +20,11 @@ from qinvert.program import Program
 
 #: Products of tiles in one kernel; beyond, compiling takes minutes and registers spill.
 MAX_PRODUCTS: Final = 700
-#: Statements from which warps go in step, so that they share the instructions that they fetch.
+#: Integer kernels of more statements roll their common work into a loop, and warps go in step, so
+#: that they share the instructions that they fetch.
 LONG_KERNEL: Final = 600
+#: Integer kernels of fewer statements fit 128 registers: 16 warps on a multiprocessor.
+SHORT_KERNEL: Final = 500
 #: Rows of tiles are joined and stored together up to this chunk; larger ones are stored tile by
 #: tile as soon as they are complete, to free their registers.
 JOINED_CHUNK: Final = 64
@@ -40,6 +44,8 @@ class Generated:
     chunk: int
     #: Matrices, and warps, of one program.
     group: int
+    #: Registers that a thread may take; None leaves it to the compiler.
+    registers: int | None
     #: Products and sums may be fused: only where no rounding between them is part of the result.
     fused: bool
 
@@ -109,12 +115,16 @@ def _generated(
         raise UnsupportedError(
             f"{program.title} takes {products} products of tiles; kernels have at most {MAX_PRODUCTS}"
         )
-    body = len(source.lines)
+    split = len(source.lines)
     rows = _rows(program, source, ops, result)
     joined = program.chunk <= JOINED_CHUNK
     for i, names in enumerate(rows):
         _store(source, i, _joined(source, names) if joined else names)
-    lines = source.lines if joined else hoisted(source.lines[:body], source.lines[body:])
+    body, tail = source.lines[:split], source.lines[split:]
+    if split > LONG_KERNEL and isinstance(ops, IntegerOps) and not counted:
+        body = rolled(body, tail, program.chunk // TILE)
+    lines = [*body, *tail] if joined else hoisted(body, tail)
+    floating = isinstance(ops, FloatOps)
     arguments = "".join(f"s{i}, " for i in range(len(source.scalars)))
     text = TEMPLATE.replace("<arguments>", arguments) + "".join(f"    {line}\n" for line in lines)
     return Generated(
@@ -122,8 +132,9 @@ def _generated(
         scalars=tuple(source.scalars.values()),
         counted=counted,
         chunk=program.chunk,
-        group=4 if len(lines) > LONG_KERNEL else 1,
-        fused=isinstance(ops, FloatOps),
+        group=1 if floating or SHORT_KERNEL < len(lines) <= LONG_KERNEL else 4,
+        registers=128 if len(lines) <= SHORT_KERNEL and not floating else None,
+        fused=floating,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ def missing() -> str | None:
 def compiled(text: str) -> Any:
     """Return the Triton function of a generated source; it is compiled when it is first launched."""
     if interpreted():
-        text = text.replace("= divide(", "= divide_slowly(").replace("(divide(", "(divide_slowly(")
+        text = re.sub(r"(?<!def )divide_\d", "divide_slowly", text)
     # Triton reads the source of a function through linecache.
     name = f"<qinvert kernel {hash(text) & 0xFFFFFFFFFFFF:012x}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
@@ -76,4 +77,5 @@ def launch(
             num_warps=group,
             num_stages=1,
             enable_fp_fusion=generated.fused,
+            **({} if generated.registers is None else {"maxnreg": generated.registers}),
         )

@@ -4,17 +4,27 @@ from typing import Final
 
 #: Head of every kernel, up to the statements of its program.  A correctly rounded reciprocal and
 #: two residual steps give the correctly rounded quotient (P. Markstein, IBM J. Res. Dev. 34, 1990)
-#: without the branches of a division instruction; `divide_slowly` is for interpreters, which round
-#: a fused multiply-add twice.
+#: without the branches of a division instruction; `qinvert.kernels.division` finds where fewer do.
+#: `divide_slowly` is for interpreters, which round a fused multiply-add twice.
 TEMPLATE: Final = """\
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def divide(x, scale, reciprocal):
+def divide_0(x, scale, reciprocal):
+    return x * reciprocal
+
+
+@triton.jit
+def divide_1(x, scale, reciprocal):
     quotient = x * reciprocal
-    quotient = tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
+    return tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
+
+
+@triton.jit
+def divide_2(x, scale, reciprocal):
+    quotient = divide_1(x, scale, reciprocal)
     return tl.fma(tl.fma(-quotient, scale, x), reciprocal, quotient)
 
 
