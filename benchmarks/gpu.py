@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=Path("docs/gpu.md"))
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 8192, 65536, 1048576])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 65536, 1048576])
     arguments = parser.parse_args()
     card = torch.cuda.get_device_name()
     types = ["types", "precision", "copy", "fla", "ours", "fla / ours", "ours / copy", "relative error"]
@@ -224,11 +224,15 @@ def main() -> None:
         f"Measured on one {card}, torch {torch.__version__}, Triton {triton.__version__}.",
         "64 x 64, 65,536 matrices, nanoseconds a matrix:",
         markdown(types, by_type(65536)),
-        "Forward passes of flash-linear-attention, 65,536 tokens, 16 heads of 128, bfloat16:",
-        markdown(["what", "ms", "share of chunk_gated_delta_rule"], shares()),
     ]
     print("\n\n".join(parts), flush=True)
     found = by_size(arguments.chunks, arguments.batches)
+    parts += [
+        "Forward passes of flash-linear-attention, 65,536 tokens, 16 heads of 128, bfloat16:",
+        # Last: it puts our function in place of theirs.
+        markdown(["what", "ms", "share of chunk_gated_delta_rule"], shares()),
+    ]
+    print(parts[-1], flush=True)
     parts += ["float32 to float32, nanoseconds a matrix:", size_table(found)]
     picture = arguments.page.with_suffix(".png")
     plot(found, card, picture)

@@ -24,9 +24,9 @@ MAX_PRODUCTS: Final = 700
 #: that they share the instructions that they fetch.
 LONG_KERNEL: Final = 600
 #: Integer kernels of fewer statements fit 128 registers: 16 warps on a multiprocessor.
-SHORT_KERNEL: Final = 500
-#: Rows of tiles are joined and stored together up to this chunk; larger ones are stored tile by
-#: tile as soon as they are complete, to free their registers.
+SHORT_KERNEL: Final = 450
+#: Rows of tiles are joined and stored together up to this chunk; of larger chunks and long kernels
+#: each tile is stored as soon as it is complete, to free its registers.
 JOINED_CHUNK: Final = 64
 
 
@@ -117,14 +117,15 @@ def _generated(
         )
     split = len(source.lines)
     rows = _rows(program, source, ops, result)
-    joined = program.chunk <= JOINED_CHUNK
+    floating = isinstance(ops, FloatOps)
+    long = split > LONG_KERNEL and not floating
+    joined = program.chunk <= JOINED_CHUNK and not long
     for i, names in enumerate(rows):
         _store(source, i, _joined(source, names) if joined else names)
     body, tail = source.lines[:split], source.lines[split:]
-    if split > LONG_KERNEL and isinstance(ops, IntegerOps) and not counted:
+    if long and not counted:
         body = rolled(body, tail, program.chunk // TILE)
     lines = [*body, *tail] if joined else hoisted(body, tail)
-    floating = isinstance(ops, FloatOps)
     arguments = "".join(f"s{i}, " for i in range(len(source.scalars)))
     text = TEMPLATE.replace("<arguments>", arguments) + "".join(f"    {line}\n" for line in lines)
     return Generated(
@@ -132,10 +133,17 @@ def _generated(
         scalars=tuple(source.scalars.values()),
         counted=counted,
         chunk=program.chunk,
-        group=1 if floating or SHORT_KERNEL < len(lines) <= LONG_KERNEL else 4,
-        registers=128 if len(lines) <= SHORT_KERNEL and not floating else None,
+        group=4 if long or (split <= SHORT_KERNEL and not floating) else 1,
+        registers=_registers(program.chunk, split, floating),
         fused=floating,
     )
+
+
+def _registers(chunk: int, statements: int, floating: bool) -> int | None:
+    """Return a limit that costs no spills and lets one or four more warps run, if there is one."""
+    if floating:
+        return 168 if chunk <= JOINED_CHUNK else None
+    return 128 if statements <= SHORT_KERNEL else None
 
 
 def _rows(program: Program, source: Source, ops: TritonOps, result: Placed[Tile]) -> list[list[str]]:
