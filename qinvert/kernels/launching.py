@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from qinvert.errors import reason
 from qinvert.kernels.kernel import Generated
+from qinvert.kernels.placement import UnsupportedError
 
 
 def interpreted() -> bool:
@@ -22,6 +24,8 @@ def interpreted() -> bool:
 
 def missing() -> str | None:
     """Return why no kernel can run here, None if they can."""
+    if torch.version.hip is not None:
+        return "kernels are made for CUDA devices"
     return None if find_spec("triton") else "triton is not installed; pip install 'qinvert[gpu]'"
 
 
@@ -50,6 +54,11 @@ def launch(
 
     ``chunk_indices[i]`` are the sequence and the number in it of chunk i of
     ``cu_seqlens``; both or none.
+
+    Raises
+    ------
+    UnsupportedError
+        If Triton cannot compile or start it, for want of a C compiler, say.
     """
     batch, length, heads, chunk = A.shape
     per_sequence = -(-length // chunk)
@@ -57,25 +66,30 @@ def launch(
     chunks = len(chunk_indices) if chunk_indices is not None else batch * per_sequence
     total, even = chunks * heads, not variable and length % chunk == 0
     group = generated.group
-    with torch.cuda.device(A.device) if A.is_cuda else nullcontext():
-        return compiled(generated.text)[(-(-total // group),)](
-            A,
-            result,
-            cu_seqlens if variable else A,
-            chunk_indices if variable else A,
-            A if counters is None else counters,
-            total,
-            length,
-            per_sequence,
-            *generated.scalars,
-            CHUNK=chunk,
-            HEADS=heads,
-            NB=group,
-            FULL=even and total % group == 0,
-            PACKED=even and heads == 1,
-            VARIABLE=variable,
-            num_warps=group,
-            num_stages=1,
-            enable_fp_fusion=generated.fused,
-            **({} if generated.registers is None else {"maxnreg": generated.registers}),
-        )
+    limits = {} if generated.registers is None else {"maxnreg": generated.registers}
+    try:
+        with torch.cuda.device(A.device) if A.is_cuda else nullcontext():
+            return compiled(generated.text)[(-(-total // group),)](
+                A,
+                result,
+                cu_seqlens if variable else A,
+                chunk_indices if variable else A,
+                A if counters is None else counters,
+                total,
+                length,
+                per_sequence,
+                *generated.scalars,
+                CHUNK=chunk,
+                HEADS=heads,
+                NB=group,
+                FULL=even and total % group == 0,
+                PACKED=even and heads == 1,
+                VARIABLE=variable,
+                num_warps=group,
+                num_stages=1,
+                enable_fp_fusion=generated.fused,
+                **limits,
+            )
+    except Exception as error:
+        # Whatever Triton's compilers and tools raise.
+        raise UnsupportedError(f"Triton fails ({reason(error)})") from error

@@ -84,16 +84,18 @@ def solve_tril(
     """
     precision = _check(A, cu_seqlens, plan, precision)
     A = A.contiguous()  # noqa: N806
-    if cu_seqlens is not None and chunk_indices is None:
+    if cu_seqlens is None:
+        chunk_indices = None
+    elif chunk_indices is None:
         chunk_indices = chunk_table(cu_seqlens, A.shape[-1])
-    if chunk_indices is not None:
-        cu_seqlens, chunk_indices = cu_seqlens.contiguous(), chunk_indices.contiguous()  # type: ignore[union-attr]
+    else:
+        cu_seqlens, chunk_indices = cu_seqlens.contiguous(), chunk_indices.contiguous()
     result = torch.empty_like(A, dtype=A.dtype if output_dtype is None else output_dtype)
+    if not result.numel():
+        return result
     generated = _kernel(A, plan, precision)
-    if generated is None:
+    if generated is None or not _launched(generated, A, result, cu_seqlens, chunk_indices):
         _solve_batched(A, cu_seqlens, chunk_indices, plan, result)
-    elif result.numel():
-        launching.launch(generated, A, result, cu_seqlens, chunk_indices)
     return result
 
 
@@ -111,7 +113,8 @@ def fused_inverse(
     rows = lower.reshape(1, -1, 1, plan.chunk).contiguous()
     result = torch.empty_like(rows, dtype=torch.float32)
     counters = torch.zeros(len(generated.counted), dtype=torch.int64, device=rows.device) if count else None
-    launching.launch(generated, rows, result, counters=counters)
+    if not _launched(generated, rows, result, counters=counters):
+        return None
     numbers = [] if counters is None else counters.tolist()
     counts = {name: n for name, n in zip(generated.counted, numbers, strict=True) if n}
     return result.reshape(lower.shape), counts
@@ -154,10 +157,23 @@ def _kernel(
         if isinstance(found, Generated):
             return found
         reason = str(found)
+    _tell(reason)
+    return None
+
+
+def _tell(reason: str) -> None:
     if reason not in _told:
         _told.add(reason)
         _log.warning("no fused kernel: %s; the batched torch path runs instead", reason)
-    return None
+
+
+def _launched(generated: Generated, *tensors: torch.Tensor | None, **counters: torch.Tensor | None) -> bool:
+    try:
+        launching.launch(generated, *tensors, **counters)  # type: ignore[arg-type]
+    except UnsupportedError as error:
+        _tell(str(error))
+        return False
+    return True
 
 
 def _planned(plan: LayerPlan, count: bool) -> Generated | UnsupportedError:

@@ -68,6 +68,7 @@ def test_types_follow_the_arguments():
     assert solve_tril(A).dtype == torch.float32
     assert solve_tril(A, output_dtype=None).dtype == torch.bfloat16
     assert solve_tril(A, output_dtype=torch.float16).dtype == torch.float16
+    assert solve_tril(A[:, :0]).shape == (1, 0, 1, 16)
     strided = matrices(1, 2, 32, 16).transpose(1, 2)
     assert torch.equal(solve_tril(strided), solve_tril(strided.contiguous()))
 
@@ -126,6 +127,22 @@ def test_without_triton_the_torch_path_runs(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "qinvert"):
         solve_tril(torch.zeros(1, 16, 1, 16), precision=Precision.BF16)
     assert "pip install 'qinvert[gpu]'" in caplog.text
+
+
+def test_a_failing_compiler_leaves_the_torch_path(plan, monkeypatch, caplog):
+    def fail(text):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(launching, "interpreted", lambda: True)
+    monkeypatch.setattr(launching, "missing", lambda: None)
+    monkeypatch.setattr(launching, "compiled", fail)
+    monkeypatch.setattr(solving, "_told", set())
+    A = matrices(1, 32, 1, 16)
+    with caplog.at_level(logging.WARNING, "qinvert"):
+        result = solve_tril(A, plan=plan)
+        assert solving.fused_inverse(plan, A[0, :16, 0].tril(-1)[None]) is None
+    assert torch.equal(result, expected(A, [0, 32], plan.inverse))
+    assert "Failed to find C compiler" in caplog.text
 
 
 def test_saturations_are_counted_like_values(plan):
