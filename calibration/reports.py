@@ -17,7 +17,7 @@ from qinvert.execute import needed_beta
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Plan
-from qinvert.simulator import simulate_inverse
+from qinvert.simulator import simulate_counting
 
 Progress = Callable[[str, int], None]
 
@@ -113,19 +113,15 @@ class LayerSimulation:
     def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
         """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` for a factored plan."""
         truth = solve(lower)
-        estimate = simulate_inverse(self.plan, lower, self._observe, beta)
+        estimate, saturations = simulate_counting(self.plan, lower, beta)
+        for name, count in saturations.items():
+            self.saturations[name] = self.saturations.get(name, 0) + count
         self.achieved.update(estimate, truth)
         if lower.ndim >= -HEAD_AXIS:
             pairs = zip(estimate.unbind(HEAD_AXIS), truth.unbind(HEAD_AXIS), strict=True)
             for head, (part, exact) in enumerate(pairs):
                 self.heads.setdefault(head, ErrorStatistics()).update(part, exact)
         self.floor.update(floor_inverse(self.plan, lower, beta), truth)
-
-    def _observe(self, name: str, integers: torch.Tensor) -> None:
-        fmt = self.plan.tensors[name].format
-        count = int(((integers <= fmt.minimum) | (integers >= fmt.maximum)).sum())
-        if count:
-            self.saturations[name] = self.saturations.get(name, 0) + count
 
     def result(self) -> LayerReport:
         """Return the report of what was seen."""

@@ -130,11 +130,50 @@ def simulate_inverse(
 ) -> torch.Tensor:
     """`LayerPlan.inverse` of checked tensors; float32 on L's device.
 
+    On a CUDA device a fused kernel computes the same bits where there is one,
+    see `qinvert.kernels.solve_tril`; ``observe`` needs every tensor, which a
+    kernel never stores.
+
     Raises
     ------
     InputError
         If ``lower`` holds a NaN.
     """
+    if lower.is_cuda and observe is None:
+        from qinvert.kernels.solving import fused_inverse
+
+        if (found := fused_inverse(plan, lower)) is not None:
+            return found[0]
+    return simulate_batched(plan, lower, observe, beta)
+
+
+def simulate_counting(
+    plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """`simulate_inverse`, and how many values of each tensor stand on the ends of its grid, if any."""
+    if lower.is_cuda:
+        from qinvert.kernels.solving import fused_inverse
+
+        if (found := fused_inverse(plan, lower, count=True)) is not None:
+            return found
+    counts: dict[str, int] = {}
+
+    def count(name: str, integers: torch.Tensor) -> None:
+        fmt = plan.tensors[name].format
+        number = int(((integers <= fmt.minimum) | (integers >= fmt.maximum)).sum())
+        if number:
+            counts[name] = number
+
+    return simulate_batched(plan, lower, count, beta), counts
+
+
+def simulate_batched(
+    plan: LayerPlan,
+    lower: torch.Tensor,
+    observe: Observer | None = None,
+    beta: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`simulate_inverse` by one torch operation a step, over all matrices at once."""
     result = simulate_integers(plan, lower, observe, beta)
     values = arithmetic.dequantize(result, plan.output.scale, plan.output.format)
     return assemble(plan.program, values, beta)

@@ -1,0 +1,204 @@
+"""Triton source of the integer steps of a plan: the simulator's roundings, one at a time.
+
+int8 values are exact as float16 operands and their accumulators in float32
+below 2**24, so the matrix unit's float products are integer products.  Around
+them stand the IEEE float32 operations of `qinvert.arithmetic`, in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from qinvert import arithmetic
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
+from qinvert.kernels.division import residual_steps
+from qinvert.kernels.emitting import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
+from qinvert.kernels.placement import Position, Support, UnsupportedError
+from qinvert.plan import LayerPlan, Quantization, Requantize
+from qinvert.steps import INPUT, Add, MatMul, Rescale
+
+#: Scales outside ``[1 / this, this]`` have no kernel: its divisions must stay far from the ends of float32.
+SCALE_LIMIT: Final = 2.0**30
+#: An input of this magnitude saturates on every such scale.
+INPUT_LIMIT: Final = 2.0**60
+#: ``(x + MAGIC) - MAGIC`` rounds half to even where ``|x| < 2**22``: two additions at full rate,
+#: a conversion instruction has a fraction of it.
+MAGIC: Final = 1.5 * 2**23
+
+
+class IntegerOps(TritonOps):
+    """One plan's roundings.
+
+    Raises
+    ------
+    UnsupportedError
+        If a product is not exact with float16 operands and float32 accumulators.
+    """
+
+    def __init__(self, source: Source, plan: LayerPlan) -> None:
+        super().__init__(source)
+        self.plan = plan
+        for name, quantization in plan.tensors.items():
+            if quantization.format.container_bits > INT8.container_bits:
+                raise UnsupportedError(f"{quantization.format} of tensor {name!r} is no float16 operand")
+            if not 1 / SCALE_LIMIT <= quantization.scale <= SCALE_LIMIT:
+                raise UnsupportedError(f"the scale of tensor {name!r} is outside [2**-30, 2**30]")
+        #: Residual steps of every division: plans of one structure share a kernel.
+        self.steps = max(residual_steps(q.scale) for q in plan.tensors.values())
+        for step in plan.program.steps:
+            if isinstance(step, MatMul) and plan.accumulator_bound(step) >= arithmetic.FLOAT32_EXACT:
+                raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
+
+    def load(self, position: Position) -> Tile:
+        limited = f"tl.minimum(tl.maximum({self.raw(position)}, {-INPUT_LIMIT}), {INPUT_LIMIT})"
+        return replace(self._round(INPUT, self.source.assign(limited)), loaded=True)
+
+    def mask(self, value: Tile, keep: Support, support: Support) -> Tile:
+        masked = self._tile([self.where(name, keep, support) for name in value.values])
+        return replace(masked, loaded=value.loaded)
+
+    def merge(self, left: Tile, right: Tile) -> Tile:
+        pairs = zip(left.values, right.values, strict=True)
+        return self._tile([self.source.assign(f"{a} + {b}") for a, b in pairs])
+
+    def matmul(
+        self,
+        step: MatMul,
+        position: Position,
+        pairs: Mapping[int, tuple[Tile, Tile]],
+        add: Sequence[tuple[str, Tile]],
+        subtract: Sequence[tuple[str, Tile]],
+    ) -> Tile:
+        signed = [*(("+", name, v) for name, v in add), *(("-", name, v) for name, v in subtract)]
+        if self.plan.requantize is Requantize.MULTIPLIER:
+            return self._multiplied(step, position, pairs, signed)
+        terms = [("+", *accumulator) for accumulator in self._accumulators(step, pairs)]
+        for sign, name, value in signed:
+            values = replace(value, values=self._residual(value))
+            terms += [(sign, *plane) for plane in self._planes(name, values)]
+        return self._round(step.output, self._sum(terms))
+
+    def _residual(self, value: Tile) -> tuple[str, ...]:
+        """Return a tile's planes where sums of products lie."""
+        if not value.loaded:
+            return value.values
+        # A product with the identity is exact, and cheaper than moving values between threads.
+        identity = self.source.once(
+            f"tl.broadcast_to(tl.where({DIAGONAL}, 1.0, 0.0), (NB, 16, 16)).to({self.operand})"
+        )
+        return tuple(self.chain([(operand, identity)], None) for operand in value.operands)
+
+    def _multiplied(
+        self,
+        step: MatMul,
+        position: Position,
+        pairs: Mapping[int, tuple[Tile, Tile]],
+        signed: Sequence[tuple[str, str, Tile]],
+    ) -> Tile:
+        products = {k: [a.operands[0], b.operands[0]] for k, (a, b) in pairs.items()}
+        residuals, free = [], set(pairs)
+        for sign, name, value in signed:
+            steps = self.plan.residual_factor(step, name)
+            factor = self.source.scalar(f"residual {step.output} {name}", float(steps))
+            # left @ right + left = left @ (right + I), and I is `steps` on right's grid.
+            side, k = (0, position[0]) if name == step.right else (1, position[1])
+            if sign == "+" and k in free and steps + INT8.magnitude <= FLOAT16_EXACT:
+                free.discard(k)
+                products[k][side] = self._shifted(pairs[k][side], factor)
+            else:
+                minus = "-" if sign == "-" else ""
+                residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
+        accumulator = self.chain(products.values(), self.total(residuals))
+        multiplier = self.source.scalar(f"multiplier {step.output}", self.plan.multiplier(step))
+        return self._tile([self._saturated(f"{accumulator} * {multiplier}", self._format(step.output))])
+
+    def _shifted(self, value: Tile, steps: str) -> str:
+        name = value.values[0]
+        return self.source.once(f"tl.where({DIAGONAL}, {name} + {steps}, {name}).to({self.operand})")
+
+    def _accumulators(self, step: MatMul, pairs: Mapping[int, tuple[Tile, Tile]]) -> list[tuple[str, str]]:
+        if not pairs:
+            return []
+        left, right = self.plan.tensors[step.left], self.plan.tensors[step.right]
+        accumulators = []
+        for group in arithmetic.partial_products(left.format.planes, right.format.planes):
+            products = [(a.operands[i], b.operands[j]) for i, j in group for a, b in pairs.values()]
+            i, j = group[0]
+            unit = arithmetic.product_scale(_plane_scales(left)[i], _plane_scales(right)[j])
+            scalar = self.source.scalar(f"unit {step.output} {i + j}", unit)
+            accumulators.append((self.chain(products, None), scalar))
+        return accumulators
+
+    def add(self, step: Add, terms: Sequence[tuple[str, Tile]]) -> Tile:
+        planes = [("+", *plane) for name, value in terms for plane in self._planes(name, value)]
+        return self._round(step.output, self._sum(planes))
+
+    def rescale(self, step: Rescale, source: Tile) -> Tile:
+        same = self.plan.tensors[step.source] == self.plan.tensors[step.output]
+        if step.factor == 1 and same and self._format(step.output).planes == 1:
+            return source  # q * s / s lies within q * 2**-23 of q and rounds to it
+        value = self._sum([("+", *plane) for plane in self._planes(step.source, source)])
+        if step.factor != 1:
+            factor = self.source.scalar(f"factor {step.output}", step.factor)
+            value = self.source.assign(f"{value} * {factor}")
+        return self._round(step.output, value)
+
+    def real(self, value: Tile) -> str:
+        planes = self._planes(self.plan.program.output, value)
+        return self._sum([("+", *plane) for plane in planes])
+
+    def whole(self, value: Tile) -> str:
+        """Return the integers of a tile, its planes together."""
+        if len(value.values) == 1:
+            return value.values[0]
+        high, low = value.values
+        return self.source.assign(f"{PLANE_RATIO}.0 * {high} + {low}")
+
+    def _planes(self, name: str, value: Tile) -> list[tuple[str, str]]:
+        scales = _plane_scales(self.plan.tensors[name])
+        return [
+            (v, self._scale(name, i, s)) for i, (v, s) in enumerate(zip(value.values, scales, strict=True))
+        ]
+
+    def _scale(self, name: str, plane: int, scale: float) -> str:
+        return self.source.scalar(f"scale {name} {plane}", scale)
+
+    def _sum(self, terms: Sequence[tuple[str, str, str]]) -> str:
+        # Every product and every sum is rounded: the launch forbids fused multiply-adds.
+        total = None
+        for sign, name, scale in terms:
+            product = f"{name} * {scale}"
+            start = "" if total is None and sign == "+" else f"{total or 0.0} {sign} "
+            total = self.source.assign(start + product)
+        return total or self.source.once(ZEROS)
+
+    def _round(self, name: str, value: str) -> Tile:
+        grid = self.plan.tensors[name]
+        fmt = grid.format if grid.format.planes == 1 else INT8
+        planes: list[str] = []
+        for i, scale in enumerate(_plane_scales(grid)):
+            unit = self._scale(name, i, scale)
+            reciprocal = self.source.scalar(f"reciprocal {name} {i}", arithmetic.float32(1 / scale))
+            planes.append(self._saturated(f"divide_{self.steps}({value}, {unit}, {reciprocal})", fmt))
+            if i + 1 < grid.format.planes:
+                value = self.source.assign(f"{value} - {planes[-1]} * {unit}")
+        return self._tile(planes)
+
+    def _saturated(self, steps: str, fmt: IntFormat) -> str:
+        # Clamping first is the same, for the bounds are integers.
+        limited = self.source.assign(f"tl.minimum(tl.maximum({steps}, {fmt.minimum}.0), {fmt.maximum}.0)")
+        return self.source.assign(f"({limited} + {MAGIC}) - {MAGIC}")
+
+    def _tile(self, values: Sequence[str]) -> Tile:
+        operands = tuple(self.source.assign(f"{v}.to({self.operand})") for v in values)
+        return Tile(values=tuple(values), operands=operands)
+
+    def _format(self, name: str) -> IntFormat:
+        return self.plan.tensors[name].format
+
+
+def _plane_scales(grid: Quantization) -> list[float]:
+    low = [grid.scale]
+    return low if grid.format.planes == 1 else [PLANE_RATIO * grid.scale, *low]
