@@ -16,6 +16,7 @@ from qinvert.calibration.observers import LayerObserver
 from qinvert.calibration.observing import Progress, observe
 from qinvert.calibration.planner import Candidate, Goals, choose
 from qinvert.calibration.scales import ScaleRule
+from qinvert.calibration.token_data import with_options
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
@@ -55,6 +56,8 @@ def calibrate(
     granularity: str = "tensor",
     factored: bool = False,
     seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
     progress: Progress | None = None,
     checkpoint: str | PathLike[str] | None = None,
 ) -> Plan:
@@ -99,7 +102,10 @@ def calibrate(
         Plan the form that takes beta as an input of its own, see
         `qinvert.block_merge`; the source must provide it, as models do.
     seed : int
-        Of the sample.
+        Of the sample, and of the choice of sequences.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
     checkpoint : path, optional
@@ -131,7 +137,7 @@ def calibrate(
     grain = _member(Granularity, "granularity", granularity)
     observers = observe(
         source,
-        data,
+        with_options(data, num_samples, seq_len, seed),
         lambda chunk: _programs(method, chunk, factored, options.profile.requantize),
         granularity=grain,
         seed=seed,
