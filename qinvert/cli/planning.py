@@ -43,10 +43,10 @@ from qinvert.proof import Proof
 )
 @click.option(
     "--ranges",
-    default="max",
+    default="auto",
     show_default=True,
-    type=click.Choice([rule.value for rule in RangeRule]),
-    help="What grids cover.",
+    type=click.Choice(["auto", *(rule.value for rule in RangeRule)]),
+    help="What grids cover; auto: mse for int4, max for wider grids.",
 )
 @click.option(
     "--granularity",
