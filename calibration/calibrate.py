@@ -16,6 +16,7 @@ from qinvert.calibration.observers import LayerObserver
 from qinvert.calibration.observing import Progress, observe
 from qinvert.calibration.planner import Candidate, Goals, choose
 from qinvert.calibration.scales import ScaleRule
+from qinvert.calibration.token_data import with_options
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
@@ -51,10 +52,12 @@ def calibrate(
     min_sqnr_db: float = 20.0,
     max_loss_db: float = MAX_LOSS_DB,
     scales: str = "auto",
-    ranges: str = "max",
+    ranges: str = "auto",
     granularity: str = "tensor",
     factored: bool = False,
     seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
     progress: Progress | None = None,
     checkpoint: str | PathLike[str] | None = None,
 ) -> Plan:
@@ -88,9 +91,11 @@ def calibrate(
     scales : {"auto", "float", "pow2"}
         Any float32, or powers of two only; ``"auto"`` is float unless the
         target takes powers of two only.
-    ranges : {"max", "percentile", "mse"}
+    ranges : {"auto", "max", "percentile", "mse"}
         What a grid covers: all values seen, all but one in 10,000, or the
         range with the least mean square error; what is beyond saturates.
+        ``"auto"`` is ``"mse"`` for int4, whose steps cost more than what
+        saturates, and ``"max"`` for wider grids.
     granularity : {"tensor", "head"}
         One set of grids a layer, or one a head (the plan then has an entry
         ``LAYER/head_H`` for each); L must have the axes
@@ -99,7 +104,10 @@ def calibrate(
         Plan the form that takes beta as an input of its own, see
         `qinvert.block_merge`; the source must provide it, as models do.
     seed : int
-        Of the sample.
+        Of the sample, and of the choice of sequences.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
     checkpoint : path, optional
@@ -131,7 +139,7 @@ def calibrate(
     grain = _member(Granularity, "granularity", granularity)
     observers = observe(
         source,
-        data,
+        with_options(data, num_samples, seq_len, seed),
         lambda chunk: _programs(method, chunk, factored, options.profile.requantize),
         granularity=grain,
         seed=seed,
@@ -143,7 +151,7 @@ def calibrate(
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
         "scales": str(options.rules.scales),
-        "ranges": str(ranges),
+        "ranges": str(options.rules.ranges),
         "granularity": str(grain),
         "min_sqnr_db": options.goals.min_sqnr_db,
         "max_loss_db": options.goals.max_loss_db,
@@ -188,12 +196,13 @@ def _options(
     bits: int | str, target: str | None, scales: str, ranges: str, min_sqnr_db: float, max_loss_db: float
 ) -> _Options:
     profile = find_profile(_default_target(bits) if target is None else target)
+    ladder = _ladder(bits, profile)
     return _Options(
         profile=profile,
-        ladder=_ladder(bits, profile),
+        ladder=ladder,
         rules=GridRules(
             scales=_scale_rule(scales, profile),
-            ranges=_member(RangeRule, "ranges", ranges),
+            ranges=_range_rule(ranges, ladder),
             requantize=profile.requantize,
         ),
         goals=Goals(
@@ -215,6 +224,14 @@ def _scale_rule(scales: str, profile: Profile) -> ScaleRule:
             "use scales='pow2' or another target"
         )
     return ScaleRule(scales)
+
+
+def _range_rule(ranges: str, ladder: tuple[IntFormat, ...]) -> RangeRule:
+    if ranges == "auto":
+        return RangeRule.MSE if ladder[0] == INT4 else RangeRule.MAX
+    if ranges not in list(RangeRule):
+        raise PlanError(f"ranges {ranges!r} is unknown; use {_alternatives(['auto', *RangeRule])}")
+    return RangeRule(ranges)
 
 
 def _default_target(bits: int | str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from qinvert.calibration.hooks import patched_by_layer, run_model
+from qinvert.calibration.token_data import with_options
 from qinvert.calibration.tokens import token_batches
 from qinvert.checks import check_seed
 from qinvert.delta_chunks import DeltaChunks
@@ -47,7 +48,13 @@ class Captured:
 
 
 def capture(
-    model: torch.nn.Module, data: Any, *, share: float = 1.0, seed: int = 0
+    model: torch.nn.Module,
+    data: Any,
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream ``(layer, L)`` from the model's forward passes over ``data``.
 
@@ -55,7 +62,7 @@ def capture(
 
     Parameters
     ----------
-    model, data, share, seed
+    model, data, share, seed, num_samples, seq_len
         See `capture_details`.
 
     Yields
@@ -63,7 +70,8 @@ def capture(
     tuple
         The layer's name and L ``[batch, heads, chunks, C, C]``.
     """
-    for item in capture_details(model, data, share=share, seed=seed):
+    tokens = with_options(data, num_samples, seq_len, seed)
+    for item in capture_details(model, tokens, share=share, seed=seed):
         yield item.layer, item.lower
 
 
@@ -74,6 +82,8 @@ def capture_details(
     details: Collection[str] = (),
     share: float = 1.0,
     seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
 ) -> Iterator[Captured]:
     """Stream every layer's systems, batch by batch.
 
@@ -89,7 +99,10 @@ def capture_details(
         Share of the chunks to keep, at least one of each batch: the same
         positions in all sequences, heads and layers of it.
     seed : int
-        Of the choice of chunks.
+        Of the choice of chunks and of sequences.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
 
     Raises
     ------
@@ -98,8 +111,9 @@ def capture_details(
         `qinvert.patched`.
     """
     wanted = frozenset(_detail(name) for name in details)
+    tokens = with_options(data, num_samples, seq_len, seed)
     sample = ChunkSample(share=share, seed=seed)
-    for index, batch in enumerate(token_batches(data)):
+    for index, batch in enumerate(token_batches(tokens, model)):
         yield from capture_batch(model, batch, wanted, partial(sample.positions, index))
 
 

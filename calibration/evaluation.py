@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from qinvert.calibration.hooks import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
+from qinvert.calibration.token_data import with_options
 from qinvert.calibration.tokens import token_batches
 from qinvert.delta_chunks import Applied, DeltaChunks
 from qinvert.delta_rule import Inverse, applicable
@@ -78,6 +79,8 @@ def evaluate(
     data: Any,
     *,
     score: Score | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare the model under ``plan`` with the same model under the exact inverse.
@@ -88,9 +91,12 @@ def evaluate(
     plan : Plan, LayerPlan or callable
         As for `qinvert.patched`.
     data
-        Token batches, see `qinvert.calibration.tokens.token_batches`.
+        Text or tokens, see `qinvert.calibration.tokens.token_batches`.
     score : callable, optional
         ``score(logits, tokens) -> float``, both on the logits' device, averaged over sequences.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress("tokens", seen)`` after every batch.
 
@@ -99,7 +105,8 @@ def evaluate(
     InputError, PlanError
         See `qinvert.patched`.
     """
-    return compare(model, {"plan": plan}, data, score=score, progress=progress)["plan"]
+    tokens = with_options(data, num_samples, seq_len)
+    return compare(model, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
 
 
 def compare(
@@ -108,6 +115,8 @@ def compare(
     data: Any,
     *,
     score: Score | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
     """`evaluate` several plans in one pass over the data.
@@ -116,7 +125,7 @@ def compare(
     ----------
     plans : mapping
         Plans or inverses by the name that the result gives them.
-    model, data, score, progress
+    model, data, score, num_samples, seq_len, progress
         As for `evaluate`.
 
     Raises
@@ -126,7 +135,7 @@ def compare(
     """
     running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
     tokens = 0
-    for batch in token_batches(data):
+    for batch in token_batches(with_options(data, num_samples, seq_len), model):
         with patched_by_layer(model, solve_chunks):
             reference = run_model(model, batch).to(torch.float32)
         ids = batch["input_ids"]

@@ -244,7 +244,7 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    tokens, size = inputs.get("input_ids"), _vocabulary(model)
+    tokens, size = inputs.get("input_ids"), vocabulary_size(model)
     if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
         raise InputError(
             f"token ids go from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary has "
@@ -255,7 +255,8 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return logits
 
 
-def _vocabulary(model: torch.nn.Module) -> int | None:
+def vocabulary_size(model: torch.nn.Module) -> int | None:
+    """Return the number of tokens that the model knows, None where its configuration does not say."""
     config = getattr(model, "config", None)
     # Models of text and images keep the numbers of their text part apart.
     size = getattr(getattr(config, "text_config", config), "vocab_size", None)

@@ -11,6 +11,7 @@ import torch
 
 from qinvert.calibration.heads import HEAD_AXIS, is_split, layer_name, split_heads
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
+from qinvert.calibration.token_data import with_options
 from qinvert.documents import to_document
 from qinvert.errors import InputError
 from qinvert.execute import needed_beta
@@ -141,7 +142,15 @@ class LayerSimulation:
         )
 
 
-def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | None = None) -> Report:
+def simulate(
+    plan: Plan,
+    source: Any,
+    data: Any = None,
+    *,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Run every layer's integer program on ``source`` and measure the error of T.
 
     Parameters
@@ -151,6 +160,9 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
         Where L comes from; see `qinvert.calibration.sources.open_source`.
         Layers are matched by name; a source with one unnamed layer goes with
         a plan of one layer.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
 
@@ -163,7 +175,7 @@ def simulate(plan: Plan, source: Any, data: Any = None, *, progress: Progress | 
         If the source has a layer that the plan does not know.
     """
     running: dict[str, LayerSimulation] = {}
-    for given, whole, rows in open_with_beta(source, data):
+    for given, whole, rows in open_with_beta(source, with_options(data, num_samples, seq_len)):
         name = _match(plan, given)
         parts = split_heads(name, whole, rows) if is_split(plan, name) else [(name, whole, rows)]
         for layer, lower, known in parts:

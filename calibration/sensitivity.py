@@ -210,7 +210,9 @@ def measure_sensitivities(
     """
     exact = torch.tril(solve(sample) if truth is None else truth, -1)
     # Rare large matrices would make the signal of a few a poor guess.
-    signal = float(exact.square().sum()) * min(1.0, MATRICES / len(sample))
+    share = min(1.0, MATRICES / len(sample))
+    signal = float(exact.square().sum()) * share
+    unseen = {grid[INPUT].format.name: _unseen_saturation(exact, grid, program, share) for grid in grids}
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
     beta = None if beta is None else beta[:MATRICES]
     groups = scale_groups(program)
@@ -225,8 +227,8 @@ def measure_sensitivities(
     result = result.reshape(len(variants) + 1, *sample.shape)
     rows = exact_inputs[BETA] if program.vectors else torch.ones((), dtype=torch.float64)
     rounding = {
-        grid[INPUT].format.name: _power((on_grid(result[-1], grid[program.output]) - result[-1]) * rows)
-        for grid in grids
+        name: _power((on_grid(result[-1], grid[program.output]) - result[-1]) * rows) + unseen[name]
+        for name, grid in zip(unseen, grids, strict=True)
     }
     result = result * rows
     errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
@@ -234,12 +236,15 @@ def measure_sensitivities(
         (g, grid[INPUT].format.name): math.inf if math.isnan(e) else float(e)
         for (g, grid), e in zip(variants, errors, strict=True)
     }
+    coherence = {f: _coherence(noise, f) for g, f in noise if g == ALL}
+    for name, power in unseen.items():
+        noise[groups[program.output], name] += power
     return Sensitivities(
         signal=signal,
         # A program that is exact in real arithmetic leaves rounding of float64 only.
         truncation=_power(result[-1] - exact),
         noise={(g, f): value for (g, f), value in noise.items() if g != ALL},
-        coherence={f: _coherence(noise, f) for g, f in noise if g == ALL},
+        coherence=coherence,
         inputs=frozenset(groups[name] for name in (INPUT, *program.vectors)),
         output=groups[program.output],
         rounding=rounding,
@@ -251,6 +256,21 @@ def on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
     finite = torch.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf)
     integers = arithmetic.quantize(finite, grid.scale, grid.format)
     return arithmetic.dequantize(integers, grid.scale, grid.format).to(torch.float64)
+
+
+def _unseen_saturation(
+    exact: torch.Tensor, grid: Mapping[str, Quantization], program: Program, share: float
+) -> float:
+    """Return the power that a clipped output range cuts off, beyond what the first matrices show.
+
+    Rare large values are part of the signal; what saturation takes from them must be noise.
+    """
+    output = grid[program.output]
+    # Of a factored program the output is T - I over beta, whose rare values are those of keys alone.
+    if program.vectors:
+        return 0.0
+    excess = (exact.abs() - output.scale * output.format.largest).clamp(min=0).square().sum((1, 2))
+    return max(0.0, float(excess.sum()) * share - float(excess[:MATRICES].sum()))
 
 
 def _power(error: torch.Tensor) -> float:

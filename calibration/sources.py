@@ -34,7 +34,7 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
     Parameters
     ----------
     source
-        One of: a Hugging Face model (then ``data`` holds token batches, see
+        One of: a Hugging Face model (then ``data`` holds text or tokens, see
         `qinvert.calibration.tokens.token_batches`); ``{layer: L}``; a tensor
         or array L; a path to .npz or .safetensors with one array a layer; an
         object with ``get_next()`` that returns such a dict or None at the
@@ -69,7 +69,9 @@ def open_groups(
     """
     if isinstance(source, torch.nn.Module):
         if data is None:
-            raise InputError("a model needs data=...: token ids [batch, length], or an iterable of batches")
+            raise InputError(
+                "a model needs data=...: token ids [batch, length], a text file, or an iterable of batches"
+            )
         return _captured(source, data, shard, passing)
     if data is not None:
         raise InputError("data=... goes with a model; pass matrices alone as the source")
@@ -84,7 +86,7 @@ def _captured(model: torch.nn.Module, data: Any, shard: Shard, passing: Passing)
         found = capture_batch(model, batch, (Detail.BETA,))
         return [(item.layer, item.lower, item.beta) for item in found]
 
-    for batch in shard.slices(passing(token_batches(data))):
+    for batch in shard.slices(passing(token_batches(data, model))):
         # Nothing here keeps what was yielded while the next batch runs.
         yield [] if batch is None else captured(batch)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qinvert.calibration.reports import LayerReport as LayerReport
     from qinvert.calibration.reports import Report as Report
     from qinvert.calibration.reports import simulate as simulate
+    from qinvert.calibration.token_data import TokenData as TokenData
     from qinvert.delta_rule import chunk_gated_delta_rule as chunk_gated_delta_rule
     from qinvert.errors import ExportError as ExportError
     from qinvert.errors import InputError as InputError
@@ -72,6 +73,7 @@ _HOMES = {
     "Quantization": "plan",
     "RangeGrowth": "calibration.growth",
     "Report": "calibration.reports",
+    "TokenData": "calibration.token_data",
     "Verification": "export.comparing",
     "VerificationError": "errors",
     "banded_residual": "methods",

@@ -6,7 +6,9 @@ import pytest
 
 EXAMPLES = {
     "calibrate_and_export.py": (["--output", "inverse.onnx"], "onnxruntime (optimized) == simulator"),
+    "calibrate_text_model.py": (["--num-samples", "2", "--seq-len", "192"], "wrote plan.json"),
     "compare_methods.py": (["--count", "4", "--chunk", "16"], "correlated_keys"),
+    "export_and_run.py": ([], "simulator: 0 of 32768"),
     "patch_and_generate.py": ([], "integer 1.0000"),
     "train_recall.py": (["--steps", "3", "--batch", "2", "--pairs", "32"], "wrote recall-model"),
 }

@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -17,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qinvert import recall
-from qinvert.calibration.sources import read_arrays
-from qinvert.calibration.tokens import is_integer
+from qinvert.calibration.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData, with_options
+from qinvert.calibration.tokens import holds_tokens
 from qinvert.checks import MAX_SEED, check_decibels
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -100,30 +101,102 @@ def output_options(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """What ``--data`` and the options beside it say."""
+
+    data: str | None = None
+    sequences: int = SEQUENCES
+    num_samples: int | None = None
+    seq_len: int | None = None
+    column: str | None = None
+    split: str = "train"
+    tokenizer: str | None = None
+    seed: int = 0
+
+    @property
+    def tokens(self) -> TokenData:
+        """Data for a model."""
+        return TokenData(
+            data=self.data,
+            num_samples=self.num_samples,
+            seq_len=self.seq_len,
+            column=self.column,
+            split=self.split,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+        )
+
+    def for_model(self, name: str) -> Any:
+        """Return the data for a model; the embedded one makes its own where none is given.
+
+        Raises
+        ------
+        InputError
+            If another model comes without data.
+        """
+        if self.data is not None:
+            return self.tokens
+        if name != recall.NAME:
+            raise InputError(
+                "a model needs --data FILE: text, .jsonl, token ids (.npz or .safetensors, array input_ids), "
+                "or the name of a Hugging Face dataset"
+            )
+        self.check_unused()
+        return recall.sequences(self.sequences, self.seed)
+
+    def check_unused(self) -> None:
+        """Refuse options of text and token ids where there are none."""
+        with_options(None, self.num_samples, self.seq_len)
+
+
 def data_options(function: F) -> F:
-    """Add ``--data``, ``--sequences`` and ``--seed``."""
-    options = (
-        click.option(
-            "--data", type=click.Path(), help="Token ids for a model, or matrices L (.npz, .safetensors)."
-        ),
-        click.option(
-            "--sequences",
-            default=SEQUENCES,
-            show_default=True,
-            type=click.IntRange(1, 100_000),
-            help="Sequences that the recall task generates without --data.",
-        ),
-        click.option(
-            "--seed",
-            default=0,
-            show_default=True,
-            type=click.IntRange(0, MAX_SEED),
-            help="Of generated data and samples.",
-        ),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    """Add ``--data`` and what goes with it, passed as ``given``."""
+
+    @wraps(function)
+    def bundled(*arguments: Any, **options: Any) -> Any:
+        given = DataOptions(**{field.name: options.pop(field.name) for field in fields(DataOptions)})
+        return function(*arguments, given=given, **options)
+
+    for option in reversed(_DATA_OPTIONS):
+        bundled = option(bundled)
+    return cast("F", bundled)
+
+
+_DATA_OPTIONS = (
+    click.option(
+        "--data",
+        help="For a model: text, .jsonl, token ids (.npz, .safetensors) or a Hugging Face dataset, "
+        "NAME or NAME:CONFIGURATION. Or matrices L (.npz, .safetensors).",
+    ),
+    click.option(
+        "--num-samples",
+        type=click.IntRange(1, MAX_COUNT),
+        help=f"Sequences to draw from --data; {NUM_SAMPLES} of text, all token ids by default.",
+    ),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(1, MAX_COUNT),
+        help=f"Tokens in a sequence; {SEQ_LEN} of text, as they are in token ids by default.",
+    ),
+    click.option("--column", help="Field of .jsonl or dataset rows; text, or else input_ids, by default."),
+    click.option("--split", default="train", show_default=True, help="Split of a Hugging Face dataset."),
+    click.option("--tokenizer", help="Folder of a tokenizer for text; the model's own by default."),
+    click.option(
+        "--sequences",
+        default=SEQUENCES,
+        show_default=True,
+        type=click.IntRange(1, 100_000),
+        help="Sequences that the recall task generates without --data.",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, MAX_SEED),
+        help="Of generated data and samples.",
+    ),
+)
 
 
 def load_model(name: str) -> Any:
@@ -139,7 +212,7 @@ def is_matrix_file(source: str) -> bool:
     return Path(source).suffix in (".npz", ".safetensors")
 
 
-def open_pair(source: str, data: str | None, sequences: int, seed: int) -> tuple[Any, Any]:
+def open_pair(source: str, given: DataOptions) -> tuple[Any, Any]:
     """Return (source, data) for the library from what was typed.
 
     Raises
@@ -148,36 +221,25 @@ def open_pair(source: str, data: str | None, sequences: int, seed: int) -> tuple
         If a model comes without data, or matrices with data.
     """
     if is_matrix_file(source):
-        if data is not None:
+        if given.data is not None:
             raise InputError(f"{source} holds matrices already; leave out --data")
+        given.check_unused()
         return source, None
-    if data is None:
-        if source != recall.NAME:
-            raise InputError(
-                "a model needs --data FILE with token ids (.npz or .safetensors, array input_ids)"
-            )
-        return load_model(source), recall.sequences(sequences, seed)
+    data = given.for_model(source)
     return load_model(source), data
 
 
-def open_for_plan(
-    plan: Plan, model: str | None, data: str | None, sequences: int, seed: int
-) -> tuple[Any, Any]:
+def open_for_plan(plan: Plan, model: str | None, given: DataOptions) -> tuple[Any, Any]:
     """Return (source, data) for a verb that has a plan: the model it was made from is the default."""
-    if data is not None and model is None and not holds_tokens(data):
-        return data, None
+    if given.data is not None and model is None and not holds_tokens(given.data):
+        given.check_unused()
+        return given.data, None
     source = model if model is not None else plan.provenance.get("source")
     if not isinstance(source, str):
         raise InputError("the plan does not name its model; pass --model, or --data with matrices L")
-    if model is None and is_matrix_file(source) and data is not None:
-        raise InputError("the plan was made from matrices; pass --model for token ids")
-    return open_pair(source, data, sequences, seed)
-
-
-def holds_tokens(path: str) -> bool:
-    """Whether a file holds token ids (integers) rather than matrices."""
-    arrays = read_arrays(path)
-    return "input_ids" in arrays or all(is_integer(array) for array in arrays.values())
+    if model is None and is_matrix_file(source) and given.data is not None:
+        raise InputError("the plan was made from matrices; pass --model for text or token ids")
+    return open_pair(source, given)
 
 
 def with_source(plan: Plan, source: str) -> Plan:

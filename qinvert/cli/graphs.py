@@ -12,7 +12,7 @@ import torch
 
 from qinvert import plan_io
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
-from qinvert.cli.common import DECIBELS, Output, decibels, open_for_plan, output_options
+from qinvert.cli.common import DECIBELS, DataOptions, Output, decibels, open_for_plan, output_options
 from qinvert.errors import InputError
 from qinvert.execute import needed_beta
 from qinvert.export.comparing import Verification
@@ -225,7 +225,7 @@ def verify(
     own = None if data is None else (data, None)
     if own is None and min_sqnr is not None:
         # A goal is about the data that the plan is for, not about stress matrices.
-        own = open_for_plan(plan, None, None, GATE_SEQUENCES, 0)
+        own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
     results: dict[str, list[Verification]] = {}
     for label, (name, file) in found.items():
         given, beta = inputs_for(file, plan, name, own)

@@ -13,7 +13,15 @@ from qinvert.calibration.clipping import RangeRule
 from qinvert.calibration.heads import Granularity
 from qinvert.calibration.scales import ScaleRule
 from qinvert.calibration.sharding import joined
-from qinvert.cli.common import DECIBELS, Output, data_options, open_pair, output_options, with_source
+from qinvert.cli.common import (
+    DECIBELS,
+    DataOptions,
+    Output,
+    data_options,
+    open_pair,
+    output_options,
+    with_source,
+)
 from qinvert.methods import METHODS
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import PROFILES
@@ -35,10 +43,10 @@ from qinvert.proof import Proof
 )
 @click.option(
     "--ranges",
-    default="max",
+    default="auto",
     show_default=True,
-    type=click.Choice([rule.value for rule in RangeRule]),
-    help="What grids cover.",
+    type=click.Choice(["auto", *(rule.value for rule in RangeRule)]),
+    help="What grids cover; auto: mse for int4, max for wider grids.",
 )
 @click.option(
     "--granularity",
@@ -76,9 +84,7 @@ def calibrate(
     min_sqnr: float,
     max_loss: float,
     checkpoint: str | None,
-    data: str | None,
-    sequences: int,
-    seed: int,
+    given: DataOptions,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -90,7 +96,8 @@ def calibrate(
 
     \b
     Example: qinvert calibrate recall -o plan.json
-             qinvert calibrate ./my-model --data tokens.npz -o plan.json
+             qinvert calibrate ./my-model --data book.txt --num-samples 64 -o plan.json
+             qinvert calibrate ./my-model --data rows.jsonl --column content -o plan.json
              qinvert calibrate L.npz --bits 8x2 --min-sqnr 60 -o plan.json
              qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
              torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
@@ -101,7 +108,7 @@ def calibrate(
         output = Output(as_json=as_json and first, quiet=quiet or not first)
         with output.progress("calibrating") as progress:
             plan = run_calibration(
-                *open_pair(source, data, sequences, seed),
+                *open_pair(source, given),
                 method=method,
                 bits=bits,
                 target=target,
@@ -111,7 +118,7 @@ def calibrate(
                 ranges=ranges,
                 granularity=granularity,
                 factored=factored,
-                seed=seed,
+                seed=given.seed,
                 progress=progress,
                 checkpoint=checkpoint,
             )

@@ -17,6 +17,7 @@ from qinvert.calibration.sources import open_source
 from qinvert.calibration.surveying import survey
 from qinvert.cli.common import (
     DECIBELS,
+    DataOptions,
     Output,
     data_options,
     decibels,
@@ -45,9 +46,7 @@ def inspect(
     source: str | None,
     stress: bool,
     chunk: int,
-    data: str | None,
-    sequences: int,
-    seed: int,
+    given: DataOptions,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -66,12 +65,12 @@ def inspect(
     if source is None:
         show_survey(output, chunk)
     elif source.endswith(".json"):
-        if data is not None:
+        if given.data is not None:
             raise InputError("a plan holds its numbers; leave out --data")
         show_plan(output, Plan.load(source))
     else:
         with output.progress("measuring"):
-            growth = range_growth(open_source(*open_pair(source, data, sequences, seed)))
+            growth = range_growth(open_source(*open_pair(source, given)))
         show_growth(output, growth)
         output.result({"layers": {name: growth_to_dict(g) for name, g in growth.items()}})
 
@@ -143,9 +142,7 @@ def simulate(
     plan_path: str,
     model: str | None,
     min_sqnr: float | None,
-    data: str | None,
-    sequences: int,
-    seed: int,
+    given: DataOptions,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -158,7 +155,7 @@ def simulate(
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     with output.progress("simulating") as progress:
-        report = run_simulation(plan, *open_for_plan(plan, model, data, sequences, seed), progress=progress)
+        report = run_simulation(plan, *open_for_plan(plan, model, given), progress=progress)
     show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
@@ -187,9 +184,7 @@ def evaluate(
     plan_paths: tuple[str, ...],
     compare: bool,
     model: str | None,
-    data: str | None,
-    sequences: int,
-    seed: int,
+    given: DataOptions,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -197,7 +192,7 @@ def evaluate(
 
     \b
     Example: qinvert evaluate plan.json
-             qinvert evaluate plan.json --model ./my-model --data tokens.npz
+             qinvert evaluate plan.json --model ./my-model --data book.txt --num-samples 32
              qinvert evaluate --compare int8.json int4.json
     """
     output = Output(as_json=as_json, quiet=quiet)
@@ -207,9 +202,7 @@ def evaluate(
     name = model if model is not None else plans[plan_paths[0]].provenance.get("source")
     if not isinstance(name, str) or is_matrix_file(name):
         raise InputError("the plan does not name a model; pass --model FOLDER")
-    if data is None and name != recall.NAME:
-        raise InputError("a model needs --data FILE with token ids (.npz or .safetensors, array input_ids)")
-    tokens = recall.sequences(sequences, seed) if data is None else data
+    tokens = given.for_model(name)
     score = recall.accuracy if name == recall.NAME else None
     with output.progress("evaluating") as progress:
         found = run_comparison(load_model(name), plans, tokens, score=score, progress=progress)

@@ -178,7 +178,7 @@ def test_progress_is_told_every_batch():
         ({"method": "magic"}, ProgramError, "unknown method 'magic'"),
         ({"bits": 5}, PlanError, "bits 5"),
         ({"bits": 4, "target": "npu-qdq-int8"}, PlanError, "takes int8"),
-        ({"ranges": "widest"}, PlanError, "ranges 'widest' is unknown; use max, percentile or mse"),
+        ({"ranges": "widest"}, PlanError, "ranges 'widest' is unknown; use auto, max, percentile or mse"),
         ({"granularity": "column"}, PlanError, "granularity 'column'"),
         ({"granularity": "head"}, InputError, "without a head axis"),
         ({"target": "toaster"}, ValueError, "unknown profile 'toaster'"),

@@ -61,6 +61,14 @@ def test_clipping_helps_where_one_value_dominates_int4():
     lower = stress_matrices("outlier", 64, 32)
     sqnr = {
         rule: qinvert.simulate(qinvert.calibrate(lower, bits=4, ranges=rule), lower).layers["layer"].sqnr_db
-        for rule in ("max", "mse", "percentile")
+        for rule in ("auto", "max", "mse", "percentile")
     }
-    assert sqnr["mse"] > sqnr["max"] + 1
+    assert sqnr["auto"] == sqnr["mse"] > sqnr["max"] + 1
+
+
+@pytest.mark.parametrize(("bits", "rule"), [(4, "mse"), (8, "max"), (16, "max"), ("auto", "max")])
+def test_only_int4_is_clipped_by_default(bits, rule):
+    plan = qinvert.calibrate(stress_matrices("outlier", 8, 16), bits=bits)
+    assert plan.provenance["ranges"] == rule
+    named = qinvert.calibrate(stress_matrices("outlier", 8, 16), bits=bits, ranges=rule)
+    assert plan.layer().tensors == named.layer().tensors

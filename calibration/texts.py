@@ -1,0 +1,125 @@
+"""Streams documents, text or token ids, from files, datasets and iterables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from qinvert.errors import InputError, MissingDependencyError, reason
+
+#: Text, or token ids.
+Piece: TypeAlias = str | Sequence[int]
+#: One document, in pieces.
+Document: TypeAlias = Iterable[Piece]
+
+#: Fields of rows that are read where none is named, best first.
+COLUMNS: Final = ("text", "input_ids")
+#: Characters of a text file that are held at once.
+PIECE: Final = 1 << 16
+
+
+def file_documents(path: Path, column: str | None) -> Iterator[Document]:
+    """Stream the rows of a .jsonl file, or any other file as one text, in pieces that end with a line.
+
+    Raises
+    ------
+    InputError
+        While streaming: if the file cannot be read, is not UTF-8, or a line
+        is no row with the wanted field.
+    """
+    return _json_rows(path, column) if path.suffix == ".jsonl" else iter([_text(path)])
+
+
+def dataset_documents(name: str, split: str, column: str | None) -> Iterator[Document]:
+    """Stream the rows of a Hugging Face dataset, ``NAME`` or ``NAME:CONFIGURATION``.
+
+    Raises
+    ------
+    InputError
+        If there is no such dataset, split or field.
+    MissingDependencyError
+        Without the package datasets.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependencyError(
+            f"{name!r} is no file, and as the name of a Hugging Face dataset it needs the package datasets, "
+            "which is not installed; check the path, or run: pip install datasets"
+        ) from None
+    folder = Path(name).is_dir()
+    path, _, configuration = (name, "", "") if folder else name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+    except Exception as error:  # from FileNotFoundError to DatasetNotFoundError and ValueError
+        raise InputError(
+            f"cannot load split {split!r} of the dataset {name!r}: {reason(error)}; "
+            "pass NAME or NAME:CONFIGURATION, a split that it has, or a file"
+        ) from error
+    return (row_document(row, column, f"dataset {name!r}") for row in rows)
+
+
+def row_document(row: Any, column: str | None, where: str) -> Document:
+    """Return a text, or the wanted field of a row, as a document.
+
+    Raises
+    ------
+    InputError
+        If the field is lacking, or neither text nor token ids.
+    """
+    if isinstance(row, str):
+        return (row,)
+    if not isinstance(row, Mapping):
+        raise InputError(
+            f"{where} holds {type(row).__name__}; pass texts, or rows with a field {_or(column)}"
+        )
+    names = COLUMNS if column is None else (column,)
+    found = next((name for name in names if row.get(name) is not None), None)
+    if found is None:
+        has = ", ".join(map(str, row)) or "nothing"
+        raise InputError(f"{where} has {has}, not {_or(column)}; name the field with column=... (--column)")
+    return (row[found],)
+
+
+def _or(column: str | None) -> str:
+    return " or ".join(COLUMNS) if column is None else column
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is no UTF-8 text ({error.reason} at a byte {error.object[error.start]:#04x}); "
+            "pass text, .jsonl, or token ids in .npz or .safetensors"
+        ) from None
+
+
+def _text(path: Path) -> Iterator[str]:
+    with _readable(path), path.open(encoding="utf-8-sig") as file:
+        # To the end of a line, so that few words are cut; a line without an end is.
+        while piece := file.read(PIECE) + file.readline(PIECE):
+            yield piece
+
+
+def _json_rows(path: Path, column: str | None) -> Iterator[Document]:
+    with _readable(path), path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield row_document(_row(line, path, number), column, f"{path} line {number}")
+
+
+def _row(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} line {number} is no JSON ({reason(error)}); write one object a line, "
+            'for example {"text": "..."}'
+        ) from None

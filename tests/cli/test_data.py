@@ -1,0 +1,81 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from qinvert.cli.app import cli
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("qinvert: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def byte_model(tmp_path_factory):
+    """A folder with an untrained model that reads bytes."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    folder = tmp_path_factory.mktemp("byte-model")
+    transformers.Qwen3_5ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times.\n" * 40)
+    return path
+
+
+def test_the_whole_job_on_text(byte_model, text, tmp_path):
+    plan, rows = tmp_path / "plan.json", tmp_path / "rows.jsonl"
+    options = ("--seq-len", 128, "--num-samples", 3)
+    calibrated = run("calibrate", byte_model, "--data", text, *options, "-o", plan, "--json")
+    assert calibrated.exit_code in (0, 1), calibrated.output
+    # Three sequences, two heads, two chunks.
+    assert json.loads(calibrated.stdout)["layers"]["model.layers.0.linear_attn"]["matrices"] == 12
+    # Without --model: that of the plan.
+    found = json.loads(run("evaluate", plan, "--data", text, *options, "--json").stdout)
+    assert found["tokens"] == 3 * 128
+    rows.write_text("\n".join(json.dumps({"body": "some text " * 13}) for _ in range(4)))
+    report = json.loads(run("simulate", plan, "--data", rows, "--column", "body", *options, "--json").stdout)
+    assert report["layers"]["model.layers.0.linear_attn"]["matrices"] == 12
+    assert "not text or input_ids; name the field" in refused("simulate", plan, "--data", rows)
+    growth = json.loads(run("inspect", byte_model, "--data", text, "--seq-len", 64, "--json").stdout)
+    assert growth["layers"]["model.layers.0.linear_attn"]["matrices"] == 2 * (53 * 40 // 64)
+
+
+def test_data_that_cannot_be_read_is_one_line(byte_model, text, tmp_path):
+    out = ("-o", tmp_path / "plan.json")
+    assert "text, .jsonl, token ids" in refused("calibrate", byte_model, *out)
+    assert "no such file" in refused("calibrate", byte_model, "--data", "nowhere.txt", *out)
+    (tmp_path / "image").write_bytes(b"\x89PNG\r\n")
+    assert "no UTF-8 text" in refused("calibrate", byte_model, "--data", tmp_path / "image", *out)
+    assert "cannot load a tokenizer" in refused(
+        "calibrate", byte_model, "--data", text, "--tokenizer", tmp_path, *out
+    )
+    assert "num_samples of what" in refused("calibrate", "recall", "--num-samples", 3, *out)
+    assert "--seq-len" in refused("calibrate", byte_model, "--data", text, "--seq-len", 0, *out)
+    assert "no tokenizer" in refused("calibrate", "recall", "--data", text, *out)
+    assert not (tmp_path / "plan.json").exists()
