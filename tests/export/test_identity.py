@@ -8,7 +8,8 @@ import qinvert
 from qinvert.arithmetic import float32
 from qinvert.export.exporting import build
 from qinvert.export.identity import strictly_lower
-from qinvert.formats import INT8
+from qinvert.export.runtimes.onnxruntime_cpu import open_session
+from qinvert.formats import INT8, INT16, IntFormat
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.steps import INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
@@ -39,12 +40,18 @@ def test_what_counts_as_strictly_lower_is_so_for_every_input(program):
         assert torch.triu(tensors[name]).any(), name
 
 
-def with_grids(program: Program, scales: dict[str, float], others: float = 1 / 127) -> qinvert.Plan:
+def with_grids(
+    program: Program,
+    scales: dict[str, float],
+    others: float = 1 / 127,
+    fmt: IntFormat = INT8,
+    target: str = "npu-qdq-int8",
+) -> qinvert.Plan:
     tensors = {
-        name: Quantization(format=INT8, scale=float32(scales.get(name, others))) for name in program.tensors
+        name: Quantization(format=fmt, scale=float32(scales.get(name, others))) for name in program.tensors
     }
     layer = LayerPlan(program=program, tensors=tensors, requantize=Requantize.MULTIPLIER)
-    return qinvert.Plan(layers={"layer": layer}, target="npu-qdq-int8")
+    return qinvert.Plan(layers={"layer": layer}, target=target)
 
 
 def operators(model) -> list[str]:
@@ -131,3 +138,35 @@ def test_a_product_of_identities_must_be_one_on_the_grid_of_the_result():
     parts = nodes[f"{last.output}/left/float"].input
     assert len(parts) == 3
     assert parts[0] == parts[2]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("program", PROGRAMS[:3], ids=lambda program: program.title)
+def test_integers_that_a_graph_returns_hold_no_identity(profile, program, tmp_path):
+    plan = with_grids(program, {})
+    model = qinvert.export(plan, tmp_path / "t.onnx", profile=profile, batch=20, output="integers")
+    assert any("plus_identity" in node.name for node in model.graph.node)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, LOWER):
+        assert result.mismatches == 0
+
+
+def test_int16_carries_the_identity_where_its_planes_hold_it(tmp_path):
+    program = PROGRAMS[1]
+    joins = sum(isinstance(step, Concat) for step in program.steps)
+    # 127 * 256 is the largest integer that the high plane of a right operand holds.
+    for integer, widened in ((32255, False), (32513, True)):
+        plan = with_grids(program, {}, others=1 / integer, fmt=INT16, target="npu-qdq-int16")
+        model = qinvert.export(plan, tmp_path / "t.onnx", batch=20)
+        assert (operators(model).count("Concat") > joins) == widened
+        for result in qinvert.verify(tmp_path / "t.onnx", plan, LOWER):
+            assert result.max_steps <= 8.5
+
+
+def test_a_model_of_functions_with_an_open_batch_carries_the_identity(tmp_path):
+    plan = with_grids(PROGRAMS[1], {})
+    qinvert.export_layers(plan, tmp_path / "t.onnx", batch=None)
+    session = open_session((tmp_path / "t.onnx").read_bytes())
+    for count in (1, 3):
+        lower = LOWER[:count].to(torch.float32)
+        (found,) = session.run(None, {"layer/L": lower.numpy()[None]})
+        assert torch.equal(torch.from_numpy(found[0]), plan.layer().inverse(lower))
