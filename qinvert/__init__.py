@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.comparing import Verification as Verification
     from qinvert.export.layers import export_layers as export_layers
+    from qinvert.export.models import export_model as export_model
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
@@ -85,6 +86,7 @@ _HOMES = {
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
     "export_layers": "export.layers",
+    "export_model": "export.models",
     "forward_substitution": "methods",
     "neumann": "methods",
     "neumann_doubling": "methods",
