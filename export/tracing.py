@@ -63,7 +63,8 @@ def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
         See `qinvert.patched`.
     """
     by_layer(model, plan)
-    with patched_by_layer(model, calls_of(plan)):
+    # With gradients, a scan would be traced with its derivative.
+    with patched_by_layer(model, calls_of(plan)), torch.no_grad():
         yield model
 
 

@@ -98,7 +98,7 @@ def _step(state: torch.Tensor, chunk: Sequence[torch.Tensor]) -> tuple[torch.Ten
     """State after one chunk, and its outputs."""
     u, w, reads, scores, writes, kept = chunk
     fresh = u - w @ state
-    return state * kept.unsqueeze(-1) + writes.mT @ fresh, reads @ state + scores @ fresh
+    return state * kept[..., None] + writes.mT @ fresh, reads @ state + scores @ fresh
 
 
 def _scan(state: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
