@@ -97,7 +97,7 @@ def export_model(
     inputs = _inputs(model, example)
     shapes = None
     if dynamic:
-        inputs = {name: _stretched(x, EXAMPLE_CHUNKS * _chunk(plan)) for name, x in inputs.items()}
+        inputs = {name: _stretched(x, EXAMPLE_CHUNKS * chunk_of(plan)) for name, x in inputs.items()}
         shapes = {name: {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)} for name in inputs}
     number = opset_for(chosen, opset)
     with without_cache(model), plain_experts(model), traceable(model, plan):
@@ -118,7 +118,8 @@ def _inputs(model: torch.nn.Module, example: Any) -> dict[str, torch.Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _chunk(plan: Plan) -> int:
+def chunk_of(plan: Plan) -> int:
+    """Size of the plan's matrices."""
     return next(iter(plan.layers.values())).chunk
 
 

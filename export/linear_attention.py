@@ -1,0 +1,176 @@
+"""LinearAttention nodes of ONNX models: what they take, and what of it chunks can keep."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Final
+
+import onnx
+import onnx.shape_inference
+import torch
+from onnx import TensorProto, helper
+
+from qinvert.errors import ExportError, reason
+
+#: Name of the operator, and the domains that have it.
+OPERATOR: Final = "LinearAttention"
+DOMAINS: Final = ("com.microsoft", "", "ai.onnx")
+#: Update rules with a triangular inverse; the others have none.
+RULES: Final = ("delta", "gated_delta")
+#: Inputs in order.
+INPUTS: Final = ("query", "key", "value", "past_state", "decay", "beta")
+#: Element types that a trace can have.
+TYPES: Final = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttention:
+    """One node, with every size that its graph fixes."""
+
+    #: The node itself.
+    node: onnx.NodeProto
+    #: Heads of queries, keys and values; the state has those of the values.
+    query_heads: int
+    key_heads: int
+    value_heads: int
+    #: Length of a query and key, and of a value.
+    key_size: int
+    value_size: int
+    #: Factor of the outputs, or None for ``key_size ** -0.5``.
+    scale: float | None
+    #: Last axis of the decay (0 without) and of beta.
+    decay_width: int
+    beta_width: int
+    #: Element type of activations and of the state.
+    element: torch.dtype
+    state_element: torch.dtype
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Tensor of every input that the node has, by the operator's name for it."""
+        return {name: given for name, given in zip(INPUTS, self.node.input, strict=False) if given}
+
+    def example(self, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Zeros in the shapes of the inputs."""
+        widths = {
+            "query": self.query_heads * self.key_size,
+            "key": self.key_heads * self.key_size,
+            "value": self.value_heads * self.value_size,
+            "decay": self.decay_width,
+            "beta": self.beta_width,
+        }
+        state = (batch, self.value_heads, self.key_size, self.value_size)
+        return {
+            name: torch.zeros(state, dtype=self.state_element)
+            if name == "past_state"
+            else torch.zeros(batch, length, widths[name], dtype=self.element)
+            for name in self.inputs
+        }
+
+
+def load(path: str | PathLike[str]) -> onnx.ModelProto:
+    """Read a model with its weights, wherever they lie.
+
+    Raises
+    ------
+    ExportError
+        If it is no ONNX model, or its weights are missing.
+    """
+    try:
+        return onnx.load(os.fspath(path))
+    except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
+        raise ExportError(f"{os.fspath(path)} is no complete ONNX model ({reason(error)})") from None
+
+
+def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
+    """Return the nodes with a triangular inverse by their names, in order.
+
+    Raises
+    ------
+    ExportError
+        If there is none, two have one name, or one has an option or a size
+        that is not supported.
+    """
+    values = _values(model)
+    found: dict[str, LinearAttention] = {}
+    for node in model.graph.node:
+        if node.op_type != OPERATOR or node.domain not in DOMAINS:
+            continue
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if options.get("update_rule", b"gated_delta").decode() not in RULES:
+            continue
+        name = node.name or node.output[0]
+        if name in found:
+            raise ExportError(f"two nodes are called {name!r}; rename one")
+        found[name] = _read(node, name, options, values)
+    if not found:
+        raise ExportError(
+            f"the model's graph has no {OPERATOR} node with update_rule {' or '.join(RULES)}; "
+            "qinvert.export_model writes Hugging Face models themselves"
+        )
+    return found
+
+
+def _read(
+    node: onnx.NodeProto, name: str, options: Mapping[str, Any], values: Mapping[str, onnx.TypeProto.Tensor]
+) -> LinearAttention:
+    if options.get("state_window", 0):
+        raise ExportError(f"node {name!r} keeps a window of states; chunks keep the last one only")
+    inputs = {key: given for key, given in zip(INPUTS, node.input, strict=False) if given}
+    if "beta" not in inputs:
+        raise ExportError(f"node {name!r} has no input beta, which its update rule needs")
+    width = {key: _width(values.get(given), f"{key} of node {name!r}") for key, given in inputs.items()}
+    queries, heads = options.get("q_num_heads", 0), options.get("kv_num_heads", 0)
+    size = width["query"] // max(1, queries)
+    legal = min(queries, heads, size) > 0 and width["query"] == queries * size
+    legal = legal and width["key"] % size == 0 and width["value"] % heads == 0
+    keys = width["key"] // max(1, size)
+    legal = legal and keys > 0 and max(queries, heads) % min(queries, heads) == 0 and heads % keys == 0
+    if not legal:
+        raise ExportError(
+            f"node {name!r} has {queries} and {heads} heads and widths {width}, which do not fit"
+        )
+    return LinearAttention(
+        node=node,
+        query_heads=queries,
+        key_heads=keys,
+        value_heads=heads,
+        key_size=size,
+        value_size=width["value"] // heads,
+        scale=options.get("scale", 0.0) or None,
+        decay_width=width.get("decay", 0),
+        beta_width=width["beta"],
+        element=_element(values, inputs["query"]),
+        state_element=_element(values, inputs.get("past_state", inputs["query"])),
+    )
+
+
+def _values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # too large, or unknown operators: the declared shapes may do
+        graph = model.graph
+    found = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.output, *graph.input)}
+    for tensor in graph.initializer:
+        found[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+    return found
+
+
+def _width(value: onnx.TypeProto.Tensor | None, what: str) -> int:
+    dims = [] if value is None else list(value.shape.dim)
+    if not dims or not dims[-1].dim_value:
+        raise ExportError(
+            f"{what} has no known size of its last axis; run onnxruntime's symbolic shape inference first"
+        )
+    return dims[-1].dim_value
+
+
+def _element(values: Mapping[str, onnx.TypeProto.Tensor], name: str) -> torch.dtype:
+    return TYPES.get(values[name].elem_type, torch.float32) if name in values else torch.float32
