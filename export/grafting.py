@@ -92,7 +92,7 @@ def graft(
 
 def _opset(model: onnx.ModelProto) -> int:
     found = {entry.domain: entry.version for entry in model.opset_import}
-    version = found.get("", found.get("ai.onnx", 0))
+    version: int = found.get("", found.get("ai.onnx", 0))
     if version < FIRST_OPSET:
         raise ExportError(
             f"the model has operator set {version}; convert it to {FIRST_OPSET} or later "
@@ -141,13 +141,13 @@ class _Chunked(torch.nn.Module):
         beta: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         node = self.node
-        q, k = (x.unflatten(-1, (-1, node.key_size)) for x in (query, key))
-        v = value.unflatten(-1, (node.value_heads, -1))
+        q, k = _by_head(query, node.query_heads), _by_head(key, node.key_heads)
+        v = _by_head(value, node.value_heads)
         assert beta is not None
         beta = beta.expand(*v.shape[:3])
         g = torch.zeros_like(beta) if decay is None else decay
         if g.shape[-1] != node.value_heads:
-            g = g.unflatten(-1, (-1, node.key_size))
+            g = _by_head(g, node.value_heads)
         # The function shares queries and keys among values; where queries share values, values repeat.
         heads, shared = max(q.shape[2], v.shape[2]), max(1, node.query_heads // node.value_heads)
         v, g, beta = (x.repeat_interleave(shared, dim=2) for x in (v, g, beta))
@@ -166,6 +166,10 @@ class _Chunked(torch.nn.Module):
         )
         assert state is not None
         return out.flatten(2), state[:, ::shared].to(node.state_element)
+
+
+def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def _replace(model: onnx.ModelProto, node: LinearAttention, plan: Plan, layer: str, opset: int) -> None:

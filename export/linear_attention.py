@@ -23,7 +23,7 @@ RULES: Final = ("delta", "gated_delta")
 #: Inputs in order.
 INPUTS: Final = ("query", "key", "value", "past_state", "decay", "beta")
 #: Element types that a trace can have.
-TYPES: Final = {
+TYPES: Final[dict[int, torch.dtype]] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
@@ -164,13 +164,13 @@ def _values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
 
 
 def _width(value: onnx.TypeProto.Tensor | None, what: str) -> int:
-    dims = [] if value is None else list(value.shape.dim)
-    if not dims or not dims[-1].dim_value:
+    size: int = value.shape.dim[-1].dim_value if value is not None and value.shape.dim else 0
+    if not size:
         raise ExportError(
             f"{what} has no known size of its last axis; run onnxruntime's symbolic shape inference first"
         )
-    return dims[-1].dim_value
+    return size
 
 
 def _element(values: Mapping[str, onnx.TypeProto.Tensor], name: str) -> torch.dtype:
-    return TYPES.get(values[name].elem_type, torch.float32) if name in values else torch.float32
+    return TYPES.get(int(values[name].elem_type), torch.float32) if name in values else torch.float32

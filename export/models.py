@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import onnx
 import torch
 
+from qinvert.calibration.hooks import patched, run_model
 from qinvert.calibration.tokens import token_batches
-from qinvert.errors import ExportError, InputError
+from qinvert.errors import ExportError, InputError, reason
 from qinvert.export.exporting import serialize
 from qinvert.export.graph import MAX_BYTES, check
 from qinvert.export.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
@@ -104,6 +105,34 @@ def export_model(
         traced = trace(model, inputs, number, dynamic_shapes=shapes, output_names=[LOGITS])
     attach_functions(traced, plan, chosen)
     return save(traced, path)
+
+
+def difference(path: str | PathLike[str], model: torch.nn.Module, plan: Plan, length: int) -> float:
+    """``||x_hat - x|| / ||x||`` of logits, x_hat by onnxruntime, x by the model under the simulated plan.
+
+    On one sequence of random tokens.  Rounding decides where float32 sums of
+    two runtimes lie on both sides of a boundary: one step of the plan's grid
+    there is an error of another size than all else.
+
+    Raises
+    ------
+    InputError
+        If the file does not run at that length.
+    """
+    import onnxruntime
+
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    with patched(model, plan):
+        expected = run_model(model, {"input_ids": tokens}).cpu()
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        (found,) = session.run([LOGITS], {"input_ids": tokens.numpy()})
+    except Exception as error:  # onnxruntime raises unrelated types here
+        raise InputError(
+            f"onnxruntime cannot run {os.fspath(path)} with {length} tokens: {reason(error)}"
+        ) from error
+    return float((torch.from_numpy(found) - expected).norm() / expected.norm())
 
 
 def _inputs(model: torch.nn.Module, example: Any) -> dict[str, torch.Tensor]:

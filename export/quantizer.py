@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from qinvert.profiles import find_profile
 
 try:
     from transformers.exporters.configs import ExportFormat
-    from transformers.exporters.quantizers import ExportQuantizer
+    from transformers.exporters.quantizers.base import ExportQuantizer
 except ImportError:
     raise MissingDependencyError(
         "this needs the exporters of transformers, which are not installed; "
@@ -25,7 +25,7 @@ except ImportError:
     ) from None
 
 
-class TriangularQuantizer(ExportQuantizer):  # type: ignore[misc]
+class TriangularQuantizer(ExportQuantizer):
     """Puts every layer's integer program into a model that transformers exports.
 
         quantizer = TriangularQuantizer(plan)
@@ -53,8 +53,8 @@ class TriangularQuantizer(ExportQuantizer):  # type: ignore[misc]
         With neither a plan nor data, or with options beside a plan.
     """
 
-    supported_formats: ClassVar[tuple[Any, ...]] = (ExportFormat.ONNX,)
-    required_packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript")
+    supported_formats: tuple[Any, ...] = (ExportFormat.ONNX,)
+    required_packages: tuple[str, ...] = ("onnx", "onnxscript")
 
     def __init__(
         self,

@@ -120,10 +120,11 @@ def _by_halves(
     size = left.shape[-2]
     # From the odd part of the size, 1 for the sizes of models.
     width = size // (size & -size)
-    blocks = _direct(*(_tiles(x, width) for x in (left, right, total, rows)), diagonal)
+    tiles = [_tiles(x, width) for x in (left, right, total, rows)]
+    blocks = _direct(tiles[0], tiles[1], tiles[2], tiles[3], diagonal)
     while width < size:
         below = _below(*(_tiles(x, 2 * width) for x in (left, right, total, rows)))
-        upper, lower = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+        upper, lower = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
         upper, lower = torch.cat([upper, torch.zeros_like(upper)], -1), torch.cat([below, lower], -1)
         blocks = torch.cat([upper, lower], -2)
         width *= 2
