@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
@@ -28,6 +29,9 @@ TYPES: Final[dict[int, torch.dtype]] = {
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
 }
+ELEMENTS: Final = {dtype: element for element, dtype in TYPES.items()}
+#: Largest constant that may say something about shapes.
+MAX_ELEMENTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,19 @@ class LinearAttention:
     def inputs(self) -> dict[str, str]:
         """Tensor of every input that the node has, by the operator's name for it."""
         return {name: given for name, given in zip(INPUTS, self.node.input, strict=False) if given}
+
+    @property
+    def outputs(self) -> list[onnx.ValueInfoProto]:
+        """Types of the outputs, batch and length open."""
+        heads = max(self.query_heads, self.value_heads)
+        state = [None, self.value_heads, self.key_size, self.value_size]
+        shapes = [None, None, heads * self.value_size], state
+        elements = [ELEMENTS[self.element], ELEMENTS[self.state_element]]
+        return [
+            helper.make_tensor_value_info(name, element, shape)
+            for name, element, shape in zip(self.node.output, elements, shapes, strict=False)
+            if name
+        ]
 
     def example(self, batch: int, length: int) -> dict[str, torch.Tensor]:
         """Zeros in the shapes of the inputs."""
@@ -98,7 +115,7 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
         If there is none, two have one name, or one has an option or a size
         that is not supported.
     """
-    values = _values(model)
+    shapes = _light(model)
     found: dict[str, LinearAttention] = {}
     for node in model.graph.node:
         if node.op_type != OPERATOR or node.domain not in DOMAINS:
@@ -109,7 +126,9 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
         name = node.name or node.output[0]
         if name in found:
             raise ExportError(f"two nodes are called {name!r}; rename one")
-        found[name] = _read(node, name, options, values)
+        found[name] = _read(node, name, options, _values(shapes))
+        # Shape inference knows nothing of these operators: what follows one begins here.
+        _declare(shapes.graph, found[name].outputs)
     if not found:
         raise ExportError(
             f"the model's graph has no {OPERATOR} node with update_rule {' or '.join(RULES)}; "
@@ -152,12 +171,39 @@ def _read(
     )
 
 
+def _light(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model without its large constants: of them only the shapes matter."""
+    graph = model.graph
+    large = [tensor for tensor in graph.initializer if math.prod(tensor.dims) > MAX_ELEMENTS]
+    inputs = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large]
+    given = {value.name for value in graph.input}
+    light = helper.make_graph(
+        graph.node,
+        graph.name,
+        [*graph.input, *(value for value in inputs if value.name not in given)],
+        [],
+        [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= MAX_ELEMENTS],
+        value_info=[*graph.value_info, *graph.output],
+    )
+    result = helper.make_model(light, functions=model.functions, ir_version=model.ir_version)
+    del result.opset_import[:]
+    result.opset_import.extend(model.opset_import)
+    return result
+
+
+def _declare(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None:
+    names = {value.name for value in values}
+    kept = [value for value in graph.value_info if value.name not in names]
+    del graph.value_info[:]
+    graph.value_info.extend([*kept, *values])
+
+
 def _values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # too large, or unknown operators: the declared shapes may do
+    except Exception:  # the model may be wrong anywhere: the declared shapes may do
         graph = model.graph
-    found = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.output, *graph.input)}
+    found = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info)}
     for tensor in graph.initializer:
         found[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
     return found
@@ -167,7 +213,8 @@ def _width(value: onnx.TypeProto.Tensor | None, what: str) -> int:
     size: int = value.shape.dim[-1].dim_value if value is not None and value.shape.dim else 0
     if not size:
         raise ExportError(
-            f"{what} has no known size of its last axis; run onnxruntime's symbolic shape inference first"
+            f"{what} has no known size of its last axis; declare it as value_info, for example by "
+            "onnxruntime's symbolic shape inference"
         )
     return size
 
