@@ -8,14 +8,17 @@ exported as a graph of its own: per-tensor scales are all that compilers take.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
 from qinvert.errors import InputError, PlanError
 from qinvert.plan import LayerPlan, Plan
+
+#: ``inverse(name, L, beta) -> T`` for an entry of a plan.
+EntryInverse: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 #: Axis of L that counts heads: ``[batch, heads, chunks, C, C]``, or without the batch.
 HEAD_AXIS: Final = -4
@@ -79,10 +82,22 @@ def plan_inverse(
     PlanError
         If the matrices have more heads than the plan.
     """
+    return by_entry(plan, layer, lower, beta, lambda name, *given: layer_inverse(plan.layer(name), *given))
+
+
+def by_entry(
+    plan: Plan, layer: str, lower: torch.Tensor, beta: torch.Tensor | None, inverse: EntryInverse
+) -> torch.Tensor:
+    """T of a layer from ``inverse(name, L, beta)`` for each entry of the plan that the layer has.
+
+    Raises
+    ------
+    PlanError
+        If the matrices have more heads than the plan.
+    """
     if not is_split(plan, layer):
-        return layer_inverse(plan.layer(layer), lower, beta)
+        return inverse(layer, lower, beta)
     parts = list(split_heads(layer, lower, beta))
     if head_name(layer, len(parts)) in plan.layers or parts[-1][0] not in plan.layers:
         raise PlanError(f"layer {layer!r} has {len(parts)} heads, the plan another number; calibrate again")
-    inverses = [layer_inverse(plan.layer(name), part, rows) for name, part, rows in parts]
-    return torch.stack(inverses, dim=HEAD_AXIS)
+    return torch.stack([inverse(*part) for part in parts], dim=HEAD_AXIS)

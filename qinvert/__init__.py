@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.comparing import Verification as Verification
+    from qinvert.export.grafting import graft as graft
     from qinvert.export.layers import export_layers as export_layers
+    from qinvert.export.models import export_model as export_model
     from qinvert.export.verifying import verify as verify
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
@@ -87,7 +89,9 @@ _HOMES = {
     "evaluate": "calibration.evaluation",
     "exact_inverse": "matrices",
     "export_layers": "export.layers",
+    "export_model": "export.models",
     "forward_substitution": "methods",
+    "graft": "export.grafting",
     "neumann": "methods",
     "neumann_doubling": "methods",
     "newton_schulz": "methods",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol, cast
 
 import torch
 
 from qinvert.gram import cumulative, decayed_products, from_keys
+
+#: Whether a model is being traced; torch before 2.7 cannot tell and exports none of ours.
+_is_exporting: Final[Callable[[], bool]] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class Applied(Protocol):
@@ -85,13 +88,32 @@ class DeltaChunks:
         scores = torch.tril(decayed_products(self.q, self.k, cumulative(self.g, self.k)))
         last = total[..., -1:, :]
         reads, writes = self.q * torch.exp(total), self.k * torch.exp(last - total)
-        kept = torch.exp(last).mT
-        outputs = []
-        for n in range(self.q.shape[2]):
-            fresh = u[:, :, n] - w[:, :, n] @ state
-            outputs.append(reads[:, :, n] @ state + scores[:, :, n] @ fresh)
-            state = state * kept[:, :, n] + writes[:, :, n].mT @ fresh
-        return ChunkOutputs(u=u, w=w, out=torch.stack(outputs, dim=2), state=state)
+        # One factor a channel, also where channels share it: a size of 1 is no size of its own in a scan.
+        kept = torch.exp(last[..., 0, :]).expand(*writes.shape[:3], writes.shape[-1])
+        state, out = _scan(state, (u, w, reads, scores, writes, kept))
+        return ChunkOutputs(u=u, w=w, out=out.movedim(0, 2), state=state)
+
+
+def _step(state: torch.Tensor, chunk: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """State after one chunk, and its outputs."""
+    u, w, reads, scores, writes, kept = chunk
+    fresh = u - w @ state
+    return state * kept[..., None] + writes.mT @ fresh, reads @ state + scores @ fresh
+
+
+def _scan(state: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last state, and the outputs of all chunks, chunks first."""
+    chunks = tuple(part.movedim(2, 0) for part in parts)
+    if _is_exporting():
+        # A loop would fix the number of chunks in the graph, at that of the example.
+        from torch._higher_order_ops.scan import scan
+
+        return cast("tuple[torch.Tensor, torch.Tensor]", scan(_step, state, chunks))
+    outputs = []
+    for chunk in zip(*chunks, strict=True):
+        state, out = _step(state, chunk)
+        outputs.append(out)
+    return state, torch.stack(outputs)
 
 
 #: ``inverse(chunks) -> T``, from all that a chunk knows.

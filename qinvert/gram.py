@@ -113,38 +113,37 @@ def _decays(rows: torch.Tensor, total: torch.Tensor, diagonal: int) -> torch.Ten
 def _by_halves(
     left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, diagonal: int
 ) -> torch.Tensor:
-    """Halve the diagonal blocks; what lies below each pair of halves is one product over a pivot.
+    """Double the diagonal blocks; what lies below each pair of them is one product over a pivot.
 
     Memory is that of the result: the differences of all pairs would take D times as much.
     """
     size = left.shape[-2]
-    result = left.new_zeros(*left.shape[:-1], size)
-    width = size
-    while width % 2 == 0:
-        half = width // 2
-        above, below = (slice(0, half), slice(half, width))
-        tiled = [_tiles(x, width) for x in (left, right, total, rows)]
-        # The last G of the upper half lies between all that meet here: both factors are <= 1.
-        pivot = tiled[2][..., half - 1 : half, :]
-        writers = tiled[1][..., above, :] * torch.exp(pivot - tiled[2][..., above, :])
-        readers = tiled[0][..., below, :] * torch.exp(tiled[3][..., below, :] - pivot)
-        _diagonal_blocks(result, width)[..., below, above] = readers @ writers.mT
-        width = half
-    left, right, total, rows = (_tiles(x, width) for x in (left, right, total, rows))
-    _diagonal_blocks(result, width)[...] = _direct(left, right, total, rows, diagonal)
-    return result
+    # From the odd part of the size, 1 for the sizes of models.
+    width = size // (size & -size)
+    tiles = [_tiles(x, width) for x in (left, right, total, rows)]
+    blocks = _direct(tiles[0], tiles[1], tiles[2], tiles[3], diagonal)
+    while width < size:
+        below = _below(*(_tiles(x, 2 * width) for x in (left, right, total, rows)))
+        upper, lower = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+        upper, lower = torch.cat([upper, torch.zeros_like(upper)], -1), torch.cat([below, lower], -1)
+        blocks = torch.cat([upper, lower], -2)
+        width *= 2
+    return blocks.squeeze(-3)
+
+
+def _below(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Products of the lower half of a block's rows with the upper half of its columns."""
+    half = left.shape[-2] // 2
+    # The last G of the upper half lies between all that meet here: both factors are <= 1.
+    pivot = total[..., half - 1 : half, :]
+    writers = right[..., :half, :] * torch.exp(pivot - total[..., :half, :])
+    readers = left[..., half:, :] * torch.exp(rows[..., half:, :] - pivot)
+    return readers @ writers.mT
 
 
 def _tiles(x: torch.Tensor, width: int) -> torch.Tensor:
     """``(..., C, D)`` to ``(..., C / width, width, D)``."""
     return x.reshape(*x.shape[:-2], -1, width, x.shape[-1])
-
-
-def _diagonal_blocks(matrices: torch.Tensor, width: int) -> torch.Tensor:
-    """View of the diagonal blocks ``(..., C / width, width, width)`` of contiguous matrices."""
-    count = matrices.shape[-1] // width
-    tiles = matrices.view(*matrices.shape[:-2], count, width, count, width)
-    return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _direct(
@@ -153,5 +152,5 @@ def _direct(
     # As in _decays: mask before exp.
     size = left.shape[-2]
     above = torch.ones(size, size, dtype=torch.bool, device=left.device).triu(diagonal + 1)
-    gaps = (rows.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill_(above.unsqueeze(-1), 0.0)
+    gaps = (rows.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(above.unsqueeze(-1), 0.0)
     return (left.unsqueeze(-2) * right.unsqueeze(-3) * torch.exp(gaps)).sum(-1)

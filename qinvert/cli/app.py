@@ -11,6 +11,7 @@ import click
 from qinvert.cli.common import printable
 from qinvert.cli.demo import demo
 from qinvert.cli.graphs import export, profiles, verify
+from qinvert.cli.models import export_model, graft
 from qinvert.cli.planning import calibrate
 from qinvert.cli.plans import evaluate, inspect, simulate
 from qinvert.errors import QInvertError
@@ -64,10 +65,12 @@ def cli() -> None:
     qinvert simulate plan.json --min-sqnr 20
     qinvert export plan.json -o graphs/
     qinvert verify graphs/
+    qinvert export-model plan.json -o model.onnx    the whole model
+    qinvert graft model.onnx plan.json -o out.onnx  the LinearAttention nodes of any model
 
     Exit codes: 0 done, 1 a goal was missed, 2 bad input.
     """
 
 
-for verb in (demo, inspect, calibrate, simulate, export, verify, evaluate, profiles):
+for verb in (demo, inspect, calibrate, simulate, export, verify, evaluate, export_model, graft, profiles):
     cli.add_command(verb)

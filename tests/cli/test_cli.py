@@ -13,7 +13,18 @@ from qinvert.cli.graphs import file_names
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 
-VERBS = ("demo", "inspect", "calibrate", "simulate", "export", "verify", "evaluate", "profiles")
+VERBS = (
+    "demo",
+    "inspect",
+    "calibrate",
+    "simulate",
+    "export",
+    "verify",
+    "evaluate",
+    "export-model",
+    "graft",
+    "profiles",
+)
 
 
 def run(*arguments):

@@ -1,0 +1,223 @@
+"""LinearAttention nodes of ONNX models: what they take, and what of it chunks can keep."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Final
+
+import onnx
+import onnx.shape_inference
+import torch
+from onnx import TensorProto, helper
+
+from qinvert.errors import ExportError, reason
+
+#: Name of the operator, and the domains that have it.
+OPERATOR: Final = "LinearAttention"
+DOMAINS: Final = ("com.microsoft", "", "ai.onnx")
+#: Update rules with a triangular inverse; the others have none.
+RULES: Final = ("delta", "gated_delta")
+#: Inputs in order.
+INPUTS: Final = ("query", "key", "value", "past_state", "decay", "beta")
+#: Element types that a trace can have.
+TYPES: Final[dict[int, torch.dtype]] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+ELEMENTS: Final = {dtype: element for element, dtype in TYPES.items()}
+#: Largest constant that may say something about shapes.
+MAX_ELEMENTS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttention:
+    """One node, with every size that its graph fixes."""
+
+    #: The node itself.
+    node: onnx.NodeProto
+    #: Heads of queries, keys and values; the state has those of the values.
+    query_heads: int
+    key_heads: int
+    value_heads: int
+    #: Length of a query and key, and of a value.
+    key_size: int
+    value_size: int
+    #: Factor of the outputs, or None for ``key_size ** -0.5``.
+    scale: float | None
+    #: Last axis of the decay (0 without) and of beta.
+    decay_width: int
+    beta_width: int
+    #: Element type of activations and of the state.
+    element: torch.dtype
+    state_element: torch.dtype
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Tensor of every input that the node has, by the operator's name for it."""
+        return {name: given for name, given in zip(INPUTS, self.node.input, strict=False) if given}
+
+    @property
+    def outputs(self) -> list[onnx.ValueInfoProto]:
+        """Types of the outputs, batch and length open."""
+        heads = max(self.query_heads, self.value_heads)
+        state = [None, self.value_heads, self.key_size, self.value_size]
+        shapes = [None, None, heads * self.value_size], state
+        elements = [ELEMENTS[self.element], ELEMENTS[self.state_element]]
+        return [
+            helper.make_tensor_value_info(name, element, shape)
+            for name, element, shape in zip(self.node.output, elements, shapes, strict=False)
+            if name
+        ]
+
+    def example(self, batch: int, length: int) -> dict[str, torch.Tensor]:
+        """Zeros in the shapes of the inputs."""
+        widths = {
+            "query": self.query_heads * self.key_size,
+            "key": self.key_heads * self.key_size,
+            "value": self.value_heads * self.value_size,
+            "decay": self.decay_width,
+            "beta": self.beta_width,
+        }
+        state = (batch, self.value_heads, self.key_size, self.value_size)
+        return {
+            name: torch.zeros(state, dtype=self.state_element)
+            if name == "past_state"
+            else torch.zeros(batch, length, widths[name], dtype=self.element)
+            for name in self.inputs
+        }
+
+
+def load(path: str | PathLike[str]) -> onnx.ModelProto:
+    """Read a model with its weights, wherever they lie.
+
+    Raises
+    ------
+    ExportError
+        If it is no ONNX model, or its weights are missing.
+    """
+    try:
+        return onnx.load(os.fspath(path))
+    except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
+        raise ExportError(f"{os.fspath(path)} is no complete ONNX model ({reason(error)})") from None
+
+
+def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
+    """Return the nodes with a triangular inverse by their names, in order.
+
+    Raises
+    ------
+    ExportError
+        If there is none, two have one name, or one has an option or a size
+        that is not supported.
+    """
+    shapes = _light(model)
+    found: dict[str, LinearAttention] = {}
+    for node in model.graph.node:
+        if node.op_type != OPERATOR or node.domain not in DOMAINS:
+            continue
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if options.get("update_rule", b"gated_delta").decode() not in RULES:
+            continue
+        name = node.name or node.output[0]
+        if name in found:
+            raise ExportError(f"two nodes are called {name!r}; rename one")
+        found[name] = _read(node, name, options, _values(shapes))
+        # Shape inference knows nothing of these operators: what follows one begins here.
+        _declare(shapes.graph, found[name].outputs)
+    if not found:
+        raise ExportError(
+            f"the model's graph has no {OPERATOR} node with update_rule {' or '.join(RULES)}; "
+            "qinvert.export_model writes Hugging Face models themselves"
+        )
+    return found
+
+
+def _read(
+    node: onnx.NodeProto, name: str, options: Mapping[str, Any], values: Mapping[str, onnx.TypeProto.Tensor]
+) -> LinearAttention:
+    if options.get("state_window", 0):
+        raise ExportError(f"node {name!r} keeps a window of states; chunks keep the last one only")
+    inputs = {key: given for key, given in zip(INPUTS, node.input, strict=False) if given}
+    if "beta" not in inputs:
+        raise ExportError(f"node {name!r} has no input beta, which its update rule needs")
+    width = {key: _width(values.get(given), f"{key} of node {name!r}") for key, given in inputs.items()}
+    queries, heads = options.get("q_num_heads", 0), options.get("kv_num_heads", 0)
+    size = width["query"] // max(1, queries)
+    legal = min(queries, heads, size) > 0 and width["query"] == queries * size
+    legal = legal and width["key"] % size == 0 and width["value"] % heads == 0
+    keys = width["key"] // max(1, size)
+    legal = legal and keys > 0 and max(queries, heads) % min(queries, heads) == 0 and heads % keys == 0
+    if not legal:
+        raise ExportError(
+            f"node {name!r} has {queries} and {heads} heads and widths {width}, which do not fit"
+        )
+    return LinearAttention(
+        node=node,
+        query_heads=queries,
+        key_heads=keys,
+        value_heads=heads,
+        key_size=size,
+        value_size=width["value"] // heads,
+        scale=options.get("scale", 0.0) or None,
+        decay_width=width.get("decay", 0),
+        beta_width=width["beta"],
+        element=_element(values, inputs["query"]),
+        state_element=_element(values, inputs.get("past_state", inputs["query"])),
+    )
+
+
+def _light(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model without its large constants: of them only the shapes matter."""
+    graph = model.graph
+    large = [tensor for tensor in graph.initializer if math.prod(tensor.dims) > MAX_ELEMENTS]
+    inputs = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large]
+    given = {value.name for value in graph.input}
+    light = helper.make_graph(
+        graph.node,
+        graph.name,
+        [*graph.input, *(value for value in inputs if value.name not in given)],
+        [],
+        [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= MAX_ELEMENTS],
+        value_info=[*graph.value_info, *graph.output],
+    )
+    result = helper.make_model(light, functions=model.functions, ir_version=model.ir_version)
+    del result.opset_import[:]
+    result.opset_import.extend(model.opset_import)
+    return result
+
+
+def _declare(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None:
+    names = {value.name for value in values}
+    kept = [value for value in graph.value_info if value.name not in names]
+    del graph.value_info[:]
+    graph.value_info.extend([*kept, *values])
+
+
+def _values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # the model may be wrong anywhere: the declared shapes may do
+        graph = model.graph
+    found = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info)}
+    for tensor in graph.initializer:
+        found[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
+    return found
+
+
+def _width(value: onnx.TypeProto.Tensor | None, what: str) -> int:
+    size: int = value.shape.dim[-1].dim_value if value is not None and value.shape.dim else 0
+    if not size:
+        raise ExportError(
+            f"{what} has no known size of its last axis; declare it as value_info, for example by "
+            "onnxruntime's symbolic shape inference"
+        )
+    return size
+
+
+def _element(values: Mapping[str, onnx.TypeProto.Tensor], name: str) -> torch.dtype:
+    return TYPES.get(int(values[name].elem_type), torch.float32) if name in values else torch.float32

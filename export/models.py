@@ -1,0 +1,225 @@
+"""`qinvert.export_model`: a whole decoder as ONNX, with a local function for every layer's inverse."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import onnx
+import torch
+
+from qinvert.calibration.hooks import patched, run_model
+from qinvert.calibration.tokens import token_batches
+from qinvert.errors import ExportError, InputError, reason
+from qinvert.export.exporting import serialize
+from qinvert.export.graph import MAX_BYTES, check
+from qinvert.export.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
+from qinvert.files import make_folder, write_atomically
+from qinvert.plan import Plan
+from qinvert.profiles import find_profile
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+#: Names of the open axes.
+BATCH: Final = "batch"
+SEQUENCE: Final = "sequence"
+#: Name of the first output.
+LOGITS: Final = "logits"
+#: Length of what an open length is traced with.
+EXAMPLE_CHUNKS: Final = 3
+#: Experts of this kind are written as plain MatMuls; others are operators without an ONNX form.
+EXPERTS: Final = "batched_mm"
+
+
+def export_model(
+    model: torch.nn.Module,
+    plan: Plan,
+    example: Any,
+    path: str | PathLike[str],
+    *,
+    profile: str | None = None,
+    dynamic: bool = True,
+    opset: int | None = None,
+) -> onnx.ModelProto:
+    """Write a decoder whose delta-rule layers call their integer program: ``input_ids -> logits``.
+
+    Every layer calls a local function ``TriInv_LAYER`` of the domain
+    ``qinvert``, which maps ``L [1, matrices, C, C]`` to T; what stands around
+    it, L included, is float32.  The chunks of a layer are one Scan, so that
+    the graph holds for every sequence length.  onnxruntime runs the file as
+    it is; `onnx.inliner.inline_local_functions` makes it one graph of plain
+    operators.  The cache is left out: the graph is that of a prefill.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A float32 Hugging Face model with delta-rule layers.
+    plan : Plan
+        Made for this model.
+    example
+        Inputs to trace with: token ids ``[batch, length]``, or a dict of
+        tensors of that shape, ``input_ids`` among them.
+    path : path
+        Of the .onnx file; written atomically.  Weights beyond 1 GiB go to
+        ``PATH.data`` beside it.
+    profile : str, optional
+        Export profile of the functions; the plan's target if left out.
+    dynamic : bool
+        Leave batch and length open.  False fixes both as the example has
+        them, as compilers for NPUs want; tracing takes half the time.
+    opset : int, optional
+        Operator set of the model and its functions; the profile's, but at
+        least 18, if left out.
+
+    Returns
+    -------
+    onnx.ModelProto
+        The model that was written.
+
+    Raises
+    ------
+    InputError
+        If the model has no such layer, or the example does not fit.
+    PlanError
+        If the plan lacks a layer of the model.
+    ExportError
+        If the profile cannot express the plan, or PyTorch cannot trace the model.
+    MissingDependencyError
+        Without onnxscript.
+    """
+    require_onnx_ir()
+    chosen = find_profile(plan.target if profile is None else profile)
+    inputs = _inputs(model, example)
+    shapes = None
+    if dynamic:
+        inputs = {name: _stretched(x, EXAMPLE_CHUNKS * chunk_of(plan)) for name, x in inputs.items()}
+        shapes = {name: {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)} for name in inputs}
+    number = opset_for(chosen, opset)
+    with without_cache(model), plain_experts(model), traceable(model, plan):
+        traced = trace(model, inputs, number, dynamic_shapes=shapes, output_names=[LOGITS])
+    attach_functions(traced, plan, chosen)
+    return save(traced, path)
+
+
+def difference(path: str | PathLike[str], model: torch.nn.Module, plan: Plan, length: int) -> float:
+    """``||x_hat - x|| / ||x||`` of logits, x_hat by onnxruntime, x by the model under the simulated plan.
+
+    On one sequence of random tokens.  Rounding decides where float32 sums of
+    two runtimes lie on both sides of a boundary: one step of the plan's grid
+    there is an error of another size than all else.
+
+    Raises
+    ------
+    InputError
+        If the file does not run at that length.
+    """
+    import onnxruntime
+
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    with patched(model, plan):
+        expected = run_model(model, {"input_ids": tokens}).cpu()
+    try:
+        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        (found,) = session.run([LOGITS], {"input_ids": tokens.numpy()})
+    except Exception as error:  # onnxruntime raises unrelated types here
+        raise InputError(
+            f"onnxruntime cannot run {os.fspath(path)} with {length} tokens: {reason(error)}"
+        ) from error
+    return float((torch.from_numpy(found) - expected).norm() / expected.norm())
+
+
+def _inputs(model: torch.nn.Module, example: Any) -> dict[str, torch.Tensor]:
+    batch = next(token_batches(example))
+    shape, device = batch["input_ids"].shape, next(model.parameters()).device
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
+            given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(
+                f"{name} of the example is {given}; pass tensors of input_ids' shape {list(shape)}"
+            )
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def chunk_of(plan: Plan) -> int:
+    """Size of the plan's matrices."""
+    return next(iter(plan.layers.values())).chunk
+
+
+def _stretched(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Repeat or cut an example to two sequences of whole chunks.
+
+    A trace takes a size of 1 for a constant, and padding of this very example for a rule.
+    """
+    return x[:1].repeat(2, -(-length // x.shape[1]))[:, :length]
+
+
+@contextmanager
+def without_cache(model: torch.nn.Module) -> Iterator[None]:
+    """Configure the model to return no cache, inside a ``with`` block."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "use_cache", False):
+                undo.callback(setattr, config, "use_cache", True)
+                setattr(config, "use_cache", False)  # noqa: B010 - configurations are untyped
+        yield
+
+
+@contextmanager
+def plain_experts(model: Any) -> Iterator[None]:
+    """Have a mixture of experts run as plain products, inside a ``with`` block."""
+    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(EXPERTS)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def save(model: onnx_ir.Model, path: str | PathLike[str]) -> onnx.ModelProto:
+    """Check a model and write it, with the weights beside it where protobuf ends.
+
+    Raises
+    ------
+    ExportError
+        If onnx finds it illegal.
+    InputError
+        If it cannot be written.
+    """
+    from onnx_ir.serde import serialize_model
+
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
+    if weights > MAX_BYTES:
+        return _save_beside(model, Path(path))
+    proto: onnx.ModelProto = serialize_model(model)
+    check(proto)
+    write_atomically(path, serialize(proto))
+    return proto
+
+
+def _save_beside(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
+    import onnx_ir
+
+    data = f"{path.name}.data"
+    with tempfile.TemporaryDirectory(dir=make_folder(path.parent), prefix=".") as folder:
+        written = Path(folder) / path.name
+        onnx_ir.save(model, written, external_data=data)
+        try:
+            onnx.checker.check_model(os.fspath(written), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"onnx refuses the exported graph: {error}") from error
+        for name in (data, path.name):
+            os.replace(Path(folder) / name, path.parent / name)
+    return onnx.load(os.fspath(path), load_external_data=False)

@@ -1,0 +1,105 @@
+"""A quantizer for the ONNX exporter of transformers: ``OnnxConfig(quantizer=TriangularQuantizer(plan))``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qinvert.calibration.calibrate import calibrate
+from qinvert.errors import ExportError, MissingDependencyError
+from qinvert.export.models import plain_experts
+from qinvert.export.tracing import attach_functions, forget_sources, require_onnx_ir, traceable
+from qinvert.plan import Plan
+from qinvert.profiles import find_profile
+
+try:
+    from transformers.exporters.configs import ExportFormat
+    from transformers.exporters.quantizers.base import ExportQuantizer
+except ImportError:
+    raise MissingDependencyError(
+        "this needs the exporters of transformers, which are not installed; "
+        "run: pip install 'qinvert[model]' 'transformers>=5.23'"
+    ) from None
+
+
+class TriangularQuantizer(ExportQuantizer):
+    """Puts every layer's integer program into a model that transformers exports.
+
+        quantizer = TriangularQuantizer(plan)
+        with quantizer.tracing(model):
+            config = OnnxConfig(dynamic=True, quantizer=quantizer)
+            exported = OnnxExporter().export(model, inputs, config=config)
+
+    The exporter calls `quantize` on the finished graph; what the graph calls
+    is decided while it is traced, hence the ``with`` block.
+
+    Parameters
+    ----------
+    plan : Plan, optional
+        Made for the model; by default made in `tracing` from the calibration data.
+    calibration_dataset : iterable of dict, optional
+        Keyword arguments of the model, as for other quantizers of transformers.
+    profile : str, optional
+        Export profile of the functions; the plan's target if left out.
+    options
+        Of `qinvert.calibrate`, where there is no plan.
+
+    Raises
+    ------
+    ExportError
+        With neither a plan nor data, or with options beside a plan.
+    """
+
+    supported_formats: tuple[Any, ...] = (ExportFormat.ONNX,)
+    required_packages: tuple[str, ...] = ("onnx", "onnxscript")
+
+    def __init__(
+        self,
+        plan: Plan | None = None,
+        calibration_dataset: Iterable[dict[str, Any]] | None = None,
+        *,
+        profile: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(calibration_dataset)
+        if plan is None and calibration_dataset is None:
+            raise ExportError("pass a plan, or a calibration_dataset to make one from")
+        if plan is not None and options:
+            raise ExportError(f"{', '.join(options)}: for calibration, but the plan is made already")
+        self.plan = plan
+        self._profile = profile
+        self._options = options
+
+    @contextmanager
+    def tracing(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """Make ``model`` ready for the exporter inside a ``with`` block; calibrate first, without a plan.
+
+        Raises
+        ------
+        InputError, PlanError
+            See `qinvert.patched` and `qinvert.calibrate`.
+        """
+        require_onnx_ir()
+        if self.plan is None:
+            self.plan = calibrate(model, self.calibration_dataset, target=self._profile, **self._options)
+        with plain_experts(model), traceable(model, self.plan):
+            yield model
+
+    def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: Any) -> Any:
+        """Add the layers' programs to a graph.
+
+        Raises
+        ------
+        ExportError
+            If the model was not traced inside `tracing`.
+        """
+        if self.plan is None:
+            raise ExportError("there is no plan yet; export the model inside `with quantizer.tracing(model)`")
+        attach_functions(
+            model, self.plan, find_profile(self.plan.target if self._profile is None else self._profile)
+        )
+        forget_sources(model)
+        return model

@@ -1,0 +1,105 @@
+"""Verbs about whole models: export-model, graft."""
+
+from __future__ import annotations
+
+import click
+import torch
+
+from qinvert.cli.common import Output, load_model, output_options
+from qinvert.errors import InputError
+from qinvert.export.grafting import graft as graft_plan
+from qinvert.export.models import chunk_of, difference
+from qinvert.export.models import export_model as write_model
+from qinvert.plan import Plan
+from qinvert.profiles import PROFILES
+
+profile_option = click.option("--profile", help=f"{', '.join(PROFILES)}; the plan's target by default.")
+
+
+@click.command("export-model")
+@click.argument("plan_path", metavar="PLAN")
+@click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="File to write.")
+@click.option("--model", "name", help="Model folder or `recall`; the plan's own by default.")
+@click.option("--length", type=click.IntRange(1), help="Fix one sequence of that length; open by default.")
+@click.option("--opset", type=int, help="Operator set; the profile's, but at least 18, by default.")
+@profile_option
+@output_options
+def export_model(
+    plan_path: str,
+    path: str,
+    name: str | None,
+    length: int | None,
+    opset: int | None,
+    profile: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    r"""Write a whole decoder as ONNX, each layer's inverse a local function.
+
+    The file is run in onnxruntime and compared with the model under the
+    simulated plan, at lengths that it was not traced with where it is open.
+
+    \b
+    Example: qinvert export-model plan.json -o model.onnx
+             qinvert export-model plan.json -o model.onnx --length 512
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(plan_path)
+    source = name if name is not None else plan.provenance.get("source")
+    if not isinstance(source, str):
+        raise InputError("the plan does not name its model; pass --model")
+    model = load_model(source)
+    example = torch.zeros(1, length or 1, dtype=torch.int64)
+    with output.progress("exporting"):
+        written = write_model(
+            model, plan, example, path, profile=profile, dynamic=length is None, opset=opset
+        )
+    chunk = chunk_of(plan)
+    lengths = [length] if length is not None else [1, chunk + 1, 3 * chunk + 8]
+    with output.progress("comparing"):
+        errors = {str(n): difference(path, model, plan, n) for n in lengths}
+    output.say(f"wrote {path}: {len(written.graph.node)} nodes, {len(written.functions)} layers")
+    for n, error in errors.items():
+        output.say(f"{n} tokens: logits differ from the simulated plan by {error:.1e} of their norm")
+    output.result({"file": path, "nodes": len(written.graph.node), "differences": errors})
+
+
+@click.command()
+@click.argument("source", metavar="MODEL", type=click.Path(dir_okay=False))
+@click.argument("plan_path", metavar="PLAN")
+@click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="File to write.")
+@click.option(
+    "--layer", "layers", multiple=True, metavar="NODE=LAYER", help="Layer of a node, repeatable; by order."
+)
+@profile_option
+@output_options
+def graft(
+    source: str,
+    plan_path: str,
+    path: str,
+    layers: tuple[str, ...],
+    profile: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    r"""Replace LinearAttention nodes by chunks with integer inverses.
+
+    MODEL is an ONNX file that others exported, with LinearAttention nodes of
+    onnxruntime (com.microsoft) or of ONNX 27.
+
+    \b
+    Example: qinvert graft model.onnx plan.json -o out.onnx
+             qinvert graft model.onnx plan.json -o out.onnx --layer /layers.0/attn=model.layers.0.linear_attn
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(plan_path)
+    pairs = [layer.rpartition("=") for layer in layers]
+    for given, (node, _, layer) in zip(layers, pairs, strict=True):
+        if not node or not layer:
+            raise InputError(f"--layer {given!r} is no NODE=LAYER")
+    chosen = {node: layer for node, _, layer in pairs} or None
+    with output.progress("grafting"):
+        written = graft_plan(source, plan, path, profile=profile, layers=chosen)
+    names = [function.name for function in written.functions]
+    output.say(f"wrote {path}: {len(written.graph.node)} nodes, {', '.join(names)}")
+    output.result({"file": path, "nodes": len(written.graph.node), "functions": names})
