@@ -20,7 +20,8 @@ from qinvert.errors import ExportError, reason
 OPERATOR: Final = "LinearAttention"
 DOMAINS: Final = ("com.microsoft", "", "ai.onnx")
 #: Update rules with a triangular inverse; the others have none.
-RULES: Final = ("delta", "gated_delta")
+GATED: Final = "gated_delta"
+RULES: Final = ("delta", GATED)
 #: Inputs in order.
 INPUTS: Final = ("query", "key", "value", "past_state", "decay", "beta")
 #: Element types that a trace can have.
@@ -49,7 +50,7 @@ class LinearAttention:
     value_size: int
     #: Factor of the outputs, or None for ``key_size ** -0.5``.
     scale: float | None
-    #: Last axis of the decay (0 without) and of beta.
+    #: Last axis of the decay (0 where the rule has none, and ignores it) and of beta.
     decay_width: int
     beta_width: int
     #: Element type of activations and of the state.
@@ -58,8 +59,11 @@ class LinearAttention:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Tensor of every input that the node has, by the operator's name for it."""
-        return {name: given for name, given in zip(INPUTS, self.node.input, strict=False) if given}
+        """Tensor of every input that counts, by the operator's name for it."""
+        found = {name: given for name, given in zip(INPUTS, self.node.input, strict=False) if given}
+        if not self.decay_width:
+            found.pop("decay", None)
+        return found
 
     @property
     def outputs(self) -> list[onnx.ValueInfoProto]:
@@ -121,7 +125,7 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
         if node.op_type != OPERATOR or node.domain not in DOMAINS:
             continue
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if options.get("update_rule", b"gated_delta").decode() not in RULES:
+        if options.get("update_rule", GATED.encode()).decode() not in RULES:
             continue
         name = node.name or node.output[0]
         if name in found:
@@ -143,8 +147,12 @@ def _read(
     if options.get("state_window", 0):
         raise ExportError(f"node {name!r} keeps a window of states; chunks keep the last one only")
     inputs = {key: given for key, given in zip(INPUTS, node.input, strict=False) if given}
-    if "beta" not in inputs:
-        raise ExportError(f"node {name!r} has no input beta, which its update rule needs")
+    gated = options.get("update_rule", GATED.encode()).decode() == GATED
+    if not gated:
+        inputs.pop("decay", None)
+    for needed in ("beta", "decay") if gated else ("beta",):
+        if needed not in inputs:
+            raise ExportError(f"node {name!r} has no input {needed}, which its update rule needs")
     width = {key: _width(values.get(given), f"{key} of node {name!r}") for key, given in inputs.items()}
     queries, heads = options.get("q_num_heads", 0), options.get("kv_num_heads", 0)
     size = width["query"] // max(1, queries)
@@ -152,6 +160,7 @@ def _read(
     legal = legal and width["key"] % size == 0 and width["value"] % heads == 0
     keys = width["key"] // max(1, size)
     legal = legal and keys > 0 and max(queries, heads) % min(queries, heads) == 0 and heads % keys == 0
+    legal = legal and width["beta"] in (1, heads) and width.get("decay", heads) in (heads, heads * size)
     if not legal:
         raise ExportError(
             f"node {name!r} has {queries} and {heads} heads and widths {width}, which do not fit"

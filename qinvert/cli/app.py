@@ -57,7 +57,7 @@ def refuse(message: str) -> NoReturn:
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    r"""Triangular inverses of delta-rule linear attention as low-bit integer MatMuls.
+    """Triangular inverses of delta-rule linear attention as low-bit integer MatMuls.
 
     \b
     qinvert demo                                    everything, on the embedded model

@@ -33,7 +33,7 @@ CALIBRATION_SEED, TEST_SEED = 0, 1
 )
 @output_options
 def demo(folder: str, as_json: bool, quiet: bool) -> None:
-    r"""Calibrate, simulate, export, verify and evaluate the embedded model.
+    """Calibrate, simulate, export, verify and evaluate the embedded model.
 
     The model (0.39 M parameters, two gated-delta layers) recalls the latest
     value of a key; with a wrong inverse it cannot.  Everything it writes goes

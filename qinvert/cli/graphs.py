@@ -93,7 +93,7 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Write one ONNX file a layer, or one for all, and the plan beside them.
+    """Write one ONNX file a layer, or one for all, and the plan beside them.
 
     \b
     Example: qinvert export plan.json -o graphs/ --profile npu-qdq-int8
@@ -206,7 +206,7 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Run exported graphs and compare every value with the simulator.
+    """Run exported graphs and compare every value with the simulator.
 
     FOLDER is what `qinvert export` wrote.  A difference that the profile does
     not allow is an error, exit code 2; where a graph breaks a rule of its
@@ -314,7 +314,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]], o
 @click.command()
 @output_options
 def profiles(as_json: bool, quiet: bool) -> None:
-    r"""List the export profiles, and the runtimes that graphs can be verified on.
+    """List the export profiles, and the runtimes that graphs can be verified on.
 
     \b
     Example: qinvert profiles

@@ -34,7 +34,7 @@ def export_model(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Write a whole decoder as ONNX, each layer's inverse a local function.
+    """Write a whole decoder as ONNX, each layer's inverse a local function.
 
     The file is run in onnxruntime and compared with the model under the
     simulated plan, at lengths that it was not traced with where it is open.
@@ -82,7 +82,7 @@ def graft(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Replace LinearAttention nodes by chunks with integer inverses.
+    """Replace LinearAttention nodes by chunks with integer inverses.
 
     MODEL is an ONNX file that others exported, with LinearAttention nodes of
     onnxruntime (com.microsoft) or of ONNX 27.

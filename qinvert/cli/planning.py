@@ -88,7 +88,7 @@ def calibrate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Measure ranges and write an integer plan for every layer.
+    """Measure ranges and write an integer plan for every layer.
 
     SOURCE is a model folder with --data, `recall`, or a file of matrices L
     (.npz or .safetensors, one array a layer).  Exit code 1 if a layer misses

@@ -50,7 +50,7 @@ def inspect(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Show how far powers of M outgrow the inverse, or what is in a plan.
+    """Show how far powers of M outgrow the inverse, or what is in a plan.
 
     SOURCE is a model folder, `recall`, a file of matrices L, or a plan.
 
@@ -146,7 +146,7 @@ def simulate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Run the integer programs bit-exactly and measure the error of T.
+    """Run the integer programs bit-exactly and measure the error of T.
 
     \b
     Example: qinvert simulate plan.json --min-sqnr 20
@@ -188,7 +188,7 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Compare the model under the plan with the model under the exact inverse.
+    """Compare the model under the plan with the model under the exact inverse.
 
     \b
     Example: qinvert evaluate plan.json

@@ -175,7 +175,8 @@ def chained(plan, tmp_path_factory):
     """Two nodes, the second of which reads values that the first one wrote."""
     folder = tmp_path_factory.mktemp("chained")
     second = node("second", "second_", rule="delta", past=False)
-    for i, name in ((0, "query"), (1, "key"), (2, "value_again"), (5, "beta")):
+    # This rule ignores the decay.
+    for i, name in ((0, "query"), (1, "key"), (2, "value_again"), (4, "decay"), (5, "beta")):
         second.input[i] = name
     first = node("first")
     first.input[0] = "query"
@@ -222,11 +223,17 @@ def test_another_number_of_layers_is_refused(plan, chained):
     [
         ({"rule": "gated"}, 21, "no LinearAttention node"),
         ({"window": 2}, 21, "window of states"),
+        ({"lacking": 4}, 21, "no input decay"),
+        ({"lacking": 5}, 21, "no input beta"),
+        ({"beta": 3}, 21, "do not fit"),
         ({}, 17, "operator set 17"),
     ],
 )
 def test_what_cannot_be_grafted_is_refused(plan, tmp_path, options, opset, message):
-    onnx.save(wrap([node(**options)], opset=opset), tmp_path / "in.onnx")
+    model = wrap([node(**options)], opset=opset, **options)
+    if "lacking" in options:
+        model.graph.node[0].input[options["lacking"]] = ""
+    onnx.save(model, tmp_path / "in.onnx")
     with pytest.raises(ExportError, match=message):
         qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
