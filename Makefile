@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-5.14 lint types bench docs verify-npu clean
+.PHONY: demo test test-transformers-5.14 lint types bench docs verify-npu coverage clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# By itself: tracing every line doubles the time of the tests that export whole models.
+coverage: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 # Models as they were before 5.15: layers hold the function that is replaced.
