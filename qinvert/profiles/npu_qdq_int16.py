@@ -16,7 +16,7 @@ PROFILE = Profile(
     formats=(INT8, INT16),
     requantize=Requantize.MULTIPLIER,
     operators=INT8_PROFILE.operators,
-    proved=("onnxruntime",),
+    proved=("onnxruntime", "qnn", "iree", "tvm"),
     caveats="onnxruntime multiplies in float32: values may differ by up to 8 steps of 1/32767",
     accumulator_limit=INT32_LIMIT - 1,
 )
