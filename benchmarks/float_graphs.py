@@ -84,7 +84,7 @@ def float_graph(program: Program, batch: int) -> onnx.ModelProto:
     """Return ``T = (I - M)^-1`` by the steps of a program in float32, ``[1, batch, C, C]``."""
     graph, shape = GraphBuilder(), [1, batch, program.chunk, program.chunk]
     result = program.evaluate(FloatLowering(program, batch, graph), graph.input(INPUT, shape))
-    graph.output(_plus_identity(graph, result, shape), shape)
+    graph.output(_plus_identity(graph, result, shape))
     return graph.model(program.name, OPSET, {}, program.title)
 
 
@@ -103,7 +103,7 @@ def row_loop(chunk: int, batch: int) -> onnx.ModelProto:
         index = graph.initializer(f"row_{i}/index", np.array([[i]], dtype=np.int64))
         updated = graph.node("ScatterND", [turned, index, row], f"row_{i}/updated", rows_first)
         total = graph.node("Transpose", [updated], f"row_{i}/A", shape, perm=[1, 2, 0, 3])
-    graph.output(_plus_identity(graph, total, shape), shape)
+    graph.output(_plus_identity(graph, total, shape))
     return graph.model("row_loop", OPSET, {}, f"row loop, {chunk}")
 
 
