@@ -13,13 +13,13 @@ from qinvert import arithmetic
 from qinvert.errors import ExportError
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder, Sizes
-from qinvert.export.identity import Support, cut, strictly_lower
 from qinvert.export.interface import ANY_BATCH, GraphOutput, Interface
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.profiles import Profile
 from qinvert.program import Evaluator
 from qinvert.steps import BETA, INPUT, Axis, Concat, Constant, MatMul, Rescale, Scale, Slice
+from qinvert.supports import Support, cut, strictly_lower
 
 #: Tensor axis of a concat or slice of rows and columns.
 AXES = {Axis.ROWS: 2, Axis.COLUMNS: 3}

@@ -9,7 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from qinvert.kernels.placement import TILE, Position, Support, TileOps
+from qinvert.kernels.placement import TILE, Position, TileOps
+from qinvert.supports import Support
 
 #: Integers up to this magnitude are exact in float16.
 FLOAT16_EXACT: Final = 2**11

@@ -11,20 +11,18 @@ from qinvert.kernels.placement import (
     LoadedTiles,
     Placed,
     Position,
-    Support,
     TileOps,
     UnsupportedError,
     V,
     Value,
-    constant_pattern,
     frame,
     joined_homes,
     occupied,
-    product_support,
     tile_of,
 )
 from qinvert.program import Evaluator, Program
 from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.supports import Support, constant_support, product_support
 
 #: ``observe(name, tensor)``, as in `Program.evaluate`.
 Observer = Callable[[str, Placed[V]], None]
@@ -122,7 +120,7 @@ class TileEvaluator(Evaluator[Value[V]]):
         assert isinstance(constant, Constant)
         keep = np.zeros_like(a.support)
         for i in range(len(a.homes)):
-            keep[a.region(i)] = constant_pattern(constant)
+            keep[a.region(i)] = constant_support(constant)
         return self._kept(a, a.support & keep, a.homes, a.rows, a.columns)
 
     def slice(self, step: Slice, source: Value[V]) -> Value[V]:

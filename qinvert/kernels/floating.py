@@ -7,8 +7,9 @@ from dataclasses import replace
 from enum import StrEnum
 
 from qinvert.kernels.emitting import DIAGONAL, Source, Tile, TritonOps
-from qinvert.kernels.placement import Position, Support
+from qinvert.kernels.placement import Position
 from qinvert.steps import Add, MatMul, Rescale
+from qinvert.supports import Support
 
 
 class Precision(StrEnum):

@@ -15,9 +15,10 @@ from qinvert import arithmetic
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.kernels.division import residual_steps
 from qinvert.kernels.emitting import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
-from qinvert.kernels.placement import Position, Support, UnsupportedError
+from qinvert.kernels.placement import Position, UnsupportedError
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.steps import INPUT, Add, MatMul, Rescale
+from qinvert.supports import Support
 
 #: Scales outside ``[1 / this, this]`` have no kernel: its divisions must stay far from the ends of float32.
 SCALE_LIMIT: Final = 2.0**30

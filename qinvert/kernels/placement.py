@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from qinvert.errors import ProgramError
 from qinvert.steps import Add, Axis, Concat, Constant, MatMul, Rescale
+from qinvert.supports import Support
 
 #: Edge of a tile, the smallest product of a matrix unit.
 TILE: Final = 16
@@ -27,8 +27,6 @@ TILE: Final = 16
 V = TypeVar("V")
 #: Row and column of a tile in the grid, or of an element in the matrix.
 Position: TypeAlias = tuple[int, int]
-#: True where an element may differ from zero.
-Support: TypeAlias = npt.NDArray[np.bool_]
 
 
 class UnsupportedError(ProgramError):
@@ -145,20 +143,6 @@ def occupied(support: Support) -> list[Position]:
     count = support.shape[0] // TILE
     grid = [(i, j) for i in range(count) for j in range(count)]
     return [position for position in grid if tile_of(support, position).any()]
-
-
-def product_support(left: Support, right: Support) -> Support:
-    """Return where ``left @ right`` may differ from zero."""
-    product: Support = left.astype(np.float32) @ right.astype(np.float32) > 0
-    return product
-
-
-def constant_pattern(constant: Constant) -> Support:
-    """Return the ones of a constant."""
-    pattern = np.zeros((constant.rows, constant.columns), dtype=bool)
-    for row, (start, stop) in enumerate(constant.ones):
-        pattern[row, start:stop] = True
-    return pattern
 
 
 def joined_homes(step: Concat, sources: Sequence[Value[V]]) -> tuple[tuple[Position, ...], int, int]:

@@ -7,13 +7,13 @@ import torch
 import qinvert
 from qinvert.arithmetic import float32
 from qinvert.export.exporting import build
-from qinvert.export.identity import strictly_lower
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.formats import INT8, INT16, IntFormat
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.program import Program
 from qinvert.steps import INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
 from qinvert.stress import stress_matrices
+from qinvert.supports import strictly_lower
 
 PROGRAMS = [
     qinvert.block_merge(16, base=4),

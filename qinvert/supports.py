@@ -1,8 +1,8 @@
-"""Which tensors of a program are zero on the diagonal and above, so that they can carry an identity.
+"""Where the tensors of a program may differ from zero, whatever L is.
 
-``A B + B = (A + I) B``: where A is strictly lower triangular, 1.0 lies on its
-grid, and is one of its integers, the sum needs no term of its own: the
-integers of A hold ``k = 1 / scale`` on their diagonal, which is free.
+A graph stores ``A + I`` where A is strictly lower triangular, so that ``A B +
+B = (A + I) B`` needs no term of its own; a kernel neither reads nor computes
+what is known to be zero.
 """
 
 from __future__ import annotations
@@ -20,6 +20,19 @@ from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Sc
 Support = npt.NDArray[np.bool_]
 
 
+def constant_support(constant: Constant) -> Support:
+    """Return the ones of a constant."""
+    support: Support = constant_matrix(constant).numpy() != 0
+    return support
+
+
+def product_support(left: Support, right: Support) -> Support:
+    """Return where ``left @ right`` may differ from zero."""
+    # In float32: products of booleans are slow.
+    product: Support = left.astype(np.float32) @ right.astype(np.float32) > 0
+    return product
+
+
 def cut(step: Slice, pattern: Support) -> Support:
     """Return the part of a block that a slice keeps."""
     part: Support = pattern[slice(*step.rows or (None,)), slice(*step.columns or (None,))]
@@ -30,15 +43,12 @@ class SupportEvaluator(Evaluator[Support]):
     """Meaning of the steps on supports; a result holds more than it must, never less."""
 
     def constant(self, constant: Constant, blocks: int) -> Support:
-        matrix: Support = constant_matrix(constant).numpy() != 0
-        return matrix
+        return constant_support(constant)
 
     def matmul(
         self, step: MatMul, left: Support, right: Support, add: list[Support], subtract: list[Support]
     ) -> Support:
-        # In float32: products of booleans are slow.
-        product: Support = left.astype(np.float32) @ right.astype(np.float32) > 0
-        return _union([product, *add, *subtract])
+        return _union([product_support(left, right), *add, *subtract])
 
     def add(self, step: Add, left: Support, right: Support) -> Support:
         return left | right
