@@ -105,15 +105,15 @@ def compare(
     )
 
 
-def judge(result: Verification, actual: Returned, wanted: Reference, hint: str) -> None:
-    """Refuse differences that are not allowed.
+def judge(runtime: str, result: Verification, actual: Returned, wanted: Reference, hint: str) -> None:
+    """Refuse differences that are not allowed; ``runtime`` is what `compare` was told.
 
     Raises
     ------
     VerificationError
         With the first differing element.
     """
-    own = RUNTIMES[result.runtime.split(" (")[0]].own_steps > 0
+    own = RUNTIMES[runtime].own_steps > 0
     # One legal tie may fall into any sample, however small.
     allowed = 0 if result.exact else max(1.0, result.allowed_share * result.values)
     beyond = AMPLIFIED_SHARE * result.values if own else 0

@@ -116,7 +116,7 @@ def verify(
                 wanted = reference(layer_plan, interface, storage, built[execution.setting], rows)
             actual = _joined(execution, interface.batch, wanted.expected)
             results.append(compare(runtime, execution, actual, wanted, exact))
-            judge(results[-1], actual, wanted, _hint(metadata, plan))
+            judge(runtime, results[-1], actual, wanted, _hint(metadata, plan))
     return results
 
 
