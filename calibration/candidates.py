@@ -11,7 +11,12 @@ import torch
 
 from qinvert.calibration.clipping import RangeRule, clip_ranges
 from qinvert.calibration.residues import settle_residues
-from qinvert.calibration.scales import ScaleRule, allows_multiplier, choose_quantizations
+from qinvert.calibration.scales import (
+    ScaleRule,
+    allows_multiplier,
+    choose_quantizations,
+    hold_partial_products,
+)
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, IntFormat
 from qinvert.methods import find_method
@@ -132,8 +137,12 @@ def choose_grids(
     clipped = clip_ranges(program, room, sample, formats, rules.ranges, beta)
     settled = settle_residues(program, clipped, sample, formats, beta)
     requantize = rules.requantize
-    if requantize is Requantize.MULTIPLIER and not allows_multiplier(program, settled, formats, rules.scales):
-        requantize = Requantize.DIVIDE
+    if requantize is Requantize.MULTIPLIER:
+        roomy = hold_partial_products(program, settled, formats)
+        if allows_multiplier(program, roomy, formats, rules.scales):
+            settled = roomy
+        else:
+            requantize = Requantize.DIVIDE
     tensors = choose_quantizations(program, settled, formats, rules.scales, requantize)
     return Grids(tensors=tensors, ranges=settled, requantize=requantize)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 from qinvert import arithmetic
@@ -24,6 +24,9 @@ WIDE_LARGEST = 32256
 #: Ranges of the operands of an int16 product, times each other, over that of the result: where
 #: more cancels, one partial product saturates on the grid of the sum.
 MAX_CANCELLATION = 16.0
+#: A range may be raised against cancellation up to this share of M's and of the result's: its
+#: grid then adds at most 1/16 of the noise power that theirs do.
+RAISED_SHARE = 0.25
 #: Grids of M and of the result may be this much coarser to hold 1.0: 1 dB.
 MAX_RECIPROCAL_COST = 1.12
 #: A grid may be this much coarser so that 1.0 is one of its integers, 0.5 dB: tensors then
@@ -82,7 +85,7 @@ def allows_multiplier(
     Each must be an operand of its product, and 1.0 must lie on the other
     operand's grid: the other range must not exceed its largest integer, and
     all formats must be of one plane, and int16 products must not cancel (see
-    `MAX_CANCELLATION`).  Matrices that would lose resolution on such a grid,
+    `hold_partial_products`).  Matrices that would lose resolution on such a grid,
     because they are very small or larger than a few units, are refused, too.
     """
     operands = all(
@@ -100,15 +103,35 @@ def allows_multiplier(
         / choose_scale(shared[name], formats[name], rule)
         for name in (INPUT, program.output)
     ]
-    cancels = any(
-        formats[step.output].container_bits > INT8.container_bits
-        and shared[step.left] * shared[step.right] > MAX_CANCELLATION * shared[step.output]
-        for step in program.steps
-        if isinstance(step, MatMul)
-    )
+    cancels = any(shared[step.output] < floor for step, floor in _partial_products(program, shared, formats))
     return (
         single and operands and fits and not cancels and not (partners and max(costs) > MAX_RECIPROCAL_COST)
     )
+
+
+def hold_partial_products(
+    program: Program, ranges: Mapping[str, float], formats: Mapping[str, IntFormat]
+) -> dict[str, float]:
+    """Return ``ranges``, raised where partial products of int16 would saturate and resolution is to spare."""
+    groups = scale_groups(program)
+    raised, shared = dict(ranges), group_ranges(program, ranges)
+    limit = RAISED_SHARE * min(shared[INPUT], shared[program.output])
+    # A product that is raised is an operand of later ones: shared grows while it is read.
+    for step, floor in _partial_products(program, shared, formats):
+        if shared[step.output] < floor <= limit:
+            group = {name for name in shared if groups[name] == groups[step.output]}
+            raised |= dict.fromkeys(group, floor)
+            shared |= dict.fromkeys(group, floor)
+    return raised
+
+
+def _partial_products(
+    program: Program, shared: Mapping[str, float], formats: Mapping[str, IntFormat]
+) -> Iterator[tuple[MatMul, float]]:
+    """Yield every product of int16 with the range that holds its partial products."""
+    for step in program.steps:
+        if isinstance(step, MatMul) and formats[step.output].container_bits > INT8.container_bits:
+            yield step, shared[step.left] * shared[step.right] / MAX_CANCELLATION
 
 
 def group_ranges(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,10 +31,10 @@ CAPTURED = 64
 REASON = 110
 BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
 HEAD = """# Runtimes
-Written by `make docs` (`docs/runtimes.py`). Block merge, C = {chunk}, base 4; {stress} matrices of `qinvert.stress`
-and {captured} captured from each layer of the embedded model. A cell says how many values differ from the simulator
-and by how many steps of the output's grid at most; where a processor has its own rounding (QNN, RKNN), only
-differences of at least half a step count. `verify` accepts what the README's Limits say and refuses the rest.
+Written by `make docs` (`docs/runtimes.py`). Block merge, C = {chunk}, base 4; "trained layers": {captured} matrices
+captured from each layer of the embedded model, a plan for each; "stress": one plan for {stress} matrices of
+`qinvert.stress`. A cell says how many values differ from the simulator and by how many steps of the output's grid at
+most; where a processor has its own rounding (QNN, RKNN), only differences of at least half a step count. `verify` accepts what the README's Limits say and refuses the rest.
 Products are counted by the types that they run in, as the runtime's own compiled graph names them; for TVM as its
 importer leaves them. Not installed here, so without a row: {missing}.
 
@@ -49,46 +51,76 @@ NOTES = """
 """
 
 
-def matrices() -> torch.Tensor:
-    """Return stress matrices and captured ones: one compilation serves both."""
-    stress = [stress_matrices(name, COUNT, CHUNK, seed=7) for name in STRESS]
-    layers = qinvert.capture(recall.load_model(), recall.sequences(2))
-    captured = [lower.reshape(-1, CHUNK, CHUNK)[:CAPTURED] for _, lower in layers]
-    return torch.cat([*stress, *captured])
+def matrices() -> dict[str, dict[str, torch.Tensor]]:
+    """Return matrices by layer: what the embedded model's layers compute, and what strains the method."""
+    layers = qinvert.capture(recall.load_model(), recall.sequences(CAPTURED // 32))
+    trained = {name: lower.reshape(-1, CHUNK, CHUNK)[:CAPTURED] for name, lower in layers}
+    stress = torch.cat([stress_matrices(name, COUNT, CHUNK, seed=7) for name in STRESS])
+    return {"trained": trained, "stress": {"L": stress}}
 
 
-def profile_rows(profile: str, scales: str, lower: torch.Tensor, folder: Path) -> Iterator[list[str]]:
-    """Yield the rows of one profile."""
+@dataclass
+class Cell:
+    """What one setting of a runtime makes of one set of matrices."""
+
+    state: str
+    products: str
+    differences: str
+
+
+def profile_rows(
+    profile: str, scales: str, data: dict[str, dict[str, torch.Tensor]], folder: Path
+) -> Iterator[list[str]]:
+    """Yield the rows of one profile: one a setting of a runtime."""
+    found = {name: columns(profile, scales, layers, folder) for name, layers in data.items()}
+    trained, stress = found["trained"], found["stress"]
+    for setting in dict.fromkeys((*trained, *stress)):
+        first, second = trained.get(setting), stress.get(setting)
+        shown = [cell.differences if cell else "-" for cell in (first, second)]
+        if first and second and first.products != second.products and second.products:
+            shown[1] += f" ({second.products})"
+        either = first or second
+        assert either
+        yield [f"`{profile}`", scales, setting, either.state, either.products, *shown]
+
+
+def columns(profile: str, scales: str, layers: dict[str, torch.Tensor], folder: Path) -> dict[str, Cell]:
+    """Return what every setting of every runtime makes of one plan, by the setting's name."""
     method = qinvert.block_merge(CHUNK, base=4)
     bits = BITS.get(profile, 8)
-    plan = qinvert.calibrate(lower, method=method, bits=bits, target=profile, scales=scales)
-    qinvert.export(plan, folder / "t.onnx", batch=8)
+    plan = qinvert.calibrate(layers, method=method, bits=bits, target=profile, scales=scales)
+    found = {}
     for runtime in installed():
-        for row in runtime_rows(runtime, plan, folder / "t.onnx", lower):
-            yield [f"`{profile}`", scales, *row]
+        try:
+            found |= cells(runtime, plan, layers, folder / "t.onnx")
+        except VerificationError as error:
+            found[runtime] = Cell("compiled", "", short(error))
+        except ExportError as error:
+            found[runtime] = Cell("refused", short(error), "")
+    return found
 
 
-def runtime_rows(runtime: str, plan: qinvert.Plan, file: Path, lower: torch.Tensor) -> Iterator[list[str]]:
-    """Yield the rows of one runtime: one a setting."""
-    try:
-        results = qinvert.verify(file, plan, lower, runtimes=(runtime,))
-    except VerificationError as error:
-        yield [runtime, "compiled", "", short(error)]
-        return
-    except ExportError as error:
-        yield [runtime, "refused", short(error), ""]
-        return
-    for result in results:
-        products = ", ".join(f"{count} {types}" for types, count in sorted(result.products.items()))
-        state = f"compiled, {len(result.elsewhere)} nodes elsewhere" if result.elsewhere else "compiled"
-        yield [result.runtime, state, products, cell(result)]
+def cells(runtime: str, plan: qinvert.Plan, layers: dict[str, torch.Tensor], file: Path) -> dict[str, Cell]:
+    """Return what one runtime makes of a plan; all layers together."""
+    results: dict[str, list[Verification]] = defaultdict(list)
+    for name, lower in layers.items():
+        qinvert.export(plan, file, layer=name, batch=8)
+        for result in qinvert.verify(file, plan, lower, runtimes=(runtime,)):
+            results[result.runtime].append(result)
+    return {setting: cell(found) for setting, found in results.items()}
 
 
-def cell(result: Verification) -> str:
-    """Differences of one setting."""
-    if not result.mismatches:
-        return f"0 of {result.values}"
-    return f"{result.mismatches} of {result.values}, up to {result.max_steps:.3g} steps"
+def cell(results: Sequence[Verification]) -> Cell:
+    """Join the layers of one setting."""
+    products = sum((Counter(result.products) for result in results), Counter[str]())
+    elsewhere = sum(len(result.elsewhere) for result in results)
+    mismatches, values = (sum(getattr(r, name) for r in results) for name in ("mismatches", "values"))
+    steps = f", up to {max(r.max_steps for r in results):.3g} steps" if mismatches else ""
+    return Cell(
+        f"compiled, {elsewhere} nodes elsewhere" if elsewhere else "compiled",
+        ", ".join(f"{count // len(results)} {types}" for types, count in sorted(products.items())),
+        f"{mismatches} of {values}{steps}",
+    )
 
 
 def short(error: Exception) -> str:
@@ -122,14 +154,14 @@ def main() -> None:
     parser.add_argument("--profile", action="append", choices=tuple(PROFILES), help="all by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "runtimes.md")
     arguments = parser.parse_args()
-    columns = ["profile", "scales", "runtime", "", "products, or why refused", "values that differ"]
-    lines = [columns, ["---"] * len(columns)]
-    lower = matrices()
+    titles = ["profile", "scales", "runtime", "", "products, or why refused", "trained layers", "stress"]
+    lines = [titles, ["---"] * len(titles)]
+    data = matrices()
     with TemporaryDirectory() as folder:
         for name in arguments.profile or PROFILES:
             kinds = ("pow2",) if PROFILES[name].power_of_two_scales else ("float", "pow2")
             for scales in kinds if not PROFILES[name].exact else ("float",):
-                lines += profile_rows(name, scales, lower, Path(folder))
+                lines += profile_rows(name, scales, data, Path(folder))
     missing = ", ".join(sorted(set(RUNTIMES) - set(installed()))) or "none"
     head = HEAD.format(
         chunk=CHUNK, stress=COUNT * len(STRESS), captured=CAPTURED, missing=missing, versions=versions()

@@ -20,6 +20,9 @@ from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 #: Grid of 0/1 masks.
 MASK_GRID = Quantization(format=INT8, scale=1.0)
+#: Steps from a format's last integer to where Clip cuts: rounding takes them back, and no
+#: compiler that divides the end by the scale takes it for the integer below.
+CLIP_MARGIN = 0.25
 
 
 class QdqLowering(GraphLowering):
@@ -130,8 +133,12 @@ class QdqLowering(GraphLowering):
 
     def slice(self, step: Slice, source: Value) -> Value:
         source = self.movable(step, source)
-        value = self._operator("Slice", step.output, [source.name, *self.slice_inputs(step)])
-        return replace(value, ones=self.sliced_ones(step, source))
+        grid, shape = self.grid(step.output), self.shape(step.output)
+        inputs = [source.name, *self.slice_inputs(step)]
+        value = self.graph.node("Slice", inputs, self._float(step.output), shape)
+        # On the grid already, as in `joined`.
+        value = self._stored(step.output, self.stored(step.output), value, shape, grid)
+        return Value(value, step.output, ones=self.sliced_ones(step, source))
 
     def _factor(self, factor: float) -> str:
         # An integer times a scale, like every other operand of the graph: exact in float32.
@@ -152,14 +159,21 @@ class QdqLowering(GraphLowering):
         return self._quantized(tensor, value, self.shape(tensor), self.grid(tensor))
 
     def _quantized(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> Value:
-        fmt = grid.format
-        if 2**fmt.container_bits > fmt.maximum - fmt.minimum + 1:
-            ends = [
-                self.graph.scalar(f"clip/{q * grid.scale!r}", q * grid.scale)
-                for q in (fmt.minimum, fmt.maximum)
-            ]
-            value = self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
+        if 2**grid.format.container_bits > grid.format.maximum - grid.format.minimum + 1:
+            value = self._clipped(tensor, value, shape, grid)
         return Value(self._stored(tensor, self.stored(tensor), value, shape, grid), tensor)
+
+    def _clipped(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> str:
+        """Saturate at the ends of a format that its container exceeds."""
+        if self._integer_residuals:
+            # On the whole container first: compilers fuse a product with its QuantizeLinear only.
+            value = self._stored(f"{tensor}/wide", f"{tensor}/wide", value, shape, grid)
+        fmt = grid.format
+        ends = [
+            self.graph.scalar(f"clip/{end!r}", end)
+            for end in ((fmt.minimum - CLIP_MARGIN) * grid.scale, (fmt.maximum + CLIP_MARGIN) * grid.scale)
+        ]
+        return self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
 
     def _stored(self, name: str, stored: str, value: str, shape: Sizes, grid: Quantization) -> str:
         fmt = self.storage(grid)

@@ -11,10 +11,11 @@ from qinvert.calibration.scales import (
     allows_multiplier,
     choose_quantizations,
     choose_scale,
+    hold_partial_products,
     residual_partners,
     scale_groups,
 )
-from qinvert.formats import INT4, INT8, INT8X2
+from qinvert.formats import INT4, INT8, INT8X2, INT16
 from qinvert.methods import block_merge, neumann_doubling
 from qinvert.plan import Requantize
 
@@ -96,3 +97,22 @@ def test_a_grid_that_holds_one_may_not_cost_more_than_1_db(limit, legal):
     ranges = dict.fromkeys(program.tensors, limit)
     formats = dict.fromkeys(program.tensors, INT8)
     assert allows_multiplier(program, ranges, formats, ScaleRule.FLOAT) == legal
+
+
+def test_products_that_vanish_get_room_for_their_partial_products():
+    program = block_merge(16, base=4)
+    ranges = dict.fromkeys(program.tensors, 0.5) | {"base_4/power_2": 1e-6}
+    formats = dict.fromkeys(program.tensors, INT16)
+    assert not allows_multiplier(program, ranges, formats, ScaleRule.FLOAT)
+    held = hold_partial_products(program, ranges, formats)
+    assert held == ranges | {"base_4/power_2": 0.5 * 0.5 / 16}
+    assert allows_multiplier(program, held, formats, ScaleRule.FLOAT)
+    assert hold_partial_products(program, ranges, dict.fromkeys(program.tensors, INT8)) == ranges
+
+
+def test_no_room_is_made_at_the_cost_of_resolution():
+    program = block_merge(16, base=4)
+    ranges = dict.fromkeys(program.tensors, 5.0) | {"base_4/power_2": 1e-6}
+    formats = dict.fromkeys(program.tensors, INT16)
+    assert hold_partial_products(program, ranges, formats) == ranges
+    assert not allows_multiplier(program, ranges, formats, ScaleRule.FLOAT)

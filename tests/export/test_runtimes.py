@@ -71,6 +71,36 @@ def test_every_product_runs_as_expected_and_every_value_agrees(name, chunk, meth
             assert result.mismatches == 0
 
 
+@pytest.mark.parametrize("scales", ["pow2", "float"])
+@pytest.mark.parametrize("name", ["onnxruntime", *SEPARATE])
+def test_int4_values_saturate_after_integer_products(name, scales, tmp_path):
+    needed(name)
+    # On grids that hold 1.0: residual terms are integers, too.
+    lower = stress_matrices("independent_keys", 16, 32, seed=7)
+    method = qinvert.block_merge(32, base=4)
+    plan = qinvert.calibrate(lower, method=method, bits=4, target="npu-qdq-int4", scales=scales)
+    ends = [int((plan.layer().inverse(lower) == sign * 7 * plan.layer().output.scale).sum()) for sign in (1, -1)]
+    assert sum(ends) > 0
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    result = qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=(name,))[-1]
+    if name != "openvino" or amx_or_vnni():
+        expected = INTEGER.get(name, INTEGER["qnn"])
+        assert all(expected(types) for types in result.products), result.products
+    assert result.mismatches <= 1e-4 * result.values or RUNTIMES[name].own_steps
+
+
+@pytest.mark.parametrize("entry", [0.5, 0.1])
+def test_qnn_multiplies_int16_by_int8_whatever_the_powers(entry, tmp_path):
+    needed("qnn")
+    # The square of M is zero: its grid must have room for the partial products of its planes.
+    lower = torch.zeros(8, 64, 64, dtype=torch.float64)
+    lower[:, 1::2, ::2] = torch.tril(torch.full((32, 32), entry))
+    plan = qinvert.calibrate(lower, method=qinvert.block_merge(64, base=4), bits=16, target="npu-qdq-int16")
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=("qnn",)):
+        assert result.products == {"int16 x int8": 20}
+
+
 def test_openvino_equals_the_simulator_on_a_million_values(tmp_path):
     needed("openvino")
     if not amx_or_vnni():
