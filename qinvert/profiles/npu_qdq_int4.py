@@ -16,7 +16,7 @@ PROFILE: Profile = replace(
     proved=("onnxruntime", "openvino", "qnn", "iree", "tvm"),
     operators=INT8_PROFILE.operators | {"Clip"},
     caveats=(
-        "no runtime multiplies int4 activations: int8 products; where 1.0 does not lie on a grid at little cost "
-        "(entries much larger than 1), QNN multiplies in float32"
+        "no runtime multiplies int4 activations, so products are int8; where 1.0 lies on no grid at little "
+        "cost (entries much larger than 1), QNN multiplies in float32"
     ),
 )
