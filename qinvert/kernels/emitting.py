@@ -38,8 +38,8 @@ class Source:
 
     #: Statements, ``v7 = expression`` or a call, in order.
     lines: list[str] = field(default_factory=list)
-    #: float32 scalars that the kernel takes, by what they mean.
-    scalars: dict[str, float] = field(default_factory=dict)
+    #: float32 scalars that the kernel takes.
+    scalars: list[float] = field(default_factory=list)
     _shared: dict[str, str] = field(default_factory=dict)
     _count: int = 0
 
@@ -56,10 +56,14 @@ class Source:
             self._shared[expression] = self.assign(expression)
         return self._shared[expression]
 
-    def scalar(self, meaning: str, value: float) -> str:
-        """Return the kernel argument for ``meaning``: plans of one structure share a kernel."""
-        self.scalars.setdefault(meaning, value)
-        return f"s{list(self.scalars).index(meaning)}"
+    def scalar(self, value: float) -> str:
+        """Return the kernel argument of a value: plans of one structure share a kernel.
+
+        Equal values share an argument, and with it a register.
+        """
+        if value not in self.scalars:
+            self.scalars.append(value)
+        return f"s{self.scalars.index(value)}"
 
 
 class TritonOps(TileOps[Tile]):
@@ -72,6 +76,11 @@ class TritonOps(TileOps[Tile]):
 
     def __init__(self, source: Source) -> None:
         self.source = source
+
+    @property
+    @abstractmethod
+    def fusable(self) -> bool:
+        """Whether a product may join a sum without a rounding of its own."""
 
     @abstractmethod
     def real(self, value: Tile) -> str:

@@ -44,6 +44,10 @@ class FloatOps(TritonOps):
         if precision not in _OPERANDS:
             self.dot_options = f', input_precision="{precision}"'
 
+    @property
+    def fusable(self) -> bool:
+        return True
+
     def load(self, position: Position) -> Tile:
         return replace(self._tile(self.raw(position)), loaded=self.exact)
 

@@ -52,6 +52,13 @@ class IntegerOps(TritonOps):
             if isinstance(step, MatMul) and plan.accumulator_bound(step) >= arithmetic.FLOAT32_EXACT:
                 raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
 
+    @property
+    def fusable(self) -> bool:
+        # A product with a power of two is exact, and so is one of two integers: a residual's.
+        factors = [step.factor for step in self.plan.program.steps if isinstance(step, Rescale)]
+        scales = [grid.scale for grid in self.plan.tensors.values()]
+        return all(map(arithmetic.is_power_of_two, scales + factors))
+
     def load(self, position: Position) -> Tile:
         limited = f"tl.minimum(tl.maximum({self.raw(position)}, {-INPUT_LIMIT}), {INPUT_LIMIT})"
         return replace(self._round(INPUT, self.source.assign(limited)), loaded=True)
@@ -102,7 +109,7 @@ class IntegerOps(TritonOps):
         residuals, free = [], set(pairs)
         for sign, name, value in signed:
             steps = self.plan.residual_factor(step, name)
-            factor = self.source.scalar(f"residual {step.output} {name}", float(steps))
+            factor = self.source.scalar(float(steps))
             # left @ right + left = left @ (right + I), and I is `steps` on right's grid.
             side, k = (0, position[0]) if name == step.right else (1, position[1])
             if sign == "+" and k in free and steps + INT8.magnitude <= FLOAT16_EXACT:
@@ -112,7 +119,7 @@ class IntegerOps(TritonOps):
                 minus = "-" if sign == "-" else ""
                 residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
         accumulator = self.chain(products.values(), self.total(residuals))
-        multiplier = self.source.scalar(f"multiplier {step.output}", self.plan.multiplier(step))
+        multiplier = self.source.scalar(self.plan.multiplier(step))
         return self._tile([self._saturated(f"{accumulator} * {multiplier}", self._format(step.output))])
 
     def _shifted(self, value: Tile, steps: str) -> str:
@@ -128,8 +135,7 @@ class IntegerOps(TritonOps):
             products = [(a.operands[i], b.operands[j]) for i, j in group for a, b in pairs.values()]
             i, j = group[0]
             unit = arithmetic.product_scale(_plane_scales(left)[i], _plane_scales(right)[j])
-            scalar = self.source.scalar(f"unit {step.output} {i + j}", unit)
-            accumulators.append((self.chain(products, None), scalar))
+            accumulators.append((self.chain(products, None), self.source.scalar(unit)))
         return accumulators
 
     def add(self, step: Add, terms: Sequence[tuple[str, Tile]]) -> Tile:
@@ -142,7 +148,7 @@ class IntegerOps(TritonOps):
             return source  # q * s / s lies within q * 2**-23 of q and rounds to it
         value = self._sum([("+", *plane) for plane in self._planes(step.source, source)])
         if step.factor != 1:
-            factor = self.source.scalar(f"factor {step.output}", step.factor)
+            factor = self.source.scalar(step.factor)
             value = self.source.assign(f"{value} * {factor}")
         return self._round(step.output, value)
 
@@ -158,16 +164,11 @@ class IntegerOps(TritonOps):
         return self.source.assign(f"{PLANE_RATIO}.0 * {high} + {low}")
 
     def _planes(self, name: str, value: Tile) -> list[tuple[str, str]]:
-        scales = _plane_scales(self.plan.tensors[name])
-        return [
-            (v, self._scale(name, i, s)) for i, (v, s) in enumerate(zip(value.values, scales, strict=True))
-        ]
-
-    def _scale(self, name: str, plane: int, scale: float) -> str:
-        return self.source.scalar(f"scale {name} {plane}", scale)
+        scales = map(self.source.scalar, _plane_scales(self.plan.tensors[name]))
+        return list(zip(value.values, scales, strict=True))
 
     def _sum(self, terms: Sequence[tuple[str, str, str]]) -> str:
-        # Every product and every sum is rounded: the launch forbids fused multiply-adds.
+        # Every product and every sum is rounded: see `fusable`.
         total = None
         for sign, name, scale in terms:
             product = f"{name} * {scale}"
@@ -180,8 +181,8 @@ class IntegerOps(TritonOps):
         fmt = grid.format if grid.format.planes == 1 else INT8
         planes: list[str] = []
         for i, scale in enumerate(_plane_scales(grid)):
-            unit = self._scale(name, i, scale)
-            reciprocal = self.source.scalar(f"reciprocal {name} {i}", arithmetic.float32(1 / scale))
+            unit = self.source.scalar(scale)
+            reciprocal = self.source.scalar(arithmetic.float32(1 / scale))
             planes.append(self._saturated(f"divide_{self.steps}({value}, {unit}, {reciprocal})", fmt))
             if i + 1 < grid.format.planes:
                 value = self.source.assign(f"{value} - {planes[-1]} * {unit}")

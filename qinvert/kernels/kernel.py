@@ -25,6 +25,8 @@ MAX_PRODUCTS: Final = 700
 LONG_KERNEL: Final = 600
 #: Integer kernels of fewer statements fit 128 registers: 16 warps on a multiprocessor.
 SHORT_KERNEL: Final = 450
+#: Up to this many scalars stay in registers once loaded; arguments are fetched anew for every use.
+LOADED_SCALARS: Final = 8
 #: Rows of tiles are joined and stored together up to this chunk; of larger chunks and long kernels
 #: each tile is stored as soon as it is complete, to free its registers.
 JOINED_CHUNK: Final = 64
@@ -36,8 +38,10 @@ class Generated:
 
     #: Python source of a module with a function ``kernel``.
     text: str
-    #: Values of the scalar arguments, in order.
+    #: Values of the scalars, in order.
     scalars: tuple[float, ...]
+    #: The kernel loads its scalars from a tensor; else they are arguments.
+    loaded: bool
     #: Tensors whose saturated values are counted, in the order of the counters.
     counted: tuple[str, ...]
     #: Size C of the matrices.
@@ -126,16 +130,22 @@ def _generated(
     if long and not counted:
         body = rolled(body, tail, program.chunk // TILE)
     lines = [*body, *tail] if joined else hoisted(body, tail)
-    arguments = "".join(f"s{i}, " for i in range(len(source.scalars)))
+    names = [f"s{i}" for i in range(len(source.scalars))]
+    loaded = 0 < len(names) <= LOADED_SCALARS
+    if loaded:
+        lines = [*(f"{name} = tl.load(scalars + {i})" for i, name in enumerate(names)), *lines]
+        names = ["scalars"]
+    arguments = "".join(f"{name}, " for name in names)
     text = TEMPLATE.replace("<arguments>", arguments) + "".join(f"    {line}\n" for line in lines)
     return Generated(
         text=text,
-        scalars=tuple(source.scalars.values()),
+        scalars=tuple(source.scalars),
+        loaded=loaded,
         counted=counted,
         chunk=program.chunk,
         group=4 if long or (split <= SHORT_KERNEL and not floating) else 1,
         registers=_registers(program.chunk, split, floating),
-        fused=floating,
+        fused=ops.fusable,
     )
 
 

@@ -42,6 +42,12 @@ def compiled(text: str) -> Any:
     return namespace["kernel"]
 
 
+@lru_cache(maxsize=256)
+def scalars(values: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor]:
+    """Return the scalars of a kernel as its argument on a device."""
+    return (torch.tensor(values, dtype=torch.float32, device=device),)
+
+
 def launch(
     generated: Generated,
     A: torch.Tensor,  # noqa: N803 - the name in flash-linear-attention
@@ -78,7 +84,7 @@ def launch(
                 total,
                 length,
                 per_sequence,
-                *generated.scalars,
+                *(scalars(generated.scalars, A.device) if generated.loaded else generated.scalars),
                 CHUNK=chunk,
                 HEADS=heads,
                 NB=group,

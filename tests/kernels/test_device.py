@@ -84,12 +84,13 @@ def test_every_input_type_equals_the_simulator(dtype):
 
 
 @needs_cuda
+@pytest.mark.parametrize("scales", ["float", "pow2"])
 @pytest.mark.parametrize("chunk", [64, 128])
 @pytest.mark.parametrize("bits", [8, "8x2"])
-def test_large_chunks_equal_the_simulator(bits, chunk):
+def test_large_chunks_equal_the_simulator(bits, chunk, scales):
     lower = everything(chunk, 2)
     program = qinvert.block_merge(chunk, base=2, tile=16)
-    plan = qinvert.calibrate(lower, method=program, bits=bits, min_sqnr_db=0).layer()
+    plan = qinvert.calibrate(lower, method=program, bits=bits, scales=scales, min_sqnr_db=0).layer()
     integer_kernel(plan)
     for matrices in (lower, 2 * lower):
         result = solve_tril(rows(matrices), plan=plan).reshape(matrices.shape)

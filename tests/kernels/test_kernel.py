@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 import qinvert
+from qinvert.arithmetic import float32
+from qinvert.calibration.scales import scale_groups
 from qinvert.kernels.floating import Precision
 from qinvert.kernels.kernel import float_kernel, hoisted, integer_kernel
 from qinvert.kernels.placement import UnsupportedError
@@ -46,8 +48,23 @@ def test_plans_of_one_structure_share_a_kernel(plans):
     first, second = integer_kernel(plan), integer_kernel(replace(plan, tensors=doubled))
     assert first.text == second.text
     assert first.scalars != second.scalars
-    assert f"s{len(first.scalars) - 1}, " in first.text
+    assert f"s{len(first.scalars) - 1} = tl.load(scalars + {len(first.scalars) - 1})" in first.text
+
     assert integer_kernel(plans[8]).text != first.text
+
+
+def test_many_scalars_are_arguments(plans):
+    plan = plans["8x2"]
+    groups = scale_groups(plan.program)
+    order = sorted(set(groups.values()))
+    grids = {
+        name: Quantization(format=q.format, scale=float32(q.scale * (1 + order.index(groups[name]))))
+        for name, q in plan.tensors.items()
+    }
+    generated = integer_kernel(replace(plan, tensors=grids))
+    assert generated.loaded is False
+    assert f"s{len(generated.scalars) - 1}, " in generated.text
+    assert "tl.load(scalars" not in generated.text
 
 
 def test_counting_covers_every_tensor(plans):
@@ -77,6 +94,15 @@ def test_float_kernels_exist_for_every_chunk(chunk, precision):
     assert generated.fused
     assert generated.scalars == ()
     assert statements(generated.text)
+
+
+@pytest.mark.parametrize("requantize", ["npu-qdq-int8", "int-ops"])
+@pytest.mark.parametrize(("scales", "fused"), [("float", False), ("pow2", True)])
+def test_products_join_sums_unrounded_only_under_powers_of_two(scales, fused, requantize):
+    lower = stress_matrices("correlated_keys", 4, 32, seed=1)
+    program = qinvert.block_merge(32, base=2)
+    plan = qinvert.calibrate(lower, method=program, bits=8, target=requantize, scales=scales).layer()
+    assert integer_kernel(plan).fused is fused
 
 
 def test_inputs_that_lose_nothing_need_no_float32_copy():
