@@ -37,7 +37,8 @@ def test_a_model_on_cuda_is_patched_captured_and_evaluated(model):
     with qinvert.patched(model, qinvert.exact_inverse):
         inside = run_model(model, {"input_ids": tokens})
     assert before.is_cuda
-    assert torch.equal(inside, before)
+    # Sums of float32 products in another order: CUDA promises no bits between two calls of its libraries.
+    assert float((inside - before).abs().max()) <= 2e-6 * float(before.abs().max())
     assert all(lower.is_cuda for _, lower in qinvert.capture(model, tokens, share=0.5))
     plan = qinvert.calibrate(model, tokens)
     result = qinvert.evaluate(model, plan, tokens, score=recall.accuracy)

@@ -22,8 +22,9 @@ from qinvert.supports import Support
 
 #: Scales outside ``[1 / this, this]`` have no kernel: its divisions must stay far from the ends of float32.
 SCALE_LIMIT: Final = 2.0**30
-#: An input of this magnitude saturates on every such scale.
-INPUT_LIMIT: Final = 2.0**60
+#: Steps of the lowest plane above a format's ends at which values are cut before they are
+#: divided: what is cut rounds to the end, and nothing else is.
+CUT: Final = 0.25
 #: ``(x + MAGIC) - MAGIC`` rounds half to even where ``|x| < 2**22``: two additions at full rate,
 #: a conversion instruction has a fraction of it.
 MAGIC: Final = 1.5 * 2**23
@@ -60,8 +61,7 @@ class IntegerOps(TritonOps):
         return all(map(arithmetic.is_power_of_two, scales + factors))
 
     def load(self, position: Position) -> Tile:
-        limited = f"tl.minimum(tl.maximum({self.raw(position)}, {-INPUT_LIMIT}), {INPUT_LIMIT})"
-        return replace(self._round(INPUT, self.source.assign(limited)), loaded=True)
+        return replace(self._round(INPUT, self.raw(position)), loaded=True)
 
     def mask(self, value: Tile, keep: Support, support: Support) -> Tile:
         masked = self._tile([self.where(name, keep, support) for name in value.values])
@@ -120,7 +120,7 @@ class IntegerOps(TritonOps):
                 residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
         accumulator = self.chain(products.values(), self.total(residuals))
         multiplier = self.source.scalar(self.plan.multiplier(step))
-        return self._tile([self._saturated(f"{accumulator} * {multiplier}", self._format(step.output))])
+        return self._tile([self._integers(self._limited(f"{accumulator} * {multiplier}", step.output))])
 
     def _shifted(self, value: Tile, steps: str) -> str:
         name = value.values[0]
@@ -179,19 +179,34 @@ class IntegerOps(TritonOps):
     def _round(self, name: str, value: str) -> Tile:
         grid = self.plan.tensors[name]
         fmt = grid.format if grid.format.planes == 1 else INT8
+        scales = _plane_scales(grid)
+        lowest, highest = (
+            arithmetic.float32(sum(end * scale for scale in scales) + CUT * grid.scale)
+            for end in (fmt.minimum, fmt.maximum)
+        )
+        value = self._clamped(value, self.source.scalar(lowest), self.source.scalar(highest))
         planes: list[str] = []
-        for i, scale in enumerate(_plane_scales(grid)):
+        for i, scale in enumerate(scales):
             unit = self.source.scalar(scale)
             reciprocal = self.source.scalar(arithmetic.float32(1 / scale))
-            planes.append(self._saturated(f"divide_{self.steps}({value}, {unit}, {reciprocal})", fmt))
+            quotient = f"divide_{self.steps}({value}, {unit}, {reciprocal})"
+            if i > 0:  # half a step of the high plane is 128 of the low one
+                quotient = f"tl.minimum({quotient}, {fmt.maximum}.0)"
+            planes.append(self._integers(self.source.assign(quotient)))
             if i + 1 < grid.format.planes:
                 value = self.source.assign(f"{value} - {planes[-1]} * {unit}")
         return self._tile(planes)
 
-    def _saturated(self, steps: str, fmt: IntFormat) -> str:
-        # Clamping first is the same, for the bounds are integers.
-        limited = self.source.assign(f"tl.minimum(tl.maximum({steps}, {fmt.minimum}.0), {fmt.maximum}.0)")
-        return self.source.assign(f"({limited} + {MAGIC}) - {MAGIC}")
+    def _limited(self, steps: str, name: str) -> str:
+        # Clamping before rounding is the same, for the bounds are integers.
+        fmt = self._format(name)
+        return self._clamped(steps, f"{fmt.minimum}.0", f"{fmt.maximum}.0")
+
+    def _clamped(self, value: str, lowest: str, highest: str) -> str:
+        return self.source.assign(f"tl.minimum(tl.maximum({value}, {lowest}), {highest})")
+
+    def _integers(self, steps: str) -> str:
+        return self.source.assign(f"({steps} + {MAGIC}) - {MAGIC}")
 
     def _tile(self, values: Sequence[str]) -> Tile:
         operands = tuple(self.source.assign(f"{v}.to({self.operand})") for v in values)

@@ -26,7 +26,7 @@ LONG_KERNEL: Final = 600
 #: Integer kernels of fewer statements fit 128 registers: 16 warps on a multiprocessor.
 SHORT_KERNEL: Final = 450
 #: Up to this many scalars stay in registers once loaded; arguments are fetched anew for every use.
-LOADED_SCALARS: Final = 8
+LOADED_SCALARS: Final = 12
 #: Rows of tiles are joined and stored together up to this chunk; of larger chunks and long kernels
 #: each tile is stored as soon as it is complete, to free its registers.
 JOINED_CHUNK: Final = 64
@@ -150,8 +150,8 @@ def _generated(
 
 
 def _registers(chunk: int, statements: int, floating: bool) -> int | None:
-    """Return a limit that costs no spills and lets one or four more warps run, if there is one."""
-    if floating:
+    """Return a limit that costs few spills and lets one or four more warps run, if there is one."""
+    if floating or statements > LONG_KERNEL:
         return 168 if chunk <= JOINED_CHUNK else None
     return 128 if statements <= SHORT_KERNEL else None
 
