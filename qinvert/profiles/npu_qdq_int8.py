@@ -18,10 +18,10 @@ PROFILE = Profile(
         # Factored plans only.
         | {"Div", "Max", "Transpose"}
     ),
-    proved=("onnxruntime", "openvino", "qnn", "iree", "tvm"),
+    proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     caveats=(
         "back ends that leave a MatMul in float32 may differ by one step at rounding ties; QNN and RKNN have "
-        "a rounding of their own; for RKNN calibrate with scales='pow2' (float ones came out up to 24 steps "
-        "off): rknn-toolkit2 multiplies symmetric scales by 128/127, see docs/runtimes.md"
+        "a rounding of their own; rknn-toolkit2 multiplies symmetric scales by 128/127, but for those of "
+        "constants, see docs/runtimes.md"
     ),
 )

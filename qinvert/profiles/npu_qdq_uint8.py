@@ -12,7 +12,7 @@ PROFILE: Profile = replace(
     INT8_PROFILE,
     name="npu-qdq-uint8",
     summary="npu-qdq-int8 stored as uint8 with zero point 128; onnxruntime fuses it without options",
-    proved=("onnxruntime", "openvino", "qnn", "iree", "tvm"),
+    proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     caveats="OpenVINO multiplies uint8 with a zero point in float; otherwise as npu-qdq-int8",
     storage=UINT8,
 )

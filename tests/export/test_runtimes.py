@@ -29,8 +29,8 @@ METHODS = {
     "corrected": lambda chunk: qinvert.block_merge(chunk, base=4, corrections=1),
 }
 CASES = [(16, "packed"), (32, "tiled"), (64, "packed"), (64, "corrected"), (128, "packed")]
-#: Compilers that take long see one plan: the one of power-of-two scales, but for the default target's.
-SLOW = {name: (64, "packed", "float" if name == "qnn" else "pow2") for name in SEPARATE}
+#: Compilers that take long see one plan; float scales where grids are an NPU's own.
+SLOW = {name: (64, "packed", "float" if name in ("qnn", "rknn") else "pow2") for name in SEPARATE}
 del SLOW["openvino"]
 
 

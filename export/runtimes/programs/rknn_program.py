@@ -34,26 +34,20 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Ou
 
 
 def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Divide every scale by what the toolkit multiplies it with, so that it compiles the given grids.
+    """Divide the scale of every computed tensor by what the toolkit multiplies it with.
 
-    It quantizes constants anew, ``round(q 127 / 128)``: right for small q only, so a
-    constant is divided by the greatest common divisor of its values and its scale multiplied.
+    Constants keep theirs: in Add, Mul and Concat the toolkit takes the values that they dequantize to
+    in the file.  Of k steps, ``k 127 / 128`` would be left with a narrowed scale: one too few in an
+    identity of 65 steps or more.  Only a product's constant operand has its scale stretched as well;
+    no graph here has one.
     """
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     changed: dict[str, Array] = {}
     for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        values, scale, zero = node.input
-        divisor = 1
-        if values in constants:
-            shifted = constants[values].astype(np.int64) - constants[zero]
-            divisor = max(1, int(np.gcd.reduce(shifted, axis=None)))
-            node.input[0] = f"{values}/{divisor}"
-            reduced = shifted // divisor + constants[zero]
-            changed[node.input[0]] = reduced.astype(constants[values].dtype)
-        node.input[1] = f"{scale}/narrowed/{divisor}"
-        changed[node.input[1]] = np.asarray(constants[scale] * np.float32(divisor) / STRETCHED)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in constants:
+            scale = node.input[1]
+            node.input[1] = f"{scale}/narrowed"
+            changed[node.input[1]] = np.asarray(constants[scale] / STRETCHED)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in changed.items())
     return model
 
