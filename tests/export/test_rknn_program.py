@@ -3,7 +3,8 @@
 import copy
 import runpy
 import sys
-from types import ModuleType
+from collections import Counter
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,15 +21,20 @@ GRIDS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @pytest.fixture
-def narrowed(monkeypatch):
-    """Return the function of the program that rewrites scales."""
-    toolkit = ModuleType("rknn.api")
+def program(monkeypatch):
+    """Return the functions of the program; nothing in them calls the toolkit."""
+    toolkit, protocol = ModuleType("rknn.api"), ModuleType("protocol")
     toolkit.RKNN = None
+    vars(protocol).update(runpy.run_path(PROGRAMS / "protocol.py"))
     monkeypatch.setitem(sys.modules, "rknn.api", toolkit)
-    monkeypatch.setitem(sys.modules, "protocol", ModuleType("protocol"))
-    vars(sys.modules["protocol"]).update(runpy.run_path(PROGRAMS / "protocol.py"))
-    function = runpy.run_path(PROGRAMS / "rknn_program.py")["with_narrowed_scales"]
-    return lambda model: function(copy.deepcopy(model))
+    monkeypatch.setitem(sys.modules, "protocol", protocol)
+    return SimpleNamespace(**runpy.run_path(PROGRAMS / "rknn_program.py"))
+
+
+@pytest.fixture
+def narrowed(program):
+    """Return the function of the program that rewrites scales, on a copy."""
+    return lambda model: program.with_narrowed_scales(copy.deepcopy(model))
 
 
 def arrays(model):
@@ -96,3 +102,30 @@ def test_constants_keep_their_values_and_their_scales(narrowed, tmp_path):
         assert ratio == pytest.approx(1.0 if constant else 127 / 128, rel=1e-6)
         assert [old.input[0], old.input[2]] == [new.input[0], new.input[2]]
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("target", ["npu-qdq-int8", "npu-qdq-int4"])
+def test_no_two_operators_read_one_dequantization(target, program, tmp_path):
+    lower = torch.cat([stress_matrices(name, 2, 16, seed=7) for name in STRESS])
+    plan = qinvert.calibrate(
+        lower, method=qinvert.block_merge(16, base=4), target=target, bits=int(target[-1])
+    )
+    qinvert.export(plan, tmp_path / "t.onnx", batch=len(lower))
+    model = onnx.load(tmp_path / "t.onnx")
+    wanted, others = outputs(model, lower), [node for node in model.graph.node if node.op_type not in GRIDS]
+    assert max(readers(model).values()) > 1
+
+    changed = program.with_own_dequantization(copy.deepcopy(model))
+
+    onnx.checker.check_model(changed, full_check=True)
+    assert set(readers(changed).values()) == {1}
+    assert [node.output for node in changed.graph.node if node.op_type not in GRIDS] == [
+        node.output for node in others
+    ]
+    assert np.array_equal(outputs(changed, lower), wanted)
+
+
+def readers(model):
+    """How often each dequantized tensor is read."""
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    return Counter(name for node in model.graph.node for name in node.input if name in dequantized)

@@ -25,7 +25,7 @@ ENDS = ("InputOperator", "OutputOperator")
 def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Outcome]:
     """Compile for every chip and simulate it."""
     narrowed = folder / "narrowed.onnx"
-    onnx.save(with_narrowed_scales(onnx.load(model)), narrowed)
+    onnx.save(with_own_dequantization(with_narrowed_scales(onnx.load(model))), narrowed)
     for chip in CHIPS:
         start = len(log(folder))
         outputs = simulated(chip, narrowed, feeds, folder)
@@ -50,6 +50,40 @@ def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
             changed[node.input[1]] = np.asarray(constants[scale] / STRETCHED)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in changed.items())
     return model
+
+
+def with_own_dequantization(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give every reader of dequantized integers a DequantizeLinear of its own.
+
+    The toolkit computes a product in float16 where a float addition follows.  Its compiler
+    crashes where one DequantizeLinear feeds such a product or sum and an int8 operator, too.
+    """
+    dequantize = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    returned = {output.name for output in model.graph.output}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes += own_dequantizations(node, dequantize)
+        if node.output[0] not in dequantize or node.output[0] in returned:
+            nodes.append(node)
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.node[:]
+    changed.graph.node.extend(nodes)
+    return changed
+
+
+def own_dequantizations(
+    reader: onnx.NodeProto, dequantize: dict[str, onnx.NodeProto]
+) -> list[onnx.NodeProto]:
+    """Copy the DequantizeLinear of each input of a node and let the node read the copies."""
+    copies = []
+    for i, name in enumerate(reader.input):
+        if name in dequantize:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(dequantize[name])
+            copy.name = copy.output[0] = reader.input[i] = f"{name}/{reader.output[0]}/{i}"
+            copies.append(copy)
+    return copies
 
 
 def simulated(chip: str, model: Path, feeds: list[dict[str, Array]], folder: Path) -> list[Array]:
