@@ -42,11 +42,13 @@ importer leaves them. Not installed here, so without a row: {missing}.
 """
 NOTES = """
 * QNN: context binaries for Hexagon v73, v75 and v79 without CPU fallback, run in the x86 emulator.
-* RKNN: `.rknn` files for RK3588, RK3576 and RK3568, run in the toolkit's simulator. The toolkit multiplies the scale
-  of every symmetric tensor by 128/127, in the compiled file, too. Constants of Add, Mul and Concat keep the values that they
-  dequantize to in the graph. So its program (`export/runtimes/programs/rknn_program.py`) multiplies scales by 127/128
-  first, those of constants excepted. Do the same before you load a graph yourself: with constants narrowed, too, an
-  identity of more than 64 steps comes out one step short. T leaves the NPU as float16.
+* RKNN: `.rknn` files for RK3588, RK3576 and RK3568, run in the toolkit's simulator. L enters the NPU as float16, so
+  `verify` gives it, and simulates, numbers of that precision. The toolkit multiplies the scale of every symmetric
+  tensor by 128/127, in the compiled file, too; it takes constants of Add and Mul as they are, and rounds those of Concat
+  to that grid. So its program (`export/runtimes/programs/rknn_program.py`) multiplies scales by 127/128 first, but for
+  constants of Add and Mul, and writes those of Concat with their greatest common divisor in the scale. It also gives
+  every reader a DequantizeLinear of its own: the compiler crashes where one serves a float addition and an int8
+  product. Do the same before you load a graph yourself. Products that a float addition follows run in float16.
 * IREE fuses QDQ products to int8; MatMulInteger it extends to int32 first. TVM multiplies what the graph says:
   float32 for QDQ, int32 for MatMulInteger.
 """

@@ -14,15 +14,15 @@ import torch
 
 from qinvert import plan_io
 from qinvert.arithmetic import is_power_of_two
-from qinvert.errors import ExportError, VerificationError
+from qinvert.errors import ExportError, VerificationError, lookup
 from qinvert.export.comparing import Verification, compare, judge
 from qinvert.export.exporting import serialize
 from qinvert.export.interface import GraphInput, Interface
 from qinvert.export.keys import FROM_KEYS
 from qinvert.export.layers import single_layer
 from qinvert.export.reading import read_model
-from qinvert.export.references import Returned, graph_inputs, lower_from_keys, reference
-from qinvert.export.runtimes import Execution, Feed, execute
+from qinvert.export.references import Reference, Returned, graph_inputs, lower_from_keys, reference
+from qinvert.export.runtimes import RUNTIMES, Execution, Feed, execute
 from qinvert.files import read_bytes
 from qinvert.plan import LayerPlan, Plan
 from qinvert.profiles import find_profile
@@ -50,6 +50,8 @@ def verify(
     A program that amplifies (powers that explode) amplifies such a step, too,
     and then fails here.  A processor with a rounding of its own may differ by
     `Runtime.own_steps` anywhere, and by more in one value of a thousand.
+    One that takes `Runtime.inputs` of float16 is given, and compared on,
+    inputs of that precision.
 
     Parameters
     ----------
@@ -102,16 +104,19 @@ def verify(
     filled = np.arange(-(-count // interface.batch) * interface.batch) % count
     inputs = {name: values[filled] for name, values in inputs.items()}
     storage = find_profile(metadata.get("qinvert.profile", plan.target)).storage_of(layer_plan.output.format)
-    rows = inputs[BETA].squeeze(-1) if layer_plan.program.vectors else None
-    fixed = None
-    if interface.input is not GraphInput.KEYS:
-        fixed = reference(layer_plan, interface, storage, _lower(interface, inputs), rows)
-    exact, results = fixed is not None and _is_exact(metadata, layer_plan), []
-    feeds = _feeds(inputs, interface.batch)
+    from_keys = interface.input is GraphInput.KEYS
+    exact, results = not from_keys and _is_exact(metadata, layer_plan), []
+    references: dict[str, Reference] = {}
     for runtime in runtimes:
-        built = {} if fixed is not None else _built(model, interface, inputs, runtime)
-        for execution in execute(runtime, content, feeds):
-            wanted = fixed
+        element = lookup(RUNTIMES, runtime, "runtime", ExportError).inputs
+        given = {name: values.to(getattr(torch, element)).to(values.dtype) for name, values in inputs.items()}
+        rows = given[BETA].squeeze(-1) if layer_plan.program.vectors else None
+        built = _built(model, interface, given, runtime) if from_keys else {}
+        if not from_keys and element not in references:
+            lower = _lower(interface, given)
+            references[element] = reference(layer_plan, interface, storage, lower, rows)
+        for execution in execute(runtime, content, _feeds(given, interface.batch)):
+            wanted = references.get(element)
             if wanted is None:
                 wanted = reference(layer_plan, interface, storage, built[execution.setting], rows)
             actual = _joined(execution, interface.batch, wanted.expected)

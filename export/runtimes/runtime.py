@@ -47,3 +47,6 @@ class Runtime:
     #: Steps of the output's grid by which any value may differ: 0 where the runtime
     #: computes what ONNX says, more where a processor has a rounding of its own.
     own_steps: int = 0
+    #: Type in which the graph's float32 inputs enter the processor: verification gives it
+    #: numbers of that type, so that rounding them is no difference.
+    inputs: str = "float32"

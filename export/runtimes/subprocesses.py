@@ -38,13 +38,14 @@ def separate(
     requirement: str,
     *,
     own_steps: int = 0,
+    inputs: str = "float32",
     seconds: float = 600,
 ) -> Runtime:
     """Return the runtime whose program is ``programs/<name>_program.py``.
 
     Parameters
     ----------
-    name, summary, module, requirement, own_steps
+    name, summary, module, requirement, own_steps, inputs
         See `Runtime`.
     seconds : float
         Time limit for one graph.
@@ -56,6 +57,7 @@ def separate(
         module=module,
         requirement=requirement,
         own_steps=own_steps,
+        inputs=inputs,
     )
 
 

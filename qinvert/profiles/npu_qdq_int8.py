@@ -20,8 +20,8 @@ PROFILE = Profile(
     ),
     proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     caveats=(
-        "back ends that leave a MatMul in float32 may differ by one step at rounding ties; QNN and RKNN have "
-        "a rounding of their own; rknn-toolkit2 multiplies symmetric scales by 128/127, but for those of "
-        "constants, see docs/runtimes.md"
+        "back ends that leave a MatMul in float32 may differ by one step at rounding ties; QNN has its own "
+        "rounding, RKNN in sums of two scales; rknn-toolkit2 takes L in float16 and multiplies symmetric "
+        "scales by 128/127, see docs/runtimes.md"
     ),
 )

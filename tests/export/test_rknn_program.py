@@ -32,30 +32,34 @@ def program(monkeypatch):
 
 
 @pytest.fixture
-def narrowed(program):
-    """Return the function of the program that rewrites scales, on a copy."""
-    return lambda model: program.with_narrowed_scales(copy.deepcopy(model))
+def given(program):
+    """Return what the program gives the toolkit for a model."""
+    return lambda model: program.with_narrowed_scales(program.with_own_dequantization(copy.deepcopy(model)))
 
 
 def arrays(model):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def scaled(model, factor, of_constants):
-    """Return a copy in which constants, or all other tensors, have their scales times ``factor``."""
-    model = copy.deepcopy(model)
-    constants = arrays(model)
-    for i, node in enumerate(model.graph.node):
-        if node.op_type in GRIDS and (node.input[0] in constants) == of_constants:
-            scale = np.asarray(constants[node.input[1]] * factor, dtype=np.float32)
-            node.input[1] = f"{i}/scale"
-            model.graph.initializer.append(numpy_helper.from_array(scale, node.input[1]))
-    return model
+def operator(model, node):
+    """The operator that reads a DequantizeLinear of a constant."""
+    return next(reader.op_type for reader in model.graph.node if node.output[0] in reader.input)
 
 
 def compiled(model):
-    """Return what the toolkit makes of a graph: constants are floats, all other grids are stretched."""
-    return scaled(model, 128 / 127, of_constants=False)
+    """Return what the toolkit makes of a graph: all grids are stretched, but those of constants in Add."""
+    model, constants = copy.deepcopy(model), arrays(model)
+    for i, node in enumerate(node for node in model.graph.node if node.op_type in GRIDS):
+        if node.input[0] in constants:
+            if operator(model, node) not in ("Concat", "MatMul"):
+                continue
+            shrunk = np.rint(constants[node.input[0]] * (127 / 128)).astype(np.int8)
+            node.input[0] = f"{i}/integers"
+            model.graph.initializer.append(numpy_helper.from_array(shrunk, node.input[0]))
+        scale = np.asarray(constants[node.input[1]] * (128 / 127), dtype=np.float32)
+        node.input[1] = f"{i}/scale"
+        model.graph.initializer.append(numpy_helper.from_array(scale, node.input[1]))
+    return model
 
 
 def outputs(model, lower):
@@ -63,55 +67,50 @@ def outputs(model, lower):
     return session.run(None, {"L": lower[None].numpy()})[0]
 
 
-@pytest.mark.parametrize("method", ["packed", "corrected"])
-@pytest.mark.parametrize("scales", ["float", "pow2"])
-def test_the_toolkit_compiles_the_grids_of_the_plan(scales, method, narrowed, tmp_path):
+def exported(folder, scales="float", corrections=0, target="npu-qdq-int8"):
     lower = torch.cat([stress_matrices(name, 2, 16, seed=7) for name in STRESS])
-    program = qinvert.block_merge(16, base=4, corrections=int(method == "corrected"))
-    plan = qinvert.calibrate(lower, method=program, target="npu-qdq-int8", scales=scales)
-    qinvert.export(plan, tmp_path / "t.onnx", batch=len(lower))
-    model = onnx.load(tmp_path / "t.onnx")
+    method = qinvert.block_merge(16, base=4, corrections=corrections)
+    plan = qinvert.calibrate(lower, method=method, target=target, bits=int(target[-1]), scales=scales)
+    qinvert.export(plan, folder / "t.onnx", batch=len(lower))
+    return onnx.load(folder / "t.onnx"), plan.layer(), lower
+
+
+@pytest.mark.parametrize("corrections", [0, 1])
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+def test_the_toolkit_compiles_the_grids_of_the_plan(scales, corrections, given, program, tmp_path):
+    model, plan, lower = exported(tmp_path, scales, corrections)
     wanted = outputs(model, lower)
 
-    def steps(given):
-        return np.rint((outputs(compiled(given), lower) - wanted) / plan.layer().output.scale)
+    def steps(changed):
+        return np.rint((outputs(compiled(changed), lower) - wanted) / plan.output.scale)
 
-    assert not steps(narrowed(model)).any()
-    # The law matters: as it is, the graph has other grids ...
-    assert steps(model).any()
-    # ... and a constant whose scale is narrowed, too, is another integer.
-    assert steps(scaled(narrowed(model), 127 / 128, of_constants=True)).any() == (scales == "float")
+    assert not steps(given(model)).any()
+    # The law matters: as it is, the graph has other grids.
+    assert steps(program.with_own_dequantization(copy.deepcopy(model))).any()
 
 
-def test_constants_keep_their_values_and_their_scales(narrowed, tmp_path):
-    lower = torch.cat([stress_matrices(name, 1, 16, seed=7) for name in STRESS])
-    plan = qinvert.calibrate(lower, method=qinvert.block_merge(16, base=4), target="npu-qdq-int8")
-    qinvert.export(plan, tmp_path / "t.onnx", batch=2)
-    model = onnx.load(tmp_path / "t.onnx")
-    before, after = arrays(model), narrowed(model)
-    now = arrays(after)
-    assert all(np.array_equal(now[name], array) for name, array in before.items())
-    kinds = set()
-    for old, new in zip(model.graph.node, after.graph.node, strict=True):
-        if old.op_type not in GRIDS:
-            assert old == new
+def test_an_identity_of_many_steps_keeps_them_all(given, tmp_path):
+    model, plan, _ = exported(tmp_path, corrections=1)
+    changed, seen = given(model), set()
+    assert plan.output.one > 64
+    constants = arrays(changed)
+    for node in changed.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:
             continue
-        constant = old.input[0] in before
-        kinds.add(constant)
-        ratio = np.float64(now[new.input[1]]) / before[old.input[1]]
-        assert ratio == pytest.approx(1.0 if constant else 127 / 128, rel=1e-6)
-        assert [old.input[0], old.input[2]] == [new.input[0], new.input[2]]
-    assert kinds == {True, False}
+        reader, integers = operator(changed, node), constants[node.input[0]]
+        scale = float(constants[node.input[1]])
+        seen.add(reader)
+        if reader in ("Concat", "MatMul"):
+            assert np.array_equal(np.rint(integers * (127 / 128)), integers)
+            scale *= 128 / 127
+        ones = float(np.abs(integers).max()) * scale
+        assert ones == 0 or ones == pytest.approx(1.0, abs=1e-6)
+    assert seen == {"Add", "Concat"}
 
 
 @pytest.mark.parametrize("target", ["npu-qdq-int8", "npu-qdq-int4"])
 def test_no_two_operators_read_one_dequantization(target, program, tmp_path):
-    lower = torch.cat([stress_matrices(name, 2, 16, seed=7) for name in STRESS])
-    plan = qinvert.calibrate(
-        lower, method=qinvert.block_merge(16, base=4), target=target, bits=int(target[-1])
-    )
-    qinvert.export(plan, tmp_path / "t.onnx", batch=len(lower))
-    model = onnx.load(tmp_path / "t.onnx")
+    model, _, lower = exported(tmp_path, target=target)
     wanted, others = outputs(model, lower), [node for node in model.graph.node if node.op_type not in GRIDS]
     assert max(readers(model).values()) > 1
 

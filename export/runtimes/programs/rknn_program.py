@@ -16,6 +16,8 @@ from rknn.api import RKNN
 CHIPS = ("rk3588", "rk3576", "rk3568")
 #: The toolkit takes the range of a symmetric tensor for [-128, 128] steps and cuts it into 127.
 STRETCHED = np.float32(128 / 127)
+#: Operators for which it quantizes constants anew, on a stretched grid of their own.
+REQUANTIZING = ("Concat", "MatMul")
 #: Row of the layer table that the compiler prints: number, operator, type, processor ... operator:node.
 LAYER = re.compile(r"^D RKNN: \[[^\]]*\] \d+ +(\w+) +(\w+) +([CGN]PU) .* \w+:(\S+) *$", re.MULTILINE)
 #: Rows of the table that compute nothing.
@@ -25,7 +27,7 @@ ENDS = ("InputOperator", "OutputOperator")
 def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Outcome]:
     """Compile for every chip and simulate it."""
     narrowed = folder / "narrowed.onnx"
-    onnx.save(with_own_dequantization(with_narrowed_scales(onnx.load(model))), narrowed)
+    onnx.save(with_narrowed_scales(with_own_dequantization(onnx.load(model))), narrowed)
     for chip in CHIPS:
         start = len(log(folder))
         outputs = simulated(chip, narrowed, feeds, folder)
@@ -34,20 +36,32 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Ou
 
 
 def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Divide the scale of every computed tensor by what the toolkit multiplies it with.
+    """Divide scales by what the toolkit multiplies them with, so that it compiles the given grids.
 
-    Constants keep theirs: in Add, Mul and Concat the toolkit takes the values that they dequantize to
-    in the file.  Of k steps, ``k 127 / 128`` would be left with a narrowed scale: one too few in an
-    identity of 65 steps or more.  Only a product's constant operand has its scale stretched as well;
-    no graph here has one.
+    Not those of constants that Add, Sub and Mul read: these take the values that a constant
+    dequantizes to in the file.  Of an identity of k steps, ``k 127 / 128`` would be left: one too
+    few from k = 65 on.  For Concat and MatMul it quantizes constants anew, ``round(q 127 / 128)``:
+    right for small q only, so those are divided by the greatest common divisor of their values and
+    their scale is multiplied.  Every DequantizeLinear must have one reader.
     """
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    readers = {name: node.op_type for node in model.graph.node for name in node.input}
     changed: dict[str, Array] = {}
     for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in constants:
-            scale = node.input[1]
-            node.input[1] = f"{scale}/narrowed"
-            changed[node.input[1]] = np.asarray(constants[scale] / STRETCHED)
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        values, scale, zero = node.input
+        divisor = 1
+        if values in constants:
+            if readers[node.output[0]] not in REQUANTIZING:
+                continue
+            integers = constants[values].astype(np.int64) - constants[zero]
+            divisor = max(1, int(np.gcd.reduce(integers, axis=None)))
+            node.input[0] = f"{values}/{divisor}"
+            reduced = integers // divisor + constants[zero]
+            changed[node.input[0]] = reduced.astype(constants[values].dtype)
+        node.input[1] = f"{scale}/narrowed/{divisor}"
+        changed[node.input[1]] = np.asarray(constants[scale] * np.float32(divisor) / STRETCHED)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in changed.items())
     return model
 
