@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: First operator set that PyTorch's exporter writes.
 FIRST_OPSET: Final = 18
+#: Where `torch.export` says that it stopped.
+PLACE: Final = re.compile(r"Caused by: \((\S+:\d+) in \w+\)")
 #: Notes of PyTorch's exporter: its own nodes, and source files of the machine that traced.
 NOTES: Final = "pkg.torch."
 
@@ -162,10 +165,21 @@ def trace(
                 **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"PyTorch cannot export the model: {reason(error)}") from error
+        raise ExportError(
+            f"PyTorch cannot export the model: {_first_cause(error)}; export a fixed length (dynamic=False), "
+            "or only the layers' inverses (qinvert.export)"
+        ) from error
     assert program is not None
     forget_sources(program.model)
     return program.model
+
+
+def _first_cause(error: BaseException) -> str:
+    """What stopped the exporter, and the line of the model's code where it says so: its own words are advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    at = PLACE.search(str(error))
+    return reason(error) if at is None else f"{reason(error)} ({at[1]})"
 
 
 def forget_sources(model: onnx_ir.Model) -> None:
