@@ -129,7 +129,8 @@ def export_model(
     batches = [given] + [_stretched(given, 1, length) for length in untraced_lengths(plan) if dynamic]
     batches = [{**x, "input_ids": random_tokens(model, x["input_ids"].shape)} for x in batches]
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
-    return save(traced, path, compare)
+    with without_cache(model):
+        return save(traced, path, compare)
 
 
 def untraced_lengths(plan: Plan) -> tuple[int, ...]:

@@ -165,9 +165,10 @@ def trace(
                 **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:
+        fixed = "export a fixed length (dynamic=False), or" if options.get("dynamic_shapes") else "export"
         raise ExportError(
-            f"PyTorch cannot export the model: {_first_cause(error)}; export a fixed length (dynamic=False), "
-            "or only the layers' inverses (qinvert.export)"
+            f"PyTorch cannot trace the model: {_first_cause(error)}; {fixed} the layers' inverses alone "
+            "(qinvert.export)"
         ) from error
     assert program is not None
     forget_sources(program.model)
@@ -175,7 +176,7 @@ def trace(
 
 
 def _first_cause(error: BaseException) -> str:
-    """What stopped the exporter, and the line of the model's code where it says so: its own words are advice."""
+    """What stopped the exporter, and the model's line where it says so; its own first words are advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     at = PLACE.search(str(error))
