@@ -159,16 +159,6 @@ def test_half_precision_models_run(family, plan, dtype):
         assert torch.isfinite(logits(model)).all()
 
 
-def test_nested_use_is_refused(model):
-    before = logits(model)
-    with qinvert.patched(model, no_inverse):
-        inside = logits(model)
-        with pytest.raises(InputError, match="patched already"), qinvert.patched(model, no_inverse):
-            pass
-        assert torch.equal(logits(model), inside)
-    assert torch.equal(logits(model), before)
-
-
 def test_everything_is_restored_after_an_exception(model):
     layer = next(iter(delta_layers(model).values()))
     module = inspect.getmodule(type(layer))

@@ -150,17 +150,15 @@ def test_a_tolerance_that_is_none_is_refused(layer, tmp_path):
 
 
 def test_sparse_attention_is_right_but_for_ties(tmp_path):
-    kinds = {"mlp_layer_types": ["dense"] * 2, "hc_sinkhorn_iters": 2}
+    kinds = {"mlp_layer_types": ["dense"] * 2, "hc_sinkhorn_iters": 1}
     model = build("glm5_next", **of_layers("linear_attention", "full_attention"), **kinds)
     plan = qinvert.calibrate(model, TOKENS, bits=8)
-    # Checked at other lengths than these by itself.
-    qinvert.export_model(model, plan, TOKENS[:1, :7], tmp_path / "m.onnx")
-    for length in LENGTHS:
-        assert difference(tmp_path / "m.onnx", model, plan, length) < 2e-6
-    tokens = {"input_ids": TOKENS[:1]}
+    qinvert.export_model(model, plan, TOKENS[:1, :200], tmp_path / "m.onnx", dynamic=False)
+    assert difference(tmp_path / "m.onnx", model, plan, 200) < 2e-6
+    tokens = {"input_ids": TOKENS[:1, :200]}
     with LowestIndexFirst():
         lowest = run_model(model, tokens)
-    # What it would be without: PyTorch takes another of equal scores.
+    # What the difference would be: PyTorch takes another of equal scores.
     assert (lowest - run_model(model, tokens)).abs().max() > 1e-2
 
 
