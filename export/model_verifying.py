@@ -83,7 +83,7 @@ class ModelCheck:
         VerificationError
             If a layer's function returns something other than the plan says.
         """
-        if find_spec("onnxruntime") is None:
+        if not can_run():
             _log.warning("the graph was not checked: onnxruntime is not installed; pip install onnxruntime")
             return
         session, outputs = _watched_session(proto, folder)
@@ -232,6 +232,11 @@ def _run(session: Any, outputs: list[str], feeds: Mapping[str, Array]) -> dict[s
     except Exception as error:  # onnxruntime raises unrelated types here
         shape = list(feeds["input_ids"].shape)
         raise ExportError(f"{_AT.format(shape)}: onnxruntime fails: {reason(error)}; {_REMEDY}") from error
+
+
+def can_run() -> bool:
+    """Whether onnxruntime is installed."""
+    return find_spec("onnxruntime") is not None
 
 
 def random_tokens(model: torch.nn.Module, shape: Sequence[int]) -> torch.Tensor:

@@ -87,7 +87,7 @@ def export_model(
         example's shape and, where the length is open, on sequences of one
         token, of a chunk and one token, and of more chunks than were traced;
         see `qinvert.export.model_verifying.ModelCheck`.  It costs a forward
-        pass of both for each (a second of 10 for small models), and memory
+        pass of both for each (one second of ten for small models), and memory
         for the weights once more and for L and T of all layers.  Without
         onnxruntime a warning is logged instead.
     tolerance : float

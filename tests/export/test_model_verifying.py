@@ -1,17 +1,20 @@
 """Graphs of whole models that compute something else than the model are not written."""
 
 import dataclasses
+import json
 import logging
 
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, build, of_layers
 
 import qinvert
 from qinvert.calibration.hooks import run_model
+from qinvert.cli.app import cli
 from qinvert.errors import ExportError, InputError, VerificationError
 from qinvert.export import model_verifying, models
 from qinvert.export.model_verifying import LowestIndexFirst, ModelCheck, difference
@@ -112,7 +115,7 @@ def test_matrices_of_another_number_are_found(written):
 
 
 def test_without_onnxruntime_there_is_a_warning_and_no_check(written, longer, monkeypatch, caplog):
-    monkeypatch.setattr(model_verifying, "find_spec", lambda _: None)
+    monkeypatch.setattr(model_verifying, "can_run", lambda: False)
     with caplog.at_level(logging.WARNING, "qinvert"):
         written.check(200)
     assert "onnxruntime is not installed" in caplog.text
@@ -141,6 +144,47 @@ def test_nothing_wrong_is_written(layer, tmp_path, monkeypatch, limit):
     qinvert.export_model(model, plan, path=path, **options)
     assert len(list(path.parent.iterdir())) == (1 if limit else 2)
     assert difference(path, model, plan, 70) < 1e-5
+
+
+def test_the_command_writes_nothing_wrong(layer, tmp_path, monkeypatch):
+    model, plan = layer
+    monkeypatch.setattr("qinvert.cli.models.load_model", lambda _: model)
+    plan.save(tmp_path / "plan.json")
+    path = tmp_path / "m.onnx"
+    command = [
+        "export-model",
+        tmp_path / "plan.json",
+        "--model",
+        "ours",
+        "-o",
+        path,
+        "--length",
+        70,
+        "--json",
+    ]
+    command = [str(argument) for argument in command]
+    hook = otherwise(model.model.norm, lambda x: 1.05 * x)
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("qinvert: the exported graph is not the model, at input_ids [1, 70]")
+    assert result.stderr.count("\n") == 1
+    assert not path.exists()
+    unchecked = CliRunner().invoke(cli, [*command, "--no-check"])
+    hook.remove()
+    assert json.loads(unchecked.stdout)["differences"] == {}
+    assert path.exists()
+
+
+@pytest.mark.parametrize(("dynamic", "remedy"), [(True, "dynamic=False"), (False, "export the layers")])
+def test_a_model_that_cannot_be_traced_is_refused_in_one_line(layer, tmp_path, dynamic, remedy):
+    model, plan = layer
+    # As the sparse attention of qwen4_exp does: how many values there are depends on values.
+    hook = model.model.norm.register_forward_hook(lambda _, __, x: x if len(x.nonzero()) // 2 > 0 else 2 * x)
+    with pytest.raises(ExportError, match=rf"cannot trace the model: .*data-dependent.*{remedy}") as refused:
+        qinvert.export_model(model, plan, TOKENS[:1, :70], tmp_path / "m.onnx", dynamic=dynamic)
+    hook.remove()
+    assert str(refused.value).isprintable()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tolerance_that_is_none_is_refused(layer, tmp_path):
