@@ -18,6 +18,7 @@ from qinvert.delta_chunks import DeltaChunks
 from qinvert.errors import ExportError, MissingDependencyError, reason
 from qinvert.export.exporting import provenance
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
+from qinvert.export.indexers import traceable_indexers
 from qinvert.export.interface import Interface
 from qinvert.export.layers import function_names, layer_function
 from qinvert.plan import Plan
@@ -57,7 +58,8 @@ def require_onnx_ir() -> ModuleType:
 def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
     """Have every delta-rule layer call ``qinvert::TriInv_LAYER(L) -> T`` inside a ``with`` block.
 
-    For `torch.export` and what builds on it.  Running the model then gives no
+    For `torch.export` and what builds on it; sparse attention that loops over
+    tokens is replaced, too, see `traceable_indexers`.  Running the model then gives no
     meaningful values: the calls get their meaning from `attach_functions`.
 
     Raises
@@ -67,7 +69,7 @@ def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
     """
     by_layer(model, plan)
     # With gradients, a scan would be traced with its derivative.
-    with patched_by_layer(model, calls_of(plan)), torch.no_grad():
+    with traceable_indexers(model), patched_by_layer(model, calls_of(plan)), torch.no_grad():
         yield model
 
 
