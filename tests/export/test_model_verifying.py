@@ -28,6 +28,12 @@ LENGTHS = (1, 63, 64, 65, 128, 200, 256)
 TOKENS = torch.randint(0, VOCABULARY, (4, 256), generator=torch.Generator().manual_seed(2))
 
 
+def padded(tokens, count):
+    mask = torch.ones_like(tokens)
+    mask[:, :count] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
 @dataclasses.dataclass
 class Written:
     model: torch.nn.Module
@@ -35,8 +41,8 @@ class Written:
     proto: onnx.ModelProto
     folder: object
 
-    def check(self, *lengths, plan=None, **options):
-        batches = [{"input_ids": TOKENS[:1, :length]} for length in lengths]
+    def check(self, *lengths, plan=None, padding=0, **options):
+        batches = [padded(TOKENS[:1, :length], padding) for length in lengths]
         options |= {"model": self.model, "plan": plan or self.plan, "batches": batches}
         ModelCheck(profile=find_profile(self.plan.target), **options)(self.proto, self.folder)
 
@@ -47,7 +53,8 @@ def written(tmp_path_factory):
     model = build("qwen3_5", **of_layers("linear_attention", "full_attention"))
     plan = qinvert.calibrate(model, TOKENS, bits=4, granularity="head", min_sqnr_db=0)
     folder = tmp_path_factory.mktemp("written")
-    proto = qinvert.export_model(model, plan, TOKENS[:1, :7], folder / "m.onnx", check=False)
+    # Cut to one token, this example is padding only: nothing to compare, and no error.
+    proto = qinvert.export_model(model, plan, padded(TOKENS[:1, :7], 2), folder / "m.onnx")
     return Written(model, plan, proto, folder)
 
 
@@ -78,12 +85,21 @@ def longer(written):
 def test_a_right_graph_passes_at_every_length_however_coarse_the_plan(written):
     # Float32 sums in another order, and nothing else.
     written.check(*LENGTHS, tolerance=1e-5)
+    written.check(65, 200, padding=40, tolerance=1e-5)
 
 
 def test_a_branch_that_the_trace_froze_is_found(written, longer):
     written.check(1, 128)
     with pytest.raises(ExportError, match=r"input_ids \[1, 200\]: logits differ by .* the tolerance 0.001"):
         written.check(200)
+
+
+def test_what_padding_holds_is_no_matter(written):
+    hook = otherwise(written.model.lm_head, lambda x: torch.cat([x[:, :40] + 1, x[:, 40:]], dim=1))
+    written.check(70, padding=40)
+    with pytest.raises(ExportError, match="logits differ"):
+        written.check(70, padding=39)
+    hook.remove()
 
 
 def test_the_first_layer_that_differs_is_named(written):
@@ -129,21 +145,18 @@ def test_what_onnxruntime_does_not_load_is_an_error(written):
         dataclasses.replace(written, proto=proto).check(5)
 
 
-@pytest.mark.parametrize("limit", [models.MAX_BYTES, 0], ids=["one file", "weights beside"])
-def test_nothing_wrong_is_written(layer, tmp_path, monkeypatch, limit):
+def test_nothing_wrong_is_written_with_weights_beside(layer, tmp_path, monkeypatch):
     model, plan = layer
-    monkeypatch.setattr(models, "MAX_BYTES", limit)
-    options = {"example": TOKENS[:1, :70], "dynamic": False}
-    path = tmp_path / "there" / "m.onnx"
+    monkeypatch.setattr(models, "MAX_BYTES", 0)
+    given = {"example": TOKENS[:1, :70], "path": tmp_path / "m.onnx", "dynamic": False}
     hook = otherwise(model.model.norm, lambda x: 1.05 * x)
-    path.parent.mkdir()
     with pytest.raises(ExportError, match=r"input_ids \[1, 70\]: logits differ"):
-        qinvert.export_model(model, plan, path=path, **options)
-    assert not list(path.parent.iterdir())
+        qinvert.export_model(model, plan, **given)
     hook.remove()
-    qinvert.export_model(model, plan, path=path, **options)
-    assert len(list(path.parent.iterdir())) == (1 if limit else 2)
-    assert difference(path, model, plan, 70) < 1e-5
+    assert not list(tmp_path.iterdir())
+    qinvert.export_model(model, plan, **given)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert difference(tmp_path / "m.onnx", model, plan, 70) < 1e-5
 
 
 def test_the_command_writes_nothing_wrong(layer, tmp_path, monkeypatch):
@@ -151,28 +164,28 @@ def test_the_command_writes_nothing_wrong(layer, tmp_path, monkeypatch):
     monkeypatch.setattr("qinvert.cli.models.load_model", lambda _: model)
     plan.save(tmp_path / "plan.json")
     path = tmp_path / "m.onnx"
-    command = [
-        "export-model",
-        tmp_path / "plan.json",
-        "--model",
-        "ours",
-        "-o",
-        path,
-        "--length",
-        70,
-        "--json",
-    ]
-    command = [str(argument) for argument in command]
+    command = ["export-model", str(tmp_path / "plan.json"), "-o", str(path), "--model", "ours"]
     hook = otherwise(model.model.norm, lambda x: 1.05 * x)
-    result = CliRunner().invoke(cli, command)
+    result = CliRunner().invoke(cli, [*command, "--length", "70"])
+    hook.remove()
     assert result.exit_code == 2
     assert result.stderr.startswith("qinvert: the exported graph is not the model, at input_ids [1, 70]")
     assert result.stderr.count("\n") == 1
     assert not path.exists()
-    unchecked = CliRunner().invoke(cli, [*command, "--no-check"])
-    hook.remove()
-    assert json.loads(unchecked.stdout)["differences"] == {}
-    assert path.exists()
+
+
+def test_the_command_checks_nothing_if_told_so(layer, tmp_path, monkeypatch):
+    model, plan = layer
+    asked = {}
+    monkeypatch.setattr("qinvert.cli.models.load_model", lambda _: model)
+    monkeypatch.setattr(
+        "qinvert.cli.models.write_model", lambda *_, **options: asked.update(options) or onnx.ModelProto()
+    )
+    plan.save(tmp_path / "plan.json")
+    command = ["export-model", str(tmp_path / "plan.json"), "-o", "m.onnx", "--model", "ours", "--json"]
+    result = CliRunner().invoke(cli, [*command, "--no-check"])
+    assert asked["check"] is False
+    assert json.loads(result.stdout)["differences"] == {}
 
 
 @pytest.mark.parametrize(("dynamic", "remedy"), [(True, "dynamic=False"), (False, "export the layers")])
