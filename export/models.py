@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -116,9 +116,9 @@ def export_model(
     chosen = find_profile(plan.target if profile is None else profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     given = inputs = _inputs(model, example)
-    shapes, chunk = None, chunk_of(plan)
+    shapes = None
     if dynamic:
-        inputs = _stretched(given, 2, EXAMPLE_CHUNKS * chunk)
+        inputs = _stretched(given, 2, EXAMPLE_CHUNKS * chunk_of(plan))
         shapes = {name: {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)} for name in inputs}
     number = opset_for(chosen, opset)
     with without_cache(model), plain_experts(model), traceable(model, plan):
@@ -126,8 +126,7 @@ def export_model(
     attach_functions(traced, plan, chosen)
     if not check:
         return save(traced, path)
-    batches = [given] + [_stretched(given, 1, length) for length in untraced_lengths(plan) if dynamic]
-    batches = [{**x, "input_ids": random_tokens(model, x["input_ids"].shape)} for x in batches]
+    batches = _untraced(model, given, untraced_lengths(plan) if dynamic else ())
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
@@ -153,6 +152,14 @@ def _inputs(model: torch.nn.Module, example: Any) -> dict[str, torch.Tensor]:
 def chunk_of(plan: Plan) -> int:
     """Size of the plan's matrices."""
     return next(iter(plan.layers.values())).chunk
+
+
+def _untraced(
+    model: torch.nn.Module, example: dict[str, torch.Tensor], lengths: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
+    """Inputs like the example, and like one sequence of it at other lengths, with random tokens."""
+    batches = [example, *(_stretched(example, 1, length) for length in lengths)]
+    return [{**batch, "input_ids": random_tokens(model, batch["input_ids"].shape)} for batch in batches]
 
 
 def _stretched(inputs: dict[str, torch.Tensor], count: int, length: int) -> dict[str, torch.Tensor]:

@@ -42,7 +42,9 @@ class Written:
     folder: object
 
     def check(self, *lengths, plan=None, padding=0, **options):
+        taken = [given.name for given in self.proto.graph.input]
         batches = [padded(TOKENS[:1, :length], padding) for length in lengths]
+        batches = [{name: batch[name] for name in taken} for batch in batches]
         options |= {"model": self.model, "plan": plan or self.plan, "batches": batches}
         ModelCheck(profile=find_profile(self.plan.target), **options)(self.proto, self.folder)
 
@@ -120,6 +122,16 @@ def test_a_function_of_another_plan_is_found(written):
     other = qinvert.calibrate(written.model, TOKENS, bits=8, granularity="head")
     with pytest.raises(VerificationError, match="TriInv_model_layers_0_linear_attn_head_0"):
         written.check(70, plan=other)
+
+
+def test_functions_that_take_beta_are_checked(layer, tmp_path):
+    model, _ = layer
+    plan = qinvert.calibrate(model, TOKENS, factored=True)
+    assert plan.layer().program.vectors
+    proto = qinvert.export_model(model, plan, TOKENS[:1, :70], tmp_path / "m.onnx", dynamic=False)
+    other = qinvert.calibrate(model, TOKENS[:, :70] % 3, factored=True)
+    with pytest.raises(VerificationError, match="instead of"):
+        Written(model, other, proto, tmp_path).check(70)
 
 
 def test_matrices_of_another_number_are_found(written):
