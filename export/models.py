@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import onnx
 import torch
 
-from qinvert.calibration.hooks import patched, run_model
 from qinvert.calibration.tokens import token_batches
-from qinvert.errors import ExportError, InputError, reason
+from qinvert.checks import check_magnitude
+from qinvert.errors import ExportError, InputError
 from qinvert.export.exporting import serialize
-from qinvert.export.graph import MAX_BYTES, check
+from qinvert.export.graph import MAX_BYTES
+from qinvert.export.graph import check as check_model
+from qinvert.export.model_verifying import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
 from qinvert.files import make_folder, write_atomically
 from qinvert.plan import Plan
@@ -26,11 +28,12 @@ from qinvert.profiles import find_profile
 if TYPE_CHECKING:
     import onnx_ir
 
+#: Looks at a model, whose external data lie in a folder, before it is where it was to be written.
+Examine: TypeAlias = Callable[[onnx.ModelProto, Path], None]
+
 #: Names of the open axes.
 BATCH: Final = "batch"
 SEQUENCE: Final = "sequence"
-#: Name of the first output.
-LOGITS: Final = "logits"
 #: Length of what an open length is traced with.
 EXAMPLE_CHUNKS: Final = 3
 #: Experts of this kind are written as plain MatMuls; others are operators without an ONNX form.
@@ -46,6 +49,8 @@ def export_model(
     profile: str | None = None,
     dynamic: bool = True,
     opset: int | None = None,
+    check: bool = True,
+    tolerance: float = TOLERANCE,
 ) -> onnx.ModelProto:
     """Write a decoder whose delta-rule layers call their integer program: ``input_ids -> logits``.
 
@@ -76,6 +81,17 @@ def export_model(
     opset : int, optional
         Operator set of the model and its functions; the profile's, but at
         least 18, if left out.
+    check : bool
+        Run the graph in onnxruntime before it is written, and refuse it if it
+        is not the model under the simulated plan: on random tokens of the
+        example's shape and, where the length is open, on sequences of one
+        token, of a chunk and one token, and of more chunks than were traced;
+        see `qinvert.export.model_verifying.ModelCheck`.  It costs a forward
+        pass of both for each (one second of ten for small models), and memory
+        for the weights once more and for L and T of all layers.  Without
+        onnxruntime a warning is logged instead.
+    tolerance : float
+        Largest difference of logits, of the largest logit.
 
     Returns
     -------
@@ -89,50 +105,36 @@ def export_model(
     PlanError
         If the plan lacks a layer of the model.
     ExportError
-        If the profile cannot express the plan, or PyTorch cannot trace the model.
+        If the profile cannot express the plan, PyTorch cannot trace the model,
+        or the graph computes something else; nothing is written then.
+    VerificationError
+        If a layer's function does not return in onnxruntime what the plan says.
     MissingDependencyError
         Without onnxscript.
     """
     require_onnx_ir()
     chosen = find_profile(plan.target if profile is None else profile)
-    inputs = _inputs(model, example)
+    check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
+    given = inputs = _inputs(model, example)
     shapes = None
     if dynamic:
-        inputs = {name: _stretched(x, EXAMPLE_CHUNKS * chunk_of(plan)) for name, x in inputs.items()}
+        inputs = _stretched(given, 2, EXAMPLE_CHUNKS * chunk_of(plan))
         shapes = {name: {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)} for name in inputs}
     number = opset_for(chosen, opset)
     with without_cache(model), plain_experts(model), traceable(model, plan):
         traced = trace(model, inputs, number, dynamic_shapes=shapes, output_names=[LOGITS])
     attach_functions(traced, plan, chosen)
-    return save(traced, path)
+    if not check:
+        return save(traced, path)
+    batches = _untraced(model, given, untraced_lengths(plan) if dynamic else ())
+    compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
+    with without_cache(model):
+        return save(traced, path, compare)
 
 
-def difference(path: str | PathLike[str], model: torch.nn.Module, plan: Plan, length: int) -> float:
-    """``||x_hat - x|| / ||x||`` of logits, x_hat by onnxruntime, x by the model under the simulated plan.
-
-    On one sequence of random tokens.  Rounding decides where float32 sums of
-    two runtimes lie on both sides of a boundary: one step of the plan's grid
-    there is an error of another size than all else.
-
-    Raises
-    ------
-    InputError
-        If the file does not run at that length.
-    """
-    import onnxruntime
-
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    tokens = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    with patched(model, plan):
-        expected = run_model(model, {"input_ids": tokens}).cpu()
-    try:
-        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-        (found,) = session.run([LOGITS], {"input_ids": tokens.numpy()})
-    except Exception as error:  # onnxruntime raises unrelated types here
-        raise InputError(
-            f"onnxruntime cannot run {os.fspath(path)} with {length} tokens: {reason(error)}"
-        ) from error
-    return float((torch.from_numpy(found) - expected).norm() / expected.norm())
+def untraced_lengths(plan: Plan) -> tuple[int, ...]:
+    """Lengths that a graph of any length must be right at, none of them traced: shorter and longer."""
+    return 1, chunk_of(plan) + 1, EXAMPLE_CHUNKS * chunk_of(plan) + 8
 
 
 def _inputs(model: torch.nn.Module, example: Any) -> dict[str, torch.Tensor]:
@@ -152,12 +154,21 @@ def chunk_of(plan: Plan) -> int:
     return next(iter(plan.layers.values())).chunk
 
 
-def _stretched(x: torch.Tensor, length: int) -> torch.Tensor:
-    """Repeat or cut an example to two sequences of whole chunks.
+def _untraced(
+    model: torch.nn.Module, example: dict[str, torch.Tensor], lengths: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
+    """Inputs like the example, and like one sequence of it at other lengths, with random tokens."""
+    batches = [example, *(_stretched(example, 1, length) for length in lengths)]
+    return [{**batch, "input_ids": random_tokens(model, batch["input_ids"].shape)} for batch in batches]
 
-    A trace takes a size of 1 for a constant, and padding of this very example for a rule.
+
+def _stretched(inputs: dict[str, torch.Tensor], count: int, length: int) -> dict[str, torch.Tensor]:
+    """Repeat or cut the first sequence of an example.
+
+    Two sequences of whole chunks are what an open length is traced with: a trace takes a
+    size of 1 for a constant, and padding of this very example for a rule.
     """
-    return x[:1].repeat(2, -(-length // x.shape[1]))[:, :length]
+    return {name: x[:1].repeat(count, -(-length // x.shape[1]))[:, :length] for name, x in inputs.items()}
 
 
 @contextmanager
@@ -186,8 +197,19 @@ def plain_experts(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def save(model: onnx_ir.Model, path: str | PathLike[str]) -> onnx.ModelProto:
+def save(
+    model: onnx_ir.Model,
+    path: str | PathLike[str],
+    examine: Examine | None = None,
+) -> onnx.ModelProto:
     """Check a model and write it, with the weights beside it where protobuf ends.
+
+    Parameters
+    ----------
+    model : onnx_ir.Model
+    path : path
+    examine : callable, optional
+        What it raises leaves nothing at ``path``.
 
     Raises
     ------
@@ -202,14 +224,17 @@ def save(model: onnx_ir.Model, path: str | PathLike[str]) -> onnx.ModelProto:
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
     if weights > MAX_BYTES:
-        return _save_beside(model, Path(path))
+        return _save_beside(model, Path(path), examine)
     proto: onnx.ModelProto = serialize_model(model)
-    check(proto)
+    check_model(proto)
+    if examine is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            examine(proto, Path(folder))
     write_atomically(path, serialize(proto))
     return proto
 
 
-def _save_beside(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
+def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> onnx.ModelProto:
     import onnx_ir
 
     data = f"{path.name}.data"
@@ -220,6 +245,9 @@ def _save_beside(model: onnx_ir.Model, path: Path) -> onnx.ModelProto:
             onnx.checker.check_model(os.fspath(written), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"onnx refuses the exported graph: {error}") from error
+        proto = onnx.load(os.fspath(written), load_external_data=False)
+        if examine is not None:
+            examine(proto, Path(folder))
         for name in (data, path.name):
             os.replace(Path(folder) / name, path.parent / name)
-    return onnx.load(os.fspath(path), load_external_data=False)
+    return proto

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from qinvert.delta_chunks import DeltaChunks
 from qinvert.errors import ExportError, MissingDependencyError, reason
 from qinvert.export.exporting import provenance
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
+from qinvert.export.indexers import traceable_indexers
 from qinvert.export.interface import Interface
 from qinvert.export.layers import function_names, layer_function
 from qinvert.plan import Plan
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 #: First operator set that PyTorch's exporter writes.
 FIRST_OPSET: Final = 18
+#: Where `torch.export` says that it stopped.
+PLACE: Final = re.compile(r"Caused by: \((\S+:\d+) in \w+\)")
 #: Notes of PyTorch's exporter: its own nodes, and source files of the machine that traced.
 NOTES: Final = "pkg.torch."
 
@@ -54,7 +58,8 @@ def require_onnx_ir() -> ModuleType:
 def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
     """Have every delta-rule layer call ``qinvert::TriInv_LAYER(L) -> T`` inside a ``with`` block.
 
-    For `torch.export` and what builds on it.  Running the model then gives no
+    For `torch.export` and what builds on it; sparse attention that loops over
+    tokens is replaced, too, see `traceable_indexers`.  Running the model then gives no
     meaningful values: the calls get their meaning from `attach_functions`.
 
     Raises
@@ -64,7 +69,7 @@ def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
     """
     by_layer(model, plan)
     # With gradients, a scan would be traced with its derivative.
-    with patched_by_layer(model, calls_of(plan)), torch.no_grad():
+    with traceable_indexers(model), patched_by_layer(model, calls_of(plan)), torch.no_grad():
         yield model
 
 
@@ -162,10 +167,22 @@ def trace(
                 **options,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"PyTorch cannot export the model: {reason(error)}") from error
+        fixed = "export a fixed length (dynamic=False), or" if options.get("dynamic_shapes") else "export"
+        raise ExportError(
+            f"PyTorch cannot trace the model: {_first_cause(error)}; {fixed} the layers' inverses alone "
+            "(qinvert.export)"
+        ) from error
     assert program is not None
     forget_sources(program.model)
     return program.model
+
+
+def _first_cause(error: BaseException) -> str:
+    """What stopped the exporter, and the model's line where it says so; its own first words are advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    at = PLACE.search(str(error))
+    return reason(error) if at is None else f"{reason(error)} ({at[1]})"
 
 
 def forget_sources(model: onnx_ir.Model) -> None:

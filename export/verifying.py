@@ -25,7 +25,7 @@ from qinvert.export.references import Reference, Returned, graph_inputs, lower_f
 from qinvert.export.runtimes import RUNTIMES, Execution, Feed, execute
 from qinvert.files import read_bytes
 from qinvert.plan import LayerPlan, Plan
-from qinvert.profiles import find_profile
+from qinvert.profiles import Profile, find_profile
 from qinvert.steps import BETA
 
 #: Error of L, relative to its largest element, that a float32 prologue stays far below.
@@ -103,9 +103,10 @@ def verify(
     count = len(next(iter(inputs.values())))
     filled = np.arange(-(-count // interface.batch) * interface.batch) % count
     inputs = {name: values[filled] for name, values in inputs.items()}
-    storage = find_profile(metadata.get("qinvert.profile", plan.target)).storage_of(layer_plan.output.format)
+    profile = find_profile(metadata.get("qinvert.profile", plan.target))
+    storage = profile.storage_of(layer_plan.output.format)
     from_keys = interface.input is GraphInput.KEYS
-    exact, results = not from_keys and _is_exact(metadata, layer_plan), []
+    exact, results = not from_keys and is_exact(profile, layer_plan), []
     references: dict[str, Reference] = {}
     for runtime in runtimes:
         element = lookup(RUNTIMES, runtime, "runtime", ExportError).inputs
@@ -164,10 +165,11 @@ def _built(
     return built
 
 
-def _is_exact(metadata: dict[str, str], plan: LayerPlan) -> bool:
+def is_exact(profile: Profile, plan: LayerPlan) -> bool:
+    """Whether a graph must agree with the simulator bit for bit."""
     # Sums of products of 16 bits by 8 are wider than float32 holds, whatever the scales.
     exact = all(is_power_of_two(q.scale) and q.format.container_bits == 8 for q in plan.tensors.values())
-    return exact or find_profile(metadata.get("qinvert.profile", "")).exact
+    return exact or profile.exact
 
 
 def _feeds(inputs: Mapping[str, torch.Tensor], batch: int) -> list[Feed]:

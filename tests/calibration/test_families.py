@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from tiny_models import CONFIGS, VOCABULARY, build
 
 import qinvert
 from qinvert.calibration.hooks import ATTRIBUTE_NAME, FAMILIES, GLOBAL_NAMES, delta_layers, run_model
@@ -14,111 +15,15 @@ from qinvert.models import load_pretrained
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-VOCABULARY, HIDDEN, HEAD = 64, 32, 16
 CHUNK = 64
 #: One sequence of two whole chunks, one that ends in a third.
 TOKENS = torch.randint(0, VOCABULARY, (2, 130), generator=torch.Generator().manual_seed(0))
 PROMPT = TOKENS[:1, :100]
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 3,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    # Larger than usual, so that the small layers matter.
-    "initializer_range": 0.05,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-GATED = COMMON | {
-    "num_key_value_heads": 1,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": HEAD,
-    "linear_value_head_dim": HEAD,
-}
-DENSE = {"intermediate_size": 32}
-EXPERTS = {
-    "num_experts": 2,
-    "num_experts_per_tok": 1,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
-INDEXER = {
-    "hc_count": 2,
-    "hc_lowrank": 8,
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": HEAD,
-    "indexer_budget": 64,
-    "indexer_compress_ratio": 16,
-}
-PER_CHANNEL = (
-    COMMON
-    | DENSE
-    | {
-        "num_key_value_heads": 2,
-        "moe_intermediate_size": 16,
-        "kv_lora_rank": HEAD,
-        "qk_nope_head_dim": HEAD,
-        "v_head_dim": HEAD,
-        "num_experts_per_tok": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    }
-)
-KIMI = {"linear_head_dim": HEAD, "linear_num_heads": 2}
-GLM = {
-    "qk_rope_head_dim": 0,
-    "n_routed_experts": 2,
-    "q_lora_rank": HEAD,
-    "index_topk": 64,
-    "index_head_dim": HEAD,
-    "index_n_heads": 2,
-    "hc_mult": 2,
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-}
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "num_heads": 2,
-    "intermediate_size": 16,
-    "out_hidden_size": HIDDEN,
-    "projection_intermediate_size": 16,
-    "patch_size": 4,
-    "image_size": 16,
-}
-
-#: Family -> (model type of its text part, what the configuration takes).
-CONFIGS = {
-    "qwen3_next": ("qwen3_next", GATED | DENSE | EXPERTS | {"head_dim": HEAD}),
-    "qwen3_5": ("qwen3_5_text", GATED | DENSE | {"head_dim": HEAD}),
-    "qwen3_5_moe": ("qwen3_5_moe_text", GATED | EXPERTS | {"head_dim": HEAD}),
-    "qwen4_exp": ("qwen4_exp_text", GATED | EXPERTS | INDEXER | {"head_dim": HEAD}),
-    "olmo_hybrid": ("olmo_hybrid", GATED | DENSE | {"linear_num_value_heads": 2}),
-    "kimi_linear": ("kimi_linear", PER_CHANNEL | KIMI | {"qk_rope_head_dim": HEAD, "num_local_experts": 2}),
-    "bailing_hybrid": (
-        "bailing_hybrid",
-        PER_CHANNEL | {"qk_rope_head_dim": HEAD, "num_local_experts": 2, "head_dim": HEAD},
-    ),
-    "glm5_next": ("glm5_next", {"text_config": PER_CHANNEL | KIMI | GLM, "vision_config": VISION}),
-}
 #: One decay a channel: the original multiplies by a T that it forms row by row.
 CHANNEL_FAMILIES = ("kimi_linear", "bailing_hybrid", "glm5_next")
 #: The families that the installed transformers has; the pinned one has all.
 INSTALLED = [name for name, (kind, _) in CONFIGS.items() if kind in transformers.CONFIG_MAPPING]
-
-
-def build(family, dtype=torch.float32):
-    kind, arguments = CONFIGS[family]
-    config = transformers.AutoConfig.for_model(kind, **arguments)
-    whole = "vision_config" in arguments
-    loader = transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
-    torch.manual_seed(0)
-    return loader.from_config(config, dtype=dtype).eval()
 
 
 @pytest.fixture(scope="module", params=INSTALLED)
@@ -252,16 +157,6 @@ def test_half_precision_models_run(family, plan, dtype):
         assert error <= 4 * torch.finfo(dtype).eps * before.abs().max()
     with qinvert.patched(model, plan):
         assert torch.isfinite(logits(model)).all()
-
-
-def test_nested_use_is_refused(model):
-    before = logits(model)
-    with qinvert.patched(model, no_inverse):
-        inside = logits(model)
-        with pytest.raises(InputError, match="patched already"), qinvert.patched(model, no_inverse):
-            pass
-        assert torch.equal(logits(model), inside)
-    assert torch.equal(logits(model), before)
 
 
 def test_everything_is_restored_after_an_exception(model):

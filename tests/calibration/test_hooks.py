@@ -3,13 +3,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tiny_models import build, of_layers
 
 import qinvert
 from qinvert import recall
 from qinvert.calibration.hooks import delta_layers, run_model
 from qinvert.errors import InputError, PlanError
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 TOKENS = recall.sequences(2, seed=3)
 LAYERS = ["model.layers.0.linear_attn", "model.layers.1.linear_attn"]
@@ -31,27 +32,7 @@ def plan(model):
 
 @pytest.fixture(scope="module")
 def small_qwen3_next():
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        "qwen3_next",
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return build("qwen3_next", **of_layers("linear_attention", "full_attention"))
 
 
 def logits(model, tokens=TOKENS):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from tiny_models import build, of_layers
 
 from qinvert.cli.app import cli
 
@@ -21,23 +22,11 @@ def refused(*arguments):
 @pytest.fixture(scope="module")
 def byte_model(tmp_path_factory):
     """A folder with an untrained model that reads bytes."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3_5TextConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_num_key_heads=1,
-        linear_num_value_heads=2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    )
+    pytest.importorskip("transformers")
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    model = build("qwen3_5", vocab_size=256, **of_layers("linear_attention", "full_attention"), **heads)
     folder = tmp_path_factory.mktemp("byte-model")
-    transformers.Qwen3_5ForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny_models import VOCABULARY, build, of_layers
 
 import qinvert
 from qinvert import recall
@@ -17,35 +18,12 @@ from qinvert.calibration.hooks import run_model
 from qinvert.cli.app import cli
 from qinvert.errors import ExportError, InputError, PlanError
 
-transformers = pytest.importorskip("transformers", reason="pip install 'qinvert[model]'")
+pytest.importorskip("transformers", reason="pip install 'qinvert[model]'")
 pytest.importorskip("onnxscript", reason="pip install 'qinvert[model]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LENGTHS = (1, 63, 64, 65, 128, 200, 256)
-VOCABULARY = 64
 TOLERANCE = 2e-6
-
-
-def tiny(layers=("linear_attention",) * 3 + ("full_attention",)):
-    """Qwen3.5 with random weights."""
-    config = transformers.AutoConfig.for_model(
-        "qwen3_5_text",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_hidden_layers=len(layers),
-        layer_types=list(layers),
-        head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        initializer_range=0.05,
-    )
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 class Exported:
@@ -83,14 +61,15 @@ def recalled(tmp_path_factory):
 def qwen(tmp_path_factory):
     tokens = torch.randint(0, VOCABULARY, (8, 256), generator=torch.Generator().manual_seed(1))
     path = tmp_path_factory.mktemp("qwen") / "model.onnx"
+    model = build("qwen3_5", **of_layers(*["linear_attention"] * 3, "full_attention"))
     # The example has neither two sequences nor a whole chunk, and says nothing about lengths.
-    return Exported(tiny(), tokens, path, lambda m, p, to: qinvert.export_model(m, p, tokens[:1, :7], to))
+    return Exported(model, tokens, path, lambda m, p, to: qinvert.export_model(m, p, tokens[:1, :7], to))
 
 
 @pytest.fixture(scope="module")
 def single():
     """One layer of each kind: quick to trace."""
-    model = tiny(("linear_attention", "full_attention"))
+    model = build("qwen3_5", **of_layers("linear_attention", "full_attention"))
     tokens = torch.randint(0, VOCABULARY, (4, 256), generator=torch.Generator().manual_seed(2))
     return model, tokens, qinvert.calibrate(model, tokens, bits=8, granularity="head")
 
