@@ -18,7 +18,7 @@ from qinvert.execute import needed_beta
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan import LayerPlan, Plan
-from qinvert.simulator import simulate_counting
+from qinvert.simulator import Rounding, simulate_counting
 
 Progress = Callable[[str, int], None]
 
@@ -104,8 +104,9 @@ class Report:
 class LayerSimulation:
     """Streams the errors of one layer's plan."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, rounding: Rounding = Rounding.ONNX) -> None:
         self.plan = plan
+        self.rounding = rounding
         self.achieved = ErrorStatistics()
         self.floor = ErrorStatistics()
         self.saturations: dict[str, int] = {}
@@ -114,7 +115,7 @@ class LayerSimulation:
     def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
         """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` for a factored plan."""
         truth = solve(lower)
-        estimate, saturations = simulate_counting(self.plan, lower, beta)
+        estimate, saturations = simulate_counting(self.plan, lower, beta, self.rounding)
         for name, count in saturations.items():
             self.saturations[name] = self.saturations.get(name, 0) + count
         self.achieved.update(estimate, truth)
@@ -149,6 +150,7 @@ def simulate(
     *,
     num_samples: int | None = None,
     seq_len: int | None = None,
+    rounding: str = "onnx",
     progress: Progress | None = None,
 ) -> Report:
     """Run every layer's integer program on ``source`` and measure the error of T.
@@ -163,6 +165,8 @@ def simulate(
     num_samples, seq_len : int, optional
         Of ``data``: how many sequences to read, and of how many tokens; see
         `qinvert.TokenData`.
+    rounding : {"onnx", "hexagon"}
+        Whose integers, see `LayerPlan.inverse`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
 
@@ -172,15 +176,17 @@ def simulate(
         If a matrix is not legal, or the source lacks a layer of the plan or
         the beta that it takes.
     PlanError
-        If the source has a layer that the plan does not know.
+        If the source has a layer that the plan does not know, or the rounding
+        is not known of a plan like this.
     """
+    chosen = Rounding.named(rounding)
     running: dict[str, LayerSimulation] = {}
     for given, whole, rows in open_with_beta(source, with_options(data, num_samples, seq_len)):
         name = _match(plan, given)
         parts = split_heads(name, whole, rows) if is_split(plan, name) else [(name, whole, rows)]
         for layer, lower, known in parts:
             if layer not in running:
-                running[layer] = LayerSimulation(plan.layer(layer))
+                running[layer] = LayerSimulation(plan.layer(layer), chosen)
             check_size(lower.shape[-1], plan.layer(layer).chunk, layer)
             beta = needed_beta(plan.layer(layer).program, lower, known, f"beta of layer {layer!r}")
             running[layer].update(lower, beta)

@@ -15,6 +15,7 @@ from qinvert.export.references import Reference, Returned
 from qinvert.export.runtimes import RUNTIMES, Execution
 from qinvert.formats import INT8
 from qinvert.metrics import ErrorStatistics
+from qinvert.simulator import Rounding
 
 #: Share of values that may differ by one step of an 8-bit grid where a float MatMul
 #: stays unfused.
@@ -43,15 +44,18 @@ class Verification:
     runtime: str
     #: Values compared.
     values: int
-    #: Values that differ: at all if `exact`, by more than float32 rounding if not, and by
-    #: half a step or more where a processor has its own rounding.
+    #: Values that differ: by half a step or more where a processor has its own rounding, else
+    #: at all if `exact`, and by more than float32 rounding if not.
     mismatches: int
     #: Largest difference, in steps of the output's grid.
     max_steps: float
     #: Values that differ by more than `allowed_steps`.
     beyond: int
-    #: Whether profile, scales and runtime promise equality bit for bit.
+    #: Whether profile, scales and runtime promise equality bit for bit, or a processor's
+    #: own rounding is known: then no value may differ.
     exact: bool
+    #: Whose integers the simulator was asked for.
+    rounding: str
     #: Share of values that may differ where they do not.
     allowed_share: float
     #: Steps by which those may differ.
@@ -83,13 +87,14 @@ def compare(
     exact : bool
         Whether profile and scales promise equality bit for bit.
     """
-    own = RUNTIMES[runtime].own_steps
+    own, known = RUNTIMES[runtime].own_steps, wanted.rounding is not Rounding.ONNX
     wide = wanted.plan.output.format.container_bits > INT8.container_bits
     allowed = own * (WIDE_OWN_STEPS if wide else 1) or (WIDE_STEPS if wide else 1)
+    allowed = 0 if known else allowed
     steps = _steps(actual, wanted)
     errors = ErrorStatistics()
     errors.update(wanted.inverse(actual).to(wanted.truth.device), wanted.truth)
-    exact = exact and not own
+    exact = known or (exact and not own)
     return Verification(
         runtime=f"{runtime} ({execution.setting})",
         values=actual.size,
@@ -97,7 +102,8 @@ def compare(
         max_steps=float(steps.max(initial=0.0)),
         beyond=int((~(steps < allowed + 0.5)).sum()),
         exact=exact,
-        allowed_share=1.0 if own or wide else 0.0 if exact else ALLOWED_SHARE,
+        rounding=str(wanted.rounding),
+        allowed_share=0.0 if exact else 1.0 if own or wide else ALLOWED_SHARE,
         allowed_steps=allowed,
         sqnr_db=errors.sqnr_db,
         products=Counter(execution.products.values()),
@@ -116,13 +122,13 @@ def judge(runtime: str, result: Verification, actual: Returned, wanted: Referenc
     own = RUNTIMES[runtime].own_steps > 0
     # One legal tie may fall into any sample, however small.
     allowed = 0 if result.exact else max(1.0, result.allowed_share * result.values)
-    beyond = AMPLIFIED_SHARE * result.values if own else 0
+    beyond = AMPLIFIED_SHARE * result.values if own and not result.exact else 0
     largest = result.allowed_steps * (AMPLIFIED_TIMES if own else 1) + 0.5
     if result.mismatches <= allowed and result.beyond <= beyond and result.max_steps < largest:
         return
     expected = wanted.expected
     far = ~(_steps(actual, wanted) < result.allowed_steps + 0.5)
-    far = far if own else differs(actual, wanted, result.exact, 0)
+    far = far if own else differs(actual, wanted, result.exact, own_steps=0)
     index = tuple(int(i) for i in np.argwhere(far)[0])
     raise VerificationError(
         f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
@@ -133,8 +139,9 @@ def judge(runtime: str, result: Verification, actual: Returned, wanted: Referenc
 
 def differs(actual: Returned, wanted: Reference, exact: bool, own_steps: int) -> npt.NDArray[np.bool_]:
     """Where values differ, NaN included; see `Verification.mismatches`."""
-    if exact:
+    if exact and not own_steps:
         return ~np.equal(actual, wanted.expected)
+    # T of a processor with its own rounding is a float16 of it.
     return ~(_steps(actual, wanted) < (0.5 if own_steps else NOISE))
 
 

@@ -102,8 +102,9 @@ class QdqLowering(GraphLowering):
         low_grid = Quantization(format=INT8, scale=grid.scale)
         name = f"{step.output}/right"
         high = self._stored(f"{name}/high", f"{name}/high", right, shape, high_grid)
-        rest = self.graph.node("Sub", [right, high], f"{name}/rest/float", shape)
-        # On the wide grid first: what a Sub of two types returns, compilers take as int16 only.
+        # On one grid: Hexagon subtracts tensors of two scales up to 20 steps wrong.
+        widened = self._stored(f"{name}/high/wide", f"{name}/high/wide", high, shape, grid)
+        rest = self.graph.node("Sub", [right, widened], f"{name}/rest/float", shape)
         wide = self._stored(f"{name}/rest", f"{name}/rest", rest, shape, grid)
         return [high, self._stored(f"{name}/low", f"{name}/low", wide, shape, low_grid)]
 

@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qinvert import hexagon
 from qinvert.arithmetic import dequantize
-from qinvert.errors import InputError
+from qinvert.errors import InputError, PlanError
 from qinvert.execute import assemble, needed_beta
 from qinvert.export.interface import KEYS, LOG_DECAY, GraphInput, GraphOutput, Interface
 from qinvert.formats import IntFormat
 from qinvert.matrices import as_tensor, check_matrices, row_factors, solve
 from qinvert.plan import LayerPlan
-from qinvert.simulator import simulate_integers
+from qinvert.simulator import Rounding, simulate_integers
 from qinvert.steps import BETA, MAX_BETA
 from qinvert.stress import from_keys
 
@@ -38,6 +39,8 @@ class Reference:
     #: The exact inverse, float64.
     truth: torch.Tensor
     beta: torch.Tensor | None
+    #: Whose integers are expected.
+    rounding: Rounding
 
     def inverse(self, returned: Returned) -> torch.Tensor:
         """T of what a graph returned, float32."""
@@ -50,16 +53,25 @@ class Reference:
 
 
 def reference(
-    plan: LayerPlan, interface: Interface, storage: IntFormat, lower: torch.Tensor, beta: torch.Tensor | None
+    plan: LayerPlan,
+    interface: Interface,
+    storage: IntFormat,
+    lower: torch.Tensor,
+    beta: torch.Tensor | None,
+    rounding: Rounding = Rounding.ONNX,
 ) -> Reference:
-    """Return what a graph should return for checked ``L [N, C, C]`` and ``beta [N, C]``."""
+    """Return what a graph should return for checked ``L [N, C, C]`` and ``beta [N, C]``.
+
+    ``rounding`` is for plans of which it is known; of others ONNX's is expected.
+    """
+    rounding = rounding if _is_known(rounding, plan) else Rounding.ONNX
     unit = torch.ones(len(lower), 1, 1)
     integers = interface.output is GraphOutput.INTEGERS
     if integers:
-        result = simulate_integers(plan, lower, beta=beta).cpu().numpy()
+        result = simulate_integers(plan, lower, beta=beta, rounding=rounding).cpu().numpy()
         expected = (result + storage.zero_point).astype(storage.element)
     else:
-        expected = plan.inverse(lower, beta).cpu().numpy()
+        expected = plan.inverse(lower, beta, rounding=rounding).cpu().numpy()
         unit = unit * plan.output.scale
         unit = unit if beta is None else unit * row_factors(beta, torch.float32).cpu()
     return Reference(
@@ -69,7 +81,17 @@ def reference(
         expected=expected,
         truth=solve(lower),
         beta=beta,
+        rounding=rounding,
     )
+
+
+def _is_known(rounding: Rounding, plan: LayerPlan) -> bool:
+    if rounding is Rounding.HEXAGON:
+        try:
+            hexagon.check_plan(plan)
+        except PlanError:
+            return False
+    return True
 
 
 def graph_inputs(plan: LayerPlan, interface: Interface, given: Any, beta: Any) -> dict[str, torch.Tensor]:

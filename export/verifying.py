@@ -107,17 +107,19 @@ def verify(
     storage = profile.storage_of(layer_plan.output.format)
     from_keys = interface.input is GraphInput.KEYS
     exact, results = not from_keys and is_exact(profile, layer_plan), []
-    references: dict[str, Reference] = {}
+    references: dict[tuple[str, str], Reference] = {}
     for runtime in runtimes:
-        element = lookup(RUNTIMES, runtime, "runtime", ExportError).inputs
+        chosen = lookup(RUNTIMES, runtime, "runtime", ExportError)
+        element, rounding = chosen.inputs, chosen.rounding
         given = {name: values.to(getattr(torch, element)).to(values.dtype) for name, values in inputs.items()}
         rows = given[BETA].squeeze(-1) if layer_plan.program.vectors else None
         built = _built(model, interface, given, runtime) if from_keys else {}
-        if not from_keys and element not in references:
+        if not from_keys and (element, rounding) not in references:
             lower = _lower(interface, given)
-            references[element] = reference(layer_plan, interface, storage, lower, rows)
+            found = reference(layer_plan, interface, storage, lower, rows, rounding)
+            references[element, rounding] = found
         for execution in execute(runtime, content, _feeds(given, interface.batch)):
-            wanted = references.get(element)
+            wanted = references.get((element, rounding))
             if wanted is None:
                 wanted = reference(layer_plan, interface, storage, built[execution.setting], rows)
             actual = _joined(execution, interface.batch, wanted.expected)

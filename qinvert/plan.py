@@ -213,7 +213,7 @@ class LayerPlan:
                 bound += max(int(plane.abs()) for plane in planes)
         return bound
 
-    def inverse(self, L: M, beta: Any = None) -> M:  # noqa: N803 - the field's name of this matrix
+    def inverse(self, L: M, beta: Any = None, *, rounding: str = "onnx") -> M:  # noqa: N803 - the field's
         """``T = (I + L)^-1`` by the integer program, simulated bit-exactly.
 
         Parameters
@@ -222,6 +222,9 @@ class LayerPlan:
             Strictly lower triangular; any float dtype, quantized from float32.
         beta : tensor or array, shape ``(..., C)``, optional
             In [0, 2]; a factored program needs it, others ignore it.
+        rounding : {"onnx", "hexagon"}
+            Whose integers: those that ONNX says, or those that Qualcomm's
+            Hexagon makes of an int8 graph, see `qinvert.hexagon`.
 
         Returns
         -------
@@ -232,13 +235,16 @@ class LayerPlan:
         ------
         InputError
             See `qinvert.matrices.check_matrices` and `check_beta`.
+        PlanError
+            If that rounding is unknown, or not known of such a plan.
         """
         from qinvert.execute import needed_beta
-        from qinvert.simulator import simulate_inverse
+        from qinvert.simulator import Rounding, simulate_inverse
 
+        chosen = Rounding.named(rounding)
         lower = check_matrices(L, self.chunk)
         beta = needed_beta(self.program, lower, beta)
-        return cast("M", like(simulate_inverse(self, lower, beta=beta), L))
+        return cast("M", like(simulate_inverse(self, lower, beta=beta, rounding=chosen), L))
 
     def cost(self) -> int:
         """Work of one matrix in int8 multiply-accumulates; see `qinvert.cost.plan_cost`."""

@@ -9,10 +9,12 @@ the few float32 operations around them are IEEE operations, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 
 import torch
 
-from qinvert import arithmetic
+from qinvert import arithmetic, hexagon
+from qinvert.errors import PlanError, lookup
 from qinvert.execute import TorchEvaluator, along, assemble, program_inputs
 from qinvert.plan import LayerPlan, Quantization, Requantize
 from qinvert.steps import INPUT, Add, MatMul, Rescale, Scale
@@ -20,6 +22,26 @@ from qinvert.steps import INPUT, Add, MatMul, Rescale, Scale
 Observer = Callable[[str, torch.Tensor], None]
 #: Exact product of integer-valued tensors, dense or elementwise.
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Rounding(StrEnum):
+    """Whose integers a simulation returns."""
+
+    #: Those that ONNX says: float32 operations, half to even.
+    ONNX = "onnx"
+    #: Those of Qualcomm's Hexagon, of int8 plans; see `qinvert.hexagon`.
+    HEXAGON = "hexagon"
+
+    @staticmethod
+    def named(name: str) -> Rounding:
+        """Return the member of that name.
+
+        Raises
+        ------
+        PlanError
+            If there is none.
+        """
+        return lookup({str(rounding): rounding for rounding in Rounding}, name, "rounding", PlanError)
 
 
 class IntegerEvaluator(TorchEvaluator):
@@ -60,15 +82,17 @@ class IntegerEvaluator(TorchEvaluator):
                 terms = self.plan.residual_planes(step, name, value, totals[0].dtype)
                 for total, term in zip(totals, terms, strict=True):
                     total += sign * term
-            return arithmetic.requantize_partial(
-                totals, self.plan.multiplier(step), output.scale, output.format, overwrite=True
-            )
+            return self.requantized(totals, self.plan.multiplier(step), output)
         (accumulator, unit), *addends = accumulators
         for name, sign, value in signed:
             addends += [(plane, sign * scale) for plane, scale in self._planes(name, value)]
         return arithmetic.requantize_divide(
             accumulator, unit, addends, output.scale, output.format, overwrite=True
         )
+
+    def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
+        """Return the integers of accumulators that are nobody else's, one or two planes of them."""
+        return arithmetic.requantize_partial(totals, factor, output.scale, output.format, overwrite=True)
 
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         grid = self.plan.tensors[name]
@@ -122,11 +146,20 @@ class IntegerEvaluator(TorchEvaluator):
         return arithmetic.requantize_divide(first, unit, addends, output.scale, output.format)
 
 
+class HexagonEvaluator(IntegerEvaluator):
+    """Integer meaning of the steps on Hexagon, of plans that `hexagon.check_plan` takes."""
+
+    def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
+        (total,) = totals
+        return hexagon.requantize(total, factor, output.format)
+
+
 def simulate_inverse(
     plan: LayerPlan,
     lower: torch.Tensor,
     observe: Observer | None = None,
     beta: torch.Tensor | None = None,
+    rounding: Rounding = Rounding.ONNX,
 ) -> torch.Tensor:
     """`LayerPlan.inverse` of checked tensors; float32 on L's device.
 
@@ -138,20 +171,25 @@ def simulate_inverse(
     ------
     InputError
         If ``lower`` holds a NaN.
+    PlanError
+        If that rounding is not known of the plan.
     """
-    if lower.is_cuda and observe is None:
+    if lower.is_cuda and observe is None and rounding is Rounding.ONNX:
         from qinvert.kernels.solving import fused_inverse
 
         if (found := fused_inverse(plan, lower)) is not None:
             return found[0]
-    return simulate_batched(plan, lower, observe, beta)
+    return simulate_batched(plan, lower, observe, beta, rounding)
 
 
 def simulate_counting(
-    plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None = None
+    plan: LayerPlan,
+    lower: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    rounding: Rounding = Rounding.ONNX,
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """`simulate_inverse`, and how many values of each tensor stand on the ends of its grid, if any."""
-    if lower.is_cuda:
+    if lower.is_cuda and rounding is Rounding.ONNX:
         from qinvert.kernels.solving import fused_inverse
 
         if (found := fused_inverse(plan, lower, count=True)) is not None:
@@ -164,7 +202,7 @@ def simulate_counting(
         if number:
             counts[name] = number
 
-    return simulate_batched(plan, lower, count, beta), counts
+    return simulate_batched(plan, lower, count, beta, rounding), counts
 
 
 def simulate_batched(
@@ -172,9 +210,10 @@ def simulate_batched(
     lower: torch.Tensor,
     observe: Observer | None = None,
     beta: torch.Tensor | None = None,
+    rounding: Rounding = Rounding.ONNX,
 ) -> torch.Tensor:
     """`simulate_inverse` by one torch operation a step, over all matrices at once."""
-    result = simulate_integers(plan, lower, observe, beta)
+    result = simulate_integers(plan, lower, observe, beta, rounding)
     values = arithmetic.dequantize(result, plan.output.scale, plan.output.format)
     return assemble(plan.program, values, beta)
 
@@ -184,17 +223,22 @@ def simulate_integers(
     lower: torch.Tensor,
     observe: Observer | None = None,
     beta: torch.Tensor | None = None,
+    rounding: Rounding = Rounding.ONNX,
 ) -> torch.Tensor:
     """Integers of the program's output for checked tensors, as integer-valued float32.
 
     ``observe(name, integers)`` receives the inputs and every step's output.
     """
+    evaluate, quantize = IntegerEvaluator, arithmetic.quantize
+    if rounding is Rounding.HEXAGON:
+        hexagon.check_plan(plan)
+        evaluate, quantize = HexagonEvaluator, hexagon.quantize
     inputs = {
-        name: arithmetic.quantize(value, plan.tensors[name].scale, plan.tensors[name].format)
+        name: quantize(value, plan.tensors[name].scale, plan.tensors[name].format)
         for name, value in program_inputs(plan.program, lower, beta, torch.float32).items()
     }
     source = inputs.pop(INPUT)
-    evaluator = IntegerEvaluator(plan, source.shape[0], source.device)
+    evaluator = evaluate(plan, source.shape[0], source.device)
     # Autocast would run the products of the float32 integers in 16-bit accumulators.
     with torch.autocast(source.device.type, enabled=False):
         return plan.program.evaluate(evaluator, source, observe, inputs).reshape(lower.shape)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qinvert.export.runtimes.subprocesses import separate
+from qinvert.simulator import Rounding
 
-#: The processor's own rounding: measured on blocks of 12 products, 1 to 2 steps.
+#: Where the processor's rounding is not known: sums in float16, and int16.
 OWN_STEPS = 2
 
 RUNTIME = separate(
@@ -13,4 +14,7 @@ RUNTIME = separate(
     module="onnxruntime_qnn",
     requirement="onnxruntime onnxruntime-qnn onnx",
     own_steps=OWN_STEPS,
+    # Float tensors of the graph are float16 on Hexagon.
+    inputs="float16",
+    rounding=Rounding.HEXAGON,
 )

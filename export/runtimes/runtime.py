@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
+from qinvert.simulator import Rounding
+
 #: Inputs of one call by name.
 Feed: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -50,3 +52,5 @@ class Runtime:
     #: Type in which the graph's float32 inputs enter the processor: verification gives it
     #: numbers of that type, so that rounding them is no difference.
     inputs: str = "float32"
+    #: Whose integers the processor computes, of the plans for which that is known.
+    rounding: Rounding = Rounding.ONNX

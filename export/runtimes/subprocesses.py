@@ -25,6 +25,7 @@ import numpy as np
 
 from qinvert.errors import ExportError
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
+from qinvert.simulator import Rounding
 
 PROGRAMS: Final = Path(__file__).parent / "programs"
 #: Lines of a program's complaint that an error repeats.
@@ -39,13 +40,14 @@ def separate(
     *,
     own_steps: int = 0,
     inputs: str = "float32",
+    rounding: Rounding = Rounding.ONNX,
     seconds: float = 600,
 ) -> Runtime:
     """Return the runtime whose program is ``programs/<name>_program.py``.
 
     Parameters
     ----------
-    name, summary, module, requirement, own_steps, inputs
+    name, summary, module, requirement, own_steps, inputs, rounding
         See `Runtime`.
     seconds : float
         Time limit for one graph.
@@ -58,6 +60,7 @@ def separate(
         requirement=requirement,
         own_steps=own_steps,
         inputs=inputs,
+        rounding=rounding,
     )
 
 

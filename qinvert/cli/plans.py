@@ -136,12 +136,14 @@ def show_plan(output: Output, plan: Plan) -> None:
 @click.argument("plan_path", metavar="PLAN")
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
 @click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below, dB.")
+@click.option("--rounding", default="onnx", help="`onnx`, or `hexagon`: as Qualcomm's NPU rounds int8 plans.")
 @data_options
 @output_options
 def simulate(
     plan_path: str,
     model: str | None,
     min_sqnr: float | None,
+    rounding: str,
     given: DataOptions,
     as_json: bool,
     quiet: bool,
@@ -155,7 +157,8 @@ def simulate(
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     with output.progress("simulating") as progress:
-        report = run_simulation(plan, *open_for_plan(plan, model, given), progress=progress)
+        source = open_for_plan(plan, model, given)
+        report = run_simulation(plan, *source, rounding=rounding, progress=progress)
     show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:

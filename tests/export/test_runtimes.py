@@ -103,6 +103,28 @@ def test_qnn_multiplies_int16_by_int8_whatever_the_powers(entry, tmp_path):
         assert result.products == {"int16 x int8": 20}
 
 
+@pytest.mark.parametrize(
+    ("target", "bits", "method"),
+    [
+        ("npu-qdq-int8", 8, "packed"),
+        ("npu-qdq-int8", 8, "tiled"),
+        ("npu-qdq-uint8", 8, "packed"),
+        ("npu-qdq-int4", 4, "packed"),
+    ],
+)
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+def test_hexagon_equals_its_simulation(target, bits, method, scales, tmp_path):
+    needed("qnn")
+    names = [name for name in STRESS if bits > 4 or name == "independent_keys"]
+    lower = torch.cat([stress_matrices(name, 4, 64, seed=7) for name in names])
+    plan = qinvert.calibrate(lower, method=METHODS[method](64), bits=bits, target=target, scales=scales)
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=("qnn",)):
+        assert result.rounding == "hexagon"
+        assert result.mismatches == 0
+        assert result.exact
+
+
 def test_openvino_equals_the_simulator_on_a_million_values(tmp_path):
     needed("openvino")
     if not amx_or_vnni():
