@@ -34,14 +34,21 @@ HEAD = """# Runtimes
 Written by `make docs` (`docs/runtimes.py`). Block merge, C = {chunk}, base 4; "trained layers": {captured} matrices
 captured from each layer of the embedded model, a plan for each; "stress": one plan for {stress} matrices of
 `qinvert.stress`. A cell says how many values differ from the simulator and by how many steps of the output's grid at
-most; where a processor has its own rounding (QNN, RKNN), only differences of at least half a step count. `verify` accepts what the README's Limits say and refuses the rest.
+most; T leaves QNN and RKNN as float16, so only differences of at least half a step count there. `verify` accepts what
+the README's Limits say and refuses the rest.
 Products are counted by the types that they run in, as the runtime's own compiled graph names them; for TVM as its
 importer leaves them. Not installed here, so without a row: {missing}.
 
 {versions}
 """
 NOTES = """
-* QNN: context binaries for Hexagon v73, v75 and v79 without CPU fallback, run in the x86 emulator.
+* QNN: context binaries for Hexagon v73, v75 and v79 without CPU fallback, run in the x86 emulator. Hexagon does not round
+  as ONNX says, and for int8 and int4 plans whose products are native it is known bit for bit how (`qinvert.hexagon`):
+  inputs become float16, are multiplied by a float16 reciprocal of the scale, and ties go away from zero; an accumulator
+  is cut to a multiple of 2^k, the largest power of two below 1/8 step, the middle of what was cut off is added, the
+  factor has 12 significant bits, and ties go up. `verify` simulates that (`simulate --rounding hexagon` does, too), so
+  0 means that every integer is the emulator's. Of int16 by int8 products the last 8 bits of the accumulator are cut off
+  without a middle, -128 units on average; `verify` compares those with ONNX's integers.
 * RKNN: `.rknn` files for RK3588, RK3576 and RK3568, run in the toolkit's simulator. L enters the NPU as float16, so
   `verify` gives it, and simulates, numbers of that precision. The toolkit multiplies the scale of every symmetric
   tensor by 128/127, in the compiled file, too; it takes constants of Add and Mul as they are, and rounds those of Concat

@@ -102,13 +102,13 @@ def check_plan(plan: LayerPlan) -> None:
     remedy = "use rounding='onnx'"
     if plan.requantize is not Requantize.MULTIPLIER:
         raise PlanError(f"Hexagon joins the residual terms of this plan in float16; {remedy}")
-    for name, grid in plan.tensors.items():
-        if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:
-            raise PlanError(f"tensor {name!r} is {grid.format}, Hexagon's int8 rounding is known; {remedy}")
-        if not SCALES[0] <= grid.scale <= SCALES[1]:
-            raise PlanError(f"the scale of tensor {name!r}, {grid.scale:g}, is beyond float16; {remedy}")
     for step in plan.program.steps:
         moved = isinstance(step, Rescale) and step.factor == 1
         moved = moved and plan.tensors[step.inputs[0]] == plan.tensors[step.output]
         if not moved and not isinstance(step, (MatMul, Slice, Concat, Mask)):
             raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")
+    for name, grid in plan.tensors.items():
+        if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:
+            raise PlanError(f"tensor {name!r} is {grid.format}, Hexagon's int8 rounding is known; {remedy}")
+        if not SCALES[0] <= grid.scale <= SCALES[1]:
+            raise PlanError(f"the scale of tensor {name!r}, {grid.scale:g}, is beyond float16; {remedy}")

@@ -20,8 +20,8 @@ PROFILE = Profile(
     ),
     proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     caveats=(
-        "back ends that leave a MatMul in float32 may differ by one step at rounding ties; QNN has its own "
-        "rounding, RKNN in sums of two scales; rknn-toolkit2 takes L in float16 and multiplies symmetric "
-        "scales by 128/127, see docs/runtimes.md"
+        "back ends that leave a MatMul in float32 may differ by one step at rounding ties; Hexagon (QNN) has "
+        "its own rounding, which is known and simulated, RKNN in sums of two scales; both take L in float16, "
+        "and rknn-toolkit2 multiplies symmetric scales by 128/127, see docs/runtimes.md"
     ),
 )
