@@ -27,7 +27,7 @@ from qinvert.stress import stress_matrices
 Contender = Callable[[], Any]
 Table = list[list[str]]
 #: Elements of the largest batch.
-MAX_ELEMENTS = 2**30
+MAX_ELEMENTS = 2**32
 #: Elements of the largest batch of the contenders that take seconds.
 MAX_SLOW_ELEMENTS = 2**27
 BEGIN, END = "<!-- benchmarks/gpu.py writes from here -->", "<!-- to here -->"

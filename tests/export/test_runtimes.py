@@ -11,7 +11,7 @@ import qinvert
 from qinvert.errors import ExportError, VerificationError
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute, installed, subprocesses
 from qinvert.simulator import simulate_integers
-from qinvert.stress import STRESS, stress_matrices
+from qinvert.stress import STRESS, from_keys, stress_matrices
 
 SEPARATE = [name for name in RUNTIMES if name != "onnxruntime"]
 #: How each runtime names the products of a quantized graph.
@@ -89,6 +89,21 @@ def test_int4_values_saturate_after_integer_products(name, scales, tmp_path):
         expected = INTEGER.get(name, INTEGER["qnn"])
         assert all(expected(types) for types in result.products), result.products
     assert result.mismatches <= 1e-4 * result.values or RUNTIMES[name].own_steps
+
+
+@pytest.mark.parametrize("name", ["openvino", "qnn", "rknn"])
+def test_graphs_that_build_l_from_keys_agree(name, tmp_path):
+    needed(name)
+    generator = torch.Generator().manual_seed(0)
+    k = torch.nn.functional.normalize(torch.randn(8, 64, 32, generator=generator), dim=-1)
+    beta = torch.rand(8, 64, generator=generator)
+    g = torch.nn.functional.logsigmoid(torch.randn(8, 64, generator=generator) + 3)
+    lower = from_keys(k.double(), beta.double(), g.double())
+    plan = qinvert.calibrate(lower, method=METHODS["packed"](64), bits=8, target="npu-qdq-int8")
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8, input="keys", key_size=32)
+    given = {"k": k, "beta": beta, "g": g}
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, given, runtimes=(name,)):
+        assert result.mismatches == 0 or (name == "openvino" and not amx_or_vnni())
 
 
 @pytest.mark.parametrize("entry", [0.5, 0.1])
