@@ -10,7 +10,7 @@ import torch
 import qinvert
 from qinvert.errors import ExportError, VerificationError
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute, installed, subprocesses
-from qinvert.simulator import simulate_integers
+from qinvert.simulator import Rounding, simulate_integers
 from qinvert.stress import STRESS, from_keys, stress_matrices
 
 SEPARATE = [name for name in RUNTIMES if name != "onnxruntime"]
@@ -290,3 +290,26 @@ def test_a_processor_that_takes_float16_is_compared_on_numbers_of_float16(
     else:
         with pytest.raises(VerificationError, match=r"narrow .* differs from the simulator"):
             qinvert.verify(path, plan, lower, runtimes=names)
+
+
+@pytest.mark.parametrize(("rounding", "legal"), [("hexagon", True), ("onnx", False)])
+def test_a_processor_whose_rounding_is_known_must_return_its_integers(rounding, legal, tmp_path, monkeypatch):
+    path, plan, lower = exported(tmp_path, 16, "packed", "float", 1, batch=26)
+
+    def near(content, feeds):
+        given = torch.from_numpy(feeds[0]["L"][0])
+        # T leaves as float16.
+        inverse = plan.layer().inverse(given, rounding=rounding).half().float()
+        yield Execution(setting="chip", outputs=[inverse.numpy()[None]])
+
+    made = Runtime(
+        name="near", execute=near, summary="", module="", requirement="", own_steps=2, inputs="float16",
+        rounding=Rounding.HEXAGON,
+    )  # fmt: skip
+    monkeypatch.setitem(RUNTIMES, "near", made)
+    if legal:
+        (result,) = qinvert.verify(path, plan, lower, runtimes=("near",))
+        assert (result.rounding, result.exact, result.mismatches) == ("hexagon", True, 0)
+    else:
+        with pytest.raises(VerificationError, match=r"near \(chip\) differs from the simulator in"):
+            qinvert.verify(path, plan, lower, runtimes=("near",))
