@@ -2,8 +2,8 @@
 
 The laws were found by comparing the emulator of QAIRT 2.51 (onnxruntime-qnn
 2.7; v73, v75 and v79 agree) operator by operator: products with 33 factors
-from 3e-4 to 2.3, inputs on float and power-of-two scales.  `qinvert.verify`
-holds every value of that emulator to them.
+from 3e-4 to 2.3, inputs on float and power-of-two scales, sums of all pairs
+of int8.  `qinvert.verify` holds every value of that emulator to them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Final
 import numpy as np
 import torch
 
+from qinvert.arithmetic import is_power_of_two
 from qinvert.errors import PlanError
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan import LayerPlan, Requantize
-from qinvert.steps import Concat, Mask, MatMul, Rescale, Slice
+from qinvert.steps import Add, Concat, Mask, MatMul, Rescale, Slice
 
 #: Significant bits of the factor that an accumulator is multiplied by.
 FACTOR_BITS: Final = 12
@@ -91,6 +92,28 @@ def requantize(accumulator: torch.Tensor, multiplier: float, fmt: IntFormat) -> 
     return torch.floor(middle * factor + 0.5).clamp(fmt.minimum, fmt.maximum).to(torch.float32)
 
 
+def add_scalar(terms: list[tuple[int, float]], scale: float, fmt: IntFormat) -> int:
+    """Scalar twin of `add`."""
+    total = sum((Fraction(q) * Fraction(unit) for q, unit in terms), Fraction(0))
+    return min(max(math.floor(total / Fraction(scale) + Fraction(1, 2)), fmt.minimum), fmt.maximum)
+
+
+def add(terms: list[tuple[torch.Tensor, float]], scale: float, fmt: IntFormat) -> torch.Tensor:
+    """``sat(floor(sum_i q_i s_i / scale + 1/2))``, as integer-valued float32: ties go up.
+
+    Parameters
+    ----------
+    terms : list of (torch.Tensor, float)
+        Integers and their scales, powers of two like ``scale``: of others the
+        emulator's fixed-point factors are not known.
+    scale, fmt
+        Of the result, of one plane and 8 bits.
+    """
+    # Integers of 8 bits times powers of two within 2^-14 and 2^14: exact in float64.
+    total = torch.stack([q.to(torch.float64) * unit for q, unit in terms]).sum(0)
+    return torch.floor(total / scale + 0.5).clamp(fmt.minimum, fmt.maximum).to(torch.float32)
+
+
 def check_plan(plan: LayerPlan) -> None:
     """Refuse a plan with operators whose rounding on Hexagon is not known.
 
@@ -103,9 +126,10 @@ def check_plan(plan: LayerPlan) -> None:
     if plan.requantize is not Requantize.MULTIPLIER:
         raise PlanError(f"Hexagon joins the residual terms of this plan in float16; {remedy}")
     for step in plan.program.steps:
-        moved = isinstance(step, Rescale) and step.factor == 1
-        moved = moved and plan.tensors[step.inputs[0]] == plan.tensors[step.output]
-        if not moved and not isinstance(step, (MatMul, Slice, Concat, Mask)):
+        grids = [plan.tensors[name] for name in (*step.inputs, step.output) if name in plan.tensors]
+        kept = isinstance(step, Rescale) and step.factor == 1 and len(set(grids)) == 1
+        sums = isinstance(step, Add) and all(is_power_of_two(grid.scale) for grid in grids)
+        if not kept and not sums and not isinstance(step, (MatMul, Slice, Concat, Mask)):
             raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")
     for name, grid in plan.tensors.items():
         if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:

@@ -153,6 +153,11 @@ class HexagonEvaluator(IntegerEvaluator):
         (total,) = totals
         return hexagon.requantize(total, factor, output.format)
 
+    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        output = self.plan.tensors[step.output]
+        terms = [*self._planes(step.left, left), *self._planes(step.right, right)]
+        return hexagon.add(terms, output.scale, output.format)
+
 
 def simulate_inverse(
     plan: LayerPlan,

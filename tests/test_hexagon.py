@@ -45,6 +45,20 @@ def test_a_result_stays_near_the_product(accumulator, multiplier):
     assert error <= 0.5 + 2.0**-4 + abs(exact) * 2.0**-12 or abs(exact) > 128
 
 
+@given(
+    pairs=st.lists(st.tuples(st.integers(-128, 127), st.integers(-128, 127)), min_size=1, max_size=8),
+    exponents=st.lists(st.integers(-14, 14), min_size=3, max_size=3),
+    fmt=FORMATS,
+)
+def test_add_equals_its_twin_and_rounds_ties_up(pairs, exponents, fmt):
+    first, second, scale = (2.0**e for e in exponents)
+    left, right = (torch.tensor(part, dtype=torch.float32) for part in zip(*pairs, strict=True))
+    found = hexagon.add([(left, first), (right, second)], scale, fmt).tolist()
+    assert found == [hexagon.add_scalar([(a, first), (b, second)], scale, fmt) for a, b in pairs]
+    assert hexagon.add_scalar([(1, 1.0), (0, 1.0)], 2.0, fmt) == 1
+    assert hexagon.add_scalar([(-1, 1.0), (0, 1.0)], 2.0, fmt) == 0
+
+
 @given(k=st.integers(1, 127), m=st.integers(1, 127))
 def test_an_identity_stays_one(k, m):
     # The diagonal of (A + kI) (B + mI) is k m, and k the integer of 1.0 on the result's grid.
@@ -105,7 +119,7 @@ def test_simulate_takes_a_rounding():
     [
         ({"target": "int-ops"}, "joins the residual terms"),
         ({"bits": 16}, "is int16"),
-        ({"method": "neumann", "sets": ["independent_keys"]}, "how Hexagon rounds step"),
+        ({"method": "neumann", "sets": ["independent_keys"], "scales": "float"}, "how Hexagon rounds step"),
     ],
 )
 def test_plans_whose_rounding_is_not_known_are_refused(options, words):

@@ -123,6 +123,7 @@ def test_qnn_multiplies_int16_by_int8_whatever_the_powers(entry, tmp_path):
     [
         ("npu-qdq-int8", 8, "packed"),
         ("npu-qdq-int8", 8, "tiled"),
+        ("npu-qdq-int8", 8, "corrected"),
         ("npu-qdq-uint8", 8, "packed"),
         ("npu-qdq-int4", 4, "packed"),
     ],
@@ -134,8 +135,12 @@ def test_hexagon_equals_its_simulation(target, bits, method, scales, tmp_path):
     lower = torch.cat([stress_matrices(name, 4, 64, seed=7) for name in names])
     plan = qinvert.calibrate(lower, method=METHODS[method](64), bits=bits, target=target, scales=scales)
     qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    # Sums of two scales are known where they are powers of two.
+    known = method != "corrected" or scales == "pow2"
     for result in qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=("qnn",)):
-        assert result.rounding == "hexagon"
+        assert (result.rounding == "hexagon") is known
+        if not known:
+            continue
         assert result.mismatches == 0
         assert result.exact
 
