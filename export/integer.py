@@ -10,7 +10,8 @@ import numpy as np
 from qinvert import arithmetic
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
-from qinvert.export.lowering import GraphLowering, IntArray, Value
+from qinvert.export.lowering import GraphLowering, Value
+from qinvert.export.tensors import IntArray
 from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
