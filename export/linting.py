@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from qinvert.arithmetic import FLOAT32_EXACT, MIN_SCALE, is_power_of_two
+from qinvert.accumulators import FLOAT32_EXACT
+from qinvert.arithmetic import MIN_SCALE, is_power_of_two
 from qinvert.errors import ExportError, reason
 from qinvert.export.ends import is_float_end, is_from_keys
 from qinvert.export.products import accumulator_bound, products

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from qinvert import arithmetic
+from qinvert.accumulators import check_accumulator, operand_magnitudes, partial_products
 from qinvert.errors import PlanError
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.matrices import M, check_matrices, like
@@ -110,7 +111,7 @@ class LayerPlan:
             _check_single_planes(self.tensors)
         for step in self.program.steps:
             if isinstance(step, MatMul):
-                arithmetic.check_accumulator(self.accumulator_bound(step))
+                check_accumulator(self.accumulator_bound(step))
             if isinstance(step, (MatMul, Scale)) and self.requantize is Requantize.MULTIPLIER:
                 self.multiplier(step)
 
@@ -201,9 +202,9 @@ class LayerPlan:
 
         From formats and shapes alone; `proof` follows the steps and finds less.
         """
-        left = arithmetic.operand_magnitudes(self.tensors[step.left].format, right=False)
-        right = arithmetic.operand_magnitudes(self.tensors[step.right].format, right=True)
-        groups = arithmetic.partial_products(len(left), len(right))
+        left = operand_magnitudes(self.tensors[step.left].format, right=False)
+        right = operand_magnitudes(self.tensors[step.right].format, right=True)
+        groups = partial_products(len(left), len(right))
         depth = self.program.shapes[step.left].columns
         bound = max(sum(depth * left[i] * right[j] for i, j in pairs) for pairs in groups)
         if self.requantize is Requantize.MULTIPLIER:
