@@ -7,7 +7,7 @@ import onnx
 
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import GraphBuilder
-from qinvert.export.lowering import AXES
+from qinvert.export.tensors import AXES
 from qinvert.program import Evaluator, Program
 from qinvert.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from qinvert import arithmetic
+from qinvert.accumulators import planes
 from qinvert.calibration.scales import scale_groups
 from qinvert.execute import FloatEvaluator, along, program_inputs
 from qinvert.formats import IntFormat
@@ -166,7 +167,7 @@ class _VariantEvaluator(FloatEvaluator):
     def _low(self, name: str, values: torch.Tensor, i: int) -> torch.Tensor:
         grid = self.grids[i][name]
         q = arithmetic.quantize(self._copies(values)[:, i], grid.scale, grid.format)
-        low, scale = arithmetic.planes(q, grid.scale, grid.format)[-1]
+        low, scale = planes(q, grid.scale, grid.format)[-1]
         return low.to(torch.float64) * scale
 
     def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from qinvert import arithmetic
+from qinvert.accumulators import partial_products, planes_scalar
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
-from qinvert.export.lowering import GraphLowering, IntArray, Value
+from qinvert.export.lowering import GraphLowering, Value
+from qinvert.export.tensors import IntArray
 from qinvert.formats import PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
@@ -60,7 +62,7 @@ class IntegerLowering(GraphLowering):
     def _products(self, step: MatMul, left: Value, right: Value) -> list[str]:
         name, scales = step.output, [self._plane_scales(value.tensor) for value in (left, right)]
         reals: list[str] = []
-        for pairs in arithmetic.partial_products(len(left.planes), len(right.planes)):
+        for pairs in partial_products(len(left.planes), len(right.planes)):
             suffix = f"/{len(reals)}" if len(left.planes) * len(right.planes) > 1 else ""
             # Pairs of one weight share an accumulator: one product of twice the depth.
             parts = [[value.planes[pair[k]] for pair in pairs] for k, value in enumerate((left, right))]
@@ -75,7 +77,7 @@ class IntegerLowering(GraphLowering):
 
     def _plane_scales(self, tensor: str) -> list[float]:
         grid = self.grid(tensor)
-        return [scale for _, scale in arithmetic.planes_scalar(0, grid.scale, grid.format)]
+        return [scale for _, scale in planes_scalar(0, grid.scale, grid.format)]
 
     def _product(self, name: str, step: MatMul, operands: Sequence[str]) -> str:
         shape, (left, right) = self.shape(step.output), operands
@@ -135,7 +137,7 @@ class IntegerLowering(GraphLowering):
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
         name, source, factor = step.output, self.plain(source), self.vectors[step.axis]
-        pairs = arithmetic.partial_products(len(source.planes), len(factor.planes))
+        pairs = partial_products(len(source.planes), len(factor.planes))
         totals = [self._elementwise(name, source, factor, group) for group in pairs]
         if self.plan.requantize is Requantize.MULTIPLIER:
             real = self._scaled(name, name, totals[0], self.plan.multiplier(step))

@@ -13,7 +13,8 @@ import numpy as np
 from qinvert.execute import constant_matrix
 from qinvert.export.graph import Sizes
 from qinvert.export.interface import ANY_BATCH
-from qinvert.export.lowering import GraphLowering, IntArray, Value
+from qinvert.export.lowering import GraphLowering, Value
+from qinvert.export.tensors import IntArray
 from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan import Quantization, Requantize
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from qinvert.methods.newton_schulz import newton_schulz as newton_schulz
     from qinvert.plan import LayerPlan as LayerPlan
     from qinvert.plan import Plan as Plan
-    from qinvert.plan import Quantization as Quantization
     from qinvert.program import Program as Program
+    from qinvert.quantization import Quantization as Quantization
 
 #: Public name -> module that defines it.
 _HOMES = {
@@ -72,7 +72,7 @@ _HOMES = {
     "Program": "program",
     "ProgramError": "errors",
     "QInvertError": "errors",
-    "Quantization": "plan",
+    "Quantization": "quantization",
     "RangeGrowth": "calibration.growth",
     "Report": "calibration.reports",
     "TokenData": "calibration.token_data",

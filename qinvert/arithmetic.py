@@ -8,8 +8,8 @@ to the same values.
 Quantized values travel as *integer-valued float32 tensors*: every integer of
 up to 16 bits is exact in float32, and so is an int8 accumulator
 (``K * 127**2 < 2**24`` for ``K <= 1040``), so matrix products run on the
-fastest kernels without losing a bit.  `integer_matmul` switches to float64
-where a caller's bounds say that float32 would not be exact.
+fastest kernels without losing a bit.  What never rounds is in
+`qinvert.accumulators`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from typing import Final
 import numpy as np
 import torch
 
+# The two that are renamed to themselves are for `qinvert.kernels`, which looks for them here.
+from qinvert.accumulators import FLOAT32_EXACT as FLOAT32_EXACT
+from qinvert.accumulators import partial_factors, planes, planes_scalar
+from qinvert.accumulators import partial_products as partial_products
 from qinvert.errors import InputError, PlanError
 from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
 
@@ -27,12 +31,6 @@ from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
 MIN_SCALE: Final = 1e-30
 #: Two scales above this, times an accumulator, come near the largest float32.
 MAX_SCALE: Final = 1e15
-#: Integers up to this magnitude are exact in float32, in every summation order.
-FLOAT32_EXACT: Final = 2**24
-#: Integers up to this magnitude are exact in bfloat16, and so in TF32.
-BFLOAT16_EXACT: Final = 2**8
-#: Accumulators of every target are int32.
-INT32_LIMIT: Final = 2**31
 
 
 def float32(value: float) -> float:
@@ -177,22 +175,6 @@ def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
     return steps.clamp_(fmt.minimum, fmt.maximum)
 
 
-def planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float]]:
-    """Scalar twin of `planes`."""
-    if fmt.planes == 1:
-        return [(q - fmt.zero_point, scale)]
-    low = (q + PLANE_RATIO // 2) % PLANE_RATIO - PLANE_RATIO // 2
-    return [((q - low) // PLANE_RATIO, PLANE_RATIO * scale), (low, scale)]
-
-
-def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
-    """Return (integers, scale) of every plane, high first: the value is ``sum_i integers_i * scale_i``."""
-    if fmt.planes == 1:
-        return [(q - fmt.zero_point if fmt.zero_point else q, scale)]
-    high = torch.floor((q + PLANE_RATIO // 2) / PLANE_RATIO)
-    return [(high, PLANE_RATIO * scale), (q - PLANE_RATIO * high, scale)]
-
-
 def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
     """Return `planes` of the right operand of a product, int16 split into two int8 planes.
 
@@ -202,26 +184,6 @@ def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[
     if fmt.container_bits > INT8.container_bits:
         q, fmt = _round(dequantize(q, scale, fmt), scale, INT8X2), INT8X2
     return planes(q, scale, fmt)
-
-
-def operand_magnitudes(fmt: IntFormat, right: bool) -> tuple[int, ...]:
-    """Largest magnitude of every plane of an operand, high first."""
-    split = fmt.planes == 2 or (right and fmt.container_bits > INT8.container_bits)
-    return (INT8.magnitude, INT8.magnitude) if split else (fmt.magnitude,)
-
-
-def partial_products(left_planes: int, right_planes: int) -> list[list[tuple[int, int]]]:
-    """Return the plane pairs of a product, grouped by weight, heaviest first.
-
-    Pairs of one group share an accumulator.  Of two operands with two planes
-    the product of the low ones is dropped: it stays below one step of a
-    16-bit result.
-    """
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for i in range(left_planes):
-        for j in range(right_planes):
-            groups.setdefault(i + j, []).append((i, j))
-    return [groups[weight] for weight in sorted(groups) if weight < 2]
 
 
 def dequantize_scalar(q: int, scale: float, fmt: IntFormat) -> float:
@@ -240,57 +202,6 @@ def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     for plane, plane_scale in rest:
         value = value + plane * plane_scale
     return value
-
-
-def dot_scalar(left: list[int], right: list[int]) -> int:
-    """``sum_k left[k] * right[k]`` in Python integers, which never wrap."""
-    return sum(a * b for a, b in zip(left, right, strict=True))
-
-
-def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int, magnitude: int = 128) -> torch.Tensor:
-    """Exact ``left @ right`` of integer-valued tensors.
-
-    Parameters
-    ----------
-    left, right : torch.Tensor
-        Integer-valued float32, shapes ``(..., m, k)`` and ``(..., k, n)``.
-    bound : int
-        Largest magnitude that the accumulator can reach, proved by the plan.
-    magnitude : int
-        Largest magnitude of an operand's value; int8's by default.
-
-    Returns
-    -------
-    torch.Tensor
-        Integer-valued float32 if ``bound < 2**24`` (every partial sum is then
-        exact, in any order and with any fused kernel) and ``magnitude <= 256``
-        (operands are then exact as TF32 and bfloat16, too, which torch may
-        convert them to), else float64.
-
-    Raises
-    ------
-    PlanError
-        If ``bound`` does not fit an int32 accumulator.
-    """
-    check_accumulator(bound)
-    if bound < FLOAT32_EXACT and magnitude <= BFLOAT16_EXACT:
-        return left @ right
-    return left.to(torch.float64) @ right.to(torch.float64)
-
-
-def check_accumulator(bound: int) -> None:
-    """Refuse an accumulator that can reach ``2**31``.
-
-    Raises
-    ------
-    PlanError
-        With the bound and the remedy.
-    """
-    if bound >= INT32_LIMIT:
-        raise PlanError(
-            f"an accumulator can reach {bound}, an int32 holds less than {INT32_LIMIT}; "
-            "use a narrower format or a larger scale"
-        )
 
 
 def requantize_divide_scalar(
@@ -414,11 +325,6 @@ def requantize_partial(
     )
     addends = [(q, scale) for q in rest]
     return requantize_divide(first, scale, addends, scale, fmt, overwrite=True) if rest else first
-
-
-def partial_factors(factor: float, planes: int) -> list[float]:
-    """Factors of the accumulators of a right operand's planes, high first; exact in float32."""
-    return [factor * PLANE_RATIO**i for i in reversed(range(planes))]
 
 
 def requantize_multiplier_scalar(accumulator: int, factor: float, fmt: IntFormat) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from qinvert.arithmetic import operand_magnitudes, partial_products
+from qinvert.accumulators import operand_magnitudes, partial_products
 from qinvert.checks import check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.program import Program

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple, TypeAlias
 import torch
 
 from qinvert import arithmetic
+from qinvert.accumulators import partial_factors, partial_products, planes
 from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
 from qinvert.execute import TorchEvaluator, along
@@ -245,7 +246,7 @@ class IntervalEvaluator(TorchEvaluator):
         name, factor, grid = step.output, self.plan.multiplier(step), self.plan.tensors[step.output]
         totals = [total for total, _ in terms]
         result = self._round(name, lambda fmt: arithmetic.requantize_partial(totals, factor, grid.scale, fmt))
-        for total, weighted in zip(totals, arithmetic.partial_factors(factor, len(totals)), strict=True):
+        for total, weighted in zip(totals, partial_factors(factor, len(totals)), strict=True):
             part = arithmetic.requantize_multiplier(total, weighted, UNBOUNDED)
             legal = (grid.format.minimum <= part) & (part <= grid.format.maximum)
             self.inside[name] &= bool(legal.all())
@@ -263,10 +264,10 @@ class IntervalEvaluator(TorchEvaluator):
         self,
         name: str,
         interval: torch.Tensor,
-        planes: Callable[[torch.Tensor, float, IntFormat], list[Term]] = arithmetic.planes,
+        way: Callable[[torch.Tensor, float, IntFormat], list[Term]] = planes,
     ) -> list[Term]:
         grid = self.plan.tensors[name]
-        terms = planes(interval, grid.scale, grid.format)
+        terms = way(interval, grid.scale, grid.format)
         if len(terms) == 1:
             return terms
         high, (low, scale) = terms
@@ -281,7 +282,7 @@ class IntervalEvaluator(TorchEvaluator):
         residuals: list[list[torch.Tensor]],
     ) -> list[Term]:
         totals, records = [], []
-        for plane, pairs in enumerate(arithmetic.partial_products(len(lefts), len(rights))):
+        for plane, pairs in enumerate(partial_products(len(lefts), len(rights))):
             parts = [multiply(lefts[i][0], rights[j][0]) for i, j in pairs]
             parts += [(residual[plane], magnitude(residual[plane])) for residual in residuals]
             total, largest = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,62 +17,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from qinvert import arithmetic
+from qinvert.accumulators import check_accumulator, operand_magnitudes, partial_products
 from qinvert.errors import PlanError
-from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.matrices import M, check_matrices, like
 from qinvert.program import Program
-from qinvert.steps import INPUT, MOVES, MatMul, Scale
+from qinvert.quantization import Quantization as Quantization
+from qinvert.quantization import Requantize as Requantize
+from qinvert.quantization import check_moves, check_names, check_single_planes, requantize_named
+from qinvert.steps import INPUT, MatMul, Scale
 
 if TYPE_CHECKING:
     from qinvert.proof import Proof
-
-
-class Requantize(StrEnum):
-    """How an accumulator becomes an integer again; both are one float32 rounding chain."""
-
-    #: Residuals join as float32, then divide by the scale: MatMulInteger, Cast, Mul, Add, QuantizeLinear.
-    DIVIDE = "divide"
-    #: Residuals join as integers, then one float32 factor: QLinearMatMul and fused QDQ MatMul.
-    #: Two partial products (int16) are rounded one by one, then added.
-    MULTIPLIER = "multiplier"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
-    """Real value = ``(q - format.zero_point) * scale``.
-
-    Invariant: ``scale`` is a float32 of at least `arithmetic.MIN_SCALE`.
-    """
-
-    #: Integers that are stored.
-    format: IntFormat
-    #: Real value of one step.
-    scale: float
-
-    def __post_init__(self) -> None:
-        arithmetic.check_scale(self.scale)
-        object.__setattr__(self, "scale", float(self.scale))
-
-    @property
-    def limit(self) -> float:
-        """Largest magnitude that both signs can represent."""
-        return self.format.largest * self.scale
-
-    @property
-    def one(self) -> int:
-        """Integer ``k`` with ``float32(1 / k) = scale``, that means 1.0; any format's; 0 if none."""
-        integer = round(1 / self.scale)
-        return integer if integer and arithmetic.float32(1 / integer) == self.scale else 0
-
-    @property
-    def largest_one(self) -> int:
-        """Largest integer that an operand can hold on its diagonal, whichever side it is on."""
-        # An int16 right operand is split into int8 planes, which end earlier than int16.
-        fmt = self.format
-        return PLANE_RATIO * INT8.maximum if fmt.container_bits > INT8.container_bits else fmt.largest
-
-    def __str__(self) -> str:
-        return f"{self.format} s={self.scale:.4g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,17 +54,17 @@ class LayerPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "requantize", _requantize(self.requantize))
-        _check_names(self.program, self.tensors)
+        object.__setattr__(self, "requantize", requantize_named(self.requantize))
+        check_names(self.program, self.tensors)
         # In the program's order: equal plans must give equal files.
         ordered = {name: self.tensors[name] for name in self.program.tensors}
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
-        _check_moves(self.program, self.tensors)
+        check_moves(self.program, self.tensors)
         if self.requantize is Requantize.MULTIPLIER:
-            _check_single_planes(self.tensors)
+            check_single_planes(self.tensors)
         for step in self.program.steps:
             if isinstance(step, MatMul):
-                arithmetic.check_accumulator(self.accumulator_bound(step))
+                check_accumulator(self.accumulator_bound(step))
             if isinstance(step, (MatMul, Scale)) and self.requantize is Requantize.MULTIPLIER:
                 self.multiplier(step)
 
@@ -201,9 +155,9 @@ class LayerPlan:
 
         From formats and shapes alone; `proof` follows the steps and finds less.
         """
-        left = arithmetic.operand_magnitudes(self.tensors[step.left].format, right=False)
-        right = arithmetic.operand_magnitudes(self.tensors[step.right].format, right=True)
-        groups = arithmetic.partial_products(len(left), len(right))
+        left = operand_magnitudes(self.tensors[step.left].format, right=False)
+        right = operand_magnitudes(self.tensors[step.right].format, right=True)
+        groups = partial_products(len(left), len(right))
         depth = self.program.shapes[step.left].columns
         bound = max(sum(depth * left[i] * right[j] for i, j in pairs) for pairs in groups)
         if self.requantize is Requantize.MULTIPLIER:
@@ -322,45 +276,3 @@ def _names(layers: Mapping[str, LayerPlan], limit: int = 8) -> str:
     names = list(layers)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _requantize(name: str) -> Requantize:
-    try:
-        return Requantize(name)
-    except ValueError:
-        raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None
-
-
-def _check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
-    missing = [name for name in program.tensors if name not in tensors]
-    surplus = [name for name in tensors if name not in program.tensors]
-    if missing or surplus:
-        wrong = f"lacks {missing[0]!r}" if missing else f"has {surplus[0]!r}, which no step writes"
-        raise PlanError(f"plan does not match its program {program.title}: it {wrong}; calibrate again")
-    for name, quantization in tensors.items():
-        if quantization.format.zero_point:
-            raise PlanError(
-                f"tensor {name!r}: format {quantization.format} has a zero point, plans are symmetric; "
-                "use int4, int8, int8x2 or int16 (profiles shift the grid on export)"
-            )
-
-
-def _check_single_planes(tensors: Mapping[str, Quantization]) -> None:
-    for name, quantization in tensors.items():
-        fmt = quantization.format
-        if fmt.planes > 1:
-            raise PlanError(
-                f"tensor {name!r}: one factor per product cannot requantize {fmt}; "
-                "use int8 or int16, or requantize='divide'"
-            )
-
-
-def _check_moves(program: Program, tensors: Mapping[str, Quantization]) -> None:
-    for step in program.steps:
-        if isinstance(step, MOVES):
-            for name in step.inputs:
-                if name in tensors and tensors[name] != tensors[step.output]:
-                    raise PlanError(
-                        f"step {step.output!r} moves {name!r} ({tensors[name]}) without rounding, but has "
-                        f"{tensors[step.output]}; give both one quantization"
-                    )

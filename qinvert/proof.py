@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qinvert.arithmetic import FLOAT32_EXACT, INT32_LIMIT, MIN_SCALE
+from qinvert.accumulators import FLOAT32_EXACT, INT32_LIMIT
+from qinvert.arithmetic import MIN_SCALE
 from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
 from qinvert.intervals import propagate

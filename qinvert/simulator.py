@@ -14,6 +14,7 @@ from enum import StrEnum
 import torch
 
 from qinvert import arithmetic, hexagon
+from qinvert.accumulators import integer_matmul, operand_magnitudes, partial_products, planes
 from qinvert.errors import PlanError, lookup
 from qinvert.execute import TorchEvaluator, along, assemble, program_inputs
 from qinvert.plan import LayerPlan, Quantization, Requantize
@@ -61,15 +62,15 @@ class IntegerEvaluator(TorchEvaluator):
     ) -> torch.Tensor:
         tensors, bound = self.plan.tensors, self.plan.accumulator_bound(step)
         largest = max(
-            *arithmetic.operand_magnitudes(tensors[step.left].format, right=False),
-            *arithmetic.operand_magnitudes(tensors[step.right].format, right=True),
+            *operand_magnitudes(tensors[step.left].format, right=False),
+            *operand_magnitudes(tensors[step.right].format, right=True),
         )
         accumulators = self._accumulators(
             tensors[step.left],
             tensors[step.right],
             left,
             right,
-            lambda a, b: arithmetic.integer_matmul(a, b, bound, largest),
+            lambda a, b: integer_matmul(a, b, bound, largest),
         )
         signed = [
             *((name, 1, value) for name, value in zip(step.add, add, strict=True)),
@@ -96,7 +97,7 @@ class IntegerEvaluator(TorchEvaluator):
 
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         grid = self.plan.tensors[name]
-        return arithmetic.planes(value, grid.scale, grid.format)
+        return planes(value, grid.scale, grid.format)
 
     @staticmethod
     def _accumulators(
@@ -106,10 +107,10 @@ class IntegerEvaluator(TorchEvaluator):
         right: torch.Tensor,
         multiply: Multiply,
     ) -> list[tuple[torch.Tensor, float]]:
-        lefts = arithmetic.planes(left, left_grid.scale, left_grid.format)
+        lefts = planes(left, left_grid.scale, left_grid.format)
         rights = arithmetic.operand_planes(right, right_grid.scale, right_grid.format)
         accumulators = []
-        for pairs in arithmetic.partial_products(len(lefts), len(rights)):
+        for pairs in partial_products(len(lefts), len(rights)):
             (i, j), *others = pairs
             total = multiply(lefts[i][0], rights[j][0])
             for k, m in others:

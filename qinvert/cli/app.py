@@ -10,10 +10,12 @@ import click
 
 from qinvert.cli.common import printable
 from qinvert.cli.demo import demo
-from qinvert.cli.graphs import export, profiles, verify
+from qinvert.cli.graphs import export
 from qinvert.cli.models import export_model, graft
 from qinvert.cli.planning import calibrate
 from qinvert.cli.plans import evaluate, inspect, simulate
+from qinvert.cli.profiles import profiles
+from qinvert.cli.verifying import verify
 from qinvert.errors import QInvertError
 from qinvert.version import __version__
 

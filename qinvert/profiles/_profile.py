@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qinvert.arithmetic import FLOAT32_EXACT
+from qinvert.accumulators import FLOAT32_EXACT
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan import Requantize
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qinvert.arithmetic import INT32_LIMIT
+from qinvert.accumulators import INT32_LIMIT
 from qinvert.formats import INT8, INT16
 from qinvert.plan import Requantize
 from qinvert.profiles._profile import Lowering, Profile

@@ -9,7 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import qinvert
-from qinvert.arithmetic import INT32_LIMIT, float32
+from qinvert.accumulators import INT32_LIMIT
+from qinvert.arithmetic import float32
 from qinvert.errors import ExportError
 from qinvert.export import exporting
 from qinvert.export.exporting import build
