@@ -44,8 +44,8 @@ class Verification:
     runtime: str
     #: Values compared.
     values: int
-    #: Values that differ: by half a step or more where a processor has its own rounding, else
-    #: at all if `exact`, and by more than float32 rounding if not.
+    #: Values that differ: by half a step or more where a processor has its own rounding, by more
+    #: than float32 rounding where a runtime reorders floats or not all need be `exact`, else at all.
     mismatches: int
     #: Largest difference, in steps of the output's grid.
     max_steps: float
@@ -98,7 +98,7 @@ def compare(
     return Verification(
         runtime=f"{runtime} ({execution.setting})",
         values=actual.size,
-        mismatches=int(differs(actual, wanted, exact, own).sum()),
+        mismatches=int(differs(actual, wanted, _least(runtime, exact)).sum()),
         max_steps=float(steps.max(initial=0.0)),
         beyond=int((~(steps < allowed + 0.5)).sum()),
         exact=exact,
@@ -128,7 +128,7 @@ def judge(runtime: str, result: Verification, actual: Returned, wanted: Referenc
         return
     expected = wanted.expected
     far = ~(_steps(actual, wanted) < result.allowed_steps + 0.5)
-    far = far if own else differs(actual, wanted, result.exact, own_steps=0)
+    far = far if own else differs(actual, wanted, _least(runtime, result.exact))
     index = tuple(int(i) for i in np.argwhere(far)[0])
     raise VerificationError(
         f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
@@ -137,12 +137,18 @@ def judge(runtime: str, result: Verification, actual: Returned, wanted: Referenc
     )
 
 
-def differs(actual: Returned, wanted: Reference, exact: bool, own_steps: int) -> npt.NDArray[np.bool_]:
-    """Where values differ, NaN included; see `Verification.mismatches`."""
-    if exact and not own_steps:
-        return ~np.equal(actual, wanted.expected)
-    # T of a processor with its own rounding is a float16 of it.
-    return ~(_steps(actual, wanted) < (0.5 if own_steps else NOISE))
+def differs(actual: Returned, wanted: Reference, least: float) -> npt.NDArray[np.bool_]:
+    """Where values differ by ``least`` steps or more, at all if that is 0; NaN differs."""
+    return ~(_steps(actual, wanted) < least) if least else ~np.equal(actual, wanted.expected)
+
+
+def _least(runtime: str, exact: bool) -> float:
+    """Steps from which a difference counts."""
+    chosen = RUNTIMES[runtime]
+    if chosen.own_steps:
+        # T of a processor with its own rounding is a float16.
+        return 0.5
+    return 0.0 if exact and not chosen.reorders else NOISE
 
 
 def _steps(actual: Returned, wanted: Reference) -> npt.NDArray[np.float64]:

@@ -9,4 +9,6 @@ RUNTIME = separate(
     summary="the CPU; int8 products of QDQ graphs with zero point 0, float32 elsewhere",
     module="openvino",
     requirement="openvino",
+    # The identity is added before the scale is multiplied.
+    reorders=True,
 )

@@ -52,5 +52,8 @@ class Runtime:
     #: Type in which the graph's float32 inputs enter the processor: verification gives it
     #: numbers of that type, so that rounding them is no difference.
     inputs: str = "float32"
+    #: Whether float operators behind the integers run in another order: T may then differ by
+    #: float32 rounding, which no difference of an integer is as small as.
+    reorders: bool = False
     #: Whose integers the processor computes, of the plans for which that is known.
     rounding: Rounding = Rounding.ONNX

@@ -40,6 +40,7 @@ def separate(
     *,
     own_steps: int = 0,
     inputs: str = "float32",
+    reorders: bool = False,
     rounding: Rounding = Rounding.ONNX,
     seconds: float = 600,
 ) -> Runtime:
@@ -47,7 +48,7 @@ def separate(
 
     Parameters
     ----------
-    name, summary, module, requirement, own_steps, inputs, rounding
+    name, summary, module, requirement, own_steps, inputs, reorders, rounding
         See `Runtime`.
     seconds : float
         Time limit for one graph.
@@ -60,6 +61,7 @@ def separate(
         requirement=requirement,
         own_steps=own_steps,
         inputs=inputs,
+        reorders=reorders,
         rounding=rounding,
     )
 

@@ -252,10 +252,17 @@ def test_what_a_program_reports_arrives(fake, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scales", "steps", "counted"), [("float", 0.001, 0), ("float", 0.01, 1), ("pow2", 0.001, 1)]
+    ("scales", "steps", "reorders", "counted"),
+    [
+        ("float", 0.001, False, 0),
+        ("float", 0.01, False, 1),
+        ("pow2", 0.001, False, None),
+        ("pow2", 0.001, True, 0),
+        ("pow2", 0.01, True, None),
+    ],
 )
 def test_float32_rounding_is_a_difference_only_where_values_must_be_exact(
-    scales, steps, counted, tmp_path, monkeypatch
+    scales, steps, reorders, counted, tmp_path, monkeypatch
 ):
     path, plan, lower = exported(tmp_path, 16, "packed", scales, 1, batch=26)
 
@@ -264,10 +271,9 @@ def test_float32_rounding_is_a_difference_only_where_values_must_be_exact(
         expected[0, 5, 2] += steps * plan.layer().output.scale
         yield Execution(setting="off", outputs=[expected[None]])
 
-    monkeypatch.setitem(
-        RUNTIMES, "off", Runtime(name="off", execute=off, summary="", module="", requirement="")
-    )
-    if scales == "pow2":
+    made = Runtime(name="off", execute=off, summary="", module="", requirement="", reorders=reorders)
+    monkeypatch.setitem(RUNTIMES, "off", made)
+    if counted is None:
         with pytest.raises(VerificationError, match=r"1 of .* first at \[0, 5, 2\]"):
             qinvert.verify(path, plan, lower, runtimes=("off",))
     else:
