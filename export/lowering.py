@@ -161,8 +161,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         right = step.left in terms and self.carries_identity(step.right)
         # Both leave the product of the identities, which must be the result's.
         right = right and not (left and not self._yields_identity(step))
-        # No product is both shifted and widened: QNN miscompiles a Concat of a tensor and of that
-        # tensor plus a constant.
+        # Where a Concat is needed all the same, an Add before it saves nothing.
         widened = left + right < len(step.add) + len(step.subtract)
         return (False, False) if widened else (left, right)
 

@@ -21,6 +21,7 @@ from qinvert.export.runtimes import RUNTIMES
 from qinvert.export.verifying import read_interface
 from qinvert.export.verifying import verify as verify_layer
 from qinvert.plan import Plan
+from qinvert.simulator import Rounding
 from qinvert.steps import MAX_BETA
 from qinvert.stress import STRESS, stress_keys, stress_matrices
 
@@ -135,6 +136,12 @@ def matrices_for(
     return torch.cat(matrices), torch.cat(betas) if betas else None
 
 
+def _promise(result: Verification) -> str:
+    if not result.exact:
+        return "no"
+    return "yes" if result.rounding == Rounding.ONNX else f"yes, as {result.rounding} rounds"
+
+
 def show_verifications(output: Output, results: dict[str, list[Verification]], own_data: bool) -> None:
     """Print how many values agree; sqnr says something of the caller's own data only."""
     rows = [
@@ -144,7 +151,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]], o
             f"{r.values - r.mismatches} of {r.values}",
             f"{r.max_steps:.3g}",
             decibels(r.sqnr_db) if own_data else "-",
-            "yes" if r.exact else "no",
+            _promise(r),
             ", ".join(f"{count} {types}" for types, count in r.products.items()),
         ]
         for name, verifications in results.items()
