@@ -20,10 +20,7 @@ from typing import Final
 import numpy as np
 import torch
 
-# The two that are renamed to themselves are for `qinvert.kernels`, which looks for them here.
-from qinvert.accumulators import FLOAT32_EXACT as FLOAT32_EXACT
 from qinvert.accumulators import partial_factors, planes, planes_scalar
-from qinvert.accumulators import partial_products as partial_products
 from qinvert.errors import InputError, PlanError
 from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
 
