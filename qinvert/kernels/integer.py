@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from qinvert import accumulators, arithmetic
+from qinvert import arithmetic
+from qinvert.accumulators import FLOAT32_EXACT, partial_products
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.kernels.division import residual_steps
 from qinvert.kernels.emitting import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
@@ -50,7 +51,7 @@ class IntegerOps(TritonOps):
         #: Residual steps of every division: plans of one structure share a kernel.
         self.steps = max(residual_steps(q.scale) for q in plan.tensors.values())
         for step in plan.program.steps:
-            if isinstance(step, MatMul) and plan.accumulator_bound(step) >= accumulators.FLOAT32_EXACT:
+            if isinstance(step, MatMul) and plan.accumulator_bound(step) >= FLOAT32_EXACT:
                 raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
 
     @property
@@ -131,7 +132,7 @@ class IntegerOps(TritonOps):
             return []
         left, right = self.plan.tensors[step.left], self.plan.tensors[step.right]
         accumulators = []
-        for group in accumulators.partial_products(left.format.planes, right.format.planes):
+        for group in partial_products(left.format.planes, right.format.planes):
             products = [(a.operands[i], b.operands[j]) for i, j in group for a, b in pairs.values()]
             i, j = group[0]
             unit = arithmetic.product_scale(_plane_scales(left)[i], _plane_scales(right)[j])
