@@ -105,7 +105,7 @@ def build(
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
-    chosen = find_profile(plan.target if profile is None else profile)
+    chosen = profile_for(plan, profile)
     layer_plan = plan.layer(layer)
     name = layer if layer is not None else next(iter(plan.layers))
     if batch is None:
@@ -129,6 +129,17 @@ def interface_of(batch: int | None, source: str, result: str, key_size: int | No
     return Interface(
         batch=batch, input=cast("GraphInput", source), output=cast("GraphOutput", result), key_size=key_size
     )
+
+
+def profile_for(plan: Plan, name: str | None) -> Profile:
+    """Return the profile of that name, the plan's target if it is None.
+
+    Raises
+    ------
+    ExportError
+        If there is none of that name.
+    """
+    return find_profile(plan.target if name is None else name)
 
 
 def provenance(plan: Plan, profile: Profile) -> dict[str, str]:

@@ -15,13 +15,13 @@ from onnx import helper
 from qinvert.calibration.heads import is_split, layer_name
 from qinvert.delta_rule import chunk_gated_delta_rule
 from qinvert.errors import ExportError, PlanError
+from qinvert.export.exporting import profile_for
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.layers import function_names
 from qinvert.export.linear_attention import LinearAttention, find_nodes, load
 from qinvert.export.models import BATCH, EXAMPLE_CHUNKS, SEQUENCE, chunk_of, save
 from qinvert.export.tracing import FIRST_OPSET, attach_functions, calls_of, require_onnx_ir, trace
 from qinvert.plan import Plan
-from qinvert.profiles import find_profile
 
 #: Last operator set that PyTorch's exporter converts to by itself.
 LAST_OPSET: Final = 25
@@ -78,7 +78,7 @@ def graft(
         Without onnxscript.
     """
     ir = require_onnx_ir()
-    chosen = find_profile(plan.target if profile is None else profile)
+    chosen = profile_for(plan, profile)
     model = load(source)
     opset = _opset(model)
     found = find_nodes(model)

@@ -14,7 +14,7 @@ from qinvert.export.graph import ELEMENT_TYPES, Sizes
 from qinvert.export.lowering import GraphLowering, Value
 from qinvert.export.tensors import IntArray
 from qinvert.formats import PLANE_RATIO
-from qinvert.plan import Quantization, Requantize
+from qinvert.plan import Quantization
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 
@@ -50,7 +50,7 @@ class IntegerLowering(GraphLowering):
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
         name = step.output
-        if self.plan.requantize is Requantize.MULTIPLIER:
+        if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             steps = self._product(name, step, operands)
             real = self._scaled(name, name, steps, self.plan.multiplier(step))
@@ -139,7 +139,7 @@ class IntegerLowering(GraphLowering):
         name, source, factor = step.output, self.plain(source), self.vectors[step.axis]
         pairs = partial_products(len(source.planes), len(factor.planes))
         totals = [self._elementwise(name, source, factor, group) for group in pairs]
-        if self.plan.requantize is Requantize.MULTIPLIER:
+        if self._integer_residuals:
             real = self._scaled(name, name, totals[0], self.plan.multiplier(step))
             return self._quantized(name, real, 1.0)
         lefts, rights = (self._plane_scales(value.tensor) for value in (source, factor))

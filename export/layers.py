@@ -17,6 +17,7 @@ from qinvert.export.exporting import (
     interface_of,
     layer_metadata,
     lower,
+    profile_for,
     provenance,
     serialize,
 )
@@ -25,7 +26,7 @@ from qinvert.export.interface import Interface
 from qinvert.export.reading import inlined, parse_model
 from qinvert.files import read_bytes, write_atomically
 from qinvert.plan import LayerPlan, Plan
-from qinvert.profiles import Profile, find_profile
+from qinvert.profiles import Profile
 
 #: What the names of functions start with.
 FUNCTION_PREFIX: Final = "TriInv_"
@@ -96,7 +97,7 @@ def build_layers(
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export_layers` writes."""
-    chosen = find_profile(plan.target if profile is None else profile)
+    chosen = profile_for(plan, profile)
     interface = interface_of(batch, input, output, key_size)
     names = _checked(plan, layers)
     functions = []

@@ -27,7 +27,7 @@ from qinvert.export.interface import Interface
 from qinvert.export.layers import function_names
 from qinvert.export.references import reference
 from qinvert.export.runtimes import Execution
-from qinvert.export.runtimes.onnxruntime_cpu import session_options
+from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.export.ties import LowestIndexFirst
 from qinvert.export.verifying import is_exact
 from qinvert.plan import Plan
@@ -201,8 +201,6 @@ def _called(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def _watched_session(proto: onnx.ModelProto, folder: Path) -> tuple[Any, list[str]]:
     """Open the graph with L, beta and T of every call as further outputs."""
-    import onnxruntime
-
     watched = onnx.ModelProto()
     watched.CopyFrom(proto)
     known = [LOGITS]
@@ -216,9 +214,7 @@ def _watched_session(proto: onnx.ModelProto, folder: Path) -> tuple[Any, list[st
     written = folder / WATCHED
     written.write_bytes(watched.SerializeToString())
     try:
-        return onnxruntime.InferenceSession(
-            os.fspath(written), session_options(), providers=["CPUExecutionProvider"]
-        ), known
+        return open_session(os.fspath(written)), known
     except Exception as error:  # onnxruntime raises unrelated types here
         raise ExportError(
             f"onnxruntime cannot load the exported graph: {reason(error)}; {_REMEDY}"

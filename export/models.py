@@ -16,14 +16,13 @@ import torch
 from qinvert.calibration.tokens import token_batches
 from qinvert.checks import check_magnitude
 from qinvert.errors import ExportError, InputError
-from qinvert.export.exporting import serialize
+from qinvert.export.exporting import profile_for, serialize
 from qinvert.export.graph import MAX_BYTES
 from qinvert.export.graph import check as check_model
 from qinvert.export.model_verifying import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
 from qinvert.files import make_folder, write_atomically
 from qinvert.plan import Plan
-from qinvert.profiles import find_profile
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -113,7 +112,7 @@ def export_model(
         Without onnxscript.
     """
     require_onnx_ir()
-    chosen = find_profile(plan.target if profile is None else profile)
+    chosen = profile_for(plan, profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     given = inputs = _inputs(model, example)
     shapes = None

@@ -16,7 +16,7 @@ from qinvert.export.interface import ANY_BATCH
 from qinvert.export.lowering import GraphLowering, Value
 from qinvert.export.tensors import IntArray
 from qinvert.formats import INT8, PLANE_RATIO
-from qinvert.plan import Quantization, Requantize
+from qinvert.plan import Quantization
 from qinvert.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 #: Grid of 0/1 masks.
@@ -40,7 +40,7 @@ class QdqLowering(GraphLowering):
     def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
         shape = self.shape(tensor)
         total = self.graph.node("Add", [value, identity], f"{name}/float", shape)
-        return self._stored(name, name, total, shape, self.grid(tensor))
+        return self._stored(name, total, shape, self.grid(tensor))
 
     def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
         fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
@@ -58,13 +58,13 @@ class QdqLowering(GraphLowering):
     def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
         # What is joined lies on the grid already: nothing to clip.
-        return self._stored(name, self.stored(name), joined, shape, grid)
+        return self._stored(name, joined, shape, grid)
 
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
         shape = self.shape(step.output)
-        if self.plan.requantize is Requantize.MULTIPLIER:
+        if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             return replace(self._partial(step, *operands), ones=ones)
         # Products and residuals join in float, unquantized: only some back ends fuse it.
@@ -102,12 +102,12 @@ class QdqLowering(GraphLowering):
         high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
         low_grid = Quantization(format=INT8, scale=grid.scale)
         name = f"{step.output}/right"
-        high = self._stored(f"{name}/high", f"{name}/high", right, shape, high_grid)
+        high = self._stored(f"{name}/high", right, shape, high_grid)
         # On one grid: Hexagon subtracts tensors of two scales up to 20 steps wrong.
-        widened = self._stored(f"{name}/high/wide", f"{name}/high/wide", high, shape, grid)
+        widened = self._stored(f"{name}/high/wide", high, shape, grid)
         rest = self.graph.node("Sub", [right, widened], f"{name}/rest/float", shape)
-        wide = self._stored(f"{name}/rest", f"{name}/rest", rest, shape, grid)
-        return [high, self._stored(f"{name}/low", f"{name}/low", wide, shape, low_grid)]
+        wide = self._stored(f"{name}/rest", rest, shape, grid)
+        return [high, self._stored(f"{name}/low", wide, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
         return self._operator("Add", step.output, [self.plain(left).name, self.plain(right).name])
@@ -139,7 +139,7 @@ class QdqLowering(GraphLowering):
         inputs = [source.name, *self.slice_inputs(step)]
         value = self.graph.node("Slice", inputs, self._float(step.output), shape)
         # On the grid already, as in `joined`.
-        value = self._stored(step.output, self.stored(step.output), value, shape, grid)
+        value = self._stored(step.output, value, shape, grid)
         return Value(value, step.output, ones=self.sliced_ones(step, source))
 
     def _factor(self, factor: float) -> str:
@@ -163,13 +163,13 @@ class QdqLowering(GraphLowering):
     def _quantized(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> Value:
         if 2**grid.format.container_bits > grid.format.maximum - grid.format.minimum + 1:
             value = self._clipped(tensor, value, shape, grid)
-        return Value(self._stored(tensor, self.stored(tensor), value, shape, grid), tensor)
+        return Value(self._stored(tensor, value, shape, grid), tensor)
 
     def _clipped(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> str:
         """Saturate at the ends of a format that its container exceeds."""
         if self._integer_residuals:
             # On the whole container first: compilers fuse a product with its QuantizeLinear only.
-            value = self._stored(f"{tensor}/wide", f"{tensor}/wide", value, shape, grid)
+            value = self._stored(f"{tensor}/wide", value, shape, grid)
         fmt = grid.format
         ends = [
             self.graph.scalar(f"clip/{end!r}", end)
@@ -177,8 +177,8 @@ class QdqLowering(GraphLowering):
         ]
         return self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
 
-    def _stored(self, name: str, stored: str, value: str, shape: Sizes, grid: Quantization) -> str:
-        fmt = self.storage(grid)
+    def _stored(self, name: str, value: str, shape: Sizes, grid: Quantization) -> str:
+        fmt, stored = self.storage(grid), self.stored(name)
         inputs = [value, self.scale_of(grid), self.zero_point(fmt)]
         self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)
         return self._dequantize(f"{name}/dequantized", stored, shape, grid)

@@ -10,10 +10,10 @@ import torch
 
 from qinvert.calibration.calibrate import calibrate
 from qinvert.errors import ExportError, MissingDependencyError
+from qinvert.export.exporting import profile_for
 from qinvert.export.models import plain_experts
 from qinvert.export.tracing import attach_functions, forget_sources, require_onnx_ir, traceable
 from qinvert.plan import Plan
-from qinvert.profiles import find_profile
 
 try:
     from transformers.exporters.configs import ExportFormat
@@ -98,8 +98,6 @@ class TriangularQuantizer(ExportQuantizer):
         """
         if self.plan is None:
             raise ExportError("there is no plan yet; export the model inside `with quantizer.tracing(model)`")
-        attach_functions(
-            model, self.plan, find_profile(self.plan.target if self._profile is None else self._profile)
-        )
+        attach_functions(model, self.plan, profile_for(self.plan, self._profile))
         forget_sources(model)
         return model

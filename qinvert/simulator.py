@@ -154,9 +154,8 @@ class HexagonEvaluator(IntegerEvaluator):
         (total,) = totals
         return hexagon.requantize(total, factor, output.format)
 
-    def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        output = self.plan.tensors[step.output]
-        terms = [*self._planes(step.left, left), *self._planes(step.right, right)]
+    def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
+        output = self.plan.tensors[name]
         return hexagon.add(terms, output.scale, output.format)
 
 

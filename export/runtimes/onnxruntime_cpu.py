@@ -28,7 +28,7 @@ def execute(content: bytes, feeds: Sequence[Feed]) -> Iterator[Execution]:
 
 
 def open_session(
-    content: bytes, *, optimized: bool = True, threads: int = 0, written: Path | None = None
+    model: bytes | str, *, optimized: bool = True, threads: int = 0, written: Path | None = None
 ) -> Any:
     """Open an InferenceSession on the CPU.
 
@@ -38,8 +38,8 @@ def open_session(
 
     Parameters
     ----------
-    content : bytes
-        Serialized model.
+    model : bytes or str
+        Serialized, or its path: external data are found beside a file only.
     optimized : bool
         Whether the graph is optimized.
     threads : int
@@ -52,7 +52,7 @@ def open_session(
     options = session_options(optimized=optimized, threads=threads)
     if written is not None:
         options.optimized_model_filepath = str(written)
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def session_options(*, optimized: bool = True, threads: int = 0) -> Any:
