@@ -19,7 +19,7 @@ coverage: $(INSTALLED)
 
 # Models as they were before 5.15: layers hold the function that is replaced.
 test-transformers-5.14: $(OLD_VENV)/.installed
-	$(OLD_VENV)/bin/python -m pytest tests/calibration/test_families.py tests/calibration/test_hooks.py
+	$(OLD_VENV)/bin/python -m pytest tests/calibration/test_families.py tests/calibration/test_patching.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -49,7 +49,7 @@ verify-npu: $(INSTALLED) $(LIGHT:%=.venv-%/.tried)
 			export QINVERT_$$(echo $$name | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$$name/bin/python; \
 		else echo "$$name does not install here: left out"; fi; \
 	done; \
-	$(BIN)/python -m pytest -q -rs tests/export/test_runtimes.py
+	$(BIN)/python -m pytest -q -rs tests/export/runtimes/test_runtimes.py
 
 .venv-%/.tried: Makefile
 	$(PYTHON) -m venv .venv-$*

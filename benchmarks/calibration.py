@@ -16,8 +16,8 @@ from timing import interleaved
 
 import qinvert
 from qinvert import recall
-from qinvert.calibration.hooks import run_model
-from qinvert.calibration.tokens import token_batches
+from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.patching import run_model
 
 #: Sequences of one generated batch in the memory measurement.
 BATCH = 16

@@ -20,7 +20,7 @@ from qinvert.export.exporting import build, serialize
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.formats import INT4, INT8, INT16
 from qinvert.profiles import PROFILES
-from qinvert.steps import INPUT
+from qinvert.program.steps import INPUT
 from qinvert.stress import stress_matrices
 
 #: Matrices to calibrate on.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from qinvert.execute import constant_matrix
+from qinvert.execution.tensors import constant_matrix
 from qinvert.export.graph import GraphBuilder
-from qinvert.export.tensors import AXES
-from qinvert.program import Evaluator, Program
-from qinvert.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.export.lowering.tensors import AXES
+from qinvert.program.evaluator import Evaluator
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 
 #: Operator set of the graphs.
 OPSET = 19

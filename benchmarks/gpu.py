@@ -19,9 +19,9 @@ import triton
 from triton.testing import do_bench
 
 import qinvert
+from qinvert.execution.simulator import simulate_batched
 from qinvert.kernels import solve_tril
-from qinvert.plan import LayerPlan
-from qinvert.simulator import simulate_batched
+from qinvert.plan.plan import LayerPlan
 from qinvert.stress import stress_matrices
 
 Contender = Callable[[], Any]

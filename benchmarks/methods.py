@@ -14,9 +14,9 @@ import torch
 from timing import Call, interleaved
 
 import qinvert
-from qinvert.execute import run_checked
+from qinvert.execution.floating import run_checked
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
-from qinvert.simulator import simulate_inverse
+from qinvert.simulation import simulate_inverse
 from qinvert.stress import stress_matrices
 
 #: Simulations beside the graph that computes the same integers.

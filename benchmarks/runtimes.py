@@ -17,7 +17,7 @@ from timing import interleaved
 
 from qinvert.export.exporting import serialize
 from qinvert.profiles import PROFILES
-from qinvert.steps import INPUT
+from qinvert.program.steps import INPUT
 from qinvert.stress import stress_matrices
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"

@@ -8,21 +8,23 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, Final, TypeVar
 
-from qinvert.calibration.candidates import GridRules, candidate_programs
-from qinvert.calibration.clipping import RangeRule
-from qinvert.calibration.explaining import explain
+from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.heads import Granularity
-from qinvert.calibration.observers import LayerObserver
-from qinvert.calibration.observing import Progress, observe
-from qinvert.calibration.planner import Candidate, Goals, choose
-from qinvert.calibration.scales import ScaleRule
-from qinvert.calibration.token_data import with_options
+from qinvert.calibration.observation.one_pass import Progress, observe
+from qinvert.calibration.observation.statistics import LayerObserver
+from qinvert.calibration.planning.candidates import candidate_programs
+from qinvert.calibration.planning.clipping import RangeRule
+from qinvert.calibration.planning.explanation import explain
+from qinvert.calibration.planning.grids import GridRules
+from qinvert.calibration.planning.planner import Candidate, Goals, choose
+from qinvert.calibration.planning.scales import ScaleRule
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
-from qinvert.plan import LayerPlan, Plan, Requantize
+from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.plan.quantization import Requantize
 from qinvert.profiles import Profile, default_target, find_profile
-from qinvert.program import Program
+from qinvert.program.program import Program
 
 #: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}

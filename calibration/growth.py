@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qinvert.calibration.observers import RangeObserver
+from qinvert.calibration.observation.statistics import RangeObserver
 from qinvert.calibration.sources import check_size
 from qinvert.matrices import solve
 from qinvert.methods import neumann_doubling
-from qinvert.steps import INPUT
+from qinvert.program.steps import INPUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import torch
 
 from qinvert.errors import InputError, PlanError
-from qinvert.plan import LayerPlan, Plan
+from qinvert.plan.plan import LayerPlan, Plan
 
 #: ``inverse(name, L, beta) -> T`` for an entry of a plan.
 EntryInverse: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 
-from qinvert.calibration.sharding import Shard
-from qinvert.errors import InputError, reason
+from qinvert.calibration.data.arrays import read_all, read_arrays
+from qinvert.calibration.data.processes import Shard
+from qinvert.errors import InputError
 from qinvert.matrices import check_beta, check_matrices
 
 #: ``(layer, L, beta or None)``.
 Item: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
+
 #: Passes on what it reads.
 Passing: TypeAlias = Callable[[Iterable[Any]], Iterator[Any]]
+
 #: One process that takes everything.
 ALONE: Final = Shard()
 #: Name of the only layer where a source does not name its layers.
@@ -35,7 +36,7 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
     ----------
     source
         One of: a Hugging Face model (then ``data`` holds text or tokens, see
-        `qinvert.calibration.tokens.token_batches`); ``{layer: L}``; a tensor
+        `qinvert.calibration.data.token_batches.token_batches`); ``{layer: L}``; a tensor
         or array L; a path to .npz or .safetensors with one array a layer; an
         object with ``get_next()`` that returns such a dict or None at the
         end; an iterable of L, of such dicts or of pairs ``(layer, L)``.  Instead of L a pair
@@ -79,8 +80,8 @@ def open_groups(
 
 
 def _captured(model: torch.nn.Module, data: Any, shard: Shard, passing: Passing) -> Iterator[list[Item]]:
-    from qinvert.calibration.capturing import Detail, capture_batch
-    from qinvert.calibration.tokens import token_batches
+    from qinvert.calibration.capture import Detail, capture_batch
+    from qinvert.calibration.data.token_batches import token_batches
 
     def captured(batch: Any) -> list[Item]:
         found = capture_batch(model, batch, (Detail.BETA,))
@@ -130,13 +131,6 @@ def _is_pair(item: Any) -> bool:
     return lower is not None and beta == lower - 1
 
 
-def read_all(reader: Any) -> Iterator[Any]:
-    """Stream what ``reader.get_next()`` returns until it returns None."""
-    # Not iter(reader.get_next, None): that compares arrays with None, elementwise.
-    while (item := reader.get_next()) is not None:
-        yield item
-
-
 def _named(item: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(item, Mapping):
         return item.items()
@@ -180,49 +174,3 @@ def check_size(size: int, chunk: int, layer: str) -> None:
             f"layer {layer!r} has {size} x {size} matrices where {chunk} x {chunk} are expected; "
             "use one chunk size per layer, the same in calibration and simulation"
         )
-
-
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the arrays of a .npz or .safetensors file; pickles are never loaded.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, of another kind, or holds objects.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"cannot read {file}: no such file; pass a .npz or .safetensors file")
-    if file.suffix == ".npz":
-        return read_npz(file)
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    raise InputError(f"cannot read {file}: unknown kind {file.suffix!r}; use .npz or .safetensors")
-
-
-def read_npz(file: Path) -> dict[str, Any]:
-    """Return the arrays of a file that `numpy.savez` wrote, whatever its name.
-
-    Raises
-    ------
-    InputError
-        If it is damaged, of another kind, or holds objects.
-    """
-    try:
-        with file.open("rb") as handle, zipfile.ZipFile(handle):
-            handle.seek(0)
-            archive = np.load(handle, allow_pickle=False)
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # damaged archives raise anything from LZMAError to TokenError
-        raise InputError(f"cannot read {file}: {reason(error)}; write it with numpy.savez") from None
-
-
-def _read_safetensors(file: Path) -> dict[str, Any]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"cannot read {file} without safetensors; run: pip install 'qinvert[hf]'") from None
-    try:
-        return dict(load_file(file))
-    except Exception as error:  # the reader has error types of its own, and torch's
-        raise InputError(f"cannot read {file}: {reason(error)}; write it with safetensors") from None

@@ -16,9 +16,9 @@ import torch
 import qinvert
 from qinvert import recall
 from qinvert.errors import ExportError, VerificationError
-from qinvert.export.comparing import Verification
 from qinvert.export.runtimes import RUNTIMES, installed
 from qinvert.export.runtimes.subprocesses import interpreter
+from qinvert.export.verification.comparison import Verification
 from qinvert.profiles import PROFILES
 from qinvert.stress import STRESS, stress_matrices
 
@@ -43,7 +43,7 @@ importer leaves them. Not installed here, so without a row: {missing}.
 """
 NOTES = """
 * QNN: context binaries for Hexagon v73, v75 and v79 without CPU fallback, run in the x86 emulator. Hexagon does not round
-  as ONNX says, and for int8 and int4 plans whose products are native it is known bit for bit how (`qinvert.hexagon`):
+  as ONNX says, and for int8 and int4 plans whose products are native it is known bit for bit how (`qinvert.numerics.hexagon`):
   inputs become float16, are multiplied by a float16 reciprocal of the scale, and ties go away from zero; an accumulator
   is cut to a multiple of 2^k, the largest power of two below 1/8 step, the middle of what was cut off is added, the
   factor has 12 significant bits, and ties go up. `verify` simulates that (`simulate --rounding hexagon` does, too), so

@@ -14,7 +14,7 @@ import torch
 import qinvert
 from qinvert import recall
 from qinvert.calibration.heads import head_name
-from qinvert.calibration.surveying import SurveyRow, survey
+from qinvert.calibration.survey import SurveyRow, survey
 from qinvert.documents import markdown
 from qinvert.methods import banded_residual
 from qinvert.stress import from_keys
@@ -42,7 +42,7 @@ adds up there. One residual correction measures that rounding exactly in the acc
 FORMATS = """
 ## `auto` by format
 {table}
-Cost is in int8 multiply-accumulates a matrix (`qinvert.cost.plan_cost`); an int8x2 product counts as three int8
+Cost is in int8 multiply-accumulates a matrix (`qinvert.plan.cost.plan_cost`); an int8x2 product counts as three int8
 ones, an int16 one as four. int4 lies in int8 containers and costs what int8 costs. Plans of 16 bits are asked for
 60 dB here, the others for 20. `outlier` stays below 60 dB with 16 bits: its largest entry is 20 times the rest.
 """

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import qinvert
-from qinvert.models import load_pretrained, require_transformers
+from qinvert.pretrained import load_pretrained, require_transformers
 
 
 def docstrings() -> Iterator[str]:

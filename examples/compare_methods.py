@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import qinvert
-from qinvert.program import Program
+from qinvert.program.program import Program
 from qinvert.stress import STRESS, stress_matrices
 
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qinvert import recall
-from qinvert.calibration.hooks import run_model
-from qinvert.models import require_transformers
+from qinvert.calibration.patching import run_model
+from qinvert.pretrained import require_transformers
 
 
 def build_model(seed: int) -> Any:

@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qinvert.export.linting import Finding as Finding
-    from qinvert.export.linting import lint as lint
+    from qinvert.export.rules.lint import Finding as Finding
+    from qinvert.export.rules.lint import lint as lint
 
 if __name__ != "qinvert.export":
     raise ImportError("this folder is the package qinvert.export; write `import qinvert.export`")
@@ -22,9 +22,9 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use, as the verbs of the package above.
     if name not in ("Finding", "lint"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are Finding and lint")
-    from qinvert.export import linting
+    from qinvert.export.rules import lint
 
-    return getattr(linting, name)
+    return getattr(lint, name)
 
 
 class _CallablePackage(ModuleType):

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from qinvert.errors import ExportError, lookup
-from qinvert.export.structure import Grid, Structure
+from qinvert.export.rules.graph_index import Grid, Structure
 from qinvert.version import __version__
 
 #: What a style makes of the quantized tensors.

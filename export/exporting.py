@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import Final, cast
+from typing import cast
 
 import onnx
 
-from qinvert import plan_io
-from qinvert.arithmetic import is_power_of_two
 from qinvert.errors import ExportError
-from qinvert.export.graph import GraphBuilder
-from qinvert.export.integer import IntegerLowering
 from qinvert.export.interface import GraphInput, GraphOutput, Interface
-from qinvert.export.keys import matrix_from_keys
-from qinvert.export.linting import find_faults
-from qinvert.export.lowering import GraphLowering
-from qinvert.export.qdq import QdqLowering
-from qinvert.export.qlinear import QLinearLowering
+from qinvert.export.lowering.lower import lower
+from qinvert.export.metadata import describe, layer_metadata, provenance
+from qinvert.export.rules.lint import find_faults
 from qinvert.files import write_atomically
-from qinvert.plan import LayerPlan, Plan
-from qinvert.profiles import Lowering, Profile, find_profile
-from qinvert.steps import BETA, MIN_BETA, Rescale
-from qinvert.version import __version__
-
-#: How each kind of graph is written.
-LOWERINGS: Final[dict[Lowering, type[GraphLowering]]] = {
-    Lowering.QDQ: QdqLowering,
-    Lowering.INTEGER: IntegerLowering,
-    Lowering.QLINEAR: QLinearLowering,
-}
+from qinvert.plan.plan import Plan
+from qinvert.profiles import Profile, find_profile
 
 
 def export(
@@ -64,7 +49,7 @@ def export(
         ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
         ``[1, batch, C, key_size]`` (as it enters the product: normalize
         first), ``beta`` and ``g`` (log decay of each token, <= 0), both ``[1,
-        batch, C, 1]``, and builds L in float32: `qinvert.export.keys`.
+        batch, C, 1]``, and builds L in float32: `qinvert.export.lowering.keys`.
     output : {"T", "integers"}
         ``"integers"`` returns the integers of the program's result instead, as
         the profile stores them: ``S`` of ``T = I + S``, ``W`` of ``T = I +
@@ -142,93 +127,10 @@ def profile_for(plan: Plan, name: str | None) -> Profile:
     return find_profile(plan.target if name is None else name)
 
 
-def provenance(plan: Plan, profile: Profile) -> dict[str, str]:
-    """Metadata about a whole file."""
-    return {
-        "qinvert.version": __version__,
-        "qinvert.profile": profile.name,
-        "qinvert.plan_sha256": plan_io.sha256(plan),
-    }
-
-
-def layer_metadata(name: str, plan: LayerPlan, profile: Profile, interface: Interface) -> dict[str, str]:
-    """Metadata about one layer."""
-    return {
-        "qinvert.layer": name,
-        "qinvert.program": plan.program.title,
-        "qinvert.requantize": str(plan.requantize),
-        **interface.metadata(plan, profile.storage_of(plan.output.format).zero_point),
-    }
-
-
-def describe(plan: LayerPlan, interface: Interface) -> str:
-    """One line for readers of a graph."""
-    sign = "-" if interface.input is GraphInput.M else "+"
-    matrix = "M" if interface.input is GraphInput.M else "L"
-    return f"T = (I {sign} {matrix})^-1, {plan}"
-
-
 def serialize(model: onnx.ModelProto) -> bytes:
     """Return the file content; equal models give equal bytes."""
     content: bytes = model.SerializeToString(deterministic=True)
     return content
-
-
-def lower(plan: LayerPlan, profile: Profile, interface: Interface) -> GraphBuilder:
-    """Return the graph of one layer under ``profile``; nothing is written.
-
-    Raises
-    ------
-    ExportError
-        If the profile cannot express the plan.
-    """
-    _require(profile, plan)
-    graph = GraphBuilder()
-    lowering = LOWERINGS[profile.lowering](plan, profile, interface, graph)
-    for name, shape in interface.inputs(plan).items():
-        graph.input(name, shape)
-    tensor, factors = _matrix(graph, plan, interface), ""
-    if plan.program.vectors:
-        # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.  Where L
-        # comes from keys it was a product with beta just before; what the simulator is
-        # given are L and beta, and a beta below the smallest one must scale K as it does there.
-        column = interface.inputs(plan)[BETA]
-        given = [BETA, graph.scalar("smallest_beta", MIN_BETA)]
-        factors = graph.node("Max", given, "beta/floored", column)
-        tensor = graph.node("Div", [tensor, factors], "K", interface.square(plan))
-    lowering.run(tensor, interface.output_name(plan), factors)
-    graph.output(interface.output_name(plan))
-    return graph
-
-
-def _matrix(graph: GraphBuilder, plan: LayerPlan, interface: Interface) -> str:
-    """Append what makes M of the graph's inputs, and return its name."""
-    if interface.input is GraphInput.M:
-        return "M"
-    if interface.input is GraphInput.KEYS:
-        return matrix_from_keys(graph, plan, interface)
-    return graph.node("Mul", ["L", graph.scalar("minus_one", -1.0)], "M/negated", interface.square(plan))
-
-
-def _require(profile: Profile, plan: LayerPlan) -> None:
-    for tensor, quantization in plan.tensors.items():
-        if quantization.format not in profile.formats:
-            names = ", ".join(f.name for f in profile.formats)
-            raise ExportError(
-                f"profile {profile.name!r} takes {names}; tensor {tensor!r} is {quantization.format}; "
-                "calibrate with other bits or choose another profile"
-            )
-        if profile.power_of_two_scales and not is_power_of_two(quantization.scale):
-            raise ExportError(
-                f"profile {profile.name!r} takes power-of-two scales only; tensor {tensor!r} has "
-                f"{quantization.scale!r}; calibrate with scales='pow2' or choose another profile"
-            )
-    for step in plan.program.steps:
-        if isinstance(step, Rescale) and profile.power_of_two_scales and not is_power_of_two(step.factor):
-            raise ExportError(
-                f"profile {profile.name!r} takes power-of-two scales only; step {step.output!r} has the "
-                f"factor {step.factor!r}; choose another profile or method"
-            )
 
 
 def ensure(profile: Profile, model: onnx.ModelProto) -> None:

@@ -12,9 +12,9 @@ import onnx
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
-from qinvert.plan import LayerPlan
+from qinvert.plan.plan import LayerPlan
 from qinvert.profiles import Profile
-from qinvert.steps import BETA
+from qinvert.program.steps import BETA
 
 #: Largest batch: more matrices than that overflow a graph's constants.
 MAX_BATCH: Final = 65536

@@ -11,9 +11,9 @@ import torch
 from qinvert.calibration.calibrate import calibrate
 from qinvert.errors import ExportError, MissingDependencyError
 from qinvert.export.exporting import profile_for
-from qinvert.export.models import plain_experts
-from qinvert.export.tracing import attach_functions, forget_sources, require_onnx_ir, traceable
-from qinvert.plan import Plan
+from qinvert.export.whole_models.export_model import plain_experts
+from qinvert.export.whole_models.tracing import attach_functions, forget_sources, require_onnx_ir, traceable
+from qinvert.plan.plan import Plan
 
 try:
     from transformers.exporters.configs import ExportFormat

@@ -17,20 +17,20 @@ from qinvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qinvert.calibration.calibrate import calibrate as calibrate
-    from qinvert.calibration.capturing import capture as capture
-    from qinvert.calibration.capturing import capture_details as capture_details
-    from qinvert.calibration.evaluation import Evaluation as Evaluation
-    from qinvert.calibration.evaluation import LayerErrors as LayerErrors
-    from qinvert.calibration.evaluation import compare as compare
-    from qinvert.calibration.evaluation import evaluate as evaluate
+    from qinvert.calibration.capture import capture as capture
+    from qinvert.calibration.capture import capture_details as capture_details
+    from qinvert.calibration.data.token_data import TokenData as TokenData
+    from qinvert.calibration.evaluate import Evaluation as Evaluation
+    from qinvert.calibration.evaluate import LayerErrors as LayerErrors
+    from qinvert.calibration.evaluate import compare as compare
+    from qinvert.calibration.evaluate import evaluate as evaluate
     from qinvert.calibration.growth import RangeGrowth as RangeGrowth
     from qinvert.calibration.growth import range_growth as range_growth
-    from qinvert.calibration.hooks import patched as patched
-    from qinvert.calibration.reports import LayerReport as LayerReport
-    from qinvert.calibration.reports import Report as Report
-    from qinvert.calibration.reports import simulate as simulate
-    from qinvert.calibration.token_data import TokenData as TokenData
-    from qinvert.delta_rule import chunk_gated_delta_rule as chunk_gated_delta_rule
+    from qinvert.calibration.patching import patched as patched
+    from qinvert.calibration.simulate import LayerReport as LayerReport
+    from qinvert.calibration.simulate import Report as Report
+    from qinvert.calibration.simulate import simulate as simulate
+    from qinvert.delta_rule.rule import chunk_gated_delta_rule as chunk_gated_delta_rule
     from qinvert.errors import ExportError as ExportError
     from qinvert.errors import InputError as InputError
     from qinvert.errors import MissingDependencyError as MissingDependencyError
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from qinvert.errors import ProgramError as ProgramError
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
-    from qinvert.export.comparing import Verification as Verification
-    from qinvert.export.grafting import graft as graft
-    from qinvert.export.layers import export_layers as export_layers
-    from qinvert.export.models import export_model as export_model
-    from qinvert.export.verifying import verify as verify
+    from qinvert.export.functions import export_layers as export_layers
+    from qinvert.export.verification.comparison import Verification as Verification
+    from qinvert.export.verification.verify import verify as verify
+    from qinvert.export.whole_models.export_model import export_model as export_model
+    from qinvert.export.whole_models.graft import graft as graft
     from qinvert.formats import IntFormat as IntFormat
     from qinvert.matrices import exact_inverse as exact_inverse
     from qinvert.methods.banded_residual import banded_residual as banded_residual
@@ -52,53 +52,53 @@ if TYPE_CHECKING:
     from qinvert.methods.neumann import neumann as neumann
     from qinvert.methods.neumann_doubling import neumann_doubling as neumann_doubling
     from qinvert.methods.newton_schulz import newton_schulz as newton_schulz
-    from qinvert.plan import LayerPlan as LayerPlan
-    from qinvert.plan import Plan as Plan
-    from qinvert.program import Program as Program
-    from qinvert.quantization import Quantization as Quantization
+    from qinvert.plan.plan import LayerPlan as LayerPlan
+    from qinvert.plan.plan import Plan as Plan
+    from qinvert.plan.quantization import Quantization as Quantization
+    from qinvert.program.program import Program as Program
 
 #: Public name -> module that defines it.
 _HOMES = {
-    "Evaluation": "calibration.evaluation",
+    "Evaluation": "calibration.evaluate",
     "ExportError": "errors",
     "InputError": "errors",
     "IntFormat": "formats",
-    "LayerErrors": "calibration.evaluation",
-    "LayerPlan": "plan",
-    "LayerReport": "calibration.reports",
+    "LayerErrors": "calibration.evaluate",
+    "LayerPlan": "plan.plan",
+    "LayerReport": "calibration.simulate",
     "MissingDependencyError": "errors",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "PlanError": "errors",
-    "Program": "program",
+    "Program": "program.program",
     "ProgramError": "errors",
     "QInvertError": "errors",
-    "Quantization": "quantization",
+    "Quantization": "plan.quantization",
     "RangeGrowth": "calibration.growth",
-    "Report": "calibration.reports",
-    "TokenData": "calibration.token_data",
-    "Verification": "export.comparing",
+    "Report": "calibration.simulate",
+    "TokenData": "calibration.data.token_data",
+    "Verification": "export.verification.comparison",
     "VerificationError": "errors",
     "banded_residual": "methods",
     "block_merge": "methods",
     "calibrate": "calibration.calibrate",
-    "capture": "calibration.capturing",
-    "capture_details": "calibration.capturing",
-    "chunk_gated_delta_rule": "delta_rule",
+    "capture": "calibration.capture",
+    "capture_details": "calibration.capture",
+    "chunk_gated_delta_rule": "delta_rule.rule",
     "column_sweep": "methods",
-    "compare": "calibration.evaluation",
-    "evaluate": "calibration.evaluation",
+    "compare": "calibration.evaluate",
+    "evaluate": "calibration.evaluate",
     "exact_inverse": "matrices",
-    "export_layers": "export.layers",
-    "export_model": "export.models",
+    "export_layers": "export.functions",
+    "export_model": "export.whole_models.export_model",
     "forward_substitution": "methods",
-    "graft": "export.grafting",
+    "graft": "export.whole_models.graft",
     "neumann": "methods",
     "neumann_doubling": "methods",
     "newton_schulz": "methods",
-    "patched": "calibration.hooks",
+    "patched": "calibration.patching",
     "range_growth": "calibration.growth",
-    "simulate": "calibration.reports",
-    "verify": "export.verifying",
+    "simulate": "calibration.simulate",
+    "verify": "export.verification.verify",
 }
 #: Packages that are public by themselves; ``export`` is also a verb.
 _PACKAGES = ("calibration", "export", "stress")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from qinvert.errors import InputError
-from qinvert.steps import MAX_BETA, MIN_BETA, check_chunk
+from qinvert.program.steps import MAX_BETA, MIN_BETA, check_chunk
 
 Array: TypeAlias = npt.NDArray[np.floating]
 Matrices: TypeAlias = "torch.Tensor | Array"

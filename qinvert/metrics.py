@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qinvert import arithmetic
-from qinvert.execute import assemble, program_inputs
+from qinvert.execution.inputs import assemble, program_inputs
 from qinvert.matrices import solve
-from qinvert.plan import LayerPlan, Quantization
-from qinvert.steps import BETA, INPUT
+from qinvert.numerics import rounding
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization
+from qinvert.program.steps import BETA, INPUT
 
 
 @dataclass(slots=True)
@@ -135,5 +136,5 @@ def floor_inverse(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | Non
 
 
 def _on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
-    integers = arithmetic.quantize(values, grid.scale, grid.format)
-    return arithmetic.dequantize(integers, grid.scale, grid.format)
+    integers = rounding.quantize(values, grid.scale, grid.format)
+    return rounding.dequantize(integers, grid.scale, grid.format)

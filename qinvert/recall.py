@@ -16,7 +16,7 @@ import torch
 
 from qinvert.checks import check_integer, check_seed
 from qinvert.errors import InputError
-from qinvert.models import load_pretrained
+from qinvert.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 
 from qinvert.checks import check_integer, check_seed
+from qinvert.delta_rule.from_keys import from_keys as from_keys
 from qinvert.errors import InputError, lookup
-from qinvert.gram import from_keys as from_keys
-from qinvert.steps import check_chunk
+from qinvert.program.steps import check_chunk
 
 Generator = Callable[[int, int, int], torch.Tensor]
 

@@ -13,8 +13,9 @@ import qinvert
 from qinvert.formats import INT8
 from qinvert.methods import block_merge
 from qinvert.metrics import ErrorStatistics, NoiseStatistics, floor_inverse
-from qinvert.plan import LayerPlan, Quantization, Requantize
-from qinvert.program import Program
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.program import Program
 from qinvert.stress import stress_matrices
 
 

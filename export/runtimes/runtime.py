@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
-from qinvert.simulator import Rounding
+from qinvert.numerics.law import Rounding
 
 #: Inputs of one call by name.
 Feed: TypeAlias = Mapping[str, npt.NDArray[Any]]

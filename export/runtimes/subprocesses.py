@@ -25,7 +25,7 @@ import numpy as np
 
 from qinvert.errors import ExportError
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
-from qinvert.simulator import Rounding
+from qinvert.numerics.law import Rounding
 
 PROGRAMS: Final = Path(__file__).parent / "programs"
 #: Lines of a program's complaint that an error repeats.

@@ -8,14 +8,17 @@ from typing import Any, NoReturn
 
 import click
 
+from qinvert.cli.calibrate import calibrate
 from qinvert.cli.common import printable
 from qinvert.cli.demo import demo
-from qinvert.cli.graphs import export
-from qinvert.cli.models import export_model, graft
-from qinvert.cli.planning import calibrate
-from qinvert.cli.plans import evaluate, inspect, simulate
+from qinvert.cli.evaluate import evaluate
+from qinvert.cli.export import export
+from qinvert.cli.export_model import export_model
+from qinvert.cli.graft import graft
+from qinvert.cli.inspect import inspect
 from qinvert.cli.profiles import profiles
-from qinvert.cli.verifying import verify
+from qinvert.cli.simulate import simulate
+from qinvert.cli.verify import verify
 from qinvert.errors import QInvertError
 from qinvert.version import __version__
 

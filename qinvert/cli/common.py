@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qinvert import recall
-from qinvert.calibration.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData, with_options
-from qinvert.calibration.tokens import holds_tokens
+from qinvert.calibration.data.token_batches import holds_tokens
+from qinvert.calibration.data.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData, with_options
 from qinvert.checks import MAX_SEED, check_decibels
 from qinvert.documents import to_document
 from qinvert.errors import InputError
-from qinvert.models import load_pretrained, require_transformers
-from qinvert.plan import Plan
+from qinvert.plan.plan import Plan
+from qinvert.pretrained import load_pretrained, require_transformers
 
 
 class Decibels(click.ParamType[float]):

@@ -10,18 +10,18 @@ import torch
 
 from qinvert import recall
 from qinvert.calibration.calibrate import calibrate
-from qinvert.calibration.capturing import capture
-from qinvert.calibration.evaluation import compare
+from qinvert.calibration.capture import capture
+from qinvert.calibration.evaluate import compare
 from qinvert.calibration.growth import range_growth
-from qinvert.calibration.reports import simulate
+from qinvert.calibration.simulate import simulate
+from qinvert.cli.calibrate import show_choices
 from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
-from qinvert.cli.graphs import PLAN_FILE, export_all
-from qinvert.cli.planning import show_choices
-from qinvert.cli.plans import growth_to_dict, show_growth
-from qinvert.export.comparing import Verification
-from qinvert.export.verifying import verify
+from qinvert.cli.export import PLAN_FILE, export_all
+from qinvert.cli.inspect import growth_to_dict, show_growth
+from qinvert.export.verification.comparison import Verification
+from qinvert.export.verification.verify import verify
 from qinvert.methods.banded_residual import banded_residual
-from qinvert.plan import Plan
+from qinvert.plan.plan import Plan
 
 #: Seeds of the two data sets.
 CALIBRATION_SEED, TEST_SEED = 0, 1

@@ -6,7 +6,7 @@ flash-linear-attention's layout and arguments it also replaces that library's
 function of the same name.  Importing this package does not import Triton.
 """
 
-from qinvert.kernels.floating import Precision as Precision
-from qinvert.kernels.solving import solve_tril as solve_tril
+from qinvert.kernels.dispatch import solve_tril as solve_tril
+from qinvert.kernels.float_ops import Precision as Precision
 
 __all__ = ["Precision", "solve_tril"]

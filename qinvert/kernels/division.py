@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from qinvert import arithmetic
 from qinvert.formats import INT8
+from qinvert.numerics import scales
 
 #: Neighbours of every tie that are tried on either side, in float32 steps.
 NEIGHBOURS: Final = 4
@@ -25,7 +25,7 @@ def residual_steps(scale: float) -> int:
     quotient, so that another integer than the right one can only come out
     next to a tie: every tie that int8 knows is tried with its neighbours.
     """
-    if arithmetic.is_power_of_two(scale):
+    if scales.is_power_of_two(scale):
         return 0
     return 1 if _is_right_after_one_step(np.float32(scale)) else 2
 

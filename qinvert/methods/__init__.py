@@ -12,7 +12,7 @@ from qinvert.methods.forward_substitution import forward_substitution
 from qinvert.methods.neumann import neumann
 from qinvert.methods.neumann_doubling import neumann_doubling
 from qinvert.methods.newton_schulz import newton_schulz
-from qinvert.program import Program
+from qinvert.program.program import Program
 
 _ALL: tuple[Callable[..., Program], ...] = (
     block_merge,

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qinvert.program import Program
-from qinvert.steps import Add, Axis, Concat, Constant, Mask, MatMul, Range, Rescale, Scale, Slice, Step
+from qinvert.program.program import Program
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Concat,
+    Constant,
+    Mask,
+    MatMul,
+    Range,
+    Rescale,
+    Scale,
+    Slice,
+    Step,
+)
 
 
 class Builder:

@@ -8,8 +8,8 @@ from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
 from qinvert.methods.block_merge import PROVED
-from qinvert.program import Program
-from qinvert.steps import INPUT, Constant, check_chunk
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, Constant, check_chunk
 
 #: Largest float16: the default order keeps the worst sum of powers below it.
 LARGEST_HALF = 65504

@@ -7,8 +7,8 @@ from enum import StrEnum
 from qinvert.checks import check_integer, check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
-from qinvert.program import Program
-from qinvert.steps import BETA, INPUT, Axis, Constant, check_chunk
+from qinvert.program.program import Program
+from qinvert.program.steps import BETA, INPUT, Axis, Constant, check_chunk
 
 #: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta); |K|, |W| and |Y|
 #: of a factored one below it as it is.

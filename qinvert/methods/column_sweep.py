@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qinvert.methods._builder import Builder
 from qinvert.methods.block_merge import PROVED
-from qinvert.program import Program
-from qinvert.steps import INPUT, Constant, check_chunk
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, Constant, check_chunk
 
 
 def column_sweep(chunk: int) -> Program:

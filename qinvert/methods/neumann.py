@@ -5,8 +5,8 @@ from __future__ import annotations
 from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
-from qinvert.program import Program
-from qinvert.steps import INPUT, check_chunk
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, check_chunk
 
 
 def neumann(chunk: int, order: int | None = None) -> Program:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qinvert.methods._builder import Builder
-from qinvert.program import Program
-from qinvert.steps import INPUT, check_chunk
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, check_chunk
 
 
 def neumann_doubling(chunk: int) -> Program:

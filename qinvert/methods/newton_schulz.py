@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qinvert.arithmetic import float32
 from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
-from qinvert.program import Program
-from qinvert.steps import INPUT, check_chunk
+from qinvert.numerics.scales import float32
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, check_chunk
 
 #: More iterations change nothing at any legal chunk size.
 MAX_ITERATIONS = 64

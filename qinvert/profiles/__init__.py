@@ -26,7 +26,6 @@ def _discover() -> dict[str, Profile]:
 #: Every profile by its name.
 PROFILES: dict[str, Profile] = _discover()
 
-
 #: Where no target is given: the first of these that takes the format.
 DEFAULT_TARGETS = ("npu-qdq-int8", "npu-qdq-int4", "npu-qdq-int16", "int-ops")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qinvert.accumulators import FLOAT32_EXACT
 from qinvert.formats import INT8, IntFormat
-from qinvert.plan import Requantize
+from qinvert.numerics.accumulators import FLOAT32_EXACT
+from qinvert.plan.quantization import Requantize
 
 
 class Lowering(StrEnum):

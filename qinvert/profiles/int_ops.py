@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qinvert.formats import INT4, INT8, INT8X2
-from qinvert.plan import Requantize
+from qinvert.plan.quantization import Requantize
 from qinvert.profiles._profile import Lowering, Profile
 
 PROFILE = Profile(

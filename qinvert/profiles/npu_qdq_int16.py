@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qinvert.accumulators import INT32_LIMIT
 from qinvert.formats import INT8, INT16
-from qinvert.plan import Requantize
+from qinvert.numerics.accumulators import INT32_LIMIT
+from qinvert.plan.quantization import Requantize
 from qinvert.profiles._profile import Lowering, Profile
 from qinvert.profiles.npu_qdq_int8 import PROFILE as INT8_PROFILE
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qinvert.formats import INT8
-from qinvert.plan import Requantize
+from qinvert.plan.quantization import Requantize
 from qinvert.profiles._profile import Lowering, Profile
 
 PROFILE = Profile(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qinvert.formats import INT8
-from qinvert.plan import Requantize
+from qinvert.plan.quantization import Requantize
 from qinvert.profiles._profile import Lowering, Profile
 from qinvert.profiles.int_ops import PROFILE as INT_OPS
 

@@ -7,20 +7,22 @@ import pytest
 import torch
 
 import qinvert
-from qinvert import plan_io, recall
-from qinvert.calibration.observers import LayerObserver, MatrixSample
-from qinvert.calibration.residues import settle_residues
-from qinvert.calibration.scales import scale_groups
-from qinvert.calibration.sensitivity import measure_sensitivities
+from qinvert import recall
+from qinvert.calibration.observation.statistics import LayerObserver, MatrixSample
+from qinvert.calibration.planning.rounding_noise import settle_residues
+from qinvert.calibration.planning.scales import scale_groups
+from qinvert.calibration.planning.sensitivity import measure_sensitivities
 from qinvert.calibration.sources import open_source, open_with_beta
 from qinvert.errors import InputError, ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.matrices import SolvedInverse
 from qinvert.methods import block_merge
-from qinvert.plan import LayerPlan, Quantization, Requantize
-from qinvert.program import Program
-from qinvert.simulator import simulate_inverse
-from qinvert.steps import MIN_BETA, Axis, Constant, Mask, MatMul, Scale
+from qinvert.plan import serialization
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.program import Program
+from qinvert.program.steps import MIN_BETA, Axis, Constant, Mask, MatMul, Scale
+from qinvert.simulation import simulate_inverse
 from qinvert.stress import from_keys, unit_keys
 
 GATES = Path(__file__).parents[3] / "shared" / "data" / "gates"
@@ -114,12 +116,12 @@ def test_a_factored_plan_takes_beta_and_says_so(method):
     assert plan.layer().program.parameters["factored"] is True
     assert set(plan.layer().tensors) == set(plan.layer().program.tensors)
     assert "beta" in plan.layer().tensors
-    assert plan_io.from_bytes(plan_io.to_bytes(plan)) == plan
+    assert serialization.from_bytes(serialization.to_bytes(plan)) == plan
 
 
 def test_a_plain_plan_neither_needs_nor_mentions_beta():
     with_beta, without = qinvert.calibrate((LOWER, BETA)), qinvert.calibrate(LOWER)
-    assert plan_io.to_bytes(with_beta) == plan_io.to_bytes(without)
+    assert serialization.to_bytes(with_beta) == serialization.to_bytes(without)
     assert "factored" not in with_beta.provenance
 
 

@@ -7,10 +7,10 @@ import torch
 from tiny_models import CONFIGS, VOCABULARY, build
 
 import qinvert
-from qinvert.calibration.hooks import ATTRIBUTE_NAME, FAMILIES, GLOBAL_NAMES, delta_layers, run_model
+from qinvert.calibration.patching import ATTRIBUTE_NAME, FAMILIES, GLOBAL_NAMES, delta_layers, run_model
 from qinvert.errors import InputError
 from qinvert.matrices import check_beta, check_matrices
-from qinvert.models import load_pretrained
+from qinvert.pretrained import load_pretrained
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qinvert.calibration.sources import DEFAULT_LAYER, open_source, read_arrays
-from qinvert.calibration.tokens import token_batches
+from qinvert.calibration.data.arrays import read_arrays
+from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.sources import DEFAULT_LAYER, open_source
 from qinvert.errors import InputError
 from qinvert.stress import stress_matrices
 

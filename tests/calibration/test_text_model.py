@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qinvert
-from qinvert.models import load_pretrained
+from qinvert.pretrained import load_pretrained
 
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "bytes-2m"
 SIZE = {"num_samples": 8, "seq_len": 512}

@@ -13,7 +13,7 @@ import torch
 import qinvert
 from qinvert.errors import ExportError, PlanError
 from qinvert.methods import METHODS
-from qinvert.plan import Quantization
+from qinvert.plan.quantization import Quantization
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 

@@ -12,7 +12,7 @@ import qinvert
 from qinvert.errors import ExportError, InputError, VerificationError
 from qinvert.methods import block_merge
 from qinvert.profiles import PROFILES
-from qinvert.steps import MIN_BETA
+from qinvert.program.steps import MIN_BETA
 from qinvert.stress import from_keys, unit_keys
 
 

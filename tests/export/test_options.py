@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 import qinvert
 from qinvert.errors import ExportError, InputError, PlanError, VerificationError
-from qinvert.export import keys, layers, lint
+from qinvert.execution.simulator import simulate_integers
+from qinvert.export import functions, lint
 from qinvert.export.exporting import build, serialize
+from qinvert.export.functions import function_names, layer_function
 from qinvert.export.interface import Interface
-from qinvert.export.layers import function_names, layer_function
+from qinvert.export.lowering import keys
 from qinvert.export.reading import inlined
 from qinvert.profiles import PROFILES
-from qinvert.simulator import simulate_integers
-from qinvert.steps import MIN_BETA
+from qinvert.program.steps import MIN_BETA
 from qinvert.stress import from_keys, stress_keys, stress_matrices
 
 BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
@@ -220,7 +221,7 @@ def test_bodies_of_functions_read_like_graphs(tmp_path):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_an_open_batch_takes_any_number_of_matrices(profile, method):
     plan = many(profile, method)
-    model = layers.build_layers(plan, batch=None)
+    model = functions.build_layers(plan, batch=None)
     sizes = {value.name: value.type.tensor_type.shape.dim[1].dim_param for value in model.graph.input}
     assert set(sizes.values()) == {"batch"}
     for count in (1, 3, 8):
@@ -232,7 +233,7 @@ def test_an_open_batch_takes_any_number_of_matrices(profile, method):
 def test_functions_take_keys_and_return_integers(batch):
     plan, data = planned("npu-qdq-int8", 16, factored=True), keyed(16)
     options = {"input": "keys", "key_size": SIZE, "output": "integers"}
-    model = layers.build_layers(plan, batch=batch, **options)
+    model = functions.build_layers(plan, batch=batch, **options)
     (found,) = session(model).run(None, {f"layer/{name}": x for name, x in feed(data).items()})
     (single,) = session(build(plan, batch=16, **options)).run(None, feed(data))
     assert np.array_equal(found, single)
@@ -399,7 +400,7 @@ def test_floats_in_a_graph_from_l_are_no_prologue():
 
 
 def test_constants_of_functions_may_not_lie_outside():
-    model = layers.build_layers(many("int-ops"))
+    model = functions.build_layers(many("int-ops"))
     node = next(n for n in model.functions[0].node if n.op_type == "Constant")
     tensor = node.attribute[0].t
     tensor.ClearField("raw_data")

@@ -11,7 +11,7 @@ import qinvert
 from qinvert.errors import ExportError, PlanError
 from qinvert.export.exporting import build, serialize
 from qinvert.export.runtimes import RUNTIMES
-from qinvert.plan import Requantize
+from qinvert.plan.quantization import Requantize
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import qinvert
-from qinvert.kernels import Precision, launching, solve_tril, solving
-from qinvert.kernels.kernel import float_kernel, integer_kernel
-from qinvert.simulator import simulate_batched, simulate_counting
+from qinvert.execution.simulator import simulate_batched
+from qinvert.kernels import Precision, launch, solve_tril
+from qinvert.kernels.generator import float_kernel, integer_kernel
+from qinvert.simulation import simulate_counting
 from qinvert.stress import STRESS, stress_matrices
 
 CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and launching.missing() is None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and launch.missing() is None
 DEVICE = "cuda" if CUDA else "cpu"
 
 pytestmark = pytest.mark.skipif(
@@ -101,7 +102,7 @@ def test_counts_of_saturated_values_equal_the_simulator(monkeypatch):
     lower = 3 * everything(32, 1)
     plan = qinvert.calibrate(lower / 3, bits="8x2", min_sqnr_db=0).layer()
     expected = simulate_counting(plan, lower)
-    result, counts = solving.fused_inverse(plan, lower.to(DEVICE), count=True)
+    result, counts = solve_tril.fused_inverse(plan, lower.to(DEVICE), count=True)
     assert torch.equal(result.cpu(), expected[0])
     assert counts == expected[1]
     assert counts
@@ -134,12 +135,12 @@ def test_every_element_is_written_and_no_other(ends, planned):
     memory = torch.full((A.numel() + 2048,), float("nan"), device=DEVICE)
     result = memory[1024:-1024].view(A.shape)
     cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    table = None if ends is None else solving.chunk_table(cu_seqlens, chunk)
-    launching.launch(generated, A, result, cu_seqlens, table)
+    table = None if ends is None else solve_tril.chunk_table(cu_seqlens, chunk)
+    launch.launch(generated, A, result, cu_seqlens, table)
     assert torch.isnan(memory[:1024]).all()
     assert torch.isnan(memory[-1024:]).all()
     expected = torch.empty_like(result, device="cpu")
-    solving._solve_batched(
+    solve_tril._solve_batched(
         A.cpu(), *(t if t is None else t.cpu() for t in (cu_seqlens, table)), plan, expected
     )
     if planned:
@@ -169,8 +170,8 @@ def test_plans_and_patches_use_the_kernel_by_themselves(monkeypatch, caplog):
     lower = everything(64, 2)
     plan = qinvert.calibrate(lower, bits=8, min_sqnr_db=0)
     launches = []
-    original = launching.launch
-    monkeypatch.setattr(launching, "launch", lambda *a, **k: launches.append(1) or original(*a, **k))
+    original = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *a, **k: launches.append(1) or original(*a, **k))
     assert torch.equal(plan.layer().inverse(lower.cuda()).cpu(), plan.layer().inverse(lower))
     (on_device,) = qinvert.simulate(plan, lower.cuda()).layers.values()
     assert len(launches) == 2
@@ -184,7 +185,7 @@ def test_plans_and_patches_use_the_kernel_by_themselves(monkeypatch, caplog):
 def test_other_plans_fall_back_with_one_line(caplog):
     lower = everything(32, 1)
     plan = qinvert.calibrate(lower, bits=16, min_sqnr_db=0).layer()
-    solving._told.clear()
+    solve_tril._told.clear()
     for _ in range(2):
         assert torch.equal(plan.inverse(lower.cuda()).cpu(), plan.inverse(lower))
     assert len(caplog.records) == 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qinvert.errors import ProgramError
 from qinvert.methods import banded_residual
-from qinvert.steps import MatMul
+from qinvert.program.steps import MatMul
 from qinvert.stress import MAX_BETA, stress_matrices, unit_keys
 
 SETTINGS = [(16, 1, 1), (16, 3, 1), (16, 3, 2), (16, 2, 3), (32, 4, 3), (32, 1, 7), (64, 3, 8), (64, 7, 5)]

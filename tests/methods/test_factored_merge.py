@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 import qinvert
 from qinvert.errors import ProgramError
 from qinvert.methods import block_merge
-from qinvert.steps import MIN_BETA, Add, MatMul, Scale
+from qinvert.program.steps import MIN_BETA, Add, MatMul, Scale
 from qinvert.stress import MAX_BETA, from_keys, stress_matrices, unit_keys
 
 

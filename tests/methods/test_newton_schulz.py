@@ -6,7 +6,7 @@ import torch
 
 from qinvert.errors import ProgramError
 from qinvert.methods import newton_schulz
-from qinvert.steps import INPUT, Rescale
+from qinvert.program.steps import INPUT, Rescale
 from qinvert.stress import STRESS, stress_matrices
 
 

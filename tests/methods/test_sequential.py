@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qinvert.methods import column_sweep, forward_substitution
-from qinvert.steps import MatMul
+from qinvert.program.steps import MatMul
 from qinvert.stress import MAX_BETA, STRESS, stress_matrices
 
 every_method = pytest.mark.parametrize(

@@ -1,0 +1,188 @@
+"""Streams the triangular systems of a model's delta-rule layers, without keeping activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.patching import patched_by_layer, run_model
+from qinvert.checks import check_seed
+from qinvert.delta_rule.chunks import DeltaChunks
+from qinvert.errors import InputError
+from qinvert.matrices import SolvedInverse
+
+
+class Detail(StrEnum):
+    """What `capture_details` can keep beside L."""
+
+    #: beta, ``[batch, heads, chunks, C]``.
+    BETA = "beta"
+    #: ``<k_i, k_j>``, ``[batch, heads, chunks, C, C]``.
+    GRAM = "gram"
+    #: ``beta v`` and ``beta k exp(G)``, ``[batch, heads, chunks, C, D]``: what T is multiplied with.
+    RIGHT_HAND_SIDES = "right_hand_sides"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Captured:
+    """The systems of one layer in one forward pass; what was not asked for is None."""
+
+    #: Name of the layer's module.
+    layer: str
+    #: L, ``[batch, heads, chunks, C, C]``.
+    lower: torch.Tensor
+    #: See `Detail.BETA`.
+    beta: torch.Tensor | None = None
+    #: See `Detail.GRAM`.
+    gram: torch.Tensor | None = None
+    #: See `Detail.RIGHT_HAND_SIDES`.
+    right_hand_sides: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def capture(
+    model: torch.nn.Module,
+    data: Any,
+    *,
+    share: float = 1.0,
+    seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream ``(layer, L)`` from the model's forward passes over ``data``.
+
+    Holds the matrices of one batch at a time.
+
+    Parameters
+    ----------
+    model, data, share, seed, num_samples, seq_len
+        See `capture_details`.
+
+    Yields
+    ------
+    tuple
+        The layer's name and L ``[batch, heads, chunks, C, C]``.
+    """
+    tokens = with_options(data, num_samples, seq_len, seed)
+    for item in capture_details(model, tokens, share=share, seed=seed):
+        yield item.layer, item.lower
+
+
+def capture_details(
+    model: torch.nn.Module,
+    data: Any,
+    *,
+    details: Collection[str] = (),
+    share: float = 1.0,
+    seed: int = 0,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+) -> Iterator[Captured]:
+    """Stream every layer's systems, batch by batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face model of one of `qinvert.calibration.patching.FAMILIES`.
+    data
+        See `qinvert.calibration.data.token_batches.token_batches`.
+    details : collection of str
+        What to keep beside L, see `Detail`.
+    share : float
+        Share of the chunks to keep, at least one of each batch: the same
+        positions in all sequences, heads and layers of it.
+    seed : int
+        Of the choice of chunks and of sequences.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
+
+    Raises
+    ------
+    InputError
+        If an option is not legal, or the model or a batch is not, see
+        `qinvert.patched`.
+    """
+    wanted = frozenset(_detail(name) for name in details)
+    tokens = with_options(data, num_samples, seq_len, seed)
+    sample = ChunkSample(share=share, seed=seed)
+    for index, batch in enumerate(token_batches(tokens, model)):
+        yield from capture_batch(model, batch, wanted, partial(sample.positions, index))
+
+
+def _detail(name: str) -> Detail:
+    try:
+        return Detail(name)
+    except ValueError:
+        raise InputError(f"unknown detail {name!r}; use {', '.join(Detail)}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkSample:
+    """Which chunks of a batch are kept: the same share of every batch, at random positions."""
+
+    #: In (0, 1].
+    share: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if not number or not 0 < self.share <= 1:
+            raise InputError(f"share {self.share!r} is not in (0, 1]; pass 0.1 to keep a tenth of the chunks")
+        check_seed(self.seed, InputError)
+
+    def positions(self, batch: int, count: int) -> torch.Tensor | None:
+        """Return what to keep of ``count`` chunks of a batch, ascending; None for all."""
+        if self.share == 1:
+            return None
+        kept = max(1, round(self.share * count))
+        # A stream per batch: the choice does not depend on the batches before.
+        generator = np.random.default_rng((self.seed, batch))
+        return torch.from_numpy(np.sort(generator.choice(count, kept, replace=False)))
+
+
+def capture_batch(
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    details: Collection[Detail] = (),
+    positions: Callable[[int], torch.Tensor | None] = lambda _: None,
+) -> list[Captured]:
+    """Return the systems of every layer in one forward pass; ``positions(chunks)`` are kept."""
+    found: list[Captured] = []
+
+    def record(layer: str, chunks: DeltaChunks) -> SolvedInverse:
+        lower = chunks.lower
+        kept = positions(lower.shape[2])
+        found.append(_captured(layer, lower, chunks, details, kept))
+        return SolvedInverse(lower)
+
+    with patched_by_layer(model, record):
+        run_model(model, batch)
+    return found
+
+
+def _captured(
+    layer: str,
+    lower: torch.Tensor,
+    chunks: DeltaChunks,
+    details: Collection[Detail],
+    kept: torch.Tensor | None,
+) -> Captured:
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        return x if kept is None else x[:, :, kept.to(x.device)]
+
+    values, keys = chunks.right_hand_sides if Detail.RIGHT_HAND_SIDES in details else (None, None)
+    return Captured(
+        layer=layer,
+        lower=pick(lower),
+        beta=pick(chunks.beta) if Detail.BETA in details else None,
+        gram=pick(chunks.gram) if Detail.GRAM in details else None,
+        right_hand_sides=None if values is None or keys is None else (pick(values), pick(keys)),
+    )

@@ -1,0 +1,66 @@
+"""Reads arrays from files and readers; pickles are never loaded."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qinvert.errors import InputError, reason
+
+
+def read_all(reader: Any) -> Iterator[Any]:
+    """Stream what ``reader.get_next()`` returns until it returns None."""
+    # Not iter(reader.get_next, None): that compares arrays with None, elementwise.
+    while (item := reader.get_next()) is not None:
+        yield item
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the arrays of a .npz or .safetensors file; pickles are never loaded.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, of another kind, or holds objects.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"cannot read {file}: no such file; pass a .npz or .safetensors file")
+    if file.suffix == ".npz":
+        return read_npz(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    raise InputError(f"cannot read {file}: unknown kind {file.suffix!r}; use .npz or .safetensors")
+
+
+def read_npz(file: Path) -> dict[str, Any]:
+    """Return the arrays of a file that `numpy.savez` wrote, whatever its name.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, of another kind, or holds objects.
+    """
+    try:
+        with file.open("rb") as handle, zipfile.ZipFile(handle):
+            handle.seek(0)
+            archive = np.load(handle, allow_pickle=False)
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # damaged archives raise anything from LZMAError to TokenError
+        raise InputError(f"cannot read {file}: {reason(error)}; write it with numpy.savez") from None
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"cannot read {file} without safetensors; run: pip install 'qinvert[hf]'") from None
+    try:
+        return dict(load_file(file))
+    except Exception as error:  # the reader has error types of its own, and torch's
+        raise InputError(f"cannot read {file}: {reason(error)}; write it with safetensors") from None

@@ -1,0 +1,73 @@
+"""Packs documents into sequences of one length, and draws a sample of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
+
+import numpy as np
+
+from qinvert.calibration.data.documents import Document
+from qinvert.calibration.data.tokenizers import Ids, Tokenizer, as_ids
+
+
+def packed(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer], seq_len: int) -> Iterator[Ids]:
+    """Stream sequences of ``seq_len`` tokens: all documents one after the other, cut.
+
+    What is left at the end is dropped, unless it is all there is.
+
+    Parameters
+    ----------
+    documents : iterable
+        Texts, and token ids that stay as they are.
+    tokenizer : callable
+        Called for the tokenizer once a text needs it.
+    seq_len : int
+
+    Raises
+    ------
+    InputError
+        If a document holds neither text nor token ids.
+    """
+    held, empty = np.empty(0, np.int64), True
+    for ids in _encoded(documents, tokenizer):
+        held = np.concatenate([held, ids])
+        whole = len(held) // seq_len * seq_len
+        for sequence in held[:whole].reshape(-1, seq_len):
+            empty = False
+            yield sequence
+        held = held[whole:]
+    if empty and len(held):
+        yield held
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer]) -> Iterator[Ids]:
+    for number, document in enumerate(documents):
+        for index, piece in enumerate(document):
+            if not isinstance(piece, str):
+                yield as_ids(piece, f"document {number} holds")
+                continue
+            found = tokenizer()
+            if number and not index:
+                yield found.separator
+            yield found.ids(piece)
+
+
+def draw(sequences: Iterable[Ids], count: int, seed: int) -> list[Ids]:
+    """Return ``count`` of the sequences, each with the same chance, in their order; or all.
+
+    One pass that holds no more than it returns.
+
+    References
+    ----------
+    Vitter, Random Sampling with a Reservoir, ACM TOMS 11(1), 1985: algorithm R.
+    """
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, Ids]] = []
+    for number, sequence in enumerate(sequences):
+        # A copy, because a sequence is a view of all that was read with it.
+        if number < count:
+            kept.append((number, sequence.copy()))
+        elif (place := int(rng.integers(number + 1))) < count:
+            kept[place] = (number, sequence.copy())
+    return [sequence for _, sequence in sorted(kept, key=itemgetter(0))]

@@ -1,0 +1,219 @@
+"""Batches of token ids for a model: from text, files, datasets, arrays, iterables and readers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from qinvert.calibration.data.arrays import read_all, read_arrays
+from qinvert.calibration.data.documents import Document, dataset_documents, file_documents, row_document
+from qinvert.calibration.data.packing import draw, packed
+from qinvert.calibration.data.token_data import NUM_SAMPLES, SEQ_LEN, TokenData
+from qinvert.calibration.data.tokenizers import find_tokenizer
+from qinvert.errors import InputError
+
+#: Sequences that go through a model at once.
+BATCH_SIZE: Final = 8
+#: Files of arrays; any other file is text.
+ARRAY_FILES: Final = (".npz", ".safetensors")
+#: Ends of names that are files rather than datasets.
+FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
+
+Batches = Iterator[dict[str, Any]]
+
+
+def token_batches(
+    data: Any, model: torch.nn.Module | None = None, *, batch_size: int = BATCH_SIZE
+) -> Batches:
+    """Stream keyword arguments for ``model(**batch)``.
+
+    Parameters
+    ----------
+    data
+        Token ids ``[count, length]`` as a tensor or array; a path to .npz or
+        .safetensors with an array ``input_ids`` (or a single array); a path
+        to .jsonl, a row a line, or to any other file, which is text; the name of a
+        Hugging Face dataset; an iterable, or an object with ``get_next()``,
+        of texts, of rows, or of batches, each token ids or a dict of keyword
+        arguments with ``input_ids`` (a DataLoader, for example); or any of
+        these as `TokenData`, which says how to read it.
+
+        Text and rows are packed into sequences of ``seq_len`` tokens, all documents one
+        after the other, of which ``num_samples`` are drawn, each with the
+        same chance.  Of arrays ``num_samples`` rows are drawn, of batches
+        the first are taken; with ``seq_len`` each row is cut first.
+    model : torch.nn.Module, optional
+        Its tokenizer goes with texts, see `qinvert.calibration.data.tokenizers.find_tokenizer`.
+    batch_size : int
+        Sequences per batch where ``data`` does not come in batches.
+
+    Raises
+    ------
+    InputError
+        If ``data`` is of no such kind, cannot be read, or holds no tokens.
+    MissingDependencyError
+        If it takes a package that is not installed.
+    """
+    empty = True
+    given = data if isinstance(data, TokenData) else TokenData(data=data)
+    for batch in _Reading(given, model, batch_size).batches(given.data):
+        empty = False
+        yield batch
+    if empty:
+        raise InputError("data holds no batches; pass at least one sequence of token ids, or some text")
+
+
+class _Reading:
+    """Turns data of every kind into batches."""
+
+    def __init__(self, given: TokenData, model: torch.nn.Module | None, batch_size: int) -> None:
+        self._given = given
+        self._batch_size = batch_size
+        self._tokenizer = cache(partial(find_tokenizer, model, given.tokenizer))
+
+    def batches(self, data: Any) -> Batches:
+        match data:
+            case str() | os.PathLike():
+                return self._named(data)
+            case torch.Tensor() | np.ndarray():
+                return self._rows(data)
+            case Mapping():
+                return self._items(iter([data]))
+            case _ if hasattr(data, "get_next"):
+                return self._items(read_all(data))
+            case Iterable():
+                return self._items(iter(data))
+        raise InputError(
+            f"cannot read tokens from {type(data).__name__}; pass text or token ids: a path, an array "
+            "[count, length], an iterable of texts or batches, or a get_next() reader"
+        )
+
+    def _named(self, name: str | os.PathLike[str]) -> Batches:
+        path, given = Path(name), self._given
+        if path.suffix in ARRAY_FILES:
+            return self._rows(_only_tokens(read_arrays(path), path))
+        if path.is_file():
+            return self._texts(file_documents(path, given.column))
+        if path.suffix in FILE_SUFFIXES:
+            raise InputError(f"cannot read {path}: no such file; pass text, .jsonl, .npz or .safetensors")
+        return self._texts(dataset_documents(os.fspath(name), given.split, given.column))
+
+    def _texts(self, documents: Iterable[Document]) -> Batches:
+        given = self._given
+        length, count = given.seq_len or SEQ_LEN, given.num_samples or NUM_SAMPLES
+        sequences = draw(packed(documents, self._tokenizer, length), count, given.seed)
+        return self._batched(_token_ids(np.stack(sequences))) if sequences else iter(())
+
+    def _rows(self, array: Any) -> Batches:
+        tokens, count = self._cut(_token_ids(array)), self._given.num_samples
+        if count is not None and count < len(tokens):
+            chosen = np.random.default_rng(self._given.seed).choice(len(tokens), count, replace=False)
+            tokens = tokens[torch.from_numpy(np.sort(chosen))]
+        return self._batched(tokens)
+
+    def _batched(self, tokens: torch.Tensor) -> Batches:
+        starts = range(0, len(tokens), self._batch_size)
+        return ({"input_ids": tokens[start : start + self._batch_size]} for start in starts)
+
+    def _items(self, items: Iterator[Any]) -> Batches:
+        first = next(items, None)
+        if first is None:
+            return iter(())
+        items = chain([first], items)
+        if isinstance(first, str) or (isinstance(first, Mapping) and self._is_row(first)):
+            return self._texts(row_document(row, self._given.column, "data") for row in items)
+        return self._limited(map(self._batch, items))
+
+    def _is_row(self, item: Mapping[str, Any]) -> bool:
+        if self._given.column is not None:
+            return self._given.column in item
+        return "input_ids" not in item and isinstance(item.get("text"), str)
+
+    def _batch(self, item: Any) -> dict[str, Any]:
+        if not isinstance(item, Mapping):
+            return {"input_ids": self._cut(_token_ids(item))}
+        if "input_ids" not in item:
+            raise InputError(
+                f"a batch has {', '.join(map(str, item)) or 'nothing'}; it needs input_ids, or text"
+            )
+        tokens = _token_ids(item["input_ids"])
+        if self._given.seq_len is not None and len(item) > 1:
+            raise InputError(
+                f"seq_len cannot cut batches of {', '.join(map(str, item))}; "
+                "leave it out, or pass input_ids alone"
+            )
+        return {**item, "input_ids": self._cut(tokens)}
+
+    def _limited(self, batches: Batches) -> Batches:
+        left = self._given.num_samples
+        for batch in batches:
+            count = len(batch["input_ids"])
+            if left is None or count < left:
+                yield batch
+                left = None if left is None else left - count
+                continue
+            # Not one batch more is asked for: there may be no end of them.
+            yield {name: _first(value, count, left) for name, value in batch.items()}
+            return
+
+    def _cut(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = self._given.seq_len
+        if length is None:
+            return tokens
+        whole = tokens.shape[1] // length
+        if not whole:
+            raise InputError(
+                f"sequences of {tokens.shape[1]} tokens are shorter than seq_len {length}; "
+                f"pass {tokens.shape[1]} or less"
+            )
+        return tokens[:, : whole * length].reshape(-1, length)
+
+
+def _first(value: Any, count: int, kept: int) -> Any:
+    """Return the first sequences of what has one entry for each."""
+    per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
+    return value[:kept] if per_sequence else value
+
+
+def holds_tokens(data: str) -> bool:
+    """Whether a path or name on the command line stands for text or token ids rather than matrices."""
+    if Path(data).suffix not in ARRAY_FILES:
+        return True
+    arrays = read_arrays(data)
+    return "input_ids" in arrays or all(is_integer(array) for array in arrays.values())
+
+
+def _only_tokens(arrays: Mapping[str, Any], path: Any) -> Any:
+    if "input_ids" in arrays:
+        return arrays["input_ids"]
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    raise InputError(f"{path} holds {', '.join(arrays)}; name the token ids input_ids")
+
+
+def is_integer(array: Any) -> bool:
+    """Whether a tensor or array holds integers; booleans are none."""
+    if isinstance(array, torch.Tensor):
+        return not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
+    return np.asarray(array).dtype.kind in "iu"
+
+
+def _token_ids(item: Any) -> torch.Tensor:
+    try:
+        tokens = item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"token ids are no integer array ({error}); pass [count, length]") from None
+    tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or not is_integer(tokens) or tokens.numel() == 0:
+        raise InputError(
+            f"token ids have shape {list(tokens.shape)} and dtype {tokens.dtype}; "
+            "pass integers [count, length]"
+        )
+    return tokens.to(torch.int64)

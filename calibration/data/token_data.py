@@ -1,0 +1,76 @@
+"""What a caller says of data that a model is to read, beside the data itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from qinvert.checks import MAX_SEED, check_integer
+from qinvert.errors import InputError
+
+#: Tokens in a sequence that is cut from text.
+SEQ_LEN: Final = 512
+#: Sequences that are drawn from text.
+NUM_SAMPLES: Final = 128
+#: No tensor of token ids is larger along an axis.
+MAX_COUNT: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenData:
+    """Data for a model, and how to read it; stands wherever ``data`` is taken.
+
+    What ``data`` may be is listed at `qinvert.calibration.data.token_batches.token_batches`.
+
+    Raises
+    ------
+    InputError
+        If an option is not legal.
+    """
+
+    data: Any
+    #: Read at most this many sequences; `NUM_SAMPLES` of text, all of what is tokenized already.
+    num_samples: int | None = None
+    #: Tokens in a sequence; `SEQ_LEN` for text, the given length for what is tokenized already.
+    seq_len: int | None = None
+    #: Where rows have fields, the one to read: text or token ids.  ``"text"``, or else
+    #: ``"input_ids"``, by default.
+    column: str | None = None
+    #: Split of a Hugging Face dataset.
+    split: str = "train"
+    #: A tokenizer of transformers, its folder, or a callable from text to token ids; the model's by default.
+    tokenizer: Any = None
+    #: Of the choice of sequences.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1, MAX_COUNT, InputError)
+        check_integer("seed", self.seed, 0, MAX_SEED, InputError)
+        for name in ("column", "split"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None) or value == "":
+                raise InputError(f"{name} {value!r} is no name; pass for example {name}='text'")
+
+
+def with_options(data: Any, num_samples: int | None, seq_len: int | None, seed: int = 0) -> Any:
+    """Return ``data`` with the options that are not None; a `TokenData` has a seed of its own.
+
+    Raises
+    ------
+    InputError
+        If an option is not legal, or comes without data.
+    """
+    options = {"num_samples": num_samples, "seq_len": seq_len}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if data is None:
+        if given:
+            raise InputError(
+                f"{' and '.join(given)} of what? pass text or token ids as data=... (--data), "
+                "or leave this out"
+            )
+        return None
+    if isinstance(data, TokenData):
+        return replace(data, **given)
+    return TokenData(data=data, **given, seed=seed)

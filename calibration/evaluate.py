@@ -1,0 +1,227 @@
+"""`qinvert.evaluate`: what a plan does to the layers and the model around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
+from qinvert.delta_rule.chunks import Applied, DeltaChunks
+from qinvert.delta_rule.rule import Inverse, applicable
+from qinvert.documents import to_document
+from qinvert.errors import InputError
+from qinvert.matrices import solve
+from qinvert.metrics import ErrorStatistics, NoiseStatistics
+from qinvert.plan.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerErrors:
+    """Where the error of one layer's T goes, as ``20 log10(||x|| / ||x_hat - x||)``, dB.
+
+    Both sides have the same inputs: those that reach the layer under the plan.
+    """
+
+    #: T below its diagonal.
+    t: float
+    #: ``U = T (beta v)``.
+    u: float
+    #: ``W = T (beta k exp(G))``.
+    w: float
+    #: The layer's output, before its norm and projection.
+    out: float
+    #: The state after the last chunk.
+    state: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Differences between the model with the exact inverse and with another one."""
+
+    #: Mean over tokens of KL(exact || other), nats.
+    kl: float
+    #: Share of tokens whose most likely successor is the same.
+    top1_agreement: float
+    #: Mean next-token loss with the exact inverse, nats.
+    loss: float
+    #: Loss with the other inverse minus `loss`.
+    loss_delta: float
+    #: Tokens evaluated.
+    tokens: int
+    #: Task score with the exact inverse, where a task was given.
+    exact_score: float | None = None
+    #: Task score with the other inverse.
+    score: float | None = None
+    #: Errors of every layer by itself.
+    layers: dict[str, LayerErrors] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        document: dict[str, Any] = to_document(self)
+        return document
+
+
+#: ``score(logits, tokens)``: a task's accuracy on one batch.
+Score = Callable[[torch.Tensor, torch.Tensor], float]
+#: Called after every batch with what is counted and how many there were.
+Progress = Callable[[str, int], None]
+
+
+def evaluate(
+    model: torch.nn.Module,
+    plan: Plan | LayerPlan | Inverse,
+    data: Any,
+    *,
+    score: Score | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare the model under ``plan`` with the same model under the exact inverse.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    plan : Plan, LayerPlan or callable
+        As for `qinvert.patched`.
+    data
+        Text or tokens, see `qinvert.calibration.data.token_batches.token_batches`.
+    score : callable, optional
+        ``score(logits, tokens) -> float``, both on the logits' device, averaged over sequences.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
+    progress : callable, optional
+        Called as ``progress("tokens", seen)`` after every batch.
+
+    Raises
+    ------
+    InputError, PlanError
+        See `qinvert.patched`.
+    """
+    tokens = with_options(data, num_samples, seq_len)
+    return compare(model, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
+
+
+def compare(
+    model: torch.nn.Module,
+    plans: Mapping[str, Plan | LayerPlan | Inverse],
+    data: Any,
+    *,
+    score: Score | None = None,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Evaluation]:
+    """`evaluate` several plans in one pass over the data.
+
+    Parameters
+    ----------
+    plans : mapping
+        Plans or inverses by the name that the result gives them.
+    model, data, score, num_samples, seq_len, progress
+        As for `evaluate`.
+
+    Raises
+    ------
+    InputError, PlanError
+        See `qinvert.patched`.
+    """
+    running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
+    tokens = 0
+    for batch in token_batches(with_options(data, num_samples, seq_len), model):
+        with patched_by_layer(model, solve_chunks):
+            reference = run_model(model, batch).to(torch.float32)
+        ids = batch["input_ids"]
+        if reference.shape[:2] != ids.shape:
+            raise InputError(
+                f"the model returns logits {list(reference.shape)} for tokens {list(ids.shape)}; "
+                "leave out arguments that cut them"
+            )
+        for comparison in running.values():
+            comparison.update(model, batch, reference)
+        tokens += ids.numel()
+        if progress is not None:
+            progress("tokens", tokens)
+    return {name: comparison.result() for name, comparison in running.items()}
+
+
+class _LayerComparison:
+    """Streams the errors of one layer."""
+
+    def __init__(self) -> None:
+        self.t = ErrorStatistics()
+        self.parts = {name: NoiseStatistics() for name in ("u", "w", "out", "state")}
+
+    def update(self, chunks: DeltaChunks, t: Applied) -> None:
+        lower = chunks.lower
+        one = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+        self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
+        exact, other = chunks.apply(solve_chunks("", chunks)), chunks.apply(t)
+        for name, statistics in self.parts.items():
+            statistics.update(getattr(other, name), getattr(exact, name))
+
+    def result(self) -> LayerErrors:
+        return LayerErrors(t=self.t.sqnr_db, **{name: x.sqnr_db for name, x in self.parts.items()})
+
+
+class _Comparison:
+    """Streams the differences between a model under one inverse and its reference."""
+
+    def __init__(self, inverse: LayerInverse, score: Score | None) -> None:
+        self._inverse = inverse
+        self._score = score
+        self._layers: dict[str, _LayerComparison] = {}
+        self._sums = dict.fromkeys(("kl", "top1", "loss", "other_loss", "exact_score", "score"), 0.0)
+        self._tokens = self._targets = self._sequences = 0
+
+    def update(self, model: torch.nn.Module, batch: dict[str, Any], reference: torch.Tensor) -> None:
+        """Add one batch, whose logits with the exact inverse are ``reference``."""
+        with patched_by_layer(model, self._followed):
+            other = run_model(model, batch).to(torch.float32)
+        ids, sums = batch["input_ids"], self._sums
+        p, q = log_softmax(reference, -1), log_softmax(other, -1)
+        sums["kl"] += float(kl_div(q, p, reduction="sum", log_target=True))
+        sums["top1"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+        sums["loss"] += _next_token_loss(p, ids)
+        sums["other_loss"] += _next_token_loss(q, ids)
+        if self._score is not None:
+            on_device = ids.to(reference.device)
+            sums["exact_score"] += self._score(reference, on_device) * len(ids)
+            sums["score"] += self._score(other, on_device) * len(ids)
+        self._tokens += ids.numel()
+        self._targets += ids[:, 1:].numel()
+        self._sequences += len(ids)
+
+    def _followed(self, layer: str, chunks: DeltaChunks) -> Applied:
+        t = applicable(self._inverse(layer, chunks), chunks)
+        self._layers.setdefault(layer, _LayerComparison()).update(chunks, t)
+        return t
+
+    def result(self) -> Evaluation:
+        """Return the means over everything seen."""
+        sums, targets = self._sums, max(self._targets, 1)
+        loss = sums["loss"] / targets
+        scored = self._score is not None
+        return Evaluation(
+            # Rounding may leave a tiny negative sum; NaN must stay visible.
+            kl=sums["kl"] / self._tokens if not sums["kl"] < 0 else 0.0,
+            top1_agreement=sums["top1"] / self._tokens,
+            loss=loss,
+            loss_delta=sums["other_loss"] / targets - loss,
+            tokens=self._tokens,
+            exact_score=sums["exact_score"] / self._sequences if scored else None,
+            score=sums["score"] / self._sequences if scored else None,
+            layers={layer: comparison.result() for layer, comparison in self._layers.items()},
+        )
+
+
+def _next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor) -> float:
+    predicted = log_probabilities[:, :-1].flatten(0, 1)
+    return float(cross_entropy(predicted, tokens[:, 1:].flatten().to(predicted.device), reduction="sum"))

@@ -1,0 +1,267 @@
+"""Interrupted calibrations go on where they were, to the plan of an uninterrupted one.
+
+A checkpoint holds the statistics of all layers after a number of batches, and
+a hash of those batches: on resuming they are read again, to be recognized, but
+do not go through the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+
+from qinvert.calibration.data.arrays import read_npz
+from qinvert.calibration.data.processes import Shard
+from qinvert.calibration.observation.statistics import LayerState
+from qinvert.checks import check_integer
+from qinvert.errors import InputError, QInvertError, reason
+from qinvert.files import write_atomically
+from qinvert.matrices import check_beta, check_matrices
+
+T = TypeVar("T")
+
+#: Version of the file layout; a checkpoint is read by the version that wrote it.
+SCHEMA_VERSION: Final = 1
+#: Name of the array that holds everything but the samples, as JSON.
+HEADER: Final = "checkpoint"
+#: No data holds more.
+MAX_MATRICES: Final = 2**62
+#: Saving may take this share of the time.
+SHARE: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedLayer:
+    """One layer's statistics and what they belong to."""
+
+    #: Size C of its matrices.
+    chunk: int
+    #: Titles of the observed programs.
+    programs: Sequence[str]
+    state: LayerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """The content of a checkpoint."""
+
+    #: Batches, or items of a source of matrices, that were observed.
+    items: int
+    #: Hash of those.
+    digest: str
+    #: Options that decide what is drawn and counted.
+    options: Mapping[str, Any]
+    layers: Mapping[str, SavedLayer]
+
+
+class Trail:
+    """Counts and hashes what is read from a source; passes over what a checkpoint has seen."""
+
+    def __init__(self, saved: Saved | None = None) -> None:
+        self.items = 0
+        self._saved = saved
+        self._hash = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """Hash of all items read so far."""
+        return self._hash.hexdigest()
+
+    def follow(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items that the checkpoint has not seen.
+
+        Raises
+        ------
+        InputError
+            If those that it has seen were others.
+        """
+        seen = 0 if self._saved is None else self._saved.items
+        for item in items:
+            self.items += 1
+            _add(self._hash, item)
+            if self.items > seen:
+                yield item
+            elif self.items == seen:
+                self._recognize()
+        if self.items < seen:
+            self._recognize()
+
+    def _recognize(self) -> None:
+        if self._saved is not None and self.digest != self._saved.digest:
+            raise InputError(
+                f"the checkpoint was made from other data than these {self.items} batches; "
+                "pass the same data, or another checkpoint file"
+            )
+
+
+def _add(digest: Any, item: Any) -> None:
+    match item:
+        case torch.Tensor():
+            digest.update(f"tensor {item.dtype} {tuple(item.shape)}".encode())
+            flat = item.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        case np.ndarray():
+            digest.update(f"array {item.dtype} {item.shape}".encode())
+            digest.update(np.ascontiguousarray(item).tobytes())
+        case Mapping():
+            digest.update(f"mapping {len(item)}".encode())
+            for key, value in item.items():
+                _add(digest, key)
+                _add(digest, value)
+        case list() | tuple():
+            digest.update(f"sequence {len(item)}".encode())
+            for value in item:
+                _add(digest, value)
+        case _:
+            digest.update(f"{type(item).__name__} {item!r}".encode())
+
+
+class Checkpoint:
+    """A file that a running calibration saves to now and then.
+
+    Parameters
+    ----------
+    path
+        Read first, if it exists.
+    options : mapping
+        What must be the same on resuming.
+    shard : Shard
+        The first process reads and writes.
+
+    Raises
+    ------
+    InputError
+        If the file is no checkpoint, or one with other options.
+    """
+
+    def __init__(self, path: str | PathLike[str], options: Mapping[str, Any], shard: Shard) -> None:
+        self.path = path
+        self._options = options
+        found = shard.gather("the checkpoint", load(path) if shard.rank == 0 else None)
+        #: What the file held at the start, None if there was none.
+        self.saved = found[0]
+        self.trail = Trail(self.saved)
+        self._next = 0.0
+        if self.saved is not None and dict(self.saved.options) != dict(options):
+            given, held = (", ".join(f"{k}={v}" for k, v in x.items()) for x in (options, self.saved.options))
+            raise InputError(
+                f"the checkpoint {os.fspath(path)} was made with {held}, not {given}; "
+                "pass the same options, or another checkpoint file"
+            )
+
+    @property
+    def due(self) -> bool:
+        """Whether to save: at once, then so that saving takes at most `SHARE` of the time."""
+        return time.monotonic() >= self._next
+
+    def save(self, layers: Mapping[str, SavedLayer]) -> None:
+        """Write what was seen so far."""
+        start = time.monotonic()
+        saved = Saved(items=self.trail.items, digest=self.trail.digest, options=self._options, layers=layers)
+        save(self.path, saved)
+        end = time.monotonic()
+        self._next = end + (end - start) / SHARE
+
+
+def save(path: str | PathLike[str], saved: Saved) -> None:
+    """Write a checkpoint, atomically."""
+    arrays: dict[str, Any] = {}
+    for i, layer in enumerate(saved.layers.values()):
+        parts = (layer.state.keys, *layer.state.sample)
+        for part, tensor in zip(("keys", "lower", "beta"), parts, strict=False):
+            arrays[f"{i}.{part}"] = tensor.cpu().numpy()
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "items": saved.items,
+        "digest": saved.digest,
+        "options": dict(saved.options),
+        "layers": [{"name": name, **_header(layer)} for name, layer in saved.layers.items()],
+    }
+    arrays[HEADER] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def _header(layer: SavedLayer) -> dict[str, Any]:
+    return {
+        "chunk": layer.chunk,
+        "programs": list(layer.programs),
+        "matrices": layer.state.matrices,
+        "observed": layer.state.observed,
+        "largest": dict(layer.state.largest),
+        "ranges": [dict(ranges) for ranges in layer.state.ranges],
+    }
+
+
+def load(path: str | PathLike[str]) -> Saved | None:
+    """Read a checkpoint; None if there is none yet.
+
+    Raises
+    ------
+    InputError
+        If the file is no checkpoint, or damaged.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        return _read(read_npz(Path(path)))
+    except QInvertError as error:
+        raise InputError(f"{os.fspath(path)} is no checkpoint: {error}; delete it to start anew") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{os.fspath(path)} is no checkpoint: {reason(error)}; delete it to start anew"
+        ) from None
+
+
+def _read(arrays: dict[str, Any]) -> Saved:
+    if HEADER not in arrays:
+        raise InputError(f"it has no array {HEADER!r}")
+    header = json.loads(arrays[HEADER].tobytes())
+    if header["schema_version"] != SCHEMA_VERSION:
+        raise InputError(f"its schema_version is {header['schema_version']!r}, not {SCHEMA_VERSION}")
+    return Saved(
+        items=check_integer("items", header["items"], 1, MAX_MATRICES, InputError),
+        digest=str(header["digest"]),
+        options=dict(header["options"]),
+        layers={str(x["name"]): _read_layer(x, arrays, i) for i, x in enumerate(header["layers"])},
+    )
+
+
+def _read_layer(record: dict[str, Any], arrays: dict[str, Any], index: int) -> SavedLayer:
+    chunk = int(record["chunk"])
+    lower = check_matrices(arrays[f"{index}.lower"], chunk)
+    sample = [lower]
+    if f"{index}.beta" in arrays:
+        sample.append(check_beta(arrays[f"{index}.beta"], lower))
+    keys = torch.from_numpy(np.array(arrays[f"{index}.keys"], dtype=np.float64))
+    fits = keys.shape == lower.shape[:1] and lower.ndim == 3 and lower.dtype == torch.float32
+    if not fits or not bool(((keys >= 0) & (keys < 1)).all()):
+        raise InputError(f"its sample of layer {record['name']!r} does not fit together")
+    state = LayerState(
+        matrices=check_integer("matrices", record["matrices"], len(lower), MAX_MATRICES, InputError),
+        observed=check_integer("observed", record["observed"], 0, MAX_MATRICES, InputError),
+        largest=_numbers(record["largest"]),
+        ranges=[_numbers(ranges) for ranges in record["ranges"]],
+        keys=keys,
+        sample=sample,
+    )
+    return SavedLayer(chunk=chunk, programs=[str(title) for title in record["programs"]], state=state)
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    numbers = {str(name): float(value) for name, value in record.items()}
+    if not all(value >= 0 for value in numbers.values()):
+        raise InputError("it holds ranges that are negative or NaN")
+    return numbers

@@ -1,0 +1,155 @@
+"""One pass over a source: an observer for every layer, whichever processes share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
+from typing import Any, Final, TypeAlias
+
+import torch
+
+from qinvert.calibration.data.processes import Shard
+from qinvert.calibration.heads import Granularity, split_heads
+from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
+from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
+from qinvert.calibration.sources import Item, check_size, open_groups
+from qinvert.execution.inputs import needed_beta
+from qinvert.program.program import Program
+
+#: Called after every batch with the layer's name and the matrices seen so far.
+Progress: TypeAlias = Callable[[str, int], None]
+#: Programs to observe, by chunk size.
+Programs: TypeAlias = Callable[[int], Sequence[Program]]
+
+#: Matrices per layer that candidates are simulated on.
+SAMPLE_SIZE: Final = 64
+
+
+class Observation:
+    """Observers of all layers, and the order in which they see matrices.
+
+    Matrices are counted over all processes, batch by batch in the order of
+    the data.  What is drawn for a matrix depends on its number alone, and
+    every statistic is a maximum, a count, or the choice of the largest draws:
+    any split of the data ends in the same statistics.
+    """
+
+    def __init__(self, programs: Programs, seed: int, shard: Shard, checkpoint: Checkpoint | None) -> None:
+        self.layers: dict[str, LayerObserver] = {}
+        self._programs = programs
+        self._seed = seed
+        self._shard = shard
+        self._checkpoint = checkpoint
+
+    def update(self, group: Sequence[Item]) -> list[str]:
+        """Add what this process has of a round; return the names of all layers in it."""
+        mine = [(layer, lower.shape[:-2].numel(), lower.shape[-1]) for layer, lower, _ in group]
+        due = self._checkpoint is not None and self._checkpoint.due
+        gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(group), []
+        for rank, (_, part) in enumerate(gathered):
+            for layer, count, chunk in part:
+                observer = self._observer(layer, chunk)
+                if rank == self._shard.rank:
+                    _update(observer, *next(items))
+                else:
+                    observer.skip(count)
+                seen.append(layer)
+        # Clocks differ: the first process decides.
+        if gathered[0][0]:
+            self._save(self._merged())
+        return seen
+
+    def resume(self, saved: Saved) -> None:
+        """Go on from a checkpoint, whose statistics the first process takes over."""
+        for layer, part in saved.layers.items():
+            observer = self._observer(layer, part.chunk)
+            observer.check(part.programs, part.state)
+            if self._shard.rank == 0:
+                observer.restore(part.state)
+            else:
+                observer.skip(part.state.matrices)
+
+    def finish(self) -> None:
+        """Merge the statistics of all processes, in every process."""
+        states = self._merged()
+        self._save(states)
+        if self._shard.size > 1:
+            for layer, observer in self.layers.items():
+                observer.restore(states[layer])
+
+    def _merged(self) -> dict[str, LayerState]:
+        states: dict[str, LayerState] = {}
+        for layer, observer in self.layers.items():
+            parts = self._shard.gather(f"merging layer {layer!r}", observer.state())
+            states[layer] = merged(parts, SAMPLE_SIZE)
+        return states
+
+    def _save(self, states: dict[str, LayerState]) -> None:
+        if self._checkpoint is not None and self._shard.rank == 0:
+            layers = {
+                name: SavedLayer(
+                    chunk=observer.chunk,
+                    programs=[program.title for program in observer.programs],
+                    state=states[name],
+                )
+                for name, observer in self.layers.items()
+            }
+            self._checkpoint.save(layers)
+
+    def _observer(self, layer: str, chunk: int) -> LayerObserver:
+        if layer not in self.layers:
+            self.layers[layer] = LayerObserver(self._programs(chunk), SAMPLE_SIZE, self._seed)
+        check_size(chunk, self.layers[layer].chunk, layer)
+        return self.layers[layer]
+
+
+def _update(observer: LayerObserver, layer: str, lower: torch.Tensor, given: torch.Tensor | None) -> None:
+    observer.update(lower, needed_beta(observer.programs[0], lower, given, f"beta of layer {layer!r}"))
+
+
+def observe(
+    source: Any,
+    data: Any,
+    programs: Programs,
+    *,
+    granularity: Granularity,
+    seed: int,
+    progress: Progress | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+) -> dict[str, LayerObserver]:
+    """Return an observer for every layer of ``source``, or for every head.
+
+    Under torchrun each process observes its share of the batches, and all
+    return the observers of the whole.  With ``checkpoint``, statistics are
+    saved there now and then, and at the end; where the file exists, what it
+    has seen is not observed again.
+
+    Raises
+    ------
+    InputError
+        If the source or one of its matrices is not legal, or lacks beta; or
+        if another process fails; or if the checkpoint is of other data or options.
+    """
+    shard = Shard.current()
+    with shard.together():
+        options = {"seed": seed, "granularity": str(granularity)}
+        file = None if checkpoint is None else Checkpoint(checkpoint, options, shard)
+        observation = Observation(programs, seed, shard, file)
+        if file is not None and file.saved is not None:
+            observation.resume(file.saved)
+        for group in open_groups(source, data, shard, iter if file is None else file.trail.follow):
+            for layer in observation.update(list(_split(group, granularity))):
+                if progress is not None:
+                    progress(layer, observation.layers[layer].matrices)
+            # Free before the model runs on the next batch.
+            group.clear()
+        observation.finish()
+    return observation.layers
+
+
+def _split(group: Iterable[Item], granularity: Granularity) -> Iterator[Item]:
+    for item in group:
+        if granularity is Granularity.HEAD:
+            yield from split_heads(*item)
+        else:
+            yield item

@@ -1,0 +1,254 @@
+"""Streaming statistics: memory depends on the program, never on the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from qinvert.errors import InputError
+from qinvert.execution.floating import run_checked
+from qinvert.execution.inputs import program_inputs
+from qinvert.program.program import Program
+from qinvert.program.steps import MOVES
+
+#: Matrices of a layer that candidates surely run on.
+FIRST: Final = 64
+
+
+class RangeObserver:
+    """``max|x|`` of every tensor of a program, over all matrices seen.
+
+    Programs run in float32 on unquantized input.  A value that overflows
+    makes the range infinite.  Slices, masks and concats count with the range
+    of their sources, whose grid they share.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        #: max|x| per tensor so far.
+        self.ranges = dict.fromkeys(program.tensors, 0.0)
+        self._moves = [step for step in program.steps if isinstance(step, MOVES)]
+        self._moved = {step.output for step in self._moves}
+
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Add checked matrices ``[B, C, C]``, and beta ``[B, C]`` for a factored program."""
+        run_checked(self.program, lower, torch.float32, self._observe, beta)
+        for step in self._moves:
+            sources = (self.ranges[name] for name in step.inputs if name in self.ranges)
+            self.ranges[step.output] = max(sources)
+
+    def _observe(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self._moved:
+            return
+        ends = torch.aminmax(tensor)
+        largest = max(abs(float(ends.min)), abs(float(ends.max)))
+        # max() of a NaN would lose it; powers give NaN as inf - inf.
+        self.ranges[name] = max(self.ranges[name], math.inf if math.isnan(largest) else largest)
+
+
+class MatrixSample:
+    """A uniform random sample of matrices of one layer, at most ``capacity``.
+
+    Reservoir sampling by random keys: each matrix draws a key, the largest
+    keys stay.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        # NumPy's stream does not depend on how a caller batches the draws.
+        self._generator = np.random.default_rng(seed)
+        self._keys = torch.empty(0, dtype=torch.float64)
+        #: The matrices, and beta where it is offered.
+        self._kept: list[torch.Tensor] = []
+
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Offer matrices ``[B, C, C]``, always with beta ``[B, C]`` or always without."""
+        drawn = torch.from_numpy(self._generator.random(lower.shape[0]))
+        self.offer(drawn, [x.to(torch.float32) for x in (lower, beta) if x is not None])
+
+    def offer(self, drawn: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
+        """Offer matrices, and beta, with the keys that were drawn for them."""
+        if not given:
+            return
+        keys = torch.cat([self._keys, drawn])
+        order = torch.topk(keys, min(self.capacity, len(keys))).indices
+        old = self._kept or [x[:0] for x in given]
+        # Copies, so that the rest of the batch can be freed.
+        self._kept = [
+            torch.cat([kept.to(new.device), new])[order.to(new.device)].clone()
+            for kept, new in zip(old, given, strict=True)
+        ]
+        self._keys = keys[order]
+
+    def skip(self, count: int) -> None:
+        """Pass over the draws of ``count`` matrices."""
+        skip_draws(self._generator, count)
+
+    def replace(self, keys: torch.Tensor, sample: Sequence[torch.Tensor]) -> None:
+        """Take over the `drawn` of another sample of the same seed."""
+        device = self._kept[0].device if self._kept else None
+        self._keys, self._kept = keys, [x.to(device) for x in sample]
+
+    @property
+    def drawn(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The keys of the sample, largest first, and its matrices (and beta) in that order."""
+        return self._keys, self._kept
+
+    @property
+    def matrices(self) -> torch.Tensor:
+        """The sample, float32 ``[n, C, C]``."""
+        if not self._kept:
+            raise RuntimeError("no matrix was offered yet")
+        return self._kept[0]
+
+    @property
+    def beta(self) -> torch.Tensor | None:
+        """Beta of the sample, float32 ``[n, C]``, or None if none was offered."""
+        return self._kept[1] if len(self._kept) > 1 else None
+
+
+def skip_draws(generator: np.random.Generator, count: int) -> None:
+    """Bring a generator where ``count`` draws of ``random`` would."""
+    stream = generator.bit_generator
+    assert isinstance(stream, np.random.PCG64)  # what default_rng makes; one step a draw
+    stream.advance(count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerState:
+    """What a `LayerObserver` remembers, as data."""
+
+    #: Matrices counted, those of other processes included.
+    matrices: int
+    #: Matrices that programs ran on here.
+    observed: int
+    #: max|x| of each input.
+    largest: Mapping[str, float]
+    #: max|x| of each tensor, per program that is run.
+    ranges: Sequence[Mapping[str, float]]
+    #: Keys of the sample, largest first.
+    keys: torch.Tensor
+    #: Matrices of the sample, and beta, in that order.
+    sample: Sequence[torch.Tensor]
+
+
+def merged(states: Sequence[LayerState], capacity: int) -> LayerState:
+    """Return the state of one observer that saw all matrices, from observers that shared them.
+
+    Maxima, counts, and the largest keys: exact, whatever the split.
+    """
+    sample = MatrixSample(capacity, seed=0)
+    for state in states:
+        sample.offer(state.keys, state.sample)
+    keys, kept = sample.drawn
+    return LayerState(
+        matrices=max(state.matrices for state in states),
+        observed=sum(state.observed for state in states),
+        largest=_largest([state.largest for state in states]),
+        ranges=[_largest(parts) for parts in zip(*(state.ranges for state in states), strict=True)],
+        keys=keys,
+        sample=kept,
+    )
+
+
+def _largest(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: max(part[name] for part in parts if name in part) for name in names}
+
+
+class LayerObserver:
+    """Everything that is remembered of one layer: ranges per candidate and a sample.
+
+    The ranges of the inputs are those of every matrix.  The programs run on the first
+    `FIRST` matrices and on a thinning random share of the later ones
+    (``FIRST / i`` of matrix i), which keeps the cost below that of the model.
+    """
+
+    def __init__(self, programs: Sequence[Program], capacity: int, seed: int) -> None:
+        self.programs = tuple(programs)
+        whole = [p for p in programs if not any(_continues(q, p) for q in programs)]
+        self._observers = [RangeObserver(program) for program in whole]
+        self.sample = MatrixSample(capacity, seed)
+        self.chunk = programs[0].chunk
+        self.matrices = 0
+        self.observed = 0
+        self._largest: dict[str, float] = {}
+        self._generator = np.random.default_rng((seed, 1))
+
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` where programs take it."""
+        flat = lower.reshape(-1, *lower.shape[-2:])
+        rows = None if beta is None else beta.reshape(-1, lower.shape[-1])
+        self.sample.update(flat, rows)
+        kept = self._thinned(flat.shape[0]).to(flat.device)
+        chosen = flat[kept]
+        self.matrices += flat.shape[0]
+        self.observed += chosen.shape[0]
+        for name, values in program_inputs(self.programs[0], flat, rows, torch.float32).items():
+            self._largest[name] = max(self._largest.get(name, 0.0), float(values.abs().max()))
+        if chosen.shape[0]:
+            for observer in self._observers:
+                observer.update(chosen, None if rows is None else rows[kept])
+
+    def skip(self, count: int) -> None:
+        """Count matrices that another process observes."""
+        self.matrices += count
+        self.sample.skip(count)
+        skip_draws(self._generator, count)
+
+    def state(self) -> LayerState:
+        """Return what was seen so far."""
+        keys, sample = self.sample.drawn
+        return LayerState(
+            matrices=self.matrices,
+            observed=self.observed,
+            largest=dict(self._largest),
+            ranges=[dict(observer.ranges) for observer in self._observers],
+            keys=keys,
+            sample=[x.cpu() for x in sample],
+        )
+
+    def check(self, programs: Sequence[str], state: LayerState) -> None:
+        """Refuse a state of an observer of other programs.
+
+        Raises
+        ------
+        InputError
+            If titles or tensors differ.
+        """
+        own = [observer.ranges.keys() for observer in self._observers]
+        same = list(programs) == [program.title for program in self.programs]
+        if not same or [ranges.keys() for ranges in state.ranges] != own:
+            raise InputError(
+                "the checkpoint was made for other programs; pass the same method and factored, "
+                "or another checkpoint file"
+            )
+
+    def restore(self, state: LayerState) -> None:
+        """Go on from a state of an observer with the same programs, capacity and seed."""
+        self.skip(state.matrices - self.matrices)
+        self.observed = state.observed
+        self._largest = dict(state.largest)
+        for observer, ranges in zip(self._observers, state.ranges, strict=True):
+            observer.ranges = dict(ranges)
+        self.sample.replace(state.keys, state.sample)
+
+    def ranges(self, program: Program) -> dict[str, float]:
+        """Return ``max|x|`` of every tensor of one of the programs."""
+        seen = next(o for o in self._observers if o.program is program or _continues(o.program, program))
+        return {name: seen.ranges[name] for name in program.tensors} | self._largest
+
+    def _thinned(self, count: int) -> torch.Tensor:
+        index = self.matrices + 1 + np.arange(count)
+        return torch.from_numpy(self._generator.random(count) * index < FIRST)
+
+
+def _continues(longer: Program, shorter: Program) -> bool:
+    """Whether ``longer`` starts with all steps of ``shorter``: one run then observes both."""
+    count = len(shorter.steps)
+    return len(longer.steps) > count and longer.steps[:count] == shorter.steps

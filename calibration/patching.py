@@ -1,0 +1,277 @@
+"""Puts another inverse into a Hugging Face model, and captures L from it.
+
+Models call a chunked delta rule through a global of their module, or
+(transformers up to 5.14) through an attribute of the layer.  Both are replaced
+by `qinvert.delta_rule.chunk_gated_delta_rule` with a pluggable inverse, for
+the time of a ``with`` block.  No model code is copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeAlias
+from weakref import WeakSet
+
+import torch
+
+from qinvert.calibration.heads import is_split, layer_inverse, plan_inverse
+from qinvert.delta_rule.chunks import Applied, DeltaChunks
+from qinvert.delta_rule.rule import Inverse, chunk_gated_delta_rule, exact
+from qinvert.errors import InputError, PlanError, QInvertError, reason
+from qinvert.matrices import SolvedInverse, exact_inverse
+from qinvert.plan.plan import LayerPlan, Plan
+
+#: ``inverse(layer, chunks) -> T``.
+LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied]
+
+#: Module globals that models call in prefill: one decay a head, one a channel.
+GLOBAL_NAMES: Final = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
+#: Attribute of a layer in older transformers.
+ATTRIBUTE_NAME: Final = "chunk_gated_delta_rule"
+#: Model types of transformers with such layers.
+FAMILIES: Final = (
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+    "olmo_hybrid",
+    "kimi_linear",
+    "bailing_hybrid",
+    "glm5_next",
+)
+
+_patched_models: WeakSet[torch.nn.Module] = WeakSet()
+
+
+class _Running(threading.local):
+    """Patched layers whose forward pass is under way in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[str, LayerInverse]] = []
+        #: What an inverse raised last: that is its caller's business, not the model's.
+        self.failure: Exception | None = None
+
+
+_running = _Running()
+
+
+@contextmanager
+def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iterator[torch.nn.Module]:
+    """Run ``model`` with another inverse inside a ``with`` block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face model with delta-rule layers, see `FAMILIES`.
+    inverse : Plan, LayerPlan or callable
+        A plan simulates each layer's integer program; a callable maps
+        ``L [batch, heads, chunks, C, C]`` to T.  `qinvert.exact_inverse` does
+        not form T but solves for what T is multiplied with, in float32, as
+        models do: where they do, nothing changes, not even a rounding.
+
+    Yields
+    ------
+    torch.nn.Module
+        ``model``; everything is restored on exit, also after an exception.
+
+    Raises
+    ------
+    InputError
+        If the model has no such layer, or is patched already.
+    PlanError
+        If the plan lacks a layer of the model.
+    """
+    with patched_by_layer(model, by_layer(model, inverse)):
+        yield model
+
+
+def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> LayerInverse:
+    """Return what `patched` takes as a function of a layer's name and chunks.
+
+    Raises
+    ------
+    InputError
+        If it is no inverse.
+    PlanError
+        If the plan lacks a layer of the model.
+    """
+    match inverse:
+        case Plan():
+            lacking = [
+                name
+                for name in delta_layers(model)
+                if name not in inverse.layers and not is_split(inverse, name)
+            ]
+            if lacking:
+                raise PlanError(
+                    f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
+                    "calibrate this model"
+                )
+            return lambda layer, chunks: plan_inverse(inverse, layer, chunks.lower, chunks.beta)
+        case LayerPlan():
+            return lambda _, chunks: layer_inverse(inverse, chunks.lower, chunks.beta)
+        case _ if inverse is exact or inverse is exact_inverse:
+            return solve_chunks
+        case _ if callable(inverse):
+            return lambda _, chunks: inverse(chunks.lower)
+    raise InputError(
+        f"cannot use {type(inverse).__name__} as an inverse; pass a plan or a callable inverse(L)"
+    )
+
+
+def solve_chunks(_layer: str, chunks: DeltaChunks) -> SolvedInverse:
+    """Return the exact inverse, as a `LayerInverse`."""
+    return SolvedInverse(chunks.lower)
+
+
+def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the model's delta-rule layers by module name.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"{type(model).__name__} is no model; pass a torch.nn.Module")
+    layers = {
+        name: m for name, m in model.named_modules() if _called(m) is not None or hasattr(m, ATTRIBUTE_NAME)
+    }
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no delta-rule layer; supported are the Hugging Face models "
+            f"{', '.join(FAMILIES)}; of others, pass the matrices L themselves"
+        )
+    return layers
+
+
+def _called(layer: torch.nn.Module) -> tuple[Any, str] | None:
+    """Return the Python module and the name of its global that the layer's forward calls, or None."""
+    for kind in type(layer).__mro__:
+        forward = inspect.unwrap(vars(kind).get("forward", lambda: None))
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        for name in GLOBAL_NAMES:
+            if name in names:
+                return sys.modules[kind.__module__], name
+    return None
+
+
+@contextmanager
+def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[None]:
+    """`patched` with an inverse that is told the layer's name."""
+    layers = delta_layers(model)
+    if model in _patched_models:
+        raise InputError("this model is patched already; leave the outer `with patched(...)` first")
+    with ExitStack() as undo:
+        _patched_models.add(model)
+        undo.callback(_patched_models.discard, model)
+        for name, layer in layers.items():
+            _track(layer, name, inverse, undo)
+            if hasattr(layer, ATTRIBUTE_NAME):
+                _redirect(layer, ATTRIBUTE_NAME, undo)
+        for called in {_called(layer) for layer in layers.values()}:
+            if called is not None:
+                _redirect(*called, undo)
+        yield
+
+
+def _track(layer: torch.nn.Module, name: str, inverse: LayerInverse, undo: ExitStack) -> None:
+    def enter(*_: Any) -> None:
+        _running.layers.append((name, inverse))
+
+    def leave(*_: Any) -> None:
+        _running.layers.pop()
+
+    undo.callback(layer.register_forward_pre_hook(enter).remove)
+    # always_call: after an exception in forward the entry must go, too.
+    undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
+
+
+@dataclass(slots=True)
+class _Redirection:
+    """A function that patched models share: which layer runs decides what a call does."""
+
+    owner: Any
+    name: str
+    original: Callable[..., Any]
+    #: Patches in force; the last one to leave restores the original.
+    users: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A module global is shared: other models of the family keep the original.
+        if not _running.layers:
+            return self.original(*args, **kwargs)
+        layer, inverse = _running.layers[-1]
+        try:
+            return chunk_gated_delta_rule(*args, **kwargs, chunk_inverse=partial(inverse, layer))
+        except Exception as error:
+            _running.failure = error
+            raise
+
+    def release(self) -> None:
+        """Count one patch less."""
+        with _redirecting:
+            self.users -= 1
+            if self.users == 0 and getattr(self.owner, self.name) is self:
+                setattr(self.owner, self.name, self.original)
+
+
+_redirecting = threading.Lock()
+
+
+def _redirect(owner: Any, name: str, undo: ExitStack) -> None:
+    with _redirecting:
+        current = getattr(owner, name)
+        redirection = current if isinstance(current, _Redirection) else _Redirection(owner, name, current)
+        redirection.users += 1
+        setattr(owner, name, redirection)
+    undo.callback(redirection.release)
+
+
+def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the logits of one batch, computed on the model's device without gradients.
+
+    Raises
+    ------
+    InputError
+        If a token lies outside the vocabulary, or the model refuses the batch.
+    """
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    tokens, size = inputs.get("input_ids"), vocabulary_size(model)
+    if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
+        raise InputError(
+            f"token ids go from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary has "
+            f"{size}; tokenize for this model"
+        )
+    with torch.no_grad(), _refusals(inputs):
+        logits: torch.Tensor = model(**inputs).logits
+    return logits
+
+
+def vocabulary_size(model: torch.nn.Module) -> int | None:
+    """Return the number of tokens that the model knows, None where its configuration does not say."""
+    config = getattr(model, "config", None)
+    # Models of text and images keep the numbers of their text part apart.
+    size = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+@contextmanager
+def _refusals(inputs: dict[str, Any]) -> Iterator[None]:
+    # What a model raises on inputs that do not fit it is of any type.
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        failure, _running.failure = _running.failure, None
+        if error is failure or isinstance(error, QInvertError):
+            raise
+        raise InputError(
+            f"the model refuses the batch ({', '.join(map(str, inputs))}): {reason(error)}"
+        ) from error

@@ -1,0 +1,1 @@
+"""From statistics to plans: ranges, grids, predicted noise, and the choice among candidates."""

@@ -1,0 +1,107 @@
+"""From the largest value seen to the range that a grid covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+import torch
+
+from qinvert.calibration.planning.scales import ScaleRule, choose_scale, scale_groups
+from qinvert.execution.floating import run_checked
+from qinvert.formats import IntFormat
+from qinvert.numerics import rounding
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, MOVES
+
+#: Share of magnitudes that a percentile range covers.
+PERCENTILE: Final = 0.9999
+#: Ranges that the MSE rule tries, as shares of the largest value: six steps an octave.
+TRIED: Final = tuple(math.exp2(-k / 6) for k in range(31))
+#: A group whose values stay this far below its range holds rounding residue.
+VANISHING: Final = 1e-3
+
+
+class RangeRule(StrEnum):
+    """What range a grid covers."""
+
+    #: Every value seen in calibration.
+    MAX = "max"
+    #: All but one in 10,000 of the sample's nonzero magnitudes.
+    PERCENTILE = "percentile"
+    #: The range with the least mean square error on the sample, saturation included.
+    MSE = "mse"
+
+
+def clip_ranges(
+    program: Program,
+    ranges: Mapping[str, float],
+    sample: torch.Tensor,
+    formats: Mapping[str, IntFormat],
+    rule: RangeRule,
+    beta: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Return ``ranges`` narrowed by ``rule``, group by group.
+
+    Values beyond the range saturate.  Statistics are those of the sample, a
+    uniform random choice of all matrices; ranges that overflowed stay.
+
+    Parameters
+    ----------
+    program : Program
+    ranges : mapping
+        Range per tensor, with whatever room calibration adds.
+    sample : torch.Tensor, shape ``[n, C, C]``
+        Checked matrices.
+    formats : mapping
+        Format of every tensor.
+    rule : RangeRule
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
+    """
+    if rule is RangeRule.MAX:
+        return dict(ranges)
+    groups = scale_groups(program)
+    values = _group_values(program, groups, sample, beta)
+    clipped = {}
+    for group, magnitudes in values.items():
+        largest = max(r for name, r in ranges.items() if groups[name] == group)
+        clipped[group] = _clip(magnitudes, largest, formats[group], rule)
+    return {name: min(r, clipped[groups[name]]) for name, r in ranges.items()}
+
+
+def _group_values(
+    program: Program, groups: Mapping[str, str], sample: torch.Tensor, beta: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    parts: dict[str, list[torch.Tensor]] = {group: [] for group in groups.values()}
+    rounding = {INPUT, *program.vectors, *(s.output for s in program.steps if not isinstance(s, MOVES))}
+
+    def observe(name: str, tensor: torch.Tensor) -> None:
+        # Moves only repeat what other tensors of their group hold.
+        if name in rounding:
+            magnitudes = tensor.abs().flatten()
+            parts[groups[name]].append(magnitudes[magnitudes > 0])
+
+    run_checked(program, sample, torch.float64, observe, beta)
+    return {group: torch.cat(tensors) for group, tensors in parts.items()}
+
+
+def _clip(magnitudes: torch.Tensor, largest: float, fmt: IntFormat, rule: RangeRule) -> float:
+    # A residue shows its range only once its operands are rounded: nothing to clip here.
+    vanishes = magnitudes.numel() == 0 or float(magnitudes.max()) < VANISHING * largest
+    if vanishes or not math.isfinite(largest):
+        return largest
+    if rule is RangeRule.PERCENTILE:
+        index = min(len(magnitudes) - 1, math.ceil(PERCENTILE * len(magnitudes)))
+        kth: torch.Tensor = magnitudes.kthvalue(index + 1).values
+        return float(kth)
+    return min((largest * share for share in TRIED), key=lambda limit: _error(magnitudes, limit, fmt))
+
+
+def _error(magnitudes: torch.Tensor, limit: float, fmt: IntFormat) -> float:
+    scale = choose_scale(limit, fmt, ScaleRule.FLOAT)
+    rounded = rounding.dequantize(rounding.quantize(magnitudes, scale, fmt), scale, fmt)
+    error: torch.Tensor = rounded - magnitudes
+    return float(error.square().sum())

@@ -1,0 +1,77 @@
+"""Says in a plan's provenance why it is as it is, and what would change it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qinvert.calibration.planning.planner import Candidate, Choice, Prediction, finite
+from qinvert.calibration.planning.sensitivity import TRUNCATION
+from qinvert.formats import INT8, INT8X2, INT16, IntFormat
+from qinvert.profiles import default_target
+
+
+def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]:
+    """Return what is known of a choice, as JSON types.
+
+    Parameters
+    ----------
+    choice : Choice
+    alternatives : sequence of Candidate
+        The same program on wider formats, to name the change that would fix a miss.
+    """
+    best = choice.best
+    sqnr_db, floor_db = best.best_known
+    tensor, share = best.binding
+    return {
+        "meets_goal": choice.meets_goal,
+        "expected_sqnr_db": finite(sqnr_db),
+        "expected_floor_db": finite(floor_db),
+        "predicted_sqnr_db": finite(best.sqnr_db),
+        "growth": finite(best.candidate.growth),
+        "cost": best.cost,
+        "binding": {"tensor": tensor, "share": round(share, 4)},
+        "fix": "" if choice.meets_goal else _fix(choice, alternatives),
+        "candidates": [_row(p, p is best) for p in choice.predictions],
+        "rejected": [*choice.passed_over, *(str(p) for p in choice.predictions if _lost(p, choice))],
+    }
+
+
+def _lost(prediction: Prediction, choice: Choice) -> bool:
+    cheaper = prediction.cost <= choice.best.cost or not choice.meets_goal
+    return cheaper and prediction.candidate is not choice.best.candidate
+
+
+def _row(prediction: Prediction, chosen: bool) -> dict[str, Any]:
+    return {
+        "program": prediction.plan.program.title,
+        "formats": prediction.plan.formats,
+        "cost": prediction.cost,
+        "predicted_sqnr_db": finite(prediction.sqnr_db),
+        "predicted_floor_db": finite(prediction.floor_db),
+        "simulated_sqnr_db": finite(prediction.simulated[0]) if prediction.simulated else None,
+        "chosen": chosen,
+    }
+
+
+def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:
+    tensor, share = choice.best.binding
+    reason = (
+        "the series is cut off too early"
+        if tensor == TRUNCATION
+        else f"{share:.0%} of the noise comes from {tensor!r}"
+    )
+    reached = []
+    for candidate in alternatives:
+        (fmt,) = candidate.ladder
+        predicted = candidate.sensitivities.sqnr_db(candidate.uniform(fmt))
+        reached.append((predicted, fmt))
+        if predicted >= choice.goals.min_sqnr_db:
+            return f"{reason}; {_argument(fmt)} should reach {predicted:.0f} dB"
+    best = max([choice.best.best_known[0], *(predicted for predicted, _ in reached)])
+    return f"{reason}; no format of more bits helps, lower min_sqnr_db to {best:.0f}"
+
+
+def _argument(fmt: IntFormat) -> str:
+    bits = {INT8.name: "8", INT8X2.name: "'8x2'", INT16.name: "16"}[fmt.name]
+    return f"bits={bits}, target={default_target(fmt)!r}"

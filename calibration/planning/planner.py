@@ -1,0 +1,269 @@
+"""Chooses a program, and a format for every grid, from predicted noise and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+import torch
+
+from qinvert.calibration.observation.statistics import LayerObserver
+from qinvert.calibration.planning.candidates import measure
+from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, growth
+from qinvert.calibration.planning.scales import scale_groups
+from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
+from qinvert.formats import INT8, IntFormat
+from qinvert.matrices import solve
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Requantize
+from qinvert.program.program import Program
+
+#: Programs whose powers outgrow both M and T by more are passed over: unseen data
+#: would decide whether they saturate.
+MAX_GROWTH: Final = 1.0
+#: Candidates that are simulated where none reaches the goals.
+LAST_RESORT: Final = 3
+#: Times that a format is raised after a simulation fell short of its prediction.
+RETRIES: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goals:
+    """What a plan should reach on the sample."""
+
+    #: Smallest sqnr of a layer.
+    min_sqnr_db: float
+    #: Largest distance to the floor of the same input and output grids, where those are
+    #: of 8 bits or less: with more bits there are decibels to spare.
+    max_loss_db: float
+
+
+class Candidate:
+    """One program on one layer: noise by grid and format, predictions, plans."""
+
+    def __init__(
+        self,
+        program: Program,
+        ranges: Mapping[str, float],
+        sample: torch.Tensor,
+        ladder: Sequence[IntFormat],
+        rules: GridRules,
+        beta: torch.Tensor | None = None,
+        truth: torch.Tensor | None = None,
+    ) -> None:
+        self.program = program
+        self.growth = growth(program, ranges)
+        self.groups = scale_groups(program)
+        self.ladder = ladder
+        #: Of the sample, for a factored program.
+        self.beta = beta
+        #: Exact inverses of the sample; candidates of one layer share them.
+        self.truth = solve(sample) if truth is None else truth
+        self._ranges, self._sample, self._rules = ranges, sample, rules
+        self._known: dict[tuple[IntFormat, ...], Grids] = {}
+
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """Noise of every grid under every format of the ladder."""
+        grids = {fmt: self._grids(self.uniform(fmt)) for fmt in self.ladder}
+        partial = [
+            fmt.name
+            for fmt, found in grids.items()
+            if found.requantize is Requantize.MULTIPLIER and fmt.container_bits > INT8.container_bits
+        ]
+        tensors = [found.tensors for found in grids.values()]
+        return measure_sensitivities(
+            self.program, tensors, self._sample, self.beta, self.truth, partial=partial
+        )
+
+    def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
+        """One format for every group of tensors that share a grid."""
+        return dict.fromkeys(self.groups.values(), fmt)
+
+    def _grids(self, formats: Mapping[str, IntFormat]) -> Grids:
+        key = tuple(formats.values())
+        if key not in self._known:
+            by_tensor = {name: formats[group] for name, group in self.groups.items()}
+            self._known[key] = choose_grids(
+                self.program, self._ranges, self._sample, by_tensor, self._rules, self.beta
+            )
+        return self._known[key]
+
+    def plan(self, formats: Mapping[str, IntFormat]) -> LayerPlan:
+        """Return the plan under a format for every group."""
+        grids = self._grids(formats)
+        return LayerPlan(
+            program=self.program,
+            tensors=grids.tensors,
+            requantize=grids.requantize,
+            ranges={name: finite(value) for name, value in grids.ranges.items()},
+        )
+
+    def predict(self, formats: Mapping[str, IntFormat]) -> Prediction:
+        """Return what these formats should reach and cost."""
+        noise = self.sensitivities
+        plan = self.plan(formats)
+        return Prediction(
+            candidate=self,
+            formats=formats,
+            plan=plan,
+            cost=plan.cost(),
+            sqnr_db=noise.sqnr_db(formats),
+            floor_db=noise.floor_db(formats),
+        )
+
+    def cheapest(self, goals: Goals, extra_db: float = 0.0) -> Prediction:
+        """Raise formats, the most noise per cost first, until the goals should be met.
+
+        Parameters
+        ----------
+        goals : Goals
+        extra_db : float
+            By how much a simulation fell short of its prediction before; the
+            prediction must exceed the goals by as much.
+        """
+        prediction = self.predict(self.uniform(self.ladder[0]))
+        while prediction.shortfall(goals) + extra_db > 0:
+            raised = [self.predict(formats) for formats in self._raised(prediction.formats)]
+            if not raised:
+                break
+            prediction = max(raised, key=lambda p: _gain(prediction, p))
+        return prediction
+
+    def _raised(self, formats: Mapping[str, IntFormat]) -> list[dict[str, IntFormat]]:
+        wider = dict(zip(self.ladder, self.ladder[1:], strict=False))
+        return [{**formats, group: wider[fmt]} for group, fmt in formats.items() if fmt in wider]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A candidate under one choice of formats."""
+
+    candidate: Candidate
+    #: Format of every group of tensors that share a grid.
+    formats: Mapping[str, IntFormat]
+    plan: LayerPlan
+    #: int8 multiply-accumulates, see `qinvert.plan.cost.plan_cost`.
+    cost: int
+    #: From the noise of the grids, each measured by itself.
+    sqnr_db: float
+    #: The same for the input and output grids alone.
+    floor_db: float
+    #: By simulation on the whole sample; None if not simulated.
+    simulated: tuple[float, float] | None = None
+
+    def check(self, sample: torch.Tensor) -> Prediction:
+        """Return the prediction with what a simulation of the plan really reaches."""
+        achieved, floor = measure(self.plan, sample, self.candidate.truth, self.candidate.beta)
+        return replace(self, simulated=(achieved.sqnr_db, floor.sqnr_db))
+
+    @property
+    def best_known(self) -> tuple[float, float]:
+        """(sqnr_db, floor_db), simulated if possible."""
+        return self.simulated or (self.sqnr_db, self.floor_db)
+
+    def shortfall(self, goals: Goals) -> float:
+        """Decibels that are missing to the farther goal; 0 or less where both are reached."""
+        sqnr_db, floor_db = self.best_known
+        output = self.plan.output.format
+        if output.planes * output.container_bits > INT8.container_bits or not math.isfinite(floor_db):
+            return goals.min_sqnr_db - sqnr_db
+        return max(goals.min_sqnr_db - sqnr_db, floor_db - sqnr_db - goals.max_loss_db)
+
+    @property
+    def binding(self) -> tuple[str, float]:
+        """The grid that adds most of the noise, and its share."""
+        return next(iter(self.candidate.sensitivities.shares(self.formats).items()))
+
+    def __str__(self) -> str:
+        sqnr_db, floor_db = self.best_known
+        kind = "simulated" if self.simulated else "predicted"
+        return f"{self.plan.program.title}: {kind} sqnr {sqnr_db:.1f} dB, floor {floor_db:.1f} dB"
+
+
+def _gain(before: Prediction, after: Prediction) -> float:
+    """Noise that goes away, per cost that is added."""
+    sensitivities = before.candidate.sensitivities
+    old, new = (sensitivities.total(p.formats) for p in (before, after))
+    return (old - new) / max(1, after.cost - before.cost)
+
+
+def finite(value: float) -> float:
+    """Clamp infinities to what JSON can hold."""
+    return max(-3.4e38, min(3.4e38, value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The outcome for one layer: what was chosen and what was not."""
+
+    best: Prediction
+    goals: Goals
+    #: Every prediction, cheapest first.
+    predictions: tuple[Prediction, ...]
+    #: Candidates that were passed over unseen, with the reason.
+    passed_over: tuple[str, ...]
+
+    @property
+    def meets_goal(self) -> bool:
+        """Whether the simulated plan reaches ``min_sqnr_db`` on the sample."""
+        return self.best.best_known[0] >= self.goals.min_sqnr_db
+
+
+def choose(
+    observer: LayerObserver,
+    ladder: Sequence[IntFormat],
+    rules: GridRules,
+    goals: Goals,
+) -> Choice:
+    """Return the cheapest candidate that reaches the goals in simulation, or the best one.
+
+    Candidates are taken in the order of their cost; each that should reach
+    the goals is simulated on the sample, with wider formats if it falls short.
+    """
+    sample, beta = observer.sample.matrices, observer.sample.beta
+    truth = solve(sample)
+    candidates = [
+        Candidate(p, observer.ranges(p), sample, ladder, rules, beta, truth) for p in observer.programs
+    ]
+    slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
+    predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
+    checked: list[Prediction] = []
+    for prediction in predictions:
+        if prediction.shortfall(goals) <= 0:
+            checked.append(_stepped_up(prediction, sample, goals))
+            if checked[-1].shortfall(goals) <= 0:
+                break
+    else:
+        seen = [p.candidate for p in checked]
+        rest = [p for p in predictions if p.candidate not in seen]
+        rest = sorted(rest, key=lambda p: p.shortfall(goals))[:LAST_RESORT]
+        checked += [p.check(sample) for p in rest]
+    best = min(checked, key=lambda p: (max(0.0, p.shortfall(goals)), p.cost))
+    known = {p.candidate: p for p in checked}
+    return Choice(
+        best=best,
+        goals=goals,
+        predictions=tuple(known.get(p.candidate, p) for p in predictions),
+        passed_over=tuple(
+            f"{c.program.title}: powers grow to {c.growth:.3g} times M and T"
+            for c in candidates
+            if c.growth > MAX_GROWTH and c is not best.candidate
+        ),
+    )
+
+
+def _stepped_up(prediction: Prediction, sample: torch.Tensor, goals: Goals) -> Prediction:
+    checked, extra_db = prediction.check(sample), 0.0
+    for _ in range(RETRIES):
+        if checked.shortfall(goals) <= 0:
+            break
+        extra_db += checked.shortfall(goals)
+        wider = prediction.candidate.cheapest(goals, extra_db)
+        if wider.formats == checked.formats:
+            break
+        checked = wider.check(sample)
+    return checked

@@ -1,0 +1,287 @@
+"""How much noise each grid adds to the result, measured by rounding one grid at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from qinvert.calibration.planning.scales import scale_groups
+from qinvert.execution.floating import FloatEvaluator
+from qinvert.execution.inputs import program_inputs
+from qinvert.execution.tensors import along
+from qinvert.formats import IntFormat
+from qinvert.matrices import solve
+from qinvert.numerics import rounding
+from qinvert.numerics.accumulators import planes
+from qinvert.plan.quantization import Quantization
+from qinvert.program.program import Program
+from qinvert.program.steps import BETA, INPUT, MatMul, Scale
+
+#: Matrices of the sample that predictions use.
+MATRICES: Final = 8
+#: Name under which `Sensitivities.shares` lists the truncation.
+TRUNCATION: Final = "truncation"
+#: A tensor this far below one step holds what float64 left of a cancellation.
+VANISHING: Final = 1e-3
+#: Group that stands for all groups at once.
+ALL: Final = "*"
+#: Seed of the noise that stands for the rounding of residues.
+SEED: Final = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivities:
+    """Noise power at the result, by grid and format.
+
+    Rounding errors of different grids are nearly independent, so powers add:
+
+        sqnr = 10 log10(signal / (truncation + sum_g c[f_g] noise[g, f_g])),
+
+    with ``f_g`` the format of group g.  What the sum misses (errors that
+    cancel, residues that others leave) is in the factor ``c`` of each format:
+    it makes the sum exact where all grids have that format.
+    """
+
+    #: Sum of squares of tril(T, -1).
+    signal: float
+    #: What the program misses in exact arithmetic: the tail of a series that is cut off.
+    truncation: float
+    #: (group of tensors that share a grid, format name) -> sum of squares of the error.
+    noise: Mapping[tuple[str, str], float]
+    #: Format name -> noise with all grids rounded, over the sum of their noises.
+    coherence: Mapping[str, float]
+    #: Groups of the inputs.
+    inputs: frozenset[str]
+    #: Group of the result.
+    output: str
+    #: Format name -> noise of an exact result that is put on the output's grid.
+    rounding: Mapping[str, float]
+
+    def sqnr_db(self, formats: Mapping[str, IntFormat]) -> float:
+        """Predicted sqnr under a format for every group."""
+        return self._decibels(self.truncation + self.total(formats))
+
+    def total(self, formats: Mapping[str, IntFormat]) -> float:
+        """Predicted noise power of all grids."""
+        return sum(self.coherence[f.name] * self.noise[g, f.name] for g, f in formats.items())
+
+    def floor_db(self, formats: Mapping[str, IntFormat]) -> float:
+        """Predicted sqnr of an exact algorithm on the same input and output grids."""
+        noise = sum(self.noise[group, formats[group].name] for group in self.inputs)
+        return self._decibels(noise + self.rounding[formats[self.output].name])
+
+    def shares(self, formats: Mapping[str, IntFormat]) -> dict[str, float]:
+        """Return the share of the noise that each group adds, largest first."""
+        noise = {group: self.noise[group, fmt.name] for group, fmt in formats.items()}
+        noise[TRUNCATION] = self.truncation
+        total = sum(noise.values()) or 1.0
+        return {g: n / total for g, n in sorted(noise.items(), key=lambda item: -item[1])}
+
+    def _decibels(self, noise: float) -> float:
+        if not math.isfinite(noise):
+            return -math.inf
+        if noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / noise) if self.signal else -math.inf
+
+
+#: One group that is rounded while all others stay exact, and the grids of all tensors.
+Variant = tuple[str, Mapping[str, Quantization]]
+
+
+class _VariantEvaluator(FloatEvaluator):
+    """Float64 steps over copies of the sample, one copy a variant, the last one exact."""
+
+    def __init__(
+        self,
+        program: Program,
+        variants: Sequence[Variant],
+        count: int,
+        device: torch.device,
+        partial: Collection[str],
+    ) -> None:
+        super().__init__((len(variants) + 1) * count, torch.float64, device)
+        self.count = count
+        self.partial = partial
+        self.generator = torch.Generator(device="cpu").manual_seed(SEED)
+        groups = scale_groups(program)
+        self.rounded: dict[str, list[tuple[int, Quantization]]] = {name: [] for name in groups}
+        for name, group in groups.items():
+            self.rounded[name] = [
+                (i, grid[name]) for i, (g, grid) in enumerate(variants) if g in (group, ALL)
+            ]
+        self.grids = [grid for _, grid in variants]
+
+    def matmul(
+        self,
+        step: MatMul,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        add: list[torch.Tensor],
+        subtract: list[torch.Tensor],
+    ) -> torch.Tensor:
+        for i in self._dropping(step.output):
+            # Two planes drop the product of the low ones.
+            dropped = self._low(step.left, left, i) @ self._low(step.right, right, i)
+            subtract = [*subtract, self._copy(dropped, i)]
+        for i in self._partial(step.output):
+            # The products of both planes of an int16 operand are rounded, not their sum.
+            subtract = [*subtract, self._copy(self._rounding_of_high(step, left, right, i), i)]
+        return super().matmul(step, left, right, add, subtract)
+
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        total = source * along(step, vector)
+        for i in self._dropping(step.output):
+            # As in a product.
+            low = along(step, self._low(step.vector, vector, i))
+            total = total - self._copy(self._low(step.source, source, i) * low, i)
+        return self.stored(step.output, total)
+
+    def _dropping(self, name: str) -> list[int]:
+        return [i for i, grid in self.rounded[name] if grid.format.planes > 1]
+
+    def _partial(self, name: str) -> list[int]:
+        return [i for i, grid in self.rounded[name] if grid.format.name in self.partial]
+
+    def _rounding_of_high(
+        self, step: MatMul, left: torch.Tensor, right: torch.Tensor, i: int
+    ) -> torch.Tensor:
+        grid, output = self.grids[i][step.right], self.grids[i][step.output]
+        q = rounding.quantize(self._copies(right)[:, i], grid.scale, grid.format)
+        high, scale = rounding.operand_planes(q, grid.scale, grid.format)[0]
+        product = self._copies(left)[:, i] @ (high.to(torch.float64) * scale)
+        return (product - output.scale * torch.round(product / output.scale)).flatten(0, 1)
+
+    def _copy(self, values: torch.Tensor, i: int) -> torch.Tensor:
+        """Return zeros but for variant ``i``."""
+        blocks = values.reshape(-1, self.count, *values.shape[-2:])
+        whole = blocks.new_zeros(len(blocks), self.batch // self.count, *blocks.shape[1:])
+        whole[:, i] = blocks
+        return whole.flatten(0, 2)
+
+    def _copies(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(-1, self.batch // self.count, self.count, *values.shape[1:])
+
+    def _low(self, name: str, values: torch.Tensor, i: int) -> torch.Tensor:
+        grid = self.grids[i][name]
+        q = rounding.quantize(self._copies(values)[:, i], grid.scale, grid.format)
+        low, scale = planes(q, grid.scale, grid.format)[-1]
+        return low.to(torch.float64) * scale
+
+    def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Round the copies whose variant is the grid of ``name``."""
+        # In place: what a float step computed is fresh memory.
+        for i, grid in self.rounded[name]:
+            self._copies(values)[:, i] = self._rounded(self._copies(values)[:, i], grid)
+        return values
+
+    def _rounded(self, values: torch.Tensor, grid: Quantization) -> torch.Tensor:
+        if float(values.abs().max()) < VANISHING * grid.scale:
+            # A residue: next to zero here, of many steps once its operands are rounded.
+            noise = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) - 0.5
+            return values + grid.scale * torch.where(values != 0, noise.to(values.device), 0.0)
+        return on_grid(values, grid)
+
+
+def measure_sensitivities(
+    program: Program,
+    grids: Sequence[Mapping[str, Quantization]],
+    sample: torch.Tensor,
+    beta: torch.Tensor | None = None,
+    truth: torch.Tensor | None = None,
+    partial: Collection[str] = (),
+) -> Sensitivities:
+    """Round every group of tensors by itself and measure the error of the result.
+
+    Parameters
+    ----------
+    program : Program
+    grids : sequence of mappings
+        A quantization of every tensor, once per format.
+    sample : torch.Tensor, shape ``[n, C, C]``
+        Checked matrices; noise is measured on the first `MATRICES`.
+    beta : torch.Tensor, shape ``[n, C]``, optional
+        For a factored program.
+    truth : torch.Tensor, shape ``[n, C, C]``, optional
+        Exact inverses of the sample, where a caller has them already.
+    partial : collection of str
+        Names of formats whose products are rounded plane by plane.
+    """
+    exact = torch.tril(solve(sample) if truth is None else truth, -1)
+    # Rare large matrices would make the signal of a few a poor guess.
+    share = min(1.0, MATRICES / len(sample))
+    signal = float(exact.square().sum()) * share
+    unseen = {grid[INPUT].format.name: _unseen_saturation(exact, grid, program, share) for grid in grids}
+    sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
+    beta = None if beta is None else beta[:MATRICES]
+    groups = scale_groups(program)
+    variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
+    evaluator = _VariantEvaluator(program, variants, len(sample), sample.device, partial)
+    exact_inputs = program_inputs(program, sample, beta, torch.float64)
+    inputs = {
+        name: evaluator.stored(name, value.repeat(len(variants) + 1, 1, 1))
+        for name, value in exact_inputs.items()
+    }
+    result = program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)
+    result = result.reshape(len(variants) + 1, *sample.shape)
+    rows = exact_inputs[BETA] if program.vectors else torch.ones((), dtype=torch.float64)
+    rounding = {
+        name: _power((on_grid(result[-1], grid[program.output]) - result[-1]) * rows) + unseen[name]
+        for name, grid in zip(unseen, grids, strict=True)
+    }
+    result = result * rows
+    errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
+    noise = {
+        (g, grid[INPUT].format.name): math.inf if math.isnan(e) else float(e)
+        for (g, grid), e in zip(variants, errors, strict=True)
+    }
+    coherence = {f: _coherence(noise, f) for g, f in noise if g == ALL}
+    for name, power in unseen.items():
+        noise[groups[program.output], name] += power
+    return Sensitivities(
+        signal=signal,
+        # A program that is exact in real arithmetic leaves rounding of float64 only.
+        truncation=_power(result[-1] - exact),
+        noise={(g, f): value for (g, f), value in noise.items() if g != ALL},
+        coherence=coherence,
+        inputs=frozenset(groups[name] for name in (INPUT, *program.vectors)),
+        output=groups[program.output],
+        rounding=rounding,
+    )
+
+
+def on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
+    """Return float64 values rounded onto a grid; NaN, from inf - inf, counts as infinite."""
+    finite = torch.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    integers = rounding.quantize(finite, grid.scale, grid.format)
+    return rounding.dequantize(integers, grid.scale, grid.format).to(torch.float64)
+
+
+def _unseen_saturation(
+    exact: torch.Tensor, grid: Mapping[str, Quantization], program: Program, share: float
+) -> float:
+    """Return the power that a clipped output range cuts off, beyond what the first matrices show.
+
+    Rare large values are part of the signal; what saturation takes from them must be noise.
+    """
+    output = grid[program.output]
+    # Of a factored program the output is T - I over beta, whose rare values are those of keys alone.
+    if program.vectors:
+        return 0.0
+    excess = (exact.abs() - output.scale * output.format.largest).clamp(min=0).square().sum((1, 2))
+    return max(0.0, float(excess.sum()) * share - float(excess[:MATRICES].sum()))
+
+
+def _power(error: torch.Tensor) -> float:
+    power = float(torch.tril(error, -1).square().sum())
+    return math.inf if math.isnan(power) else power
+
+
+def _coherence(noise: Mapping[tuple[str, str], float], name: str) -> float:
+    apart = sum(value for (group, fmt), value in noise.items() if fmt == name and group != ALL)
+    together = noise[ALL, name]
+    return together / apart if 0 < apart < math.inf and together < math.inf else 1.0

@@ -1,0 +1,207 @@
+"""`qinvert.simulate`: what the integers of a plan cost, per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.heads import HEAD_AXIS, is_split, layer_name, split_heads
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
+from qinvert.documents import to_document
+from qinvert.errors import InputError
+from qinvert.execution.inputs import needed_beta
+from qinvert.matrices import solve
+from qinvert.metrics import ErrorStatistics, floor_inverse
+from qinvert.numerics.law import Rounding
+from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.simulation import simulate_counting
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """Errors of one layer; every metric as defined in `qinvert.metrics`."""
+
+    #: Matrices simulated.
+    matrices: int
+    #: Formats of the plan.
+    formats: str
+    #: Title of the program.
+    program: str
+    #: Signal to quantization noise below the diagonal, all matrices together.
+    sqnr_db: float
+    #: The same for the exact inverse on the plan's input and output grids.
+    floor_db: float
+    #: sqnr of every head; empty where the matrices have no head axis.
+    head_sqnr_db: tuple[float, ...]
+    #: max over matrices of ||E||_F / ||T||_F.
+    worst_rel: float
+    #: max|E|.
+    max_abs: float
+    #: Sums of squares of tril(T, -1) and tril(E, -1), to add layers up.
+    signal: float
+    noise: float
+    #: Values of T that are NaN or Inf.
+    non_finite: int
+    #: Values on the ends of their grid, per tensor that has any.
+    saturations: dict[str, int]
+
+    @property
+    def worst_head_sqnr_db(self) -> float | None:
+        """Sqnr of the worst head; None where the matrices have no head axis."""
+        return min(self.head_sqnr_db, default=None)
+
+    @property
+    def loss_db(self) -> float:
+        """``floor_db - sqnr_db``: what the algorithm loses."""
+        return self.floor_db - self.sqnr_db if math.isfinite(self.floor_db) else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types; infinities become None."""
+        document: dict[str, Any] = to_document(self)
+        return document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One `LayerReport` per layer."""
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    def totals(self) -> dict[str, float]:
+        """Sqnr of every layer, over all its heads where the plan has them one by one."""
+        sums: dict[str, ErrorStatistics] = {}
+        for name, layer in self.layers.items():
+            whole = sums.setdefault(layer_name(name), ErrorStatistics())
+            whole.signal += layer.signal
+            whole.noise += layer.noise
+            whole.non_finite += layer.non_finite
+        return {name: total.sqnr_db for name, total in sums.items()}
+
+    @property
+    def worst_sqnr_db(self) -> float:
+        """Smallest sqnr of all layers."""
+        return min(layer.sqnr_db for layer in self.layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        document: dict[str, Any] = to_document(self)
+        return document
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{name}: sqnr {r.sqnr_db:.1f} dB (floor {r.floor_db:.1f}), worst_rel {r.worst_rel:.2e}, "
+            f"max_abs {r.max_abs:.2e}, {r.matrices} matrices"
+            for name, r in self.layers.items()
+        )
+
+
+class LayerSimulation:
+    """Streams the errors of one layer's plan."""
+
+    def __init__(self, plan: LayerPlan, rounding: Rounding = Rounding.ONNX) -> None:
+        self.plan = plan
+        self.rounding = rounding
+        self.achieved = ErrorStatistics()
+        self.floor = ErrorStatistics()
+        self.saturations: dict[str, int] = {}
+        self.heads: dict[int, ErrorStatistics] = {}
+
+    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
+        """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` for a factored plan."""
+        truth = solve(lower)
+        estimate, saturations = simulate_counting(self.plan, lower, beta, self.rounding)
+        for name, count in saturations.items():
+            self.saturations[name] = self.saturations.get(name, 0) + count
+        self.achieved.update(estimate, truth)
+        if lower.ndim >= -HEAD_AXIS:
+            pairs = zip(estimate.unbind(HEAD_AXIS), truth.unbind(HEAD_AXIS), strict=True)
+            for head, (part, exact) in enumerate(pairs):
+                self.heads.setdefault(head, ErrorStatistics()).update(part, exact)
+        self.floor.update(floor_inverse(self.plan, lower, beta), truth)
+
+    def result(self) -> LayerReport:
+        """Return the report of what was seen."""
+        return LayerReport(
+            matrices=self.achieved.matrices,
+            formats=self.plan.formats,
+            program=self.plan.program.title,
+            sqnr_db=self.achieved.sqnr_db,
+            floor_db=self.floor.sqnr_db,
+            head_sqnr_db=tuple(head.sqnr_db for head in self.heads.values()),
+            worst_rel=self.achieved.worst_rel,
+            max_abs=self.achieved.max_abs,
+            signal=self.achieved.signal,
+            noise=self.achieved.noise,
+            non_finite=self.achieved.non_finite,
+            saturations=self.saturations,
+        )
+
+
+def simulate(
+    plan: Plan,
+    source: Any,
+    data: Any = None,
+    *,
+    num_samples: int | None = None,
+    seq_len: int | None = None,
+    rounding: str = "onnx",
+    progress: Progress | None = None,
+) -> Report:
+    """Run every layer's integer program on ``source`` and measure the error of T.
+
+    Parameters
+    ----------
+    plan : Plan
+    source, data
+        Where L comes from; see `qinvert.calibration.sources.open_source`.
+        Layers are matched by name; a source with one unnamed layer goes with
+        a plan of one layer.
+    num_samples, seq_len : int, optional
+        Of ``data``: how many sequences to read, and of how many tokens; see
+        `qinvert.TokenData`.
+    rounding : {"onnx", "hexagon"}
+        Whose integers, see `LayerPlan.inverse`.
+    progress : callable, optional
+        Called as ``progress(layer, matrices)`` after every batch.
+
+    Raises
+    ------
+    InputError
+        If a matrix is not legal, or the source lacks a layer of the plan or
+        the beta that it takes.
+    PlanError
+        If the source has a layer that the plan does not know, or the rounding
+        is not known of a plan like this.
+    """
+    chosen = Rounding.named(rounding)
+    running: dict[str, LayerSimulation] = {}
+    for given, whole, rows in open_with_beta(source, with_options(data, num_samples, seq_len)):
+        name = _match(plan, given)
+        parts = split_heads(name, whole, rows) if is_split(plan, name) else [(name, whole, rows)]
+        for layer, lower, known in parts:
+            if layer not in running:
+                running[layer] = LayerSimulation(plan.layer(layer), chosen)
+            check_size(lower.shape[-1], plan.layer(layer).chunk, layer)
+            beta = needed_beta(plan.layer(layer).program, lower, known, f"beta of layer {layer!r}")
+            running[layer].update(lower, beta)
+            if progress is not None:
+                progress(layer, running[layer].achieved.matrices)
+    lacking = [name for name in plan.layers if name not in running]
+    if lacking:
+        raise InputError(f"the source has no matrices for layer {lacking[0]!r}; pass all layers of the plan")
+    return Report(layers={name: running[name].result() for name in plan.layers})
+
+
+def _match(plan: Plan, given: str) -> str:
+    if given == DEFAULT_LAYER and given not in plan.layers and len(plan.layers) == 1:
+        return next(iter(plan.layers))
+    if not is_split(plan, given):
+        plan.layer(given)
+    return given

@@ -1,0 +1,276 @@
+"""What both lowerings share: data movement, carried identities, widened products."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from qinvert.errors import ExportError
+from qinvert.execution.tensors import constant_matrix
+from qinvert.export.graph import GraphBuilder, Sizes
+from qinvert.export.interface import Interface
+from qinvert.export.lowering.tensors import AXES, VECTORS, ProgramTensors
+from qinvert.numerics import scalar
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.profiles import Profile
+from qinvert.program.evaluator import Evaluator
+from qinvert.program.sparsity import Support, cut, strictly_lower
+from qinvert.program.steps import INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
+
+#: Identity blocks that one residual term may add to a product; calibration needs 16.
+MAX_IDENTITY_BLOCKS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of the program, or a constant that waits for its consumer's scale."""
+
+    #: Graph tensor that consumers read, the high one of two planes; empty for a constant.
+    name: str
+    #: Name in the plan.
+    tensor: str
+    #: Set for constants.
+    constant: Constant | None = None
+    #: Graph tensor of the low plane, if there are two.
+    low: str = ""
+    #: Where the integers are 1.0 more than the tensor's, ``[rows, columns]`` of a block; None is nowhere.
+    ones: Support | None = field(default=None, compare=False)
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Graph tensors, high plane first."""
+        return (self.name, self.low) if self.low else (self.name,)
+
+
+class Operands(NamedTuple):
+    """What a product multiplies, residual terms included."""
+
+    left: str
+    right: str
+    #: As `Value.ones`, of the result.
+    ones: Support | None
+
+
+class GraphLowering(ProgramTensors, Evaluator[Value]):
+    """Appends the nodes of a plan's program to a graph.
+
+    Subclasses say how a value is read (`source`) and finished.
+    """
+
+    def __init__(self, plan: LayerPlan, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
+        super().__init__(plan, profile, interface, graph)
+        #: The quantized beta, by what it multiplies.
+        self.vectors: dict[Axis, Value] = {}
+        #: Tensors that can carry an identity.
+        self.triangular = strictly_lower(plan.program) if self._integer_residuals else set()
+        self._shifted: dict[tuple[str, int], Value] = {}
+
+    @property
+    def _integer_residuals(self) -> bool:
+        return self.plan.requantize is Requantize.MULTIPLIER
+
+    @abstractmethod
+    def source(self, tensor: str, name: str) -> Value:
+        """Quantize the float tensor ``name``, which holds the input ``tensor``, and return that."""
+
+    @abstractmethod
+    def finish(self, name: str, result: Value) -> str:
+        """Append the dequantized output of the program as float tensor ``name``."""
+
+    @abstractmethod
+    def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
+        """Append ``value + identity``, of the tensor's shape and grid, as what operators read."""
+
+    @abstractmethod
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
+        """Append a Concat of operands that share ``grid``."""
+
+    def constant(self, constant: Constant, blocks: int) -> Value:
+        return Value("", constant.name, constant)
+
+    def concat(self, step: Concat, sources: list[Value]) -> Value:
+        grid, shape = self.grid(step.output), self.shape(step.output)
+        sources, ones = self._joined_ones(step, [self.movable(step, value) for value in sources])
+        names = []
+        for i, name in enumerate(self.plane_names(step.output)):
+            parts = [self._part(value, i, step, grid) for value in sources]
+            names.append(self.joined(name, parts, self.axis_of(step.axis), shape, grid))
+        return Value(names[0], step.output, low="".join(names[1:]), ones=ones)
+
+    def _joined_ones(self, step: Concat, sources: list[Value]) -> tuple[list[Value], Support | None]:
+        if all(value.ones is None for value in sources):
+            return sources, None
+        ones = [self._ones(value) for value in sources]
+        if step.axis != Axis.BLOCKS:
+            return sources, np.concatenate(ones, axis=AXES[step.axis] - 2)
+        if all(np.array_equal(pattern, ones[0]) for pattern in ones):
+            return sources, ones[0]
+        return [self.plain(value) for value in sources], None
+
+    def _ones(self, value: Value) -> Support:
+        if value.ones is not None:
+            return value.ones
+        constant = value.constant
+        sizes = (constant.rows, constant.columns) if constant else self.plan.program.shapes[value.tensor][1:]
+        return np.zeros(sizes, np.bool_)
+
+    def sliced_ones(self, step: Slice, source: Value) -> Support | None:
+        """Return `Value.ones` of a slice."""
+        ones = None if source.ones is None else cut(step, source.ones)
+        return ones if ones is not None and ones.any() else None
+
+    def movable(self, step: Concat | Slice, value: Value) -> Value:
+        """Return what a step moves: integers that the graph returns are those of the program."""
+        return self.plain(value) if self.returns(step.output) else value
+
+    def plain(self, value: Value) -> Value:
+        """Return the tensor as the program has it, without ones."""
+        return value if value.ones is None else self._shift(value, value.ones, -1)
+
+    def plus_identity(self, value: Value) -> Value:
+        """Return the tensor plus the identity."""
+        identity = np.eye(self.plan.program.shapes[value.tensor].columns, dtype=np.bool_)
+        if value.ones is not None and np.array_equal(value.ones, identity):
+            return value
+        return self._shift(self.plain(value), identity, 1)
+
+    def _shift(self, value: Value, ones: Support, sign: int) -> Value:
+        tensor = value.tensor
+        if (tensor, sign) not in self._shifted:
+            kind = "identity" if np.array_equal(ones, np.eye(len(ones))) else f"{tensor}/ones"
+            identity = self.diagonal(tensor, ones, sign * self.one_of(tensor), kind)
+            name = f"{tensor}/{'plus' if sign > 0 else 'minus'}_identity"
+            self._shifted[tensor, sign] = Value(
+                self.shifted(name, tensor, value.name, identity), tensor, ones=ones if sign > 0 else None
+            )
+        return self._shifted[tensor, sign]
+
+    def carries_identity(self, tensor: str) -> bool:
+        """Whether the tensor can be stored with the identity added to it."""
+        return tensor in self.triangular and self.one_of(tensor) > 0 and not self.returns(tensor)
+
+    def _takes_identity(self, step: MatMul) -> tuple[bool, bool]:
+        """Return which operands take an identity: (left + I) right = left right + right."""
+        terms = list(step.add)
+        left = step.right in terms and self.carries_identity(step.left)
+        if left:
+            terms.remove(step.right)
+        right = step.left in terms and self.carries_identity(step.right)
+        # Both leave the product of the identities, which must be the result's.
+        right = right and not (left and not self._yields_identity(step))
+        # Where a Concat is needed all the same, an Add before it saves nothing.
+        widened = left + right < len(step.add) + len(step.subtract)
+        return (False, False) if widened else (left, right)
+
+    def _yields_identity(self, step: MatMul) -> bool:
+        if not self.carries_identity(step.output):
+            return False
+        accumulators = [self.one_of(step.left) * k for k in self.plan.identity_planes(step, step.left)]
+        factor, grid = self.plan.multiplier(step), self.grid(step.output)
+        found = scalar.requantize_partial_scalar(accumulators, factor, grid.scale, grid.format)
+        return found == self.one_of(step.output)
+
+    def _part(self, value: Value, plane: int, step: Concat, grid: Quantization) -> str:
+        if value.constant is None:
+            return value.planes[plane]
+        matrix = constant_matrix(value.constant).numpy().astype(np.int8)
+        return self.repeated(value.tensor, matrix, self.plan.program.shapes[step.output].blocks, grid)
+
+    def widened(self, step: MatMul, left: Value, right: Value) -> Operands:
+        """Return operands whose plain product holds the residual terms, too.
+
+        ``A B + B = (A + I) B`` where A can carry an identity, and ``(A + I) (B
+        + I) = (A B + A + B) + I`` where both can.  Else ``A B + B = [A, kI] [B;
+        B]`` and ``A B + A = [A, A] [B; kI]``, with ``k = 1 / scale`` split
+        into as many identity blocks of at most 127 as it takes.  The sum
+        happens in the accumulator either way: exact, int8 only.
+        """
+        shift_left, shift_right = self._takes_identity(step)
+        lefts = [(self.plus_identity(left) if shift_left else self.plain(left)).name]
+        rights = [(self.plus_identity(right) if shift_right else self.plain(right)).name]
+        add = list(step.add)
+        for shift, term in ((shift_left, step.right), (shift_right, step.left)):
+            if shift:
+                add.remove(term)
+        for sign, names in ((1, add), (-1, step.subtract)):
+            for name in names:
+                for value in self._identity_values(step, name):
+                    if name == step.right:
+                        lefts.append(self._identity(step.left, sign * value))
+                        rights.append(self.plain(right).name)
+                    else:
+                        lefts.append(self.plain(left).name)
+                        rights.append(self._identity(step.right, sign * value))
+        size = self.plan.program.shapes[step.output].columns
+        return Operands(
+            self.wide(f"{step.output}/left", step.left, lefts, 3),
+            self.wide(f"{step.output}/right", step.right, rights, 2),
+            np.eye(size, dtype=np.bool_) if shift_left and shift_right else None,
+        )
+
+    def _identity_values(self, step: MatMul, term: str) -> list[int]:
+        blocks = self.plan.identity_blocks(step, term)
+        if len(blocks) > MAX_IDENTITY_BLOCKS:
+            partner = step.left if term == step.right else step.right
+            raise ExportError(
+                f"step {step.output!r}: 1.0 is {len(blocks)} times the largest integer of {partner!r}; "
+                f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with "
+                "requantize='divide'"
+            )
+        return blocks
+
+    def _identity(self, tensor: str, value: int) -> str:
+        size = self.plan.program.shapes[tensor].rows
+        return self.diagonal(tensor, np.eye(size, dtype=np.bool_), value, "identity")
+
+    def wide(self, name: str, tensor: str, parts: list[str], axis: int) -> str:
+        """Join operands of the shape of ``tensor``; one alone stays as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        shape, sizes = self.shape(tensor), self.plan.program.shapes[tensor]
+        shape[axis] = len(parts) * sizes[axis - 1]
+        return self.joined(name, parts, axis, shape, self.grid(tensor))
+
+    def run(self, source: str, output: str, beta: str = "") -> None:
+        """Append the whole program between two float tensors, ``beta`` a third one where it is factored.
+
+        Where the graph returns integers, ``output`` is what it calls them.
+        """
+        program, shape = self.plan.program, self.shape(INPUT)
+        self.given = source
+        value = self.source(INPUT, source)
+        for axis in dict.fromkeys(step.axis for step in program.steps if isinstance(step, Scale)):
+            self.vectors[axis] = self.source(VECTORS[axis], self._turned(beta, axis))
+        result = program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
+        if self.returned:
+            return
+        if not program.implicit_identity:
+            self.finish(output, self.plain(result))
+            return
+        if self._is_inverse(result):
+            self.finish(output, result)
+            return
+        strict, result = f"{output}/strictly_lower", self.plain(result)
+        if program.vectors:
+            self.graph.node("Mul", [self.finish(f"{output}/factored", result), beta], strict, shape)
+        else:
+            self.finish(strict, result)
+        self.graph.node("Add", [strict, self.identity_matrix()], output, shape)
+
+    def _is_inverse(self, result: Value) -> bool:
+        """Whether the integers of the result are those of T, and its diagonal dequantizes to 1.0 exactly."""
+        if result.ones is None or self.plan.program.vectors:
+            return False
+        grid, integer = self.plan.output, self.one_of(result.tensor)
+        one = scalar.dequantize_scalar(integer, grid.scale, grid.format)
+        return one == 1.0 and np.array_equal(result.ones, np.eye(self.plan.chunk, dtype=np.bool_))
+
+    def _turned(self, beta: str, axis: Axis) -> str:
+        if axis == Axis.ROWS:
+            return beta
+        shape = self.shape(VECTORS[axis])
+        return self.graph.node("Transpose", [beta], "beta/transposed", shape, perm=[0, 1, 3, 2])

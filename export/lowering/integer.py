@@ -1,0 +1,227 @@
+"""Integer lowering: MatMulInteger and int8 tensors, the literal integer program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qinvert.execution.tensors import constant_matrix
+from qinvert.export.graph import ELEMENT_TYPES, Sizes
+from qinvert.export.lowering.base import GraphLowering, Value
+from qinvert.export.lowering.tensors import IntArray
+from qinvert.formats import PLANE_RATIO
+from qinvert.numerics.accumulators import partial_products
+from qinvert.numerics.scalar import planes_scalar
+from qinvert.numerics.scales import product_scale
+from qinvert.plan.quantization import Quantization
+from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
+
+
+class IntegerLowering(GraphLowering):
+    """Values are int8 tensors; each node computes one float32 rounding of the simulator."""
+
+    def source(self, tensor: str, name: str) -> Value:
+        return self._quantized(tensor, name, self.grid(tensor).scale)
+
+    def finish(self, name: str, result: Value) -> str:
+        output = self.plan.program.output
+        if self.grid(output).format.planes > 1:
+            return self._sum(name, output, [("Add", result)])
+        inputs = [result.name, self.scale_of(self.plan.output), self.zero_point()]
+        return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
+
+    def value(self, tensor: str) -> Value:
+        """Return the value of a tensor of the program that was written before."""
+        high, *low = self.plane_names(tensor)
+        return Value(high, tensor, low="".join(low))
+
+    def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
+        return self.graph.node("Add", [value, identity], name, self.shape(tensor), "int8")
+
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        values = self.graph.initializer(f"{name}/int8", array)
+        return self.spread(values, array, "int8") if spread else values
+
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
+        return self.graph.node("Concat", parts, name, shape, "int8", axis=axis)
+
+    def matmul(
+        self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
+    ) -> Value:
+        name = step.output
+        if self._integer_residuals:
+            *operands, ones = self.widened(step, left, right)
+            steps = self._product(name, step, operands)
+            real = self._scaled(name, name, steps, self.plan.multiplier(step))
+            return replace(self._quantized(name, real, 1.0), ones=ones)
+        terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
+        total = self._sum(f"{name}/sum", name, terms, self._products(step, left, right))
+        return self._quantized(name, total, self.grid(name).scale)
+
+    def _products(self, step: MatMul, left: Value, right: Value) -> list[str]:
+        name, scales = step.output, [self._plane_scales(value.tensor) for value in (left, right)]
+        reals: list[str] = []
+        for pairs in partial_products(len(left.planes), len(right.planes)):
+            suffix = f"/{len(reals)}" if len(left.planes) * len(right.planes) > 1 else ""
+            # Pairs of one weight share an accumulator: one product of twice the depth.
+            parts = [[value.planes[pair[k]] for pair in pairs] for k, value in enumerate((left, right))]
+            operands = (
+                self.wide(f"{name}{suffix}/left", step.left, parts[0], 3),
+                self.wide(f"{name}{suffix}/right", step.right, parts[1], 2),
+            )
+            unit = product_scale(scales[0][pairs[0][0]], scales[1][pairs[0][1]])
+            accumulator = self._product(f"{name}{suffix}", step, operands)
+            reals.append(self._scaled(f"{name}{suffix}", name, accumulator, unit))
+        return reals
+
+    def _plane_scales(self, tensor: str) -> list[float]:
+        grid = self.grid(tensor)
+        return [scale for _, scale in planes_scalar(0, grid.scale, grid.format)]
+
+    def _product(self, name: str, step: MatMul, operands: Sequence[str]) -> str:
+        shape, (left, right) = self.shape(step.output), operands
+        left, left_zero = self._left_operand(left)
+        inputs = [left, right, left_zero, self.zero_point()]
+        accumulator = self.graph.node("MatMulInteger", inputs, f"{name}/accumulator", shape, "int32")
+        return self.graph.node("Cast", [accumulator], f"{name}/cast", shape, to=1)
+
+    def _left_operand(self, tensor: str) -> tuple[str, str]:
+        """Return an int8 tensor as the profile multiplies it from the left, and its zero point."""
+        fmt = self.profile.left_operand
+        if fmt is None:
+            return tensor, self.zero_point()
+        name = f"{tensor}/{fmt.element}"
+        if name not in self.graph:
+            # The cast wraps modulo 256; flipping the top bit is adding 128.
+            shape, bit = self.graph.shape(tensor), np.array(fmt.zero_point, dtype=fmt.element)
+            wrapped = self.graph.node(
+                "Cast", [tensor], f"{name}/wrapped", shape, fmt.element, to=ELEMENT_TYPES[fmt.element]
+            )
+            self.graph.node(
+                "BitwiseXor", [wrapped, self.graph.initializer("top_bit", bit)], name, shape, fmt.element
+            )
+        return name, self.zero_point(fmt)
+
+    def _scaled(self, name: str, tensor: str, real: str, factor: float) -> str:
+        constant = self.graph.scalar(f"factor/{factor!r}", factor)
+        return self.graph.node("Mul", [real, constant], f"{name}/product", self.shape(tensor))
+
+    def _sum(
+        self, name: str, tensor: str, terms: list[tuple[str, Value]], first: list[str] | None = None
+    ) -> str:
+        """Append ``first[0] + first[1] ... +- terms``, left to right, every plane by itself."""
+        summands = [("Add", real) for real in first or []]
+        for i, (operator, value) in enumerate(terms, start=1):
+            reals = self._reals(f"{name}/term_{i}", value)
+            summands += [(operator, real) for real in reals]
+        (_, total), *rest = summands
+        for i, (operator, real) in enumerate(rest, start=1):
+            output = name if i == len(rest) else f"{name}/partial_{i}"
+            total = self.graph.node(operator, [total, real], output, self.shape(tensor))
+        return total
+
+    def add(self, step: Add, left: Value, right: Value) -> Value:
+        name = step.output
+        terms = [("Add", self.plain(value)) for value in (left, right)]
+        total = self._sum(f"{name}/sum", name, terms)
+        return self._quantized(name, total, self.grid(name).scale)
+
+    def rescale(self, step: Rescale, source: Value) -> Value:
+        if self.keeps_integers(step):
+            return replace(source, tensor=step.output)
+        real = self._sum(f"{step.output}/scaled", step.output, [("Add", self.plain(source))])
+        if step.factor != 1:
+            real = self._scaled(step.output, step.output, real, step.factor)
+        return self._quantized(step.output, real, self.grid(step.output).scale)
+
+    def scale(self, step: Scale, source: Value, vector: Value) -> Value:
+        name, source, factor = step.output, self.plain(source), self.vectors[step.axis]
+        pairs = partial_products(len(source.planes), len(factor.planes))
+        totals = [self._elementwise(name, source, factor, group) for group in pairs]
+        if self._integer_residuals:
+            real = self._scaled(name, name, totals[0], self.plan.multiplier(step))
+            return self._quantized(name, real, 1.0)
+        lefts, rights = (self._plane_scales(value.tensor) for value in (source, factor))
+        units = [product_scale(lefts[i], rights[j]) for (i, j), *_ in pairs]
+        reals = [
+            self._scaled(f"{name}/{k}", name, total, unit)
+            for k, (total, unit) in enumerate(zip(totals, units, strict=True))
+        ]
+        return self._quantized(name, self._sum(f"{name}/sum", name, [], reals), self.grid(name).scale)
+
+    def _elementwise(self, name: str, left: Value, right: Value, pairs: list[tuple[int, int]]) -> str:
+        """Append the exact sum of products of planes, integers in float32."""
+        shape, total = self.shape(name), ""
+        for i, j in pairs:
+            factors = [
+                self._cast(value.planes[k], self.shape(value.tensor)) for value, k in ((left, i), (right, j))
+            ]
+            term = self.graph.node("Mul", factors, f"{name}/{i}x{j}", shape)
+            total = self.graph.node("Add", [total, term], f"{name}/{i}x{j}/sum", shape) if total else term
+        return total
+
+    def _cast(self, plane: str, shape: Sizes) -> str:
+        output = f"{plane}/cast"
+        return output if output in self.graph else self.graph.node("Cast", [plane], output, shape, to=1)
+
+    def mask(self, step: Mask, source: Value, constant: Value) -> Value:
+        assert constant.constant is not None
+        # All bits set where the mask is 1.
+        bits = -constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
+        return self._move(
+            "BitwiseAnd", step, self.plain(source), [self.graph.initializer(f"{constant.tensor}/bits", bits)]
+        )
+
+    def slice(self, step: Slice, source: Value) -> Value:
+        source = self.movable(step, source)
+        value = self._move("Slice", step, source, self.slice_inputs(step))
+        return replace(value, ones=self.sliced_ones(step, source))
+
+    def _move(self, operator: str, step: Mask | Slice, source: Value, inputs: list[str]) -> Value:
+        shape = self.shape(step.output)
+        names = zip(source.planes, self.plane_names(step.output), strict=True)
+        for plane, name in names:
+            self.graph.node(operator, [plane, *inputs], name, shape, "int8")
+        return self.value(step.output)
+
+    def _reals(self, name: str, value: Value) -> list[str]:
+        # Cast and Mul, not DequantizeLinear: optimizers fuse dequantize, operator and
+        # quantize into kernels that round in another order.
+        shape = self.shape(value.tensor)
+        reals: list[str] = []
+        for plane, scale in zip(value.planes, self._plane_scales(value.tensor), strict=True):
+            stem = f"{name}/{len(reals)}"
+            real = self.graph.node("Cast", [plane], f"{stem}/cast", shape, to=1)
+            constant = self.graph.scalar(f"scale/{scale!r}", scale)
+            reals.append(self.graph.node("Mul", [real, constant], stem, shape))
+        return reals
+
+    def _quantized(self, tensor: str, value: str, scale: float) -> Value:
+        fmt = self.grid(tensor).format
+        if fmt.planes == 1:
+            self._rounded(tensor, value, scale, self.stored(tensor))
+            return self.value(tensor)
+        shape, (high, low) = self.shape(tensor), self.plane_names(tensor)
+        high_scale = PLANE_RATIO * scale
+        self._rounded(tensor, value, high_scale, high)
+        real = self.graph.node("Cast", [high], f"{high}/cast", shape, to=1)
+        constant = self.graph.scalar(f"scale/{high_scale!r}", high_scale)
+        real = self.graph.node("Mul", [real, constant], f"{high}/real", shape)
+        rest = self.graph.node("Sub", [value, real], f"{tensor}/rest", shape)
+        self._rounded(tensor, rest, scale, low)
+        return self.value(tensor)
+
+    def _rounded(self, tensor: str, value: str, scale: float, output: str) -> str:
+        fmt, shape = self.grid(tensor).format, self.shape(tensor)
+        inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point()]
+        if fmt.planes > 1 or (fmt.minimum, fmt.maximum) == (-128, 127):
+            return self.graph.node("QuantizeLinear", inputs, output, shape, "int8")
+        # On the integers: optimizers drop a float Clip whose bounds are tiny.
+        wide = self.graph.node("QuantizeLinear", inputs, f"{output}/wide", shape, "int8")
+        bounds = [
+            self.graph.initializer(f"clip/{q}", np.array(q, dtype=np.int8))
+            for q in (fmt.minimum, fmt.maximum)
+        ]
+        return self.graph.node("Clip", [wide, *bounds], output, shape, "int8")

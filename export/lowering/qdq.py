@@ -1,0 +1,188 @@
+"""QDQ lowering: float operators between DequantizeLinear and QuantizeLinear.
+
+Compilers fuse each group into one integer kernel.  A program tensor ``x``
+becomes the int8 tensor ``x`` between ``x/quantize`` and ``x/dequantized``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from qinvert.execution.tensors import constant_matrix
+from qinvert.export.graph import Sizes
+from qinvert.export.interface import ANY_BATCH
+from qinvert.export.lowering.base import GraphLowering, Value
+from qinvert.export.lowering.tensors import IntArray
+from qinvert.formats import INT8, PLANE_RATIO
+from qinvert.plan.quantization import Quantization
+from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
+
+#: Grid of 0/1 masks.
+MASK_GRID = Quantization(format=INT8, scale=1.0)
+#: Steps from a format's last integer to where Clip cuts: rounding takes them back, and no
+#: compiler that divides the end by the scale takes it for the integer below.
+CLIP_MARGIN = 0.25
+
+
+class QdqLowering(GraphLowering):
+    """Values are dequantized float tensors; every one has just been quantized."""
+
+    def source(self, tensor: str, name: str) -> Value:
+        return self._finished(tensor, name)
+
+    def finish(self, name: str, result: Value) -> str:
+        # A dequantize node of its own: the output's name is the caller's.
+        integers = self.graph.source(result.name)  # of the DequantizeLinear
+        return self._dequantize(name, integers, self.shape(result.tensor), self.plan.output)
+
+    def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
+        shape = self.shape(tensor)
+        total = self.graph.node("Add", [value, identity], f"{name}/float", shape)
+        return self._stored(name, total, shape, self.grid(tensor))
+
+    def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
+        fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
+        shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
+        # Integers of its own for every scale: onnxruntime-qnn reads a shared constant on one scale only.
+        values = self.graph.initializer(f"{output}/{fmt.element}", shifted)
+        shape: Sizes = list(array.shape)
+        if spread:
+            values = self.spread(values, array, fmt.element)
+            shape[1] = shape[1] if self.batch is not None else ANY_BATCH
+        if output not in self.graph:
+            self._dequantize(output, values, shape, grid)
+        return output
+
+    def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
+        joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
+        # What is joined lies on the grid already: nothing to clip.
+        return self._stored(name, joined, shape, grid)
+
+    def matmul(
+        self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
+    ) -> Value:
+        shape = self.shape(step.output)
+        if self._integer_residuals:
+            *operands, ones = self.widened(step, left, right)
+            return replace(self._partial(step, *operands), ones=ones)
+        # Products and residuals join in float, unquantized: only some back ends fuse it.
+        products = [
+            self.graph.node("MatMul", [left.name, plane], f"{step.output}/matmul_{i}", shape)
+            for i, plane in enumerate(self._planes(step, right.name, self.shape(step.right)))
+        ]
+        terms = [("Add", name) for name in (*products[1:], *(term.name for term in add))]
+        terms += [("Sub", term.name) for term in subtract]
+        total = products[0]
+        for i, (operator, term) in enumerate(terms):
+            total = self.graph.node(operator, [total, term], f"{step.output}/sum_{i}", shape)
+        return self._finished(step.output, total)
+
+    def _partial(self, step: MatMul, left: str, right: str) -> Value:
+        """Requantize the product of each plane, then their sum: compilers see integers only."""
+        shape, grid, width = self.shape(step.output), self.grid(step.output), self.shape(step.right)
+        width[2] = self.graph.shape(left)[3]
+        planes = self._planes(step, right, width)
+        if len(planes) == 1:
+            product = self.graph.node("MatMul", [left, right], self._float(step.output), shape)
+            return self._finished(step.output, product)
+        parts = []
+        for name, plane in zip(("high", "low"), planes, strict=True):
+            product = f"{step.output}/{name}"
+            real = self.graph.node("MatMul", [left, plane], self._float(product), shape)
+            parts.append(self._quantized(product, real, shape, grid).name)
+        return self._operator("Add", step.output, parts)
+
+    def _planes(self, step: MatMul, right: str, shape: Sizes) -> list[str]:
+        """Return the right operand, of 16 bits as two int8 planes: no runtime multiplies 16 by 16."""
+        grid = self.grid(step.right)
+        if grid.format.container_bits == INT8.container_bits:
+            return [right]
+        high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
+        low_grid = Quantization(format=INT8, scale=grid.scale)
+        name = f"{step.output}/right"
+        high = self._stored(f"{name}/high", right, shape, high_grid)
+        # On one grid: Hexagon subtracts tensors of two scales up to 20 steps wrong.
+        widened = self._stored(f"{name}/high/wide", high, shape, grid)
+        rest = self.graph.node("Sub", [right, widened], f"{name}/rest/float", shape)
+        wide = self._stored(f"{name}/rest", rest, shape, grid)
+        return [high, self._stored(f"{name}/low", wide, shape, low_grid)]
+
+    def add(self, step: Add, left: Value, right: Value) -> Value:
+        return self._operator("Add", step.output, [self.plain(left).name, self.plain(right).name])
+
+    def rescale(self, step: Rescale, source: Value) -> Value:
+        if self.keeps_integers(step):
+            return replace(source, tensor=step.output)
+        source = self.plain(source)
+        if step.factor != 1:
+            return self._operator("Mul", step.output, [source.name, self._factor(step.factor)])
+        # Adding zero keeps an operator between the two scales: back ends merge
+        # adjacent quantize/dequantize pairs, which would skip one rounding.
+        zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
+        return self._operator("Add", step.output, [source.name, zero])
+
+    def scale(self, step: Scale, source: Value, vector: Value) -> Value:
+        return self._operator("Mul", step.output, [self.plain(source).name, self.vectors[step.axis].name])
+
+    def mask(self, step: Mask, source: Value, constant: Value) -> Value:
+        assert constant.constant is not None
+        matrix = constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
+        return self._operator(
+            "Mul", step.output, [self.plain(source).name, self.literal(constant.tensor, matrix, MASK_GRID)]
+        )
+
+    def slice(self, step: Slice, source: Value) -> Value:
+        source = self.movable(step, source)
+        grid, shape = self.grid(step.output), self.shape(step.output)
+        inputs = [source.name, *self.slice_inputs(step)]
+        value = self.graph.node("Slice", inputs, self._float(step.output), shape)
+        # On the grid already, as in `joined`.
+        value = self._stored(step.output, value, shape, grid)
+        return Value(value, step.output, ones=self.sliced_ones(step, source))
+
+    def _factor(self, factor: float) -> str:
+        # An integer times a scale, like every other operand of the graph: exact in float32.
+        name, sign = ("plus_one", 1) if factor > 0 else ("minus_one", -1)
+        grid = Quantization(format=INT8, scale=abs(factor))
+        return self.literal(name, np.full((1, 1, 1, 1), sign, dtype=np.int8), grid)
+
+    def _operator(self, operator: str, tensor: str, inputs: list[str]) -> Value:
+        return self._finished(
+            tensor, self.graph.node(operator, inputs, self._float(tensor), self.shape(tensor))
+        )
+
+    @staticmethod
+    def _float(tensor: str) -> str:
+        return f"{tensor}/float"
+
+    def _finished(self, tensor: str, value: str) -> Value:
+        return self._quantized(tensor, value, self.shape(tensor), self.grid(tensor))
+
+    def _quantized(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> Value:
+        if 2**grid.format.container_bits > grid.format.maximum - grid.format.minimum + 1:
+            value = self._clipped(tensor, value, shape, grid)
+        return Value(self._stored(tensor, value, shape, grid), tensor)
+
+    def _clipped(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> str:
+        """Saturate at the ends of a format that its container exceeds."""
+        if self._integer_residuals:
+            # On the whole container first: compilers fuse a product with its QuantizeLinear only.
+            value = self._stored(f"{tensor}/wide", value, shape, grid)
+        fmt = grid.format
+        ends = [
+            self.graph.scalar(f"clip/{end!r}", end)
+            for end in ((fmt.minimum - CLIP_MARGIN) * grid.scale, (fmt.maximum + CLIP_MARGIN) * grid.scale)
+        ]
+        return self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
+
+    def _stored(self, name: str, value: str, shape: Sizes, grid: Quantization) -> str:
+        fmt, stored = self.storage(grid), self.stored(name)
+        inputs = [value, self.scale_of(grid), self.zero_point(fmt)]
+        self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)
+        return self._dequantize(f"{name}/dequantized", stored, shape, grid)
+
+    def _dequantize(self, name: str, values: str, shape: Sizes, grid: Quantization) -> str:
+        inputs = [values, self.scale_of(grid), self.zero_point(self.storage(grid))]
+        return self.graph.node("DequantizeLinear", inputs, name, shape)

@@ -1,0 +1,29 @@
+"""QLinearMatMul lowering: products take int8 and return int8."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qinvert.export.lowering.base import Value
+from qinvert.export.lowering.integer import IntegerLowering
+from qinvert.plan.quantization import Requantize
+from qinvert.program.steps import MatMul
+
+
+class QLinearLowering(IntegerLowering):
+    """As `IntegerLowering`, with one node for a product that one factor requantizes."""
+
+    def matmul(
+        self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
+    ) -> Value:
+        if self.plan.requantize is not Requantize.MULTIPLIER:
+            # QLinearMatMul rounds by one factor: another rounding than the plan's.
+            return super().matmul(step, left, right, add, subtract)
+        *operands, ones = self.widened(step, left, right)
+        inputs: list[str] = []
+        for operand, tensor in zip(operands, (step.left, step.right), strict=True):
+            inputs += [operand, self.scale_of(self.grid(tensor)), self.zero_point()]
+        inputs += [self.scale_of(self.grid(step.output)), self.zero_point()]
+        output, shape = self.stored(step.output), self.shape(step.output)
+        self.graph.node("QLinearMatMul", inputs, output, shape, "int8")
+        return replace(self.value(step.output), ones=ones)

@@ -1,0 +1,1 @@
+"""Rules that graphs keep to, whoever wrote them, and what there is to see in a graph."""

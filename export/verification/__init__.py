@@ -1,0 +1,1 @@
+"""Does a runtime compute what the plan says?"""

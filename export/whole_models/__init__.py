@@ -1,0 +1,1 @@
+"""Whole models as ONNX: traced from PyTorch, or grafted into graphs that others exported."""

@@ -1,0 +1,192 @@
+"""Models that call ``TriInv`` where they solve a triangular system, for exporters that trace them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from qinvert.calibration.heads import by_entry
+from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer
+from qinvert.delta_rule.chunks import DeltaChunks
+from qinvert.errors import ExportError, MissingDependencyError, reason
+from qinvert.export.functions import function_names, layer_function
+from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
+from qinvert.export.interface import Interface
+from qinvert.export.metadata import provenance
+from qinvert.export.whole_models.sparse_attention import traceable_indexers
+from qinvert.plan.plan import Plan
+from qinvert.profiles import Profile
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+#: First operator set that PyTorch's exporter writes.
+FIRST_OPSET: Final = 18
+#: Where `torch.export` says that it stopped.
+PLACE: Final = re.compile(r"Caused by: \((\S+:\d+) in \w+\)")
+#: Notes of PyTorch's exporter: its own nodes, and source files of the machine that traced.
+NOTES: Final = "pkg.torch."
+
+
+def require_onnx_ir() -> ModuleType:
+    """Import onnx_ir, or say how to get it and what else exporting a model needs.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without onnxscript, which PyTorch's exporter needs, or onnx_ir, which comes with it.
+    """
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401 - torch.onnx imports it itself
+    except ImportError:
+        raise MissingDependencyError(
+            "this needs onnxscript, which is not installed; run: pip install 'qinvert[model]'"
+        ) from None
+    module: ModuleType = onnx_ir
+    return module
+
+
+@contextmanager
+def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
+    """Have every delta-rule layer call ``qinvert::TriInv_LAYER(L) -> T`` inside a ``with`` block.
+
+    For `torch.export` and what builds on it; sparse attention that loops over
+    tokens is replaced, too, see `traceable_indexers`.  Running the model then gives no
+    meaningful values: the calls get their meaning from `attach_functions`.
+
+    Raises
+    ------
+    InputError, PlanError
+        See `qinvert.patched`.
+    """
+    by_layer(model, plan)
+    # With gradients, a scan would be traced with its derivative.
+    with traceable_indexers(model), patched_by_layer(model, calls_of(plan)), torch.no_grad():
+        yield model
+
+
+def calls_of(plan: Plan) -> LayerInverse:
+    """Return an inverse that a trace sees as one node for each entry of the plan."""
+    names = function_names(list(plan.layers))
+
+    def inverse(layer: str, chunks: DeltaChunks) -> torch.Tensor:
+        return by_entry(plan, layer, chunks.lower, chunks.beta, call)
+
+    def call(entry: str, lower: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        size = lower.shape[-1]
+        inputs = [lower.reshape(1, -1, size, size)]
+        if plan.layer(entry).program.vectors and beta is not None:
+            inputs.append(beta.reshape(1, -1, size, 1))
+        return _symbolic(names[entry], inputs).reshape(lower.shape)
+
+    return inverse
+
+
+def _symbolic(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    result: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, dtype=torch.float32, shape=inputs[0].shape, version=1
+    )
+    return result
+
+
+def attach_functions(model: onnx_ir.Model, plan: Plan, profile: Profile) -> list[str]:
+    """Add the integer program of every layer that the model calls, and return these layers.
+
+    The functions have the model's operator set.
+
+    Raises
+    ------
+    ExportError
+        If the model calls no layer of the plan, or the profile cannot express one.
+    """
+    from onnx_ir.serde import deserialize_function
+
+    called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    names = {layer: n for layer, n in function_names(list(plan.layers)).items() if n in called}
+    if not names:
+        raise ExportError(
+            "the model calls no layer of the plan; trace it inside `with traceable(model, plan)`"
+        )
+    target = replace(profile, opset=model.opset_imports[""])
+    for layer, name in names.items():
+        found = layer_function(plan.layer(layer), target, Interface(batch=None), name=name, layer=layer)
+        function = deserialize_function(found)
+        model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = 1
+    model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
+    model.metadata_props.update(provenance(plan, profile) | {"qinvert.layers": str(len(names))})
+    return list(names)
+
+
+def opset_for(profile: Profile, opset: int | None) -> int:
+    """Operator set of a whole model: the profile's, or what the caller wants.
+
+    Raises
+    ------
+    ExportError
+        If it is older than the profile's, or than PyTorch's exporter can write.
+    """
+    least = max(profile.opset, FIRST_OPSET)
+    if opset is None:
+        return least
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset < least:
+        raise ExportError(f"opset {opset!r} is none of {least} or later, for profile {profile.name!r}")
+    return opset
+
+
+def trace(
+    module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], opset: int, **options: Any
+) -> onnx_ir.Model:
+    """Return ``module(**inputs)`` as PyTorch's exporter writes it, with options of `torch.onnx.export`.
+
+    Raises
+    ------
+    ExportError
+        If it cannot be traced or written.
+    """
+    require_onnx_ir()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # PyTorch's own, about its own calls.
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (),
+                kwargs=dict(inputs),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                **options,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        fixed = "export a fixed length (dynamic=False), or" if options.get("dynamic_shapes") else "export"
+        raise ExportError(
+            f"PyTorch cannot trace the model: {_first_cause(error)}; {fixed} the layers' inverses alone "
+            "(qinvert.export)"
+        ) from error
+    assert program is not None
+    forget_sources(program.model)
+    return program.model
+
+
+def _first_cause(error: BaseException) -> str:
+    """What stopped the exporter, and the model's line where it says so; its own first words are advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    at = PLACE.search(str(error))
+    return reason(error) if at is None else f"{reason(error)} ({at[1]})"
+
+
+def forget_sources(model: onnx_ir.Model) -> None:
+    """Drop what a trace notes about the machine and itself: equal models give equal files everywhere."""
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key.startswith(NOTES)]:
+            del node.metadata_props[key]

@@ -1,0 +1,203 @@
+"""The verb calibrate, and what a plan says of how it came about."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from qinvert.calibration.calibrate import BITS, MAX_LOSS_DB
+from qinvert.calibration.calibrate import calibrate as run_calibration
+from qinvert.calibration.data.processes import joined
+from qinvert.calibration.heads import Granularity
+from qinvert.calibration.planning.clipping import RangeRule
+from qinvert.calibration.planning.scales import ScaleRule
+from qinvert.cli.common import (
+    DECIBELS,
+    DataOptions,
+    Output,
+    data_options,
+    open_pair,
+    output_options,
+    with_source,
+)
+from qinvert.methods import METHODS
+from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.profiles import PROFILES
+from qinvert.proof.proof import Proof
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="Plan to write.")
+@click.option("--method", default="auto", show_default=True, help=f"auto, {', '.join(METHODS)}.")
+@click.option("--bits", default="auto", show_default=True, type=click.Choice(("auto", *BITS)))
+@click.option("--target", help=f"{', '.join(PROFILES)}; npu-qdq-int8 where it takes the bits.")
+@click.option(
+    "--scales",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *(rule.value for rule in ScaleRule)]),
+    help="auto: float, unless the target takes powers of two only.",
+)
+@click.option(
+    "--ranges",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *(rule.value for rule in RangeRule)]),
+    help="What grids cover; auto: mse for int4, max for wider grids.",
+)
+@click.option(
+    "--granularity",
+    default="tensor",
+    show_default=True,
+    type=click.Choice([grain.value for grain in Granularity]),
+    help="One set of grids a layer, or one a head.",
+)
+@click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
+@click.option(
+    "--max-loss",
+    default=MAX_LOSS_DB,
+    type=DECIBELS,
+    show_default=True,
+    help="Goal for the distance to the floor, dB.",
+)
+@click.option("--factored", is_flag=True, help="Quantize L / beta; a file needs arrays NAME.beta.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Save statistics here now and then; go on from them if the file exists.",
+)
+@data_options
+@output_options
+def calibrate(
+    source: str,
+    path: str,
+    method: str,
+    bits: str,
+    target: str | None,
+    scales: str,
+    ranges: str,
+    granularity: str,
+    factored: bool,
+    min_sqnr: float,
+    max_loss: float,
+    checkpoint: str | None,
+    given: DataOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure ranges and write an integer plan for every layer.
+
+    SOURCE is a model folder with --data, `recall`, or a file of matrices L
+    (.npz or .safetensors, one array a layer).  Exit code 1 if a layer misses
+    a goal; the plan is written all the same.
+
+    \b
+    Example: qinvert calibrate recall -o plan.json
+             qinvert calibrate ./my-model --data book.txt --num-samples 64 -o plan.json
+             qinvert calibrate ./my-model --data rows.jsonl --column content -o plan.json
+             qinvert calibrate L.npz --bits 8x2 --min-sqnr 60 -o plan.json
+             qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
+             torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
+    """
+    with joined() as shard:
+        # One of several processes talks and writes; all of them have the plan.
+        first = shard.rank == 0
+        output = Output(as_json=as_json and first, quiet=quiet or not first)
+        with output.progress("calibrating") as progress:
+            plan = run_calibration(
+                *open_pair(source, given),
+                method=method,
+                bits=bits,
+                target=target,
+                min_sqnr_db=min_sqnr,
+                max_loss_db=max_loss,
+                scales=scales,
+                ranges=ranges,
+                granularity=granularity,
+                factored=factored,
+                seed=given.seed,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
+    plan = with_source(plan, source)
+    if first:
+        plan.save(path)
+    show_choices(output, plan)
+    output.say(f"wrote {path}")
+    output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
+    if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):
+        sys.exit(1)
+
+
+def show_choices(output: Output, plan: Plan) -> None:
+    """Print what calibration chose for each layer, what limits it, and why not something simpler."""
+    rows = []
+    for name, layer in plan.layers.items():
+        facts = layer.provenance
+        binding = facts["binding"]
+        rows.append(
+            [
+                name,
+                layer.program.title,
+                layer.formats,
+                f"{facts['cost']:,}",
+                f"{facts['predicted_sqnr_db']:.1f}",
+                f"{facts['expected_sqnr_db']:.1f}",
+                f"{facts['expected_floor_db']:.1f}",
+                f"{binding['tensor']} {binding['share']:.0%}",
+                "yes" if facts["meets_goal"] else "NO",
+            ]
+        )
+    columns = [
+        "layer",
+        "program",
+        "format",
+        "cost",
+        "predicted",
+        "sqnr_db",
+        "floor_db",
+        "most noise",
+        "meets goal",
+    ]
+    output.table("Plan", columns, rows)
+    for name, layer in plan.layers.items():
+        for rejected in layer.provenance["rejected"]:
+            output.say(f"  {name}: not {rejected}")
+        if layer.provenance["fix"]:
+            output.say(f"  {name}: misses its goal: {layer.provenance['fix']}")
+
+
+def show_candidates(output: Output, layer: LayerPlan) -> None:
+    """Print cost against sqnr of every candidate; a plan that was not calibrated has none."""
+    candidates = layer.provenance.get("candidates")
+    if not isinstance(candidates, list) or not all(isinstance(row, dict) for row in candidates):
+        return
+    keys = ("program", "formats", "cost", "predicted_sqnr_db", "simulated_sqnr_db", "chosen")
+    rows = [[_cell(row.get(key)) for key in keys] for row in candidates]
+    output.table("Candidates, cheapest first", keys, rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
+    """Return JSON types of what a plan says of a layer."""
+    return {
+        **layer.provenance,
+        "program": layer.program.title,
+        "formats": layer.formats,
+        "requantize": str(layer.requantize),
+        "accumulator_bound": proof.accumulator_bound,
+        "headroom_bits": proof.headroom_bits,
+        "cannot_saturate": proof.cannot_saturate,
+        "may_saturate": proof.may_saturate,
+        "unproved": proof.unproved,
+    }

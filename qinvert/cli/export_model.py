@@ -1,0 +1,72 @@
+"""Verbs about whole models: export-model, graft."""
+
+from __future__ import annotations
+
+import click
+import torch
+
+from qinvert.cli.common import Output, load_model, output_options
+from qinvert.errors import InputError
+from qinvert.export.whole_models.check import can_run, difference
+from qinvert.export.whole_models.export_model import export_model as write_model
+from qinvert.export.whole_models.export_model import untraced_lengths
+from qinvert.plan.plan import Plan
+from qinvert.profiles import PROFILES
+
+profile_option = click.option("--profile", help=f"{', '.join(PROFILES)}; the plan's target by default.")
+
+
+@click.command("export-model")
+@click.argument("plan_path", metavar="PLAN")
+@click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="File to write.")
+@click.option("--model", "name", help="Model folder or `recall`; the plan's own by default.")
+@click.option("--length", type=click.IntRange(1), help="Fix one sequence of that length; open by default.")
+@click.option("--opset", type=int, help="Operator set; the profile's, but at least 18, by default.")
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Run the graph in onnxruntime first; write none that is not the model.",
+)
+@profile_option
+@output_options
+def export_model(
+    plan_path: str,
+    path: str,
+    name: str | None,
+    length: int | None,
+    opset: int | None,
+    check: bool,
+    profile: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a whole decoder as ONNX, each layer's inverse a local function.
+
+    The graph is run in onnxruntime, at lengths that it was not traced with
+    where it is open: once with the inverses of the graph in the model, where
+    any difference is an error, and once against the simulated plan, where a
+    rounding may fall on the other side.
+
+    \b
+    Example: qinvert export-model plan.json -o model.onnx
+             qinvert export-model plan.json -o model.onnx --length 512
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(plan_path)
+    source = name if name is not None else plan.provenance.get("source")
+    if not isinstance(source, str):
+        raise InputError("the plan does not name its model; pass --model")
+    model = load_model(source)
+    example = torch.zeros(1, length or 1, dtype=torch.int64)
+    with output.progress("exporting"):
+        written = write_model(
+            model, plan, example, path, profile=profile, dynamic=length is None, opset=opset, check=check
+        )
+    lengths = untraced_lengths(plan) if length is None else (length,)
+    with output.progress("comparing"):
+        errors = {str(n): difference(path, model, plan, n) for n in lengths if check and can_run()}
+    output.say(f"wrote {path}: {len(written.graph.node)} nodes, {len(written.functions)} layers")
+    for n, error in errors.items():
+        output.say(f"{n} tokens: logits differ from the simulated plan by {error:.1e} of their norm")
+    output.result({"file": path, "nodes": len(written.graph.node), "differences": errors})

@@ -1,0 +1,52 @@
+"""The verb graft: integer programs for the LinearAttention nodes of a model that others exported."""
+
+from __future__ import annotations
+
+import click
+
+from qinvert.cli.common import Output, output_options
+from qinvert.cli.export_model import profile_option
+from qinvert.errors import InputError
+from qinvert.export.whole_models.graft import graft as graft_plan
+from qinvert.plan.plan import Plan
+
+
+@click.command()
+@click.argument("source", metavar="MODEL", type=click.Path(dir_okay=False))
+@click.argument("plan_path", metavar="PLAN")
+@click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="File to write.")
+@click.option(
+    "--layer", "layers", multiple=True, metavar="NODE=LAYER", help="Layer of a node, repeatable; by order."
+)
+@profile_option
+@output_options
+def graft(
+    source: str,
+    plan_path: str,
+    path: str,
+    layers: tuple[str, ...],
+    profile: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Replace LinearAttention nodes by chunks with integer inverses.
+
+    MODEL is an ONNX file that others exported, with LinearAttention nodes of
+    onnxruntime (com.microsoft) or of ONNX 27.
+
+    \b
+    Example: qinvert graft model.onnx plan.json -o out.onnx
+             qinvert graft model.onnx plan.json -o out.onnx --layer /layers.0/attn=model.layers.0.linear_attn
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(plan_path)
+    pairs = [layer.rpartition("=") for layer in layers]
+    for given, (node, _, layer) in zip(layers, pairs, strict=True):
+        if not node or not layer:
+            raise InputError(f"--layer {given!r} is no NODE=LAYER")
+    chosen = {node: layer for node, _, layer in pairs} or None
+    with output.progress("grafting"):
+        written = graft_plan(source, plan, path, profile=profile, layers=chosen)
+    names = [function.name for function in written.functions]
+    output.say(f"wrote {path}: {len(written.graph.node)} nodes, {', '.join(names)}")
+    output.result({"file": path, "nodes": len(written.graph.node), "functions": names})

@@ -1,0 +1,111 @@
+"""Verbs about plans: inspect, simulate, evaluate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qinvert.calibration.growth import RangeGrowth, range_growth
+from qinvert.calibration.sources import open_source
+from qinvert.calibration.survey import survey
+from qinvert.cli.calibrate import layer_to_dict, show_candidates
+from qinvert.cli.common import DataOptions, Output, data_options, decibels, open_pair, output_options
+from qinvert.errors import InputError
+from qinvert.plan.plan import Plan
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option("--stress", is_flag=True, help="Every method and format over the stress set; takes no SOURCE.")
+@click.option("--chunk", default=64, show_default=True, help="Size of the stress matrices.")
+@data_options
+@output_options
+def inspect(
+    source: str | None,
+    stress: bool,
+    chunk: int,
+    given: DataOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show how far powers of M outgrow the inverse, or what is in a plan.
+
+    SOURCE is a model folder, `recall`, a file of matrices L, or a plan.
+
+    \b
+    Example: qinvert inspect recall
+             qinvert inspect plan.json
+             qinvert inspect --stress
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    if stress == (source is not None):
+        raise InputError("name one thing to inspect: a model, matrices, a plan, or --stress alone")
+    if source is None:
+        show_survey(output, chunk)
+    elif source.endswith(".json"):
+        if given.data is not None:
+            raise InputError("a plan holds its numbers; leave out --data")
+        show_plan(output, Plan.load(source))
+    else:
+        with output.progress("measuring"):
+            growth = range_growth(open_source(*open_pair(source, given)))
+        show_growth(output, growth)
+        output.result({"layers": {name: growth_to_dict(g) for name, g in growth.items()}})
+
+
+def show_survey(output: Output, chunk: int) -> None:
+    """Print sqnr of every method and format on every stress set, one table a format."""
+    with output.progress("surveying") as progress:
+        rows = list(survey(chunk, progress=progress))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    for i, method in enumerate(methods, start=1):
+        output.say(f"{i}: {method}")
+    for bits in dict.fromkeys(row.bits for row in rows):
+        found = {(row.name, row.method): row for row in rows if row.bits == bits}
+        cells = [
+            [
+                name,
+                *(decibels(found[name, method].sqnr_db) for method in methods),
+                decibels(found[name, methods[-1]].floor_db),
+            ]
+            for name in dict.fromkeys(row.name for row in rows)
+        ]
+        columns = ["set", *map(str, range(1, len(methods))), "auto", "floor"]
+        output.table(f"sqnr_db of T on unseen matrices, bits={bits}", columns, cells)
+    output.result({"chunk": chunk, "rows": rows})
+
+
+def show_growth(output: Output, growth: dict[str, RangeGrowth]) -> None:
+    """Print the range-growth table."""
+    powers = sorted({k for g in growth.values() for k in g.powers})
+    columns = ["layer", "matrices", *(f"max|M^{k}|" for k in powers), "max|T - I|"]
+    rows = [
+        [
+            name,
+            str(g.matrices),
+            *(f"{g.powers[k]:.3g}" if k in g.powers else "-" for k in powers),
+            f"{g.inverse:.3g}",
+        ]
+        for name, g in growth.items()
+    ]
+    output.table("Range growth: powers of M against the inverse", columns, rows)
+
+
+def growth_to_dict(growth: RangeGrowth) -> dict[str, Any]:
+    """Return JSON types."""
+    powers = {str(k): min(v, 3.4e38) for k, v in growth.powers.items()}
+    return {"matrices": growth.matrices, "powers": powers, "inverse": growth.inverse}
+
+
+def show_plan(output: Output, plan: Plan) -> None:
+    """Print every layer's program, grids and proof."""
+    proofs = {name: layer.proof() for name, layer in plan.layers.items()}
+    for name, layer in plan.layers.items():
+        rows = [[tensor, str(q.format), f"{q.scale:.6g}", f"{layer.ranges.get(tensor, 0):.4g}"]
+                for tensor, q in layer.tensors.items()]  # fmt: skip
+        output.table(f"{name}: {layer}", ["tensor", "format", "scale", "calibrated max"], rows)
+        show_candidates(output, layer)
+        output.say(f"{proofs[name]}\n")
+    layers = {name: layer_to_dict(layer, proofs[name]) for name, layer in plan.layers.items()}
+    output.result({"target": plan.target, "layers": layers})

@@ -1,0 +1,65 @@
+"""The verb simulate: what the integers of a plan cost."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from qinvert.calibration.simulate import Report
+from qinvert.calibration.simulate import simulate as run_simulation
+from qinvert.cli.common import (
+    DECIBELS,
+    DataOptions,
+    Output,
+    data_options,
+    decibels,
+    open_for_plan,
+    output_options,
+)
+from qinvert.plan.plan import Plan
+
+
+@click.command()
+@click.argument("plan_path", metavar="PLAN")
+@click.option("--model", help="Model folder or `recall`; the plan's own by default.")
+@click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below, dB.")
+@click.option("--rounding", default="onnx", help="`onnx`, or `hexagon`: as Qualcomm's NPU rounds int8 plans.")
+@data_options
+@output_options
+def simulate(
+    plan_path: str,
+    model: str | None,
+    min_sqnr: float | None,
+    rounding: str,
+    given: DataOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run the integer programs bit-exactly and measure the error of T.
+
+    \b
+    Example: qinvert simulate plan.json --min-sqnr 20
+             qinvert simulate plan.json --data L.npz --json
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(plan_path)
+    with output.progress("simulating") as progress:
+        source = open_for_plan(plan, model, given)
+        report = run_simulation(plan, *source, rounding=rounding, progress=progress)
+    show_report(output, report)
+    output.result(report.to_dict())
+    if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
+        output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, wanted {min_sqnr:.1f}")
+        sys.exit(1)
+
+
+def show_report(output: Output, report: Report) -> None:
+    """Print the error table."""
+    columns = ["layer", "format", "sqnr_db", "floor_db", "worst_rel", "max_abs", "saturated", "matrices"]
+    rows = [
+        [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), f"{r.worst_rel:.2e}", f"{r.max_abs:.2e}",
+         str(sum(r.saturations.values())), str(r.matrices)]
+        for name, r in report.layers.items()
+    ]  # fmt: skip
+    output.table("Simulated integer inverse", columns, rows)

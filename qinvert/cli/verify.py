@@ -1,0 +1,169 @@
+"""The verb verify: exported graphs on runtimes, against the simulator."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
+from qinvert.cli.common import DECIBELS, DataOptions, Output, decibels, open_for_plan, output_options
+from qinvert.cli.export import ALL_LAYERS, PLAN_FILE, file_names
+from qinvert.errors import InputError
+from qinvert.execution.inputs import needed_beta
+from qinvert.export.functions import called_layers
+from qinvert.export.rules.lint import lint
+from qinvert.export.runtimes import RUNTIMES
+from qinvert.export.verification.comparison import Verification
+from qinvert.export.verification.verify import read_interface
+from qinvert.export.verification.verify import verify as verify_layer
+from qinvert.numerics.law import Rounding
+from qinvert.plan.plan import Plan
+from qinvert.program.steps import MAX_BETA
+from qinvert.stress import STRESS, stress_keys, stress_matrices
+
+#: Sequences of the embedded model's task that a goal is measured on.
+GATE_SEQUENCES = 4
+#: Keys of each kind that graphs from keys are verified with.
+STRESS_KEYS = 8
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option(
+    "--data", type=click.Path(), help="Matrices L, .npz or .safetensors; stress matrices by default."
+)
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    default=("onnxruntime",),
+    show_default=True,
+    help=f"{', '.join(RUNTIMES)}; repeatable. `qinvert profiles` says which are installed.",
+)
+@click.option(
+    "--min-sqnr",
+    type=DECIBELS,
+    help="Exit with code 1 if a runtime's T stays below, dB, on --data or on what the plan was made from.",
+)
+@output_options
+def verify(
+    folder: str,
+    data: str | None,
+    runtimes: tuple[str, ...],
+    min_sqnr: float | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run exported graphs and compare every value with the simulator.
+
+    FOLDER is what `qinvert export` wrote.  A difference that the profile does
+    not allow is an error, exit code 2; where a graph breaks a rule of its
+    profile, the node and the remedy are printed.
+
+    \b
+    Example: qinvert verify graphs/
+             qinvert verify graphs/ --data L.npz --min-sqnr 20
+             qinvert verify graphs/ --runtime openvino --runtime qnn
+    """
+    output = Output(as_json=as_json, quiet=quiet)
+    plan = Plan.load(Path(folder) / PLAN_FILE)
+    found = exported_graphs(plan, Path(folder))
+    if not found:
+        raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
+    own = None if data is None else (data, None)
+    if own is None and min_sqnr is not None:
+        # A goal is about the data that the plan is for, not about stress matrices.
+        own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
+    results: dict[str, list[Verification]] = {}
+    for label, (name, file) in found.items():
+        given, beta = inputs_for(file, plan, name, own)
+        with output.progress(f"verifying {label}"):
+            results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
+    for file in dict.fromkeys(file for _, file in found.values()):
+        for finding in lint(file):
+            output.say(f"{file.name}: {finding}")
+    show_verifications(output, results, own_data=own is not None)
+    output.result(results)
+    worst = min(r.sqnr_db for rows in results.values() for r in rows)
+    if min_sqnr is not None and worst < min_sqnr:
+        output.say(f"missed: the worst runtime has {worst:.1f} dB, wanted {min_sqnr:.1f}")
+        sys.exit(1)
+
+
+def exported_graphs(plan: Plan, folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return layer and file of every graph in a folder, by a label for tables."""
+    files = {name: folder / file for name, file in file_names(plan).items()}
+    found = {name: (name, file) for name, file in files.items() if file.is_file()}
+    together = folder / ALL_LAYERS
+    for name in called_layers(together) if together.is_file() else ():
+        found[f"{name} ({ALL_LAYERS})" if name in found else name] = (name, together)
+    return found
+
+
+def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) -> tuple[Any, Any]:
+    """Return what to verify a graph with: matrices, or keys if it builds L from them, and beta."""
+    interface = read_interface(file, plan, layer)
+    if interface.key_size is None:
+        return matrices_for(plan, layer, own)
+    if own is not None:
+        raise InputError(f"{file} takes keys, the data has matrices; verify a graph of --input L with them")
+    return stress_keys(STRESS_KEYS, plan.layer(layer).chunk, interface.key_size), None
+
+
+def matrices_for(
+    plan: Plan, layer: str, own: tuple[Any, Any] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return matrices to verify a layer with, of a source or the stress sets, and beta if it takes it."""
+    program = plan.layer(layer).program
+    if own is None:
+        lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
+        # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
+        return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.vectors else None
+    parts = []
+    for name, lower, beta in open_with_beta(*own):
+        if name in (layer, DEFAULT_LAYER):
+            check_size(lower.shape[-1], program.chunk, layer)
+            rows = needed_beta(program, lower, beta, f"beta of layer {layer!r}")
+            parts.append((lower, rows))
+    if not parts:
+        raise InputError(f"the data has no matrices for layer {layer!r}; name an array after the layer")
+    betas = [rows.reshape(-1, program.chunk) for _, rows in parts if rows is not None]
+    matrices = [lower.reshape(-1, *lower.shape[-2:]) for lower, _ in parts]
+    return torch.cat(matrices), torch.cat(betas) if betas else None
+
+
+def _promise(result: Verification) -> str:
+    if not result.exact:
+        return "no"
+    return "yes" if result.rounding == Rounding.ONNX else f"yes, as {result.rounding} rounds"
+
+
+def show_verifications(output: Output, results: dict[str, list[Verification]], own_data: bool) -> None:
+    """Print how many values agree; sqnr says something of the caller's own data only."""
+    rows = [
+        [
+            name,
+            r.runtime,
+            f"{r.values - r.mismatches} of {r.values}",
+            f"{r.max_steps:.3g}",
+            decibels(r.sqnr_db) if own_data else "-",
+            _promise(r),
+            ", ".join(f"{count} {types}" for types, count in r.products.items()),
+        ]
+        for name, verifications in results.items()
+        for r in verifications
+    ]
+    columns = [
+        "layer",
+        "runtime",
+        "values equal to the simulator",
+        "largest difference, steps",
+        "sqnr_db",
+        "must be exact",
+        "products",
+    ]
+    output.table("Verification", columns, rows)

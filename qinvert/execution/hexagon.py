@@ -1,0 +1,50 @@
+"""Integer meaning of the steps on Qualcomm's Hexagon, for plans of which it is known."""
+
+from __future__ import annotations
+
+import torch
+
+from qinvert.errors import PlanError
+from qinvert.execution.integers import IntegerEvaluator
+from qinvert.formats import INT8
+from qinvert.numerics import hexagon
+from qinvert.numerics.scales import is_power_of_two
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.steps import Add, Concat, Mask, MatMul, Rescale, Slice
+
+
+class HexagonEvaluator(IntegerEvaluator):
+    """Integer meaning of the steps on Hexagon, of plans that `hexagon.check_plan` takes."""
+
+    def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
+        (total,) = totals
+        return hexagon.requantize(total, factor, output.format)
+
+    def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
+        output = self.plan.tensors[name]
+        return hexagon.add(terms, output.scale, output.format)
+
+
+def check_plan(plan: LayerPlan) -> None:
+    """Refuse a plan with operators whose rounding on Hexagon is not known.
+
+    Raises
+    ------
+    PlanError
+        With the tensor or step.
+    """
+    remedy = "use rounding='onnx'"
+    if plan.requantize is not Requantize.MULTIPLIER:
+        raise PlanError(f"Hexagon joins the residual terms of this plan in float16; {remedy}")
+    for step in plan.program.steps:
+        grids = [plan.tensors[name] for name in (*step.inputs, step.output) if name in plan.tensors]
+        kept = isinstance(step, Rescale) and step.factor == 1 and len(set(grids)) == 1
+        sums = isinstance(step, Add) and all(is_power_of_two(grid.scale) for grid in grids)
+        if not kept and not sums and not isinstance(step, (MatMul, Slice, Concat, Mask)):
+            raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")
+    for name, grid in plan.tensors.items():
+        if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:
+            raise PlanError(f"tensor {name!r} is {grid.format}, Hexagon's int8 rounding is known; {remedy}")
+        if not hexagon.SCALES[0] <= grid.scale <= hexagon.SCALES[1]:
+            raise PlanError(f"the scale of tensor {name!r}, {grid.scale:g}, is beyond float16; {remedy}")

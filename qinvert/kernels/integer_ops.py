@@ -1,0 +1,223 @@
+"""Triton source of the integer steps of a plan: the simulator's roundings, one at a time.
+
+int8 values are exact as float16 operands and their accumulators in float32
+below 2**24, so the matrix unit's float products are integer products.  Around
+them stand the IEEE float32 operations of `qinvert.numerics.rounding`, in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
+from qinvert.kernels.division import residual_steps
+from qinvert.kernels.source import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
+from qinvert.kernels.tiles import Position, UnsupportedError
+from qinvert.numerics.accumulators import FLOAT32_EXACT, partial_products
+from qinvert.numerics.scales import float32, is_power_of_two, product_scale
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.sparsity import Support
+from qinvert.program.steps import INPUT, Add, MatMul, Rescale
+
+#: Scales outside ``[1 / this, this]`` have no kernel: its divisions must stay far from the ends of float32.
+SCALE_LIMIT: Final = 2.0**30
+#: Steps of the lowest plane above a format's ends at which values are cut before they are
+#: divided: what is cut rounds to the end, and nothing else is.
+CUT: Final = 0.25
+#: ``(x + MAGIC) - MAGIC`` rounds half to even where ``|x| < 2**22``: two additions at full rate,
+#: a conversion instruction has a fraction of it.
+MAGIC: Final = 1.5 * 2**23
+
+
+class IntegerOps(TritonOps):
+    """One plan's roundings.
+
+    Raises
+    ------
+    UnsupportedError
+        If a product is not exact with float16 operands and float32 accumulators.
+    """
+
+    def __init__(self, source: Source, plan: LayerPlan) -> None:
+        super().__init__(source)
+        self.plan = plan
+        for name, quantization in plan.tensors.items():
+            if quantization.format.container_bits > INT8.container_bits:
+                raise UnsupportedError(f"{quantization.format} of tensor {name!r} is no float16 operand")
+            if not 1 / SCALE_LIMIT <= quantization.scale <= SCALE_LIMIT:
+                raise UnsupportedError(f"the scale of tensor {name!r} is outside [2**-30, 2**30]")
+        #: Residual steps of every division: plans of one structure share a kernel.
+        self.steps = max(residual_steps(q.scale) for q in plan.tensors.values())
+        for step in plan.program.steps:
+            if isinstance(step, MatMul) and plan.accumulator_bound(step) >= FLOAT32_EXACT:
+                raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
+
+    @property
+    def fusable(self) -> bool:
+        # A product with a power of two is exact, and so is one of two integers: a residual's.
+        factors = [step.factor for step in self.plan.program.steps if isinstance(step, Rescale)]
+        scales = [grid.scale for grid in self.plan.tensors.values()]
+        return all(map(is_power_of_two, scales + factors))
+
+    def load(self, position: Position) -> Tile:
+        return replace(self._round(INPUT, self.raw(position)), loaded=True)
+
+    def mask(self, value: Tile, keep: Support, support: Support) -> Tile:
+        masked = self._tile([self.where(name, keep, support) for name in value.values])
+        return replace(masked, loaded=value.loaded)
+
+    def merge(self, left: Tile, right: Tile) -> Tile:
+        pairs = zip(left.values, right.values, strict=True)
+        return self._tile([self.source.assign(f"{a} + {b}") for a, b in pairs])
+
+    def matmul(
+        self,
+        step: MatMul,
+        position: Position,
+        pairs: Mapping[int, tuple[Tile, Tile]],
+        add: Sequence[tuple[str, Tile]],
+        subtract: Sequence[tuple[str, Tile]],
+    ) -> Tile:
+        signed = [*(("+", name, v) for name, v in add), *(("-", name, v) for name, v in subtract)]
+        if self.plan.requantize is Requantize.MULTIPLIER:
+            return self._multiplied(step, position, pairs, signed)
+        terms = [("+", *accumulator) for accumulator in self._accumulators(step, pairs)]
+        for sign, name, value in signed:
+            values = replace(value, values=self._residual(value))
+            terms += [(sign, *plane) for plane in self._planes(name, values)]
+        return self._round(step.output, self._sum(terms))
+
+    def _residual(self, value: Tile) -> tuple[str, ...]:
+        """Return a tile's planes where sums of products lie."""
+        if not value.loaded:
+            return value.values
+        # A product with the identity is exact, and cheaper than moving values between threads.
+        identity = self.source.once(
+            f"tl.broadcast_to(tl.where({DIAGONAL}, 1.0, 0.0), (NB, 16, 16)).to({self.operand})"
+        )
+        return tuple(self.chain([(operand, identity)], None) for operand in value.operands)
+
+    def _multiplied(
+        self,
+        step: MatMul,
+        position: Position,
+        pairs: Mapping[int, tuple[Tile, Tile]],
+        signed: Sequence[tuple[str, str, Tile]],
+    ) -> Tile:
+        products = {k: [a.operands[0], b.operands[0]] for k, (a, b) in pairs.items()}
+        residuals, free = [], set(pairs)
+        for sign, name, value in signed:
+            steps = self.plan.residual_factor(step, name)
+            factor = self.source.scalar(float(steps))
+            # left @ right + left = left @ (right + I), and I is `steps` on right's grid.
+            side, k = (0, position[0]) if name == step.right else (1, position[1])
+            if sign == "+" and k in free and steps + INT8.magnitude <= FLOAT16_EXACT:
+                free.discard(k)
+                products[k][side] = self._shifted(pairs[k][side], factor)
+            else:
+                minus = "-" if sign == "-" else ""
+                residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
+        accumulator = self.chain(products.values(), self.total(residuals))
+        multiplier = self.source.scalar(self.plan.multiplier(step))
+        return self._tile([self._integers(self._limited(f"{accumulator} * {multiplier}", step.output))])
+
+    def _shifted(self, value: Tile, steps: str) -> str:
+        name = value.values[0]
+        return self.source.once(f"tl.where({DIAGONAL}, {name} + {steps}, {name}).to({self.operand})")
+
+    def _accumulators(self, step: MatMul, pairs: Mapping[int, tuple[Tile, Tile]]) -> list[tuple[str, str]]:
+        if not pairs:
+            return []
+        left, right = self.plan.tensors[step.left], self.plan.tensors[step.right]
+        accumulators = []
+        for group in partial_products(left.format.planes, right.format.planes):
+            products = [(a.operands[i], b.operands[j]) for i, j in group for a, b in pairs.values()]
+            i, j = group[0]
+            unit = product_scale(_plane_scales(left)[i], _plane_scales(right)[j])
+            accumulators.append((self.chain(products, None), self.source.scalar(unit)))
+        return accumulators
+
+    def add(self, step: Add, terms: Sequence[tuple[str, Tile]]) -> Tile:
+        planes = [("+", *plane) for name, value in terms for plane in self._planes(name, value)]
+        return self._round(step.output, self._sum(planes))
+
+    def rescale(self, step: Rescale, source: Tile) -> Tile:
+        same = self.plan.tensors[step.source] == self.plan.tensors[step.output]
+        if step.factor == 1 and same and self._format(step.output).planes == 1:
+            return source  # q * s / s lies within q * 2**-23 of q and rounds to it
+        value = self._sum([("+", *plane) for plane in self._planes(step.source, source)])
+        if step.factor != 1:
+            factor = self.source.scalar(step.factor)
+            value = self.source.assign(f"{value} * {factor}")
+        return self._round(step.output, value)
+
+    def real(self, value: Tile) -> str:
+        planes = self._planes(self.plan.program.output, value)
+        return self._sum([("+", *plane) for plane in planes])
+
+    def whole(self, value: Tile) -> str:
+        """Return the integers of a tile, its planes together."""
+        if len(value.values) == 1:
+            return value.values[0]
+        high, low = value.values
+        return self.source.assign(f"{PLANE_RATIO}.0 * {high} + {low}")
+
+    def _planes(self, name: str, value: Tile) -> list[tuple[str, str]]:
+        scales = map(self.source.scalar, _plane_scales(self.plan.tensors[name]))
+        return list(zip(value.values, scales, strict=True))
+
+    def _sum(self, terms: Sequence[tuple[str, str, str]]) -> str:
+        # Every product and every sum is rounded: see `fusable`.
+        total = None
+        for sign, name, scale in terms:
+            product = f"{name} * {scale}"
+            start = "" if total is None and sign == "+" else f"{total or 0.0} {sign} "
+            total = self.source.assign(start + product)
+        return total or self.source.once(ZEROS)
+
+    def _round(self, name: str, value: str) -> Tile:
+        grid = self.plan.tensors[name]
+        fmt = grid.format if grid.format.planes == 1 else INT8
+        scales = _plane_scales(grid)
+        lowest, highest = (
+            float32(sum(end * scale for scale in scales) + CUT * grid.scale)
+            for end in (fmt.minimum, fmt.maximum)
+        )
+        value = self._clamped(value, self.source.scalar(lowest), self.source.scalar(highest))
+        planes: list[str] = []
+        for i, scale in enumerate(scales):
+            unit = self.source.scalar(scale)
+            reciprocal = self.source.scalar(float32(1 / scale))
+            quotient = f"divide_{self.steps}({value}, {unit}, {reciprocal})"
+            if i > 0:  # half a step of the high plane is 128 of the low one
+                quotient = f"tl.minimum({quotient}, {fmt.maximum}.0)"
+            planes.append(self._integers(self.source.assign(quotient)))
+            if i + 1 < grid.format.planes:
+                value = self.source.assign(f"{value} - {planes[-1]} * {unit}")
+        return self._tile(planes)
+
+    def _limited(self, steps: str, name: str) -> str:
+        # Clamping before rounding is the same, for the bounds are integers.
+        fmt = self._format(name)
+        return self._clamped(steps, f"{fmt.minimum}.0", f"{fmt.maximum}.0")
+
+    def _clamped(self, value: str, lowest: str, highest: str) -> str:
+        return self.source.assign(f"tl.minimum(tl.maximum({value}, {lowest}), {highest})")
+
+    def _integers(self, steps: str) -> str:
+        return self.source.assign(f"({steps} + {MAGIC}) - {MAGIC}")
+
+    def _tile(self, values: Sequence[str]) -> Tile:
+        operands = tuple(self.source.assign(f"{v}.to({self.operand})") for v in values)
+        return Tile(values=tuple(values), operands=operands)
+
+    def _format(self, name: str) -> IntFormat:
+        return self.plan.tensors[name].format
+
+
+def _plane_scales(grid: Quantization) -> list[float]:
+    low = [grid.scale]
+    return low if grid.format.planes == 1 else [PLANE_RATIO * grid.scale, *low]

@@ -1,0 +1,27 @@
+"""Whose rounding a simulation follows."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from qinvert.errors import PlanError, lookup
+
+
+class Rounding(StrEnum):
+    """Whose integers a simulation returns."""
+
+    #: Those that ONNX says: float32 operations, half to even.
+    ONNX = "onnx"
+    #: Those of Qualcomm's Hexagon, of int8 plans; see `qinvert.numerics.hexagon`.
+    HEXAGON = "hexagon"
+
+    @staticmethod
+    def named(name: str) -> Rounding:
+        """Return the member of that name.
+
+        Raises
+        ------
+        PlanError
+            If there is none.
+        """
+        return lookup({str(rounding): rounding for rounding in Rounding}, name, "rounding", PlanError)

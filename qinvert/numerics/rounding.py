@@ -1,0 +1,216 @@
+"""The only module that rounds to integers.
+
+Every primitive comes twice: a scalar twin over Python integers and
+`numpy.float32`, written to be read, and the vectorised form over
+`torch.Tensor` that the simulator runs.  Tests hold the two, and onnxruntime,
+to the same values.
+
+Quantized values travel as *integer-valued float32 tensors*: every integer of
+up to 16 bits is exact in float32, and so is an int8 accumulator
+(``K * 127**2 < 2**24`` for ``K <= 1040``), so matrix products run on the
+fastest kernels without losing a bit.  What never rounds is in
+`qinvert.numerics.accumulators`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qinvert.errors import InputError
+from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
+from qinvert.numerics.accumulators import partial_factors, planes
+
+
+def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    """``sat(round_half_even(x / scale) + zero_point)``, elementwise.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape; converted to float32 first.
+    scale : float
+        A float32 value.
+    fmt : IntFormat
+        Where to saturate.
+
+    Returns
+    -------
+    torch.Tensor
+        Integer-valued float32; bit-exact with ONNX QuantizeLinear, or with two
+        of them around a Sub for two planes.
+
+    Raises
+    ------
+    InputError
+        If ``x`` holds a NaN.  Infinities saturate.
+    """
+    x = x.to(torch.float32)
+    # max() of a NaN is NaN, in one pass.
+    if x.numel() and math.isnan(float(x.max())):
+        raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
+    return _round(x, scale, fmt)
+
+
+def _round(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    if fmt.planes == 1:
+        return _saturate(_divide(x, scale), fmt)
+    high = _saturate(_divide(x, PLANE_RATIO * scale), INT8)
+    low = _saturate(_divide(x - high * (PLANE_RATIO * scale), scale), INT8)
+    return PLANE_RATIO * high + low
+
+
+def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
+    # A scalar divisor on the host lets CUDA multiply by its reciprocal instead,
+    # which is off by one step now and then: divide by a tensor on the device.
+    return x / _on_device(scale, x)
+
+
+def _on_device(scale: float, x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(scale, dtype=torch.float32, device=x.device)
+
+
+def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
+    # In place: every caller hands over a fresh tensor, and the passes over memory count.
+    steps = steps.round_()
+    if fmt.zero_point:
+        steps += fmt.zero_point
+    return steps.clamp_(fmt.minimum, fmt.maximum)
+
+
+def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
+    """Return `planes` of the right operand of a product, int16 split into two int8 planes.
+
+    No runtime multiplies int16 by int16: the graph rounds the dequantized
+    operand to int8 and its rest to int8 again, and so does this.
+    """
+    if fmt.container_bits > INT8.container_bits:
+        q, fmt = _round(dequantize(q, scale, fmt), scale, INT8X2), INT8X2
+    return planes(q, scale, fmt)
+
+
+def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    """``float32(q - zero_point) * scale``, summed over planes in float32.
+
+    Bit-exact with ONNX DequantizeLinear, and with an Add of two for two planes.
+    """
+    (first, first_scale), *rest = planes(q.to(torch.float32), scale, fmt)
+    value = first * first_scale
+    for plane, plane_scale in rest:
+        value = value + plane * plane_scale
+    return value
+
+
+def requantize_divide(
+    accumulator: torch.Tensor,
+    unit: float,
+    addends: list[tuple[torch.Tensor, float]],
+    scale: float,
+    fmt: IntFormat,
+    *,
+    overwrite: bool = False,
+) -> torch.Tensor:
+    """``sat(round_half_even((float32(acc) * unit + sum_i float32(q_i) * s_i) / scale))``.
+
+    What MatMulInteger, Cast, Mul, Add and QuantizeLinear compute one after the
+    other: each product and each sum is rounded to float32, from left to right.
+
+    Parameters
+    ----------
+    accumulator : torch.Tensor
+        Exact integers, float32 or float64.
+    unit : float
+        Real value of one accumulator step, `product_scale` of the operands.
+    addends : list of (torch.Tensor, float)
+        Lighter accumulators, then residual planes, with their scales; a
+        negative scale subtracts.
+    scale, fmt
+        Of the result.
+    overwrite : bool
+        ``accumulator`` is nobody else's: its memory may hold the result.
+    """
+    x = _scaled(accumulator, unit, overwrite)
+    for q, addend_scale in addends:
+        # Not add with alpha: that may round product and sum at once.
+        x += q.to(torch.float32) * addend_scale
+    if fmt.planes > 1:
+        return _round(x, scale, fmt)
+    return _saturate(x.div_(_on_device(scale, x)), fmt)
+
+
+def _scaled(accumulator: torch.Tensor, factor: float, overwrite: bool) -> torch.Tensor:
+    # Fresh memory costs more than the product: on a CPU every page of it is a fault.
+    if overwrite and accumulator.dtype == torch.float32:
+        return accumulator.mul_(factor)
+    return accumulator.to(torch.float32) * factor
+
+
+def requantize_scaled(
+    q: torch.Tensor, unit: float, factor: float, scale: float, fmt: IntFormat
+) -> torch.Tensor:
+    """``sat(round_half_even(float32(float32(q * unit) * factor) / scale))``.
+
+    What Cast, Mul, Mul and QuantizeLinear compute one after the other.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Integers of the source.
+    unit : float
+        Scale of the source.
+    factor : float
+        What the real value is multiplied by.
+    scale, fmt
+        Of the result.
+    """
+    return _round(q.to(torch.float32) * unit * factor, scale, fmt)
+
+
+def requantize_partial(
+    accumulators: list[torch.Tensor], factor: float, scale: float, fmt: IntFormat, *, overwrite: bool = False
+) -> torch.Tensor:
+    """``sat(sum_i sat(round_half_even(float32(acc_i) * f_i)))``, ``f_i`` the factor of plane i.
+
+    What QLinearMatMul computes of one accumulator, and one such product for
+    each plane of a right operand with a quantized Add of both.
+
+    Parameters
+    ----------
+    accumulators : list of torch.Tensor
+        One, or that of the high plane and that of the low one.
+    factor : float
+        `multiplier` of the scales, the low plane's.
+    scale, fmt
+        Of the result.
+    overwrite : bool
+        The accumulators are nobody else's: their memory may hold the result.
+    """
+    first, *rest = (
+        requantize_multiplier(accumulator, weighted, fmt, overwrite=overwrite)
+        for accumulator, weighted in zip(
+            accumulators, partial_factors(factor, len(accumulators)), strict=True
+        )
+    )
+    addends = [(q, scale) for q in rest]
+    return requantize_divide(first, scale, addends, scale, fmt, overwrite=True) if rest else first
+
+
+def requantize_multiplier(
+    accumulator: torch.Tensor, factor: float, fmt: IntFormat, *, overwrite: bool = False
+) -> torch.Tensor:
+    """``sat(round_half_even(float32(acc) * factor))``, bit-exact with QLinearMatMul.
+
+    Parameters
+    ----------
+    accumulator : torch.Tensor
+        Exact integers, float32 or float64, residual terms already added as
+        integers.
+    factor : float
+        `multiplier` of the three scales.
+    fmt : IntFormat
+        Of the result.
+    overwrite : bool
+        ``accumulator`` is nobody else's: its memory may hold the result.
+    """
+    return _saturate(_scaled(accumulator, factor, overwrite), fmt)

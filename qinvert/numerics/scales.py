@@ -1,0 +1,66 @@
+"""Scales: which float32 numbers are legal, and products and quotients of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from qinvert.errors import PlanError
+
+#: A scale below this comes near the smallest normal float32 once multiplied.
+MIN_SCALE: Final = 1e-30
+#: Two scales above this, times an accumulator, come near the largest float32.
+MAX_SCALE: Final = 1e15
+
+
+def float32(value: float) -> float:
+    """Return ``value`` rounded to the nearest float32, as a Python float."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def check_scale(scale: float) -> None:
+    """Refuse a scale that is no float32 in [`MIN_SCALE`, `MAX_SCALE`].
+
+    Inside that interval no product of two scales and an accumulator overflows.
+
+    Raises
+    ------
+    PlanError
+        With the value and the legal range.
+    """
+    legal = isinstance(scale, (int, float)) and MIN_SCALE <= scale <= MAX_SCALE
+    if not legal or float32(scale) != scale:
+        raise PlanError(
+            f"scale {scale!r} is not a float32 in [{MIN_SCALE:g}, {MAX_SCALE:g}]; calibrate again"
+        )
+
+
+def is_power_of_two(value: float) -> bool:
+    """Whether ``|value|`` is a power of two: multiplying by it is exact."""
+    return math.frexp(value)[0] in (0.5, -0.5)
+
+
+def product_scale(left: float, right: float) -> float:
+    """``float32(left * right)``: the real value of one accumulator step."""
+    return float(np.float32(left) * np.float32(right))
+
+
+def multiplier(left: float, right: float, output: float) -> float:
+    """``float32(float32(left * right) / output)``, the factor QLinearMatMul applies.
+
+    Raises
+    ------
+    PlanError
+        If it overflows: zero times it would be NaN.
+    """
+    with np.errstate(over="ignore"):
+        factor = float(np.float32(product_scale(left, right)) / np.float32(output))
+    if math.isinf(factor):
+        raise PlanError(
+            f"scales {left:.3g} * {right:.3g} / {output:.3g} overflow float32; "
+            "use a larger scale for the product"
+        )
+    return factor

@@ -1,0 +1,131 @@
+"""How numbers become integers: the grid of a tensor, and which grids a program's tensors may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from qinvert.errors import PlanError
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
+from qinvert.numerics import scales
+from qinvert.program.program import Program
+from qinvert.program.steps import MOVES
+
+
+class Requantize(StrEnum):
+    """How an accumulator becomes an integer again; both are one float32 rounding chain."""
+
+    #: Residuals join as float32, then divide by the scale: MatMulInteger, Cast, Mul, Add, QuantizeLinear.
+    DIVIDE = "divide"
+    #: Residuals join as integers, then one float32 factor: QLinearMatMul and fused QDQ MatMul.
+    #: Two partial products (int16) are rounded one by one, then added.
+    MULTIPLIER = "multiplier"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Real value = ``(q - format.zero_point) * scale``.
+
+    Invariant: ``scale`` is a float32 of at least `arithmetic.MIN_SCALE`.
+    """
+
+    #: Integers that are stored.
+    format: IntFormat
+    #: Real value of one step.
+    scale: float
+
+    def __post_init__(self) -> None:
+        scales.check_scale(self.scale)
+        object.__setattr__(self, "scale", float(self.scale))
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude that both signs can represent."""
+        return self.format.largest * self.scale
+
+    @property
+    def one(self) -> int:
+        """Integer ``k`` with ``float32(1 / k) = scale``, that means 1.0; any format's; 0 if none."""
+        integer = round(1 / self.scale)
+        return integer if integer and scales.float32(1 / integer) == self.scale else 0
+
+    @property
+    def largest_one(self) -> int:
+        """Largest integer that an operand can hold on its diagonal, whichever side it is on."""
+        # An int16 right operand is split into int8 planes, which end earlier than int16.
+        fmt = self.format
+        return PLANE_RATIO * INT8.maximum if fmt.container_bits > INT8.container_bits else fmt.largest
+
+    def __str__(self) -> str:
+        return f"{self.format} s={self.scale:.4g}"
+
+
+def requantize_named(name: str) -> Requantize:
+    """Return the member of that name.
+
+    Raises
+    ------
+    PlanError
+        If there is none; the message lists the legal names.
+    """
+    try:
+        return Requantize(name)
+    except ValueError:
+        raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None
+
+
+def check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
+    """Refuse tensors that are not the program's, each on a symmetric grid.
+
+    Raises
+    ------
+    PlanError
+        With the tensor and the remedy.
+    """
+    missing = [name for name in program.tensors if name not in tensors]
+    surplus = [name for name in tensors if name not in program.tensors]
+    if missing or surplus:
+        wrong = f"lacks {missing[0]!r}" if missing else f"has {surplus[0]!r}, which no step writes"
+        raise PlanError(f"plan does not match its program {program.title}: it {wrong}; calibrate again")
+    for name, quantization in tensors.items():
+        if quantization.format.zero_point:
+            raise PlanError(
+                f"tensor {name!r}: format {quantization.format} has a zero point, plans are symmetric; "
+                "use int4, int8, int8x2 or int16 (profiles shift the grid on export)"
+            )
+
+
+def check_single_planes(tensors: Mapping[str, Quantization]) -> None:
+    """Refuse formats of two planes, which one factor cannot requantize.
+
+    Raises
+    ------
+    PlanError
+        With the tensor and the remedy.
+    """
+    for name, quantization in tensors.items():
+        fmt = quantization.format
+        if fmt.planes > 1:
+            raise PlanError(
+                f"tensor {name!r}: one factor per product cannot requantize {fmt}; "
+                "use int8 or int16, or requantize='divide'"
+            )
+
+
+def check_moves(program: Program, tensors: Mapping[str, Quantization]) -> None:
+    """Refuse steps that would move integers from one grid to another.
+
+    Raises
+    ------
+    PlanError
+        With the step, the tensor, and both grids.
+    """
+    for step in program.steps:
+        if isinstance(step, MOVES):
+            for name in step.inputs:
+                if name in tensors and tensors[name] != tensors[step.output]:
+                    raise PlanError(
+                        f"step {step.output!r} moves {name!r} ({tensors[name]}) without rounding, but has "
+                        f"{tensors[step.output]}; give both one quantization"
+                    )

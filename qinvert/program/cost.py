@@ -1,0 +1,95 @@
+"""What a program costs, counted from its step list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qinvert.checks import check_power_of_two
+from qinvert.errors import ProgramError
+from qinvert.program.program import Program
+from qinvert.program.steps import INPUT, MatMul, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Work per input matrix."""
+
+    #: Multiply-accumulates of all products, dense.
+    macs: int
+    #: Products; a stack of blocks counts once.
+    matmuls: int
+    #: Longest chain of products that wait for each other.
+    depth: int
+    #: Steps of any kind.
+    steps: int
+    #: Elements that all steps read and write; constants are not counted.
+    elements: int
+    #: The same in bytes of the format they are stored in.
+    bytes: int
+
+    @property
+    def nodes(self) -> int:
+        """Operations of a graph of the program: ``steps``, because constants are no steps.
+
+        What a lowering wraps around them (quantize, cast, add) depends on the
+        export profile and is not counted.
+        """
+        return self.steps
+
+    def __str__(self) -> str:
+        return (
+            f"{self.macs:,} multiply-accumulates, {self.matmuls} products, depth {self.depth}, "
+            f"{self.steps} steps, {self.elements:,} elements moved"
+        )
+
+
+def program_cost(program: Program, bytes_per_element: int = 1) -> Cost:
+    """Return the cost of ``program`` for one matrix.
+
+    Parameters
+    ----------
+    program : Program
+    bytes_per_element : int
+        Of every stored tensor: 1 for int8, 2 for int16 and 16-bit floats,
+        4 for float32, 8 for float64.
+
+    Raises
+    ------
+    ProgramError
+        If ``bytes_per_element`` is no power of two up to 8.
+    """
+    check_power_of_two("bytes_per_element", bytes_per_element, 1, 8, ProgramError, "; int8 takes 1")
+    elements = sum(_elements(program, step) for step in program.steps)
+    return Cost(
+        macs=sum(multiply_accumulates(program, step) for step in program.steps),
+        matmuls=sum(isinstance(step, MatMul) for step in program.steps),
+        depth=_depth(program),
+        steps=len(program.steps),
+        elements=elements,
+        bytes=bytes_per_element * elements,
+    )
+
+
+def multiply_accumulates(program: Program, step: Step) -> int:
+    """Return the multiply-accumulates of one step for one matrix, 0 for all but products."""
+    if not isinstance(step, MatMul):
+        return 0
+    left, output = program.shapes[step.left], program.shapes[step.output]
+    return output.blocks * output.rows * output.columns * left.columns
+
+
+def _elements(program: Program, step: Step) -> int:
+    total = 0
+    for name in (*step.inputs, step.output):
+        if name in program.shapes:
+            blocks, rows, columns = program.shapes[name]
+            total += blocks * rows * columns
+    return total
+
+
+def _depth(program: Program) -> int:
+    depth = {INPUT: 0}
+    for step in program.steps:
+        before = max(depth.get(name, 0) for name in step.inputs)
+        depth[step.output] = before + isinstance(step, MatMul)
+    return depth[program.output]

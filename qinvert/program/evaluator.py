@@ -1,0 +1,72 @@
+"""The protocol of interpreters: what every kind of step means for one type of value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+from qinvert.program.steps import Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice, Step
+
+V = TypeVar("V")
+
+
+class Evaluator(ABC, Generic[V]):
+    """One meaning of a program: a value type ``V`` and one method per kind of step.
+
+    Laws: methods are pure, ``mask``, ``slice`` and ``concat`` return values of
+    their sources unchanged, and ``matmul`` rounds at most once.
+    """
+
+    @abstractmethod
+    def constant(self, constant: Constant, blocks: int) -> V:
+        """Return the constant, repeated for ``blocks`` blocks."""
+
+    @abstractmethod
+    def matmul(self, step: MatMul, left: V, right: V, add: list[V], subtract: list[V]) -> V:
+        """Return ``left @ right + sum(add) - sum(subtract)``."""
+
+    @abstractmethod
+    def add(self, step: Add, left: V, right: V) -> V:
+        """Return ``left + right``."""
+
+    @abstractmethod
+    def rescale(self, step: Rescale, source: V) -> V:
+        """Return ``step.factor * source`` on the output's scale."""
+
+    @abstractmethod
+    def scale(self, step: Scale, source: V, vector: V) -> V:
+        """Return ``source`` with its rows or columns multiplied by ``vector``."""
+
+    @abstractmethod
+    def mask(self, step: Mask, source: V, constant: V) -> V:
+        """Return ``source * constant``."""
+
+    @abstractmethod
+    def slice(self, step: Slice, source: V) -> V:
+        """Return the sub-blocks that ``step`` names."""
+
+    @abstractmethod
+    def concat(self, step: Concat, sources: list[V]) -> V:
+        """Return ``sources`` joined along ``step.axis``."""
+
+
+def apply_step(evaluator: Evaluator[V], step: Step, values: Mapping[str, V]) -> V:
+    """Return what ``evaluator`` makes of one step, whose inputs are among ``values``."""
+    match step:
+        case MatMul():
+            add = [values[name] for name in step.add]
+            subtract = [values[name] for name in step.subtract]
+            return evaluator.matmul(step, values[step.left], values[step.right], add, subtract)
+        case Add():
+            return evaluator.add(step, values[step.left], values[step.right])
+        case Rescale():
+            return evaluator.rescale(step, values[step.source])
+        case Scale():
+            return evaluator.scale(step, values[step.source], values[step.vector])
+        case Mask():
+            return evaluator.mask(step, values[step.source], values[step.constant])
+        case Slice():
+            return evaluator.slice(step, values[step.source])
+        case Concat():
+            return evaluator.concat(step, [values[name] for name in step.sources])

@@ -1,0 +1,150 @@
+"""Programs as JSON objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Final
+
+from qinvert.errors import PlanError
+from qinvert.program.program import Program
+from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice, Step
+from qinvert.strict_json import Json, brief, require
+
+#: Operation name in files, and the step it stands for.
+OPERATIONS: Final[dict[str, type[Step]]] = {
+    "matmul": MatMul,
+    "add": Add,
+    "rescale": Rescale,
+    "scale": Scale,
+    "mask": Mask,
+    "slice": Slice,
+    "concat": Concat,
+}
+
+
+_NAMES: Final = {kind: name for name, kind in OPERATIONS.items()}
+
+
+def program_to_json(program: Program) -> Json:
+    """Return the program as JSON types."""
+    return {
+        "name": program.name,
+        "chunk": program.chunk,
+        "parameters": {k: v if isinstance(v, int) else str(v) for k, v in program.parameters.items()},
+        "constants": [
+            {"name": c.name, "rows": c.rows, "columns": c.columns, "ones": [list(r) for r in c.ones]}
+            for c in program.constants
+        ],
+        "steps": [_step_to_json(step) for step in program.steps],
+        "output": program.output,
+        "implicit_identity": program.implicit_identity,
+        # Only where there are any: older plans and their hashes stay as they are.
+        **({"vectors": list(program.vectors)} if program.vectors else {}),
+    }
+
+
+def _step_to_json(step: Step) -> Json:
+    entry: Json = {"operation": _NAMES[type(step)]}
+    for f in fields(step):
+        value = getattr(step, f.name)
+        if value != f.default:
+            entry[f.name] = list(value) if isinstance(value, tuple) else value
+    return entry
+
+
+def program_from_json(obj: Any) -> Program:
+    """Read a program and check it.
+
+    Raises
+    ------
+    PlanError
+        If a field is missing or of the wrong type.
+    ProgramError
+        If the steps do not fit together.
+    """
+    parameters = require(obj, "parameters", dict)
+    if not all(isinstance(v, (int, str)) for v in parameters.values()):
+        raise PlanError("'parameters' must map names to integers or strings")
+    return Program(
+        name=require(obj, "name", str),
+        chunk=require(obj, "chunk", int),
+        parameters=parameters,
+        constants=tuple(_constant_from_json(c) for c in require(obj, "constants", list)),
+        steps=tuple(_step_from_json(s) for s in require(obj, "steps", list)),
+        output=require(obj, "output", str),
+        implicit_identity=require(obj, "implicit_identity", bool),
+        vectors=_texts("vectors", obj.get("vectors", [])),
+    )
+
+
+def _constant_from_json(obj: Any) -> Constant:
+    rows, columns = require(obj, "rows", int), require(obj, "columns", int)
+    ones = tuple(_range(r) for r in require(obj, "ones", list))
+    return Constant(name=require(obj, "name", str), rows=rows, columns=columns, ones=ones)
+
+
+def _step_from_json(obj: Any) -> Step:
+    operation = require(obj, "operation", str)
+    kind = OPERATIONS.get(operation)
+    if kind is None:
+        raise PlanError(f"operation {operation!r} is unknown; this version has {', '.join(OPERATIONS)}")
+    legal = {f.name for f in fields(kind)}
+    given = {key: value for key, value in obj.items() if key != "operation"}
+    surplus = [key for key in given if key not in legal]
+    if surplus:
+        raise PlanError(f"step {given.get('output')!r}: {operation} has no field {surplus[0]!r}")
+    arguments = {key: _READERS[key](key, value) for key, value in given.items()}
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise PlanError(f"step {given.get('output')!r}: {error}") from None
+
+
+def _text(key: str, value: Any) -> str:
+    return require({key: value}, key, str)
+
+
+def _texts(key: str, value: Any) -> tuple[str, ...]:
+    return tuple(_text(key, name) for name in require({key: value}, key, list))
+
+
+def _span(key: str, value: Any) -> tuple[int, int]:
+    return _range(require({key: value}, key, list))
+
+
+def _range(value: Any) -> tuple[int, int]:
+    integers = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    if not integers or len(value) != 2:
+        raise PlanError(f"a range must be two integers, got {brief(value)}")
+    return value[0], value[1]
+
+
+def _axis(_key: str, value: Any) -> Axis:
+    try:
+        return Axis(value)
+    except ValueError:
+        raise PlanError(f"axis {value!r} is unknown; use {', '.join(Axis)}") from None
+
+
+def _number(key: str, value: Any) -> float:
+    return float(require({key: value}, key, float))
+
+
+_READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "output": _text,
+    "left": _text,
+    "right": _text,
+    "source": _text,
+    "vector": _text,
+    "constant": _text,
+    "add": _texts,
+    "subtract": _texts,
+    "sources": _texts,
+    "blocks": _span,
+    "rows": _span,
+    "columns": _span,
+    "axis": _axis,
+    "bound": _number,
+    "factor": _number,
+}

@@ -1,0 +1,91 @@
+"""Where the tensors of a program may differ from zero, whatever L is.
+
+A graph stores ``A + I`` where A is strictly lower triangular, so that ``A B +
+B = (A + I) B`` needs no term of its own; a kernel neither reads nor computes
+what is known to be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from qinvert.execution.tensors import constant_matrix
+from qinvert.program.evaluator import Evaluator
+from qinvert.program.program import Program
+from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+
+#: Where a tensor may differ from zero, ``[rows, columns]``, the same for all of its blocks.
+Support = npt.NDArray[np.bool_]
+
+
+def constant_support(constant: Constant) -> Support:
+    """Return the ones of a constant."""
+    support: Support = constant_matrix(constant).numpy() != 0
+    return support
+
+
+def product_support(left: Support, right: Support) -> Support:
+    """Return where ``left @ right`` may differ from zero."""
+    # In float32: products of booleans are slow.
+    product: Support = left.astype(np.float32) @ right.astype(np.float32) > 0
+    return product
+
+
+def cut(step: Slice, pattern: Support) -> Support:
+    """Return the part of a block that a slice keeps."""
+    part: Support = pattern[slice(*step.rows or (None,)), slice(*step.columns or (None,))]
+    return part
+
+
+class SupportEvaluator(Evaluator[Support]):
+    """Meaning of the steps on supports; a result holds more than it must, never less."""
+
+    def constant(self, constant: Constant, blocks: int) -> Support:
+        return constant_support(constant)
+
+    def matmul(
+        self, step: MatMul, left: Support, right: Support, add: list[Support], subtract: list[Support]
+    ) -> Support:
+        return _union([product_support(left, right), *add, *subtract])
+
+    def add(self, step: Add, left: Support, right: Support) -> Support:
+        return left | right
+
+    def rescale(self, step: Rescale, source: Support) -> Support:
+        return source
+
+    def scale(self, step: Scale, source: Support, vector: Support) -> Support:
+        return source
+
+    def mask(self, step: Mask, source: Support, constant: Support) -> Support:
+        return source & constant
+
+    def slice(self, step: Slice, source: Support) -> Support:
+        return cut(step, source)
+
+    def concat(self, step: Concat, sources: list[Support]) -> Support:
+        if step.axis == Axis.BLOCKS:
+            return _union(sources)
+        return np.concatenate(sources, axis=0 if step.axis == Axis.ROWS else 1)
+
+
+def _union(supports: list[Support]) -> Support:
+    union: Support = np.logical_or.reduce(supports)
+    return union
+
+
+def strictly_lower(program: Program) -> set[str]:
+    """Return the tensors whose blocks are square and zero on the diagonal and above, whatever L is."""
+    found = set()
+
+    def observe(name: str, support: Support) -> None:
+        if support.shape[0] == support.shape[1] and not np.triu(support).any():
+            found.add(name)
+
+    whole = np.tri(program.chunk, k=-1, dtype=np.bool_)
+    vectors: Mapping[str, Support] = {name: np.ones((program.chunk, 1), np.bool_) for name in program.vectors}
+    program.evaluate(SupportEvaluator(), whole, observe, vectors)
+    return found

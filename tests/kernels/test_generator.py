@@ -1,0 +1,120 @@
+"""Generated sources: what they contain, what they depend on, what is refused."""
+
+import ast
+from dataclasses import replace
+
+import pytest
+
+import qinvert
+from qinvert.calibration.planning.scales import scale_groups
+from qinvert.kernels.float_ops import Precision
+from qinvert.kernels.generator import float_kernel, hoisted, integer_kernel
+from qinvert.kernels.tiles import UnsupportedError
+from qinvert.numerics.scales import float32
+from qinvert.plan.quantization import Quantization
+from qinvert.stress import stress_matrices
+
+
+@pytest.fixture(scope="module")
+def plans():
+    lower = stress_matrices("correlated_keys", 32, 64, seed=1)
+    program = qinvert.block_merge(64, base=2, tile=16)
+    return {
+        bits: qinvert.calibrate(lower, bits=bits, method=program, min_sqnr_db=0).layer()
+        for bits in (4, 8, "8x2", 16)
+    }
+
+
+def statements(text):
+    (function,) = [n for n in ast.parse(text).body if getattr(n, "name", "") == "kernel"]
+    return function.body
+
+
+@pytest.mark.parametrize("bits", [4, 8, "8x2"])
+def test_one_load_and_one_store_for_every_tile(plans, bits):
+    text = integer_kernel(plans[bits]).text
+    body = text[text.index("def kernel") :]
+    # Ten tiles on and below the diagonal are read, four of them by a loop in a long kernel, which
+    # stores tile by tile.
+    assert body.count("load_tile(") == (7 if bits == "8x2" else 10)
+    assert body.count("for p in tl.range(0, 4") == (bits == "8x2")
+    assert body.count("store_tile(") == (16 if bits == "8x2" else 4)
+    assert len(statements(text)) > 100
+
+
+def test_plans_of_one_structure_share_a_kernel(plans):
+    plan = plans["8x2"]
+    doubled = {name: Quantization(format=q.format, scale=2 * q.scale) for name, q in plan.tensors.items()}
+    first, second = integer_kernel(plan), integer_kernel(replace(plan, tensors=doubled))
+    assert first.text == second.text
+    assert first.scalars != second.scalars
+    assert f"s{len(first.scalars) - 1} = tl.load(scalars + {len(first.scalars) - 1})" in first.text
+
+    assert integer_kernel(plans[8]).text != first.text
+
+
+def test_many_scalars_are_arguments(plans):
+    plan = plans["8x2"]
+    groups = scale_groups(plan.program)
+    order = sorted(set(groups.values()))
+    grids = {
+        name: Quantization(format=q.format, scale=float32(q.scale * (1 + order.index(groups[name]))))
+        for name, q in plan.tensors.items()
+    }
+    generated = integer_kernel(replace(plan, tensors=grids))
+    assert generated.loaded is False
+    assert f"s{len(generated.scalars) - 1}, " in generated.text
+    assert "tl.load(scalars" not in generated.text
+
+
+def test_counting_covers_every_tensor(plans):
+    counting = integer_kernel(plans[8], count=True)
+    assert counting.counted == plans[8].program.tensors
+    assert counting.text.count("count_values(counters") == len(counting.counted)
+    assert integer_kernel(plans[8]).counted == ()
+
+
+def test_plans_without_exact_products_say_why(plans):
+    with pytest.raises(UnsupportedError, match="int16 of tensor 'M'"):
+        integer_kernel(plans[16])
+    tiny = {name: replace(q, scale=2.0**-40) for name, q in plans["8x2"].tensors.items()}
+    with pytest.raises(UnsupportedError, match=r"scale of tensor 'M' is outside"):
+        integer_kernel(replace(plans["8x2"], tensors=tiny))
+    lower = stress_matrices("correlated_keys", 2, 128, seed=1)
+    masked = qinvert.block_merge(128, base=4, layout="masked", corrections=4)
+    wide = qinvert.calibrate(lower, method=masked, bits="8x2", min_sqnr_db=0).layer()
+    with pytest.raises(UnsupportedError, match="products of tiles"):
+        integer_kernel(wide)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_float_kernels_exist_for_every_chunk(chunk, precision):
+    generated = float_kernel(chunk, precision, exact=False)
+    assert generated.fused
+    assert generated.scalars == ()
+    assert statements(generated.text)
+
+
+@pytest.mark.parametrize("requantize", ["npu-qdq-int8", "int-ops"])
+@pytest.mark.parametrize(("scales", "fused"), [("float", False), ("pow2", True)])
+def test_products_join_sums_unrounded_only_under_powers_of_two(scales, fused, requantize):
+    lower = stress_matrices("correlated_keys", 4, 32, seed=1)
+    program = qinvert.block_merge(32, base=2)
+    plan = qinvert.calibrate(lower, method=program, bits=8, target=requantize, scales=scales).layer()
+    assert integer_kernel(plan).fused is fused
+
+
+def test_inputs_that_lose_nothing_need_no_float32_copy():
+    def additions(exact):
+        return float_kernel(64, Precision.FP16, exact).text.count(" + v")
+
+    assert additions(True) < additions(False)
+
+
+def test_stores_move_behind_the_last_value_they_need():
+    body = ["v0 = 1", "v1 = v0 + 1", "v2 = v1 + 1"]
+    tail = ["v3 = v1 * 2", "store(v3)", "store(v0)", "store(0)"]
+    assert hoisted(body, tail) == [
+        "store(0)", "v0 = 1", "store(v0)", "v1 = v0 + 1", "v3 = v1 * 2", "store(v3)", "v2 = v1 + 1"
+    ]  # fmt: skip
