@@ -164,18 +164,18 @@ def calibrate(
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
-    sample, beta = observer.sample.matrices, observer.sample.beta
+    sample = observer.sample.systems
     choice = choose(observer, options.ladder, options.rules, options.goals)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [
-        Candidate(program, observer.ranges(program), sample, (fmt,), free, beta, choice.best.candidate.truth)
+        Candidate(program, observer.ranges(program), sample, (fmt,), free, choice.best.candidate.truth)
         for fmt in (INT8, INT8X2, INT16)
     ]
     provenance = {
         "matrices": observer.matrices,
         "observed": observer.observed,
-        "sample": len(sample),
+        "sample": sample.count,
         **explain(choice, wider),
     }
     return replace(choice.best.plan, provenance=provenance)
@@ -188,7 +188,7 @@ def _programs(method: str | Program, chunk: int, factored: bool, requantize: Req
                 f"{method.title} is for {method.chunk} x {method.chunk} matrices, the data has "
                 f"{chunk} x {chunk}; build the program for that chunk"
             )
-        if factored and not method.vectors:
+        if factored and not method.inverse_ports.factored:
             raise ProgramError(f"{method.title} does not take beta; build it with factored=True")
         return [method]
     return candidate_programs(method, chunk, factored, requantize)

@@ -9,9 +9,9 @@ import torch
 
 from qinvert.calibration.observation.statistics import RangeObserver
 from qinvert.calibration.sources import check_size
-from qinvert.matrices import solve
+from qinvert.execution.inputs import program_inputs
 from qinvert.methods import neumann_doubling
-from qinvert.program.steps import INPUT
+from qinvert.systems import Systems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +40,17 @@ class GrowthObserver:
         self._matrices = 0
         self._inverse = 0.0
 
-    def update(self, lower: torch.Tensor) -> None:
-        """Add checked matrices ``(..., C, C)``."""
-        flat = lower.reshape(-1, *lower.shape[-2:])
-        self._matrices += flat.shape[0]
-        self._powers.update(flat)
-        self._inverse = max(self._inverse, float(torch.tril(solve(flat), -1).abs().max()))
+    def update(self, systems: Systems) -> None:
+        """Add checked systems."""
+        flat = systems.flat()
+        self._matrices += flat.count
+        self._powers.update(program_inputs(self._powers.program, flat, torch.float32))
+        self._inverse = max(self._inverse, float(torch.tril(flat.inverse(), -1).abs().max()))
 
     def result(self) -> RangeGrowth:
         """Return the growth seen so far."""
         ranges = self._powers.ranges
-        powers = {1: ranges[INPUT]}
+        powers = {1: ranges[self._powers.program.inverse_ports.matrix]}
         for name, largest in ranges.items():
             if name.startswith("power_"):
                 powers[int(name.removeprefix("power_"))] = largest
@@ -64,5 +64,5 @@ def range_growth(matrices: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Rang
         if layer not in observers:
             observers[layer] = GrowthObserver(lower.shape[-1])
         check_size(lower.shape[-1], observers[layer].chunk, layer)
-        observers[layer].update(lower)
+        observers[layer].update(Systems(lower=lower))
     return {layer: observer.result() for layer, observer in observers.items()}

@@ -10,18 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from qinvert.errors import InputError, PlanError
 from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.systems import HEAD_AXIS, Systems
 
-#: ``inverse(name, L, beta) -> T`` for an entry of a plan.
-EntryInverse: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-#: Axis of L that counts heads: ``[batch, heads, chunks, C, C]``, or without the batch.
-HEAD_AXIS: Final = -4
+#: ``inverse(name, systems) -> T`` for an entry of a plan.
+EntryInverse: TypeAlias = Callable[[str, Systems], torch.Tensor]
 
 
 class Granularity(StrEnum):
@@ -43,23 +41,21 @@ def layer_name(name: str) -> str:
     return re.sub(r"/head_\d+$", "", name)
 
 
-def split_heads(
-    layer: str, lower: torch.Tensor, beta: torch.Tensor | None = None
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """Yield (name, matrices ``(..., chunks, C, C)``, beta ``(..., chunks, C)`` or None) of every head.
+def split_heads(layer: str, systems: Systems) -> Iterator[tuple[str, Systems]]:
+    """Yield name and systems of every head of a layer.
 
     Raises
     ------
     InputError
         If the matrices have no head axis.
     """
-    if lower.ndim < -HEAD_AXIS:
+    if not systems.has_heads:
         raise InputError(
-            f"L of layer {layer!r} has shape {list(lower.shape)}, without a head axis; "
+            f"L of layer {layer!r} has shape {list(systems.lower.shape)}, without a head axis; "
             "pass (..., heads, chunks, C, C), or plan with granularity='tensor'"
         )
-    for head, matrices in enumerate(lower.unbind(HEAD_AXIS)):
-        yield head_name(layer, head), matrices, None if beta is None else beta.select(HEAD_AXIS + 1, head)
+    for head, part in enumerate(systems.heads()):
+        yield head_name(layer, head), part
 
 
 def is_split(plan: Plan, layer: str) -> bool:
@@ -67,14 +63,12 @@ def is_split(plan: Plan, layer: str) -> bool:
     return layer not in plan.layers and head_name(layer, 0) in plan.layers
 
 
-def layer_inverse(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+def layer_inverse(plan: LayerPlan, systems: Systems) -> torch.Tensor:
     """``T = (I + L)^-1`` by one program, with beta where it takes beta."""
-    return plan.inverse(lower, beta) if plan.program.vectors else plan.inverse(lower)
+    return plan.inverse(systems.lower, systems.beta)
 
 
-def plan_inverse(
-    plan: Plan, layer: str, lower: torch.Tensor, beta: torch.Tensor | None = None
-) -> torch.Tensor:
+def plan_inverse(plan: Plan, layer: str, systems: Systems) -> torch.Tensor:
     """``T = (I + L)^-1`` of a layer, each head by its own program where the plan has heads.
 
     Raises
@@ -82,13 +76,11 @@ def plan_inverse(
     PlanError
         If the matrices have more heads than the plan.
     """
-    return by_entry(plan, layer, lower, beta, lambda name, *given: layer_inverse(plan.layer(name), *given))
+    return by_entry(plan, layer, systems, lambda name, given: layer_inverse(plan.layer(name), given))
 
 
-def by_entry(
-    plan: Plan, layer: str, lower: torch.Tensor, beta: torch.Tensor | None, inverse: EntryInverse
-) -> torch.Tensor:
-    """T of a layer from ``inverse(name, L, beta)`` for each entry of the plan that the layer has.
+def by_entry(plan: Plan, layer: str, systems: Systems, inverse: EntryInverse) -> torch.Tensor:
+    """T of a layer from ``inverse(name, systems)`` for each entry of the plan that the layer has.
 
     Raises
     ------
@@ -96,8 +88,8 @@ def by_entry(
         If the matrices have more heads than the plan.
     """
     if not is_split(plan, layer):
-        return inverse(layer, lower, beta)
-    parts = list(split_heads(layer, lower, beta))
+        return inverse(layer, systems)
+    parts = list(split_heads(layer, systems))
     if head_name(layer, len(parts)) in plan.layers or parts[-1][0] not in plan.layers:
         raise PlanError(f"layer {layer!r} has {len(parts)} heads, the plan another number; calibrate again")
     return torch.stack([inverse(*part) for part in parts], dim=HEAD_AXIS)

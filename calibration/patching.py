@@ -113,9 +113,9 @@ def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Lay
                     f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
                     "calibrate this model"
                 )
-            return lambda layer, chunks: plan_inverse(inverse, layer, chunks.lower, chunks.beta)
+            return lambda layer, chunks: plan_inverse(inverse, layer, chunks.systems)
         case LayerPlan():
-            return lambda _, chunks: layer_inverse(inverse, chunks.lower, chunks.beta)
+            return lambda _, chunks: layer_inverse(inverse, chunks.systems)
         case _ if inverse is exact or inverse is exact_inverse:
             return solve_chunks
         case _ if callable(inverse):

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from qinvert.calibration.data.token_data import with_options
-from qinvert.calibration.heads import HEAD_AXIS, is_split, layer_name, split_heads
-from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
+from qinvert.calibration.heads import is_split, layer_name, split_heads
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.documents import to_document
 from qinvert.errors import InputError
-from qinvert.execution.inputs import needed_beta
-from qinvert.matrices import solve
+from qinvert.execution.inputs import needed
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.simulation import simulate_counting
+from qinvert.systems import HEAD_AXIS, Systems
 
 Progress = Callable[[str, int], None]
 
@@ -113,18 +113,18 @@ class LayerSimulation:
         self.saturations: dict[str, int] = {}
         self.heads: dict[int, ErrorStatistics] = {}
 
-    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
-        """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` for a factored plan."""
-        truth = solve(lower)
-        estimate, saturations = simulate_counting(self.plan, lower, beta, self.rounding)
+    def update(self, systems: Systems) -> None:
+        """Add checked systems, with beta for a factored plan."""
+        truth = systems.inverse()
+        estimate, saturations = simulate_counting(self.plan, systems, self.rounding)
         for name, count in saturations.items():
             self.saturations[name] = self.saturations.get(name, 0) + count
         self.achieved.update(estimate, truth)
-        if lower.ndim >= -HEAD_AXIS:
+        if systems.has_heads:
             pairs = zip(estimate.unbind(HEAD_AXIS), truth.unbind(HEAD_AXIS), strict=True)
             for head, (part, exact) in enumerate(pairs):
                 self.heads.setdefault(head, ErrorStatistics()).update(part, exact)
-        self.floor.update(floor_inverse(self.plan, lower, beta), truth)
+        self.floor.update(floor_inverse(self.plan, systems), truth)
 
     def result(self) -> LayerReport:
         """Return the report of what was seen."""
@@ -182,15 +182,14 @@ def simulate(
     """
     chosen = Rounding.named(rounding)
     running: dict[str, LayerSimulation] = {}
-    for given, whole, rows in open_with_beta(source, with_options(data, num_samples, seq_len)):
+    for given, whole in open_systems(source, with_options(data, num_samples, seq_len)):
         name = _match(plan, given)
-        parts = split_heads(name, whole, rows) if is_split(plan, name) else [(name, whole, rows)]
-        for layer, lower, known in parts:
+        parts = split_heads(name, whole) if is_split(plan, name) else [(name, whole)]
+        for layer, systems in parts:
             if layer not in running:
                 running[layer] = LayerSimulation(plan.layer(layer), chosen)
-            check_size(lower.shape[-1], plan.layer(layer).chunk, layer)
-            beta = needed_beta(plan.layer(layer).program, lower, known, f"beta of layer {layer!r}")
-            running[layer].update(lower, beta)
+            check_size(systems.chunk, plan.layer(layer).chunk, layer)
+            running[layer].update(needed(plan.layer(layer).program, systems, f"beta of layer {layer!r}"))
             if progress is not None:
                 progress(layer, running[layer].achieved.matrices)
     lacking = [name for name in plan.layers if name not in running]

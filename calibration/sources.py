@@ -13,10 +13,10 @@ import torch
 from qinvert.calibration.data.arrays import read_all, read_arrays
 from qinvert.calibration.data.processes import Shard
 from qinvert.errors import InputError
-from qinvert.matrices import check_beta, check_matrices
+from qinvert.systems import Systems
 
-#: ``(layer, L, beta or None)``.
-Item: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
+#: Name of a layer, and systems of it.
+Item: TypeAlias = tuple[str, Systems]
 
 #: Passes on what it reads.
 Passing: TypeAlias = Callable[[Iterable[Any]], Iterator[Any]]
@@ -51,18 +51,18 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
         If the source is of no such kind, is empty, or holds a matrix that is
         not legal (while streaming).
     """
-    return ((layer, lower) for layer, lower, _ in open_with_beta(source, data))
+    return ((layer, systems.lower) for layer, systems in open_systems(source, data))
 
 
-def open_with_beta(source: Any, data: Any = None) -> Iterator[Item]:
-    """Stream checked ``(layer, L, beta)`` as `open_source` does; beta is None where it is not known."""
+def open_systems(source: Any, data: Any = None) -> Iterator[Item]:
+    """Stream checked ``(layer, systems)`` as `open_source` does, with beta where it is known."""
     return chain.from_iterable(open_groups(source, data))
 
 
 def open_groups(
     source: Any, data: Any = None, shard: Shard = ALONE, passing: Passing = iter
 ) -> Iterator[list[Item]]:
-    """Stream this process's share of `open_with_beta`: a list for every round of its shard.
+    """Stream this process's share of `open_systems`: a list for every round of its shard.
 
     A list holds the layers of one forward pass, or one item of a source of
     matrices; it is empty where the last round has nothing for this process.
@@ -85,7 +85,7 @@ def _captured(model: torch.nn.Module, data: Any, shard: Shard, passing: Passing)
 
     def captured(batch: Any) -> list[Item]:
         found = capture_batch(model, batch, (Detail.BETA,))
-        return [(item.layer, item.lower, item.beta) for item in found]
+        return [(item.layer, Systems(lower=item.lower, beta=item.beta)) for item in found]
 
     for batch in shard.slices(passing(token_batches(data, model))):
         # Nothing here keeps what was yielded while the next batch runs.
@@ -157,8 +157,7 @@ def _some(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 def _check_item(key: str, item: Any) -> Item:
     layer = str(key)
     matrices, beta = item if _is_pair(item) else (item, None)
-    lower = check_matrices(matrices, name=f"L of layer {layer!r}")
-    return layer, lower, None if beta is None else check_beta(beta, lower, f"beta of layer {layer!r}")
+    return layer, Systems.checked(matrices, beta, where=f" of layer {layer!r}")
 
 
 def check_size(size: int, chunk: int, layer: str) -> None:

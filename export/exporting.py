@@ -14,6 +14,7 @@ from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
 from qinvert.files import write_atomically
 from qinvert.plan.plan import Plan
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile, find_profile
 
 
@@ -24,8 +25,8 @@ def export(
     profile: str | None = None,
     layer: str | None = None,
     batch: int = 8,
-    input: str = "L",  # noqa: A002 - the name in the public contract
-    output: str = "T",
+    input: str | None = None,  # noqa: A002 - the name in the public contract
+    output: str | None = None,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph.
@@ -45,13 +46,13 @@ def export(
         Layer of the plan; may be left out if there is only one.
     batch : int
         Matrices per call.
-    input : {"L", "M", "keys"}
-        ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
+    input : {"L", "M", "keys", "ports"}, optional
+        ``"L"`` by default.  ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
         ``[1, batch, C, key_size]`` (as it enters the product: normalize
         first), ``beta`` and ``g`` (log decay of each token, <= 0), both ``[1,
         batch, C, 1]``, and builds L in float32: `qinvert.export.lowering.keys`.
-    output : {"T", "integers"}
-        ``"integers"`` returns the integers of the program's result instead, as
+    output : {"T", "integers", "ports"}, optional
+        ``"T"`` by default.  ``"integers"`` returns the integers of the program's result instead, as
         the profile stores them: ``S`` of ``T = I + S``, ``W`` of ``T = I +
         beta W`` for factored plans, or T itself where the program holds the
         identity.  So ``T V = V + scale (S V)`` stays an integer product.  Scale
@@ -85,8 +86,8 @@ def build(
     profile: str | None = None,
     layer: str | None = None,
     batch: int = 8,
-    input: str = "L",  # noqa: A002 - as in `export`
-    output: str = "T",
+    input: str | None = None,  # noqa: A002 - as in `export`
+    output: str | None = None,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
@@ -95,22 +96,37 @@ def build(
     name = layer if layer is not None else next(iter(plan.layers))
     if batch is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
-    interface = interface_of(batch, input, output, key_size)
+    interface = interface_of(layer_plan, batch, input, output, key_size)
     metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
     graph = lower(layer_plan, chosen, interface)
-    model = graph.model("triangular_inverse", chosen.opset, metadata, describe(layer_plan, interface))
+    model = graph.model(_graph_name(layer_plan), chosen.opset, metadata, describe(layer_plan, interface))
     ensure(chosen, model)
     return model
 
 
-def interface_of(batch: int | None, source: str, result: str, key_size: int | None) -> Interface:
-    """Return checked options of `export`.
+def _graph_name(plan: QuantizedProgram) -> str:
+    return "triangular_inverse" if plan.program.is_inverse else plan.program.name
+
+
+def interface_of(
+    plan: QuantizedProgram,
+    batch: int | None,
+    source: str | None = None,
+    result: str | None = None,
+    key_size: int | None = None,
+) -> Interface:
+    """Return checked options of `export`, with the defaults of an inverse or of other programs.
 
     Raises
     ------
     ExportError
         If one of them is not legal.
     """
+    inverse = plan.program.is_inverse
+    if source is None:
+        source = GraphInput.L if inverse else GraphInput.PORTS
+    if result is None:
+        result = GraphOutput.T if inverse else GraphOutput.PORTS
     return Interface(
         batch=batch, input=cast("GraphInput", source), output=cast("GraphOutput", result), key_size=key_size
     )

@@ -32,8 +32,8 @@ def export_layers(
     profile: str | None = None,
     layers: Sequence[str] | None = None,
     batch: int | None = 8,
-    input: str = "L",  # noqa: A002 - as in `qinvert.export`
-    output: str = "T",
+    input: str | None = None,  # noqa: A002 - as in `qinvert.export`
+    output: str | None = None,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Write one model whose graph calls a local function for each layer.
@@ -85,14 +85,14 @@ def build_layers(
     profile: str | None = None,
     layers: Sequence[str] | None = None,
     batch: int | None = 8,
-    input: str = "L",  # noqa: A002 - as in `qinvert.export`
-    output: str = "T",
+    input: str | None = None,  # noqa: A002 - as in `qinvert.export`
+    output: str | None = None,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export_layers` writes."""
     chosen = profile_for(plan, profile)
-    interface = interface_of(batch, input, output, key_size)
     names = _checked(plan, layers)
+    interface = interface_of(plan.layer(names[0]), batch, input, output, key_size)
     functions = []
     graph = GraphBuilder()
     for layer, name in function_names(names).items():
@@ -202,9 +202,13 @@ def _append_call(
 ) -> None:
     shapes = interface.inputs(plan)
     inputs = [graph.input(f"{layer}/{name}", shapes[name]) for name in function.input]
-    result = f"{layer}/{interface.output_name(plan)}"
-    graph.call(function, inputs, layer, {result: (interface.square(plan), interface.element(plan, profile))})
-    graph.output(result)
+    elements = interface.elements(plan, profile)
+    results = {
+        f"{layer}/{name}": (shape, elements[name]) for name, shape in interface.outputs(plan).items()
+    }
+    graph.call(function, inputs, layer, results)
+    for name in results:
+        graph.output(name)
 
 
 def _checked(plan: Plan, layers: Sequence[str] | None) -> list[str]:

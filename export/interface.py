@@ -12,9 +12,10 @@ import onnx
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
-from qinvert.plan.plan import LayerPlan
+from qinvert.formats import IntFormat
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
-from qinvert.program.steps import BETA
+from qinvert.program.ports import BETA, Port
 
 #: Largest batch: more matrices than that overflow a graph's constants.
 MAX_BATCH: Final = 65536
@@ -38,6 +39,8 @@ class GraphInput(StrEnum):
     M = "M"
     #: Unit keys, beta and log decays; the graph builds L from them in float32.
     KEYS = "keys"
+    #: The input ports of a program that does not compute an inverse, as they are.
+    PORTS = "ports"
 
 
 class GraphOutput(StrEnum):
@@ -45,8 +48,10 @@ class GraphOutput(StrEnum):
 
     #: T in float32.
     T = "T"
-    #: The integers of the program's result, as they are stored, for integer products that follow.
+    #: The integers of the program's results, as they are stored, for integer products that follow.
     INTEGERS = "integers"
+    #: The output ports of a program that does not compute an inverse, in float32.
+    PORTS = "ports"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +84,16 @@ class Interface:
             check_integer("key_size", self.key_size, 1, MAX_KEY_SIZE, ExportError, hint)
         elif self.key_size is not None:
             raise ExportError(f"key_size {self.key_size!r} is for input='keys' only; leave it out")
+        if self.output is not GraphOutput.INTEGERS:
+            ports = self.input is GraphInput.PORTS
+            if ports != (self.output is GraphOutput.PORTS):
+                raise ExportError(
+                    f"input {str(self.input)!r} does not go with output {str(self.output)!r}; inverses return "
+                    "'T', other programs their 'ports', both 'integers'"
+                )
 
     @staticmethod
-    def of(model: onnx.ModelProto, plan: LayerPlan) -> Interface:
+    def of(model: onnx.ModelProto, plan: QuantizedProgram) -> Interface:
         """Return what a graph takes and returns, if it is one of this package's for the plan.
 
         Raises
@@ -105,13 +117,13 @@ class Interface:
                 output=GraphOutput.INTEGERS if _returns_integers(model) else GraphOutput.T,
             )
             fits = list(given.items()) == list(found.inputs(plan).items())
-            fits = fits and returned == {found.output_name(plan): found.square(plan)}
+            fits = fits and returned == found.outputs(plan)
         except ExportError as error:
             raise ExportError(
                 f"the graph takes {given} and returns {returned}: {error}; export again"
             ) from None
         if not fits:
-            wanted = " and ".join(["L or M", *plan.program.vectors])
+            wanted = " and ".join(["L or M", *plan.program.vector_inputs])
             raise ExportError(
                 f"the graph has no input {wanted} and output T of {plan.chunk} x {plan.chunk} "
                 f"matrices, nor keys or integers: it takes {given} and returns {returned}; pass a file that "
@@ -124,53 +136,113 @@ class Interface:
         """Size of the batch axis."""
         return ANY_BATCH if self.batch is None else self.batch
 
-    def inputs(self, plan: LayerPlan) -> dict[str, Sizes]:
-        """Shape of every input by its name, in order."""
+    def inputs(self, plan: QuantizedProgram) -> dict[str, Sizes]:
+        """Shape of every input by its name, in order.
+
+        Raises
+        ------
+        ExportError
+            If the program does not have such inputs.
+        """
+        self._check_ports(plan)
+        if self.input is GraphInput.PORTS:
+            return {port.name: self.sizes(port) for port in plan.program.inputs}
         column: Sizes = [1, self.count, plan.chunk, 1]
         if self.input is GraphInput.KEYS:
             assert self.key_size is not None
             keys: Sizes = [1, self.count, plan.chunk, self.key_size]
             return {KEYS: keys, BETA: column, LOG_DECAY: column}
-        return {str(self.input): self.square(plan)} | dict.fromkeys(plan.program.vectors, column)
+        beta = plan.program.inverse_ports.beta
+        return {str(self.input): self.square(plan)} | ({} if beta is None else {beta: column})
 
-    def output_name(self, plan: LayerPlan) -> str:
-        """``T``; for integers what ``T = I + S`` or ``T = I + beta W`` calls the program's result.
+    def outputs(self, plan: QuantizedProgram) -> dict[str, Sizes]:
+        """Shape of every output by its name, in order."""
+        names = self.output_names(plan)
+        return {names[port.name]: self.sizes(port) for port in plan.program.outputs}
+
+    def output_names(self, plan: QuantizedProgram) -> dict[str, str]:
+        """What the graph calls every output port.
+
+        An inverse returns ``T``, or integers as ``S`` of ``T = I + S`` or ``W``
+        of ``T = I + beta W``; an output with the name of an input is called
+        ``NAME_out``.
 
         Raises
         ------
         ExportError
-            If the integers have two planes.
+            If integers have two planes.
         """
+        self._check_ports(plan)
+        if self.output is GraphOutput.INTEGERS:
+            for port in plan.program.outputs:
+                _check_planes(plan.tensors[port.tensor].format)
         if self.output is GraphOutput.T:
-            return "T"
-        if plan.output.format.planes > 1:
+            return {port.name: "T" for port in plan.program.outputs}
+        taken = {port.name for port in plan.program.inputs}
+        return {
+            port.name: f"{port.name}_out" if port.name in taken else port.name for port in plan.program.outputs
+        }
+
+    def result_names(self, plan: QuantizedProgram) -> dict[str, str]:
+        """What the graph calls every output, by the tensor of the program that holds it."""
+        names = self.output_names(plan)
+        return {port.tensor: names[port.name] for port in plan.program.outputs}
+
+    def output_name(self, plan: QuantizedProgram) -> str:
+        """What the graph calls the result of an inverse."""
+        (name,) = self.output_names(plan).values()
+        return name
+
+    def sizes(self, port: Port) -> Sizes:
+        """Shape of a port in the graph."""
+        _, rows, columns = port.shape
+        return [1, self.count, rows, columns]
+
+    def _check_ports(self, plan: QuantizedProgram) -> None:
+        ports = self.input is GraphInput.PORTS
+        if ports == plan.program.is_inverse:
+            given = "computes an inverse" if ports else "does not compute an inverse"
+            legal = [kind for kind in GraphInput if (kind is GraphInput.PORTS) is not ports]
             raise ExportError(
-                f"output='integers' needs one tensor, the plan's result is {plan.output.format} with "
-                f"{plan.output.format.planes}; use output='T' or calibrate with other bits"
+                f"{plan.program.title} {given}, input {str(self.input)!r} does not fit; use {' or '.join(legal)}"
             )
-        if not plan.program.implicit_identity:
-            return "T"
-        return "W" if plan.program.vectors else "S"
 
-    def element(self, plan: LayerPlan, profile: Profile) -> str:
-        """NumPy name of the output's type."""
+    def elements(self, plan: QuantizedProgram, profile: Profile) -> dict[str, str]:
+        """NumPy name of the type of every output."""
         integers = self.output is GraphOutput.INTEGERS
-        return profile.storage_of(plan.output.format).element if integers else "float32"
+        return {
+            name: profile.storage_of(plan.tensors[tensor].format).element if integers else "float32"
+            for tensor, name in self.result_names(plan).items()
+        }
 
-    def square(self, plan: LayerPlan) -> Sizes:
+    def square(self, plan: QuantizedProgram) -> Sizes:
         """Shape of L and of the output."""
         return [1, self.count, plan.chunk, plan.chunk]
 
-    def metadata(self, plan: LayerPlan, zero_point: int) -> Mapping[str, str]:
+    def metadata(self, plan: QuantizedProgram, profile: Profile) -> Mapping[str, str]:
         """Return what a user of the graph needs to know about its ends."""
         found = {"qinvert.input": str(self.input), "qinvert.output": str(self.output)}
-        if self.output is GraphOutput.INTEGERS:
-            name = self.output_name(plan)
+        if self.output is not GraphOutput.INTEGERS:
+            return found
+        for tensor, name in self.result_names(plan).items():
+            grid = plan.tensors[tensor]
+            zero_point = profile.storage_of(grid.format).zero_point
+            # An inverse has one output: no name is needed.
+            suffix = "" if plan.program.is_inverse else f"/{name}"
             real = f"scale ({name} - zero_point)" if zero_point else f"scale {name}"
-            found["qinvert.output_scale"] = repr(plan.output.scale)
-            found["qinvert.output_zero_point"] = str(zero_point)
-            found["qinvert.output_meaning"] = f"T = {PREFIXES.get(name, '')}{real}"
+            found[f"qinvert.output_scale{suffix}"] = repr(grid.scale)
+            found[f"qinvert.output_zero_point{suffix}"] = str(zero_point)
+            if plan.program.is_inverse:
+                found["qinvert.output_meaning"] = f"T = {PREFIXES.get(name, '')}{real}"
         return found
+
+
+def _check_planes(fmt: IntFormat) -> None:
+    if fmt.planes > 1:
+        raise ExportError(
+            f"output='integers' needs one tensor, the plan's result is {fmt} with {fmt.planes} planes; "
+            "leave output out or calibrate with other bits"
+        )
 
 
 def _static_shape(value: onnx.ValueInfoProto) -> Sizes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qinvert.export.interface import GraphInput, Interface
-from qinvert.plan import serialization
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.profiles import Profile
 from qinvert.version import __version__
@@ -14,7 +13,7 @@ def provenance(plan: Plan, profile: Profile) -> dict[str, str]:
     return {
         "qinvert.version": __version__,
         "qinvert.profile": profile.name,
-        "qinvert.plan_sha256": serialization.sha256(plan),
+        "qinvert.plan_sha256": plan.sha256,
     }
 
 
@@ -24,12 +23,14 @@ def layer_metadata(name: str, plan: LayerPlan, profile: Profile, interface: Inte
         "qinvert.layer": name,
         "qinvert.program": plan.program.title,
         "qinvert.requantize": str(plan.requantize),
-        **interface.metadata(plan, profile.storage_of(plan.output.format).zero_point),
+        **interface.metadata(plan, profile),
     }
 
 
 def describe(plan: LayerPlan, interface: Interface) -> str:
     """One line for readers of a graph."""
+    if not plan.program.is_inverse:
+        return str(plan)
     sign = "-" if interface.input is GraphInput.M else "+"
     matrix = "M" if interface.input is GraphInput.M else "L"
     return f"T = (I {sign} {matrix})^-1, {plan}"

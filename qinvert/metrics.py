@@ -15,9 +15,10 @@ import torch
 from qinvert.execution.inputs import assemble, program_inputs
 from qinvert.matrices import solve
 from qinvert.numerics import rounding
-from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization
-from qinvert.program.steps import BETA, INPUT
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.program.ports import Meaning
+from qinvert.systems import Systems
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ def _largest(old: float, new: float) -> float:
     return math.inf if math.isnan(new) else max(old, new)
 
 
-def floor_inverse(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
+def floor_inverse(plan: QuantizedProgram, systems: Systems) -> torch.Tensor:
     """Return the best that any algorithm can do on the plan's input and output grids.
 
     The exact inverse of the quantized L, put onto the output's grid; of the
@@ -108,31 +109,31 @@ def floor_inverse(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor | Non
 
     Parameters
     ----------
-    plan : LayerPlan
-    lower : torch.Tensor, shape ``(..., C, C)``
-        Checked L.
-    beta : torch.Tensor, shape ``(..., C)``, optional
-        Checked; only for factored programs.
+    plan : QuantizedProgram
+        Of an inverse.
+    systems : Systems
+        Checked, with beta where the program takes it.
 
     Returns
     -------
     torch.Tensor
-        float32.
+        float32 ``(..., C, C)``.
     """
+    ports = plan.program.inverse_ports
     inputs = {
         name: _on_grid(value, plan.tensors[name])
-        for name, value in program_inputs(plan.program, lower, beta, torch.float32).items()
+        for name, value in program_inputs(plan.program, systems, torch.float32).items()
     }
-    source = inputs[INPUT]
-    exact = solve(-source * inputs.get(BETA, 1.0))
-    if plan.program.vectors:
+    source = inputs[ports.matrix]
+    exact = solve(-source if ports.beta is None else -source * inputs[ports.beta])
+    if ports.factored:
         # W = K T, also where the quantized beta is 0.
         exact = source.to(torch.float64) @ exact
     # A solve that overflows ends in inf - inf: what is lost there saturates.
     exact = torch.nan_to_num(exact, nan=math.inf)
-    if not plan.program.vectors and plan.program.implicit_identity:
+    if ports.form is Meaning.STRICT_INVERSE:
         exact = torch.tril(exact, -1)
-    return assemble(plan.program, _on_grid(exact, plan.output).reshape(lower.shape), beta)
+    return assemble(plan.program, _on_grid(exact, plan.output).reshape(systems.lower.shape), systems)
 
 
 def _on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TypeVar, cast
+
 import torch
 
+from qinvert.execution.inputs import needed
 from qinvert.execution.simulator import Observer, simulate_batched
+from qinvert.matrices import like
 from qinvert.numerics.law import Rounding
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.systems import Systems
+
+M = TypeVar("M")
+
+
+def inverse(plan: QuantizedProgram, lower: M, beta: object = None, rounding: str = "onnx") -> M:
+    """``T = (I + L)^-1`` of matrices that may come from anywhere; see `qinvert.LayerPlan.inverse`."""
+    chosen = Rounding.named(rounding)
+    factored = plan.program.inverse_ports.factored
+    systems = Systems.checked(lower, beta if factored else None, chunk=plan.chunk)
+    result = simulate_inverse(plan, needed(plan.program, systems), rounding=chosen)
+    return cast("M", like(result, lower))
 
 
 def simulate_inverse(
-    plan: LayerPlan,
-    lower: torch.Tensor,
+    plan: QuantizedProgram,
+    systems: Systems,
     observe: Observer | None = None,
-    beta: torch.Tensor | None = None,
     rounding: Rounding = Rounding.ONNX,
 ) -> torch.Tensor:
-    """`LayerPlan.inverse` of checked tensors; float32 on L's device.
+    """`inverse` of checked systems; float32 on L's device.
 
     On a CUDA device a fused kernel computes the same bits where there is one,
     see `qinvert.kernels.solve_tril`; ``observe`` needs every tensor, which a
@@ -25,29 +40,26 @@ def simulate_inverse(
     Raises
     ------
     InputError
-        If ``lower`` holds a NaN.
+        If L holds a NaN.
     PlanError
         If that rounding is not known of the plan.
     """
-    if lower.is_cuda and observe is None and rounding is Rounding.ONNX:
+    if systems.lower.is_cuda and observe is None and rounding is Rounding.ONNX:
         from qinvert.kernels.dispatch import fused_inverse
 
-        if (found := fused_inverse(plan, lower)) is not None:
+        if (found := fused_inverse(plan, systems.lower)) is not None:
             return found[0]
-    return simulate_batched(plan, lower, observe, beta, rounding)
+    return simulate_batched(plan, systems, observe, rounding)
 
 
 def simulate_counting(
-    plan: LayerPlan,
-    lower: torch.Tensor,
-    beta: torch.Tensor | None = None,
-    rounding: Rounding = Rounding.ONNX,
+    plan: QuantizedProgram, systems: Systems, rounding: Rounding = Rounding.ONNX
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """`simulate_inverse`, and how many values of each tensor stand on the ends of its grid, if any."""
-    if lower.is_cuda and rounding is Rounding.ONNX:
+    if systems.lower.is_cuda and rounding is Rounding.ONNX:
         from qinvert.kernels.dispatch import fused_inverse
 
-        if (found := fused_inverse(plan, lower, count=True)) is not None:
+        if (found := fused_inverse(plan, systems.lower, count=True)) is not None:
             return found
     counts: dict[str, int] = {}
 
@@ -57,4 +69,4 @@ def simulate_counting(
         if number:
             counts[name] = number
 
-    return simulate_batched(plan, lower, count, beta, rounding), counts
+    return simulate_batched(plan, systems, count, rounding), counts

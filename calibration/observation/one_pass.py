@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Final, TypeAlias
 
-import torch
-
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.heads import Granularity, split_heads
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, check_size, open_groups
-from qinvert.execution.inputs import needed_beta
+from qinvert.execution.inputs import needed
 from qinvert.program.program import Program
+from qinvert.systems import Systems
 
 #: Called after every batch with the layer's name and the matrices seen so far.
 Progress: TypeAlias = Callable[[str, int], None]
@@ -43,7 +42,7 @@ class Observation:
 
     def update(self, group: Sequence[Item]) -> list[str]:
         """Add what this process has of a round; return the names of all layers in it."""
-        mine = [(layer, lower.shape[:-2].numel(), lower.shape[-1]) for layer, lower, _ in group]
+        mine = [(layer, systems.count, systems.chunk) for layer, systems in group]
         due = self._checkpoint is not None and self._checkpoint.due
         gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(group), []
         for rank, (_, part) in enumerate(gathered):
@@ -103,8 +102,8 @@ class Observation:
         return self.layers[layer]
 
 
-def _update(observer: LayerObserver, layer: str, lower: torch.Tensor, given: torch.Tensor | None) -> None:
-    observer.update(lower, needed_beta(observer.programs[0], lower, given, f"beta of layer {layer!r}"))
+def _update(observer: LayerObserver, layer: str, systems: Systems) -> None:
+    observer.update(needed(observer.programs[0], systems, f"beta of layer {layer!r}"))
 
 
 def observe(

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from qinvert.errors import InputError
-from qinvert.execution.floating import run_checked
+from qinvert.execution.floating import evaluate
 from qinvert.execution.inputs import program_inputs
 from qinvert.program.program import Program
 from qinvert.program.steps import MOVES
+from qinvert.systems import Systems
 
 #: Matrices of a layer that candidates surely run on.
 FIRST: Final = 64
@@ -35,9 +36,9 @@ class RangeObserver:
         self._moves = [step for step in program.steps if isinstance(step, MOVES)]
         self._moved = {step.output for step in self._moves}
 
-    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
-        """Add checked matrices ``[B, C, C]``, and beta ``[B, C]`` for a factored program."""
-        run_checked(self.program, lower, torch.float32, self._observe, beta)
+    def update(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Add real values ``[batch, rows, columns]`` of every input port."""
+        evaluate(self.program, inputs, torch.float32, self._observe)
         for step in self._moves:
             sources = (self.ranges[name] for name in step.inputs if name in self.ranges)
             self.ranges[step.output] = max(sources)
@@ -66,10 +67,11 @@ class MatrixSample:
         #: The matrices, and beta where it is offered.
         self._kept: list[torch.Tensor] = []
 
-    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
-        """Offer matrices ``[B, C, C]``, always with beta ``[B, C]`` or always without."""
-        drawn = torch.from_numpy(self._generator.random(lower.shape[0]))
-        self.offer(drawn, [x.to(torch.float32) for x in (lower, beta) if x is not None])
+    def update(self, systems: Systems) -> None:
+        """Offer flat systems, always with beta or always without."""
+        drawn = torch.from_numpy(self._generator.random(systems.count))
+        given = (systems.lower, systems.beta)
+        self.offer(drawn, [x.to(torch.float32) for x in given if x is not None])
 
     def offer(self, drawn: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
         """Offer matrices, and beta, with the keys that were drawn for them."""
@@ -100,16 +102,12 @@ class MatrixSample:
         return self._keys, self._kept
 
     @property
-    def matrices(self) -> torch.Tensor:
-        """The sample, float32 ``[n, C, C]``."""
+    def systems(self) -> Systems:
+        """The sample in float32, ``[n, C, C]`` with beta ``[n, C]`` where it was offered."""
         if not self._kept:
             raise RuntimeError("no matrix was offered yet")
-        return self._kept[0]
-
-    @property
-    def beta(self) -> torch.Tensor | None:
-        """Beta of the sample, float32 ``[n, C]``, or None if none was offered."""
-        return self._kept[1] if len(self._kept) > 1 else None
+        lower, *beta = self._kept
+        return Systems(lower=lower, beta=beta[0] if beta else None)
 
 
 def skip_draws(generator: np.random.Generator, count: int) -> None:
@@ -180,20 +178,19 @@ class LayerObserver:
         self._largest: dict[str, float] = {}
         self._generator = np.random.default_rng((seed, 1))
 
-    def update(self, lower: torch.Tensor, beta: torch.Tensor | None = None) -> None:
-        """Add checked matrices ``(..., C, C)``, and beta ``(..., C)`` where programs take it."""
-        flat = lower.reshape(-1, *lower.shape[-2:])
-        rows = None if beta is None else beta.reshape(-1, lower.shape[-1])
-        self.sample.update(flat, rows)
-        kept = self._thinned(flat.shape[0]).to(flat.device)
-        chosen = flat[kept]
-        self.matrices += flat.shape[0]
-        self.observed += chosen.shape[0]
-        for name, values in program_inputs(self.programs[0], flat, rows, torch.float32).items():
+    def update(self, systems: Systems) -> None:
+        """Add checked systems, with beta where programs take it."""
+        flat = systems.flat()
+        self.sample.update(flat)
+        kept = self._thinned(flat.count).to(flat.lower.device)
+        self.matrices += flat.count
+        inputs = program_inputs(self.programs[0], flat, torch.float32)
+        for name, values in inputs.items():
             self._largest[name] = max(self._largest.get(name, 0.0), float(values.abs().max()))
-        if chosen.shape[0]:
+        if (observed := int(kept.sum())) > 0:
+            self.observed += observed
             for observer in self._observers:
-                observer.update(chosen, None if rows is None else rows[kept])
+                observer.update({name: values[kept] for name, values in inputs.items()})
 
     def skip(self, count: int) -> None:
         """Count matrices that another process observes."""

@@ -69,10 +69,11 @@ def _banded(chunk: int) -> list[Program]:
 
 
 def measure(
-    plan: LayerPlan, lower: torch.Tensor, truth: torch.Tensor, beta: torch.Tensor | None = None
+    plan: LayerPlan, systems: Systems, truth: torch.Tensor
 ) -> tuple[ErrorStatistics, ErrorStatistics]:
-    """Return the errors of the simulated plan and of its floor on matrices with exact inverses ``truth``."""
+    """Return the errors of the simulated plan and of its floor on systems with exact inverses ``truth``."""
     achieved, floor = ErrorStatistics(), ErrorStatistics()
-    achieved.update(simulate_inverse(plan, lower, beta=beta), truth)
-    floor.update(floor_inverse(plan, lower, beta), truth)
+    achieved.update(simulate_inverse(plan, systems), truth)
+    floor.update(floor_inverse(plan, systems), truth)
     return achieved, floor
+

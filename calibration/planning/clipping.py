@@ -10,11 +10,12 @@ from typing import Final
 import torch
 
 from qinvert.calibration.planning.scales import ScaleRule, choose_scale, scale_groups
-from qinvert.execution.floating import run_checked
+from qinvert.execution.floating import run_systems
 from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MOVES
+from qinvert.program.steps import MOVES
+from qinvert.systems import Systems
 
 #: Share of magnitudes that a percentile range covers.
 PERCENTILE: Final = 0.9999
@@ -38,10 +39,9 @@ class RangeRule(StrEnum):
 def clip_ranges(
     program: Program,
     ranges: Mapping[str, float],
-    sample: torch.Tensor,
+    sample: Systems,
     formats: Mapping[str, IntFormat],
     rule: RangeRule,
-    beta: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Return ``ranges`` narrowed by ``rule``, group by group.
 
@@ -53,18 +53,16 @@ def clip_ranges(
     program : Program
     ranges : mapping
         Range per tensor, with whatever room calibration adds.
-    sample : torch.Tensor, shape ``[n, C, C]``
-        Checked matrices.
+    sample : Systems
+        Flat, with beta where the program takes it.
     formats : mapping
         Format of every tensor.
     rule : RangeRule
-    beta : torch.Tensor, shape ``[n, C]``, optional
-        For a factored program.
     """
     if rule is RangeRule.MAX:
         return dict(ranges)
     groups = scale_groups(program)
-    values = _group_values(program, groups, sample, beta)
+    values = _group_values(program, groups, sample)
     clipped = {}
     for group, magnitudes in values.items():
         largest = max(r for name, r in ranges.items() if groups[name] == group)
@@ -73,18 +71,18 @@ def clip_ranges(
 
 
 def _group_values(
-    program: Program, groups: Mapping[str, str], sample: torch.Tensor, beta: torch.Tensor | None
+    program: Program, groups: Mapping[str, str], sample: Systems
 ) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {group: [] for group in groups.values()}
-    rounding = {INPUT, *program.vectors, *(s.output for s in program.steps if not isinstance(s, MOVES))}
+    moved = {s.output for s in program.steps if isinstance(s, MOVES)}
 
     def observe(name: str, tensor: torch.Tensor) -> None:
         # Moves only repeat what other tensors of their group hold.
-        if name in rounding:
+        if name not in moved:
             magnitudes = tensor.abs().flatten()
             parts[groups[name]].append(magnitudes[magnitudes > 0])
 
-    run_checked(program, sample, torch.float64, observe, beta)
+    run_systems(program, sample, torch.float64, observe)
     return {group: torch.cat(tensors) for group, tensors in parts.items()}
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-
 from qinvert.calibration.planning.clipping import RangeRule, clip_ranges
 from qinvert.calibration.planning.rounding_noise import settle_residues
 from qinvert.calibration.planning.scales import (
@@ -20,7 +18,8 @@ from qinvert.calibration.planning.scales import (
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MatMul, Scale
+from qinvert.program.steps import MatMul, Scale
+from qinvert.systems import Systems
 
 #: Room above what calibration saw, for tensors without a proved range.
 HEADROOM: Final = 2.0
@@ -55,10 +54,9 @@ class Grids:
 def choose_grids(
     program: Program,
     ranges: Mapping[str, float],
-    sample: torch.Tensor,
+    sample: Systems,
     formats: Mapping[str, IntFormat],
     rules: GridRules,
-    beta: torch.Tensor | None = None,
 ) -> Grids:
     """Choose every scale of ``program`` under the given formats.
 
@@ -67,20 +65,18 @@ def choose_grids(
     program : Program
     ranges : mapping
         max|x| per tensor that calibration saw.
-    sample : torch.Tensor, shape ``[n, C, C]``
-        Checked matrices.
+    sample : Systems
+        Flat, with beta where the program takes it.
     formats : mapping
         Format of every tensor, the same for tensors that share a grid.
     rules : GridRules
-    beta : torch.Tensor, shape ``[n, C]``, optional
-        For a factored program.
     """
     room = {
         name: r * (WIDE_ROOM if _is_wide(formats[name]) else 1.0)
         for name, r in widened(program, ranges).items()
     }
-    clipped = clip_ranges(program, room, sample, formats, rules.ranges, beta)
-    settled = settle_residues(program, clipped, sample, formats, beta)
+    clipped = clip_ranges(program, room, sample, formats, rules.ranges)
+    settled = settle_residues(program, clipped, sample, formats)
     requantize = rules.requantize
     if requantize is Requantize.MULTIPLIER:
         roomy = hold_partial_products(program, settled, formats)
@@ -99,14 +95,14 @@ def _is_wide(fmt: IntFormat) -> bool:
 def unproved(program: Program) -> list[str]:
     """Return the tensors without a proved range: powers, partial sums, residues."""
     proved = {step.output for step in program.steps if step.bound is not None}
-    return [
-        name for name in program.tensors if name not in proved | {INPUT, *program.vectors, program.output}
-    ]
+    ends = {port.tensor for port in (*program.inputs, *program.outputs)}
+    return [name for name in program.tensors if name not in proved | ends]
 
 
 def growth(program: Program, ranges: Mapping[str, float]) -> float:
     """Return the largest tensor without a proved range, over the larger of max|M| and max|output|."""
-    scale = max(ranges[INPUT], ranges[program.output])
+    ports = program.inverse_ports
+    scale = max(ranges[ports.matrix], ranges[ports.result])
     largest = max((ranges[name] for name in unproved(program)), default=0.0)
     if scale == 0 or largest == 0:
         return 0.0
@@ -120,14 +116,16 @@ def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     # A tensor without a bound can exceed what was seen: powers by any factor, partial sums
     # hold M, so that room beyond M and T would only make them coarser.
     # Vectors are inputs: all of their values were seen, and scaled entries have them as a factor.
-    free, scale = unproved(program), max(ranges[INPUT], ranges[program.output])
-    floors = dict.fromkeys(program.vectors, 0.0)
-    floors |= {s.output: ranges[INPUT] * ranges[s.vector] for s in program.steps if isinstance(s, Scale)}
+    ports = program.inverse_ports
+    source = ranges[ports.matrix]
+    free, scale = unproved(program), max(source, ranges[ports.result])
+    floors = dict.fromkeys(program.vector_inputs, 0.0)
+    floors |= {s.output: source * ranges[s.vector] for s in program.steps if isinstance(s, Scale)}
     powers = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
     caps = {name: HEADROOM * scale if name in powers else scale for name in free}
     return {
         name: max(r, min(HEADROOM * r, caps[name]))
         if name in caps
-        else max(r, floors.get(name, ranges[INPUT]))
+        else max(r, floors.get(name, source))
         for name, r in ranges.items()
     }

@@ -16,10 +16,10 @@ from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, g
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
 from qinvert.formats import INT8, IntFormat
-from qinvert.matrices import solve
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Requantize
 from qinvert.program.program import Program
+from qinvert.systems import Systems
 
 #: Programs whose powers outgrow both M and T by more are passed over: unseen data
 #: would decide whether they saturate.
@@ -48,20 +48,17 @@ class Candidate:
         self,
         program: Program,
         ranges: Mapping[str, float],
-        sample: torch.Tensor,
+        sample: Systems,
         ladder: Sequence[IntFormat],
         rules: GridRules,
-        beta: torch.Tensor | None = None,
         truth: torch.Tensor | None = None,
     ) -> None:
         self.program = program
         self.growth = growth(program, ranges)
         self.groups = scale_groups(program)
         self.ladder = ladder
-        #: Of the sample, for a factored program.
-        self.beta = beta
         #: Exact inverses of the sample; candidates of one layer share them.
-        self.truth = solve(sample) if truth is None else truth
+        self.truth = sample.inverse() if truth is None else truth
         self._ranges, self._sample, self._rules = ranges, sample, rules
         self._known: dict[tuple[IntFormat, ...], Grids] = {}
 
@@ -76,7 +73,7 @@ class Candidate:
         ]
         tensors = [found.tensors for found in grids.values()]
         return measure_sensitivities(
-            self.program, tensors, self._sample, self.beta, self.truth, partial=partial
+            self.program, tensors, self._sample, self.truth, partial=partial
         )
 
     def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
@@ -88,7 +85,7 @@ class Candidate:
         if key not in self._known:
             by_tensor = {name: formats[group] for name, group in self.groups.items()}
             self._known[key] = choose_grids(
-                self.program, self._ranges, self._sample, by_tensor, self._rules, self.beta
+                self.program, self._ranges, self._sample, by_tensor, self._rules
             )
         return self._known[key]
 
@@ -155,9 +152,9 @@ class Prediction:
     #: By simulation on the whole sample; None if not simulated.
     simulated: tuple[float, float] | None = None
 
-    def check(self, sample: torch.Tensor) -> Prediction:
+    def check(self, sample: Systems) -> Prediction:
         """Return the prediction with what a simulation of the plan really reaches."""
-        achieved, floor = measure(self.plan, sample, self.candidate.truth, self.candidate.beta)
+        achieved, floor = measure(self.plan, sample, self.candidate.truth)
         return replace(self, simulated=(achieved.sqnr_db, floor.sqnr_db))
 
     @property
@@ -224,11 +221,9 @@ def choose(
     Candidates are taken in the order of their cost; each that should reach
     the goals is simulated on the sample, with wider formats if it falls short.
     """
-    sample, beta = observer.sample.matrices, observer.sample.beta
-    truth = solve(sample)
-    candidates = [
-        Candidate(p, observer.ranges(p), sample, ladder, rules, beta, truth) for p in observer.programs
-    ]
+    sample = observer.sample.systems
+    truth = sample.inverse()
+    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, truth) for p in observer.programs]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []
@@ -256,7 +251,7 @@ def choose(
     )
 
 
-def _stepped_up(prediction: Prediction, sample: torch.Tensor, goals: Goals) -> Prediction:
+def _stepped_up(prediction: Prediction, sample: Systems, goals: Goals) -> Prediction:
     checked, extra_db = prediction.check(sample), 0.0
     for _ in range(RETRIES):
         if checked.shortfall(goals) <= 0:

@@ -19,7 +19,7 @@ from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT
+from qinvert.systems import Systems
 
 #: Room above the largest residue seen on the sample.
 MARGIN: Final = 4.0
@@ -52,9 +52,8 @@ class _ResidueEvaluator(FloatEvaluator):
 def settle_residues(
     program: Program,
     ranges: Mapping[str, float],
-    sample: torch.Tensor,
+    sample: Systems,
     formats: Mapping[str, IntFormat],
-    beta: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Return ``ranges`` with residue tensors at `MARGIN` times what they reach on the sample.
 
@@ -67,22 +66,20 @@ def settle_residues(
     program : Program
     ranges : mapping
         max|x| per tensor of float runs over all data.
-    sample : torch.Tensor, shape ``[n, C, C]``
-        Checked matrices.
+    sample : Systems
+        Flat, with beta where the program takes it.
     formats : mapping
         Format of every tensor.
-    beta : torch.Tensor, shape ``[n, C]``, optional
-        For a factored program.
     """
     tensors = choose_quantizations(program, ranges, formats, ScaleRule.FLOAT, Requantize.DIVIDE)
     groups = scale_groups(program)
     sizes = Counter(groups.values())
-    small = SMALL * ranges[INPUT]
+    small = SMALL * ranges[program.inverse_ports.matrix]
     free = {name for name, group in groups.items() if sizes[group] == 1 and ranges[name] <= small}
-    evaluator = _ResidueEvaluator(sample.shape[0], sample.device, tensors, free)
+    evaluator = _ResidueEvaluator(sample.count, sample.lower.device, tensors, free)
     inputs = {
         name: evaluator.stored(name, value)
-        for name, value in program_inputs(program, sample, beta, torch.float64).items()
+        for name, value in program_inputs(program, sample, torch.float64).items()
     }
-    program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)
+    program.evaluate(evaluator, inputs)
     return {**ranges, **evaluator.widened}

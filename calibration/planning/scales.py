@@ -10,7 +10,7 @@ from qinvert.formats import INT8, IntFormat
 from qinvert.numerics import scales
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MOVES, MatMul
+from qinvert.program.steps import MOVES, MatMul
 
 #: Scales stay between these powers of two, inside what `arithmetic.check_scale` takes.
 SMALLEST = 2.0**-99
@@ -101,7 +101,7 @@ def allows_multiplier(
     costs = [
         choose_scale(shared[name], formats[name], rule, reciprocal=True)
         / choose_scale(shared[name], formats[name], rule)
-        for name in (INPUT, program.output)
+        for name in (program.inverse_ports.matrix, program.inverse_ports.result)
     ]
     cancels = any(shared[step.output] < floor for step, floor in _partial_products(program, shared, formats))
     return (
@@ -115,7 +115,8 @@ def hold_partial_products(
     """Return ``ranges``, raised where partial products of int16 would saturate and resolution is to spare."""
     groups = scale_groups(program)
     raised, shared = dict(ranges), group_ranges(program, ranges)
-    limit = RAISED_SHARE * min(shared[INPUT], shared[program.output])
+    ports = program.inverse_ports
+    limit = RAISED_SHARE * min(shared[ports.matrix], shared[ports.result])
     # A product that is raised is an operand of later ones: shared grows while it is read.
     for step, floor in _partial_products(program, shared, formats):
         if shared[step.output] < floor <= limit:

@@ -11,15 +11,17 @@ import torch
 
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.execution.floating import FloatEvaluator
-from qinvert.execution.inputs import program_inputs
+from qinvert.execution.inputs import only, program_inputs
 from qinvert.execution.tensors import along
 from qinvert.formats import IntFormat
-from qinvert.matrices import solve
 from qinvert.numerics import rounding
-from qinvert.numerics.accumulators import planes
+from qinvert.numerics.exact import planes
+from qinvert.plan.integer_product import PlanePairs, plane_pairs
 from qinvert.plan.quantization import Quantization
+from qinvert.program.ports import InversePorts
 from qinvert.program.program import Program
-from qinvert.program.steps import BETA, INPUT, MatMul, Scale
+from qinvert.program.steps import MatMul, Scale
+from qinvert.systems import Systems
 
 #: Matrices of the sample that predictions use.
 MATRICES: Final = 8
@@ -124,8 +126,8 @@ class _VariantEvaluator(FloatEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        for i in self._dropping(step.output):
-            # Two planes drop the product of the low ones.
+        for i in self._dropping(step.output, step.left, step.right):
+            # The product of the low planes is left out.
             dropped = self._low(step.left, left, i) @ self._low(step.right, right, i)
             subtract = [*subtract, self._copy(dropped, i)]
         for i in self._partial(step.output):
@@ -135,14 +137,17 @@ class _VariantEvaluator(FloatEvaluator):
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         total = source * along(step, vector)
-        for i in self._dropping(step.output):
+        for i in self._dropping(step.output, step.source, step.vector):
             # As in a product.
             low = along(step, self._low(step.vector, vector, i))
             total = total - self._copy(self._low(step.source, source, i) * low, i)
         return self.stored(step.output, total)
 
-    def _dropping(self, name: str) -> list[int]:
-        return [i for i, grid in self.rounded[name] if grid.format.planes > 1]
+    def _dropping(self, name: str, left: str, right: str) -> list[int]:
+        return [i for i, _ in self.rounded[name] if self._pairs(i, left, right).drops_low]
+
+    def _pairs(self, i: int, left: str, right: str) -> PlanePairs:
+        return plane_pairs(self.grids[i][left].format, self.grids[i][right].format)
 
     def _partial(self, name: str) -> list[int]:
         return [i for i, grid in self.rounded[name] if grid.format.name in self.partial]
@@ -190,8 +195,7 @@ class _VariantEvaluator(FloatEvaluator):
 def measure_sensitivities(
     program: Program,
     grids: Sequence[Mapping[str, Quantization]],
-    sample: torch.Tensor,
-    beta: torch.Tensor | None = None,
+    sample: Systems,
     truth: torch.Tensor | None = None,
     partial: Collection[str] = (),
 ) -> Sensitivities:
@@ -202,56 +206,60 @@ def measure_sensitivities(
     program : Program
     grids : sequence of mappings
         A quantization of every tensor, once per format.
-    sample : torch.Tensor, shape ``[n, C, C]``
-        Checked matrices; noise is measured on the first `MATRICES`.
-    beta : torch.Tensor, shape ``[n, C]``, optional
-        For a factored program.
+    sample : Systems
+        Flat, with beta where the program takes it; noise is measured on the
+        first `MATRICES`.
     truth : torch.Tensor, shape ``[n, C, C]``, optional
         Exact inverses of the sample, where a caller has them already.
     partial : collection of str
         Names of formats whose products are rounded plane by plane.
     """
-    exact = torch.tril(solve(sample) if truth is None else truth, -1)
+    ports = program.inverse_ports
+    exact = torch.tril(sample.inverse() if truth is None else truth, -1)
     # Rare large matrices would make the signal of a few a poor guess.
-    share = min(1.0, MATRICES / len(sample))
+    share = min(1.0, MATRICES / sample.count)
     signal = float(exact.square().sum()) * share
-    unseen = {grid[INPUT].format.name: _unseen_saturation(exact, grid, program, share) for grid in grids}
+    unseen = {_format_of(grid, ports): _unseen_saturation(exact, grid, ports, share) for grid in grids}
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
-    beta = None if beta is None else beta[:MATRICES]
     groups = scale_groups(program)
     variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
-    evaluator = _VariantEvaluator(program, variants, len(sample), sample.device, partial)
-    exact_inputs = program_inputs(program, sample, beta, torch.float64)
+    evaluator = _VariantEvaluator(program, variants, sample.count, sample.lower.device, partial)
+    exact_inputs = program_inputs(program, sample, torch.float64)
     inputs = {
         name: evaluator.stored(name, value.repeat(len(variants) + 1, 1, 1))
         for name, value in exact_inputs.items()
     }
-    result = program.evaluate(evaluator, inputs.pop(INPUT), vectors=inputs)
-    result = result.reshape(len(variants) + 1, *sample.shape)
-    rows = exact_inputs[BETA] if program.vectors else torch.ones((), dtype=torch.float64)
+    result = only(program.evaluate(evaluator, inputs))
+    result = result.reshape(len(variants) + 1, *sample.lower.shape)
+    rows = torch.ones((), dtype=torch.float64) if ports.beta is None else exact_inputs[ports.beta]
     rounding = {
-        name: _power((on_grid(result[-1], grid[program.output]) - result[-1]) * rows) + unseen[name]
+        name: _power((on_grid(result[-1], grid[ports.result]) - result[-1]) * rows) + unseen[name]
         for name, grid in zip(unseen, grids, strict=True)
     }
     result = result * rows
     errors = torch.tril(result[:-1] - result[-1:], -1).square().sum((1, 2, 3)).tolist()
     noise = {
-        (g, grid[INPUT].format.name): math.inf if math.isnan(e) else float(e)
+        (g, _format_of(grid, ports)): math.inf if math.isnan(e) else float(e)
         for (g, grid), e in zip(variants, errors, strict=True)
     }
     coherence = {f: _coherence(noise, f) for g, f in noise if g == ALL}
     for name, power in unseen.items():
-        noise[groups[program.output], name] += power
+        noise[groups[ports.result], name] += power
     return Sensitivities(
         signal=signal,
         # A program that is exact in real arithmetic leaves rounding of float64 only.
         truncation=_power(result[-1] - exact),
         noise={(g, f): value for (g, f), value in noise.items() if g != ALL},
         coherence=coherence,
-        inputs=frozenset(groups[name] for name in (INPUT, *program.vectors)),
-        output=groups[program.output],
+        inputs=frozenset(groups[port.tensor] for port in program.inputs),
+        output=groups[ports.result],
         rounding=rounding,
     )
+
+
+def _format_of(grid: Mapping[str, Quantization], ports: InversePorts) -> str:
+    """Name of the format that all tensors of ``grid`` have."""
+    return grid[ports.matrix].format.name
 
 
 def on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
@@ -262,15 +270,15 @@ def on_grid(values: torch.Tensor, grid: Quantization) -> torch.Tensor:
 
 
 def _unseen_saturation(
-    exact: torch.Tensor, grid: Mapping[str, Quantization], program: Program, share: float
+    exact: torch.Tensor, grid: Mapping[str, Quantization], ports: InversePorts, share: float
 ) -> float:
     """Return the power that a clipped output range cuts off, beyond what the first matrices show.
 
     Rare large values are part of the signal; what saturation takes from them must be noise.
     """
-    output = grid[program.output]
+    output = grid[ports.result]
     # Of a factored program the output is T - I over beta, whose rare values are those of keys alone.
-    if program.vectors:
+    if ports.factored:
         return 0.0
     excess = (exact.abs() - output.scale * output.format.largest).clamp(min=0).square().sum((1, 2))
     return max(0.0, float(excess.sum()) * share - float(excess[:MATRICES].sum()))

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from qinvert.errors import ExportError
-from qinvert.execution.tensors import constant_matrix
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import Interface
-from qinvert.export.lowering.tensors import AXES, VECTORS, ProgramTensors
+from qinvert.export.lowering.tensors import AXES, ProgramTensors, vector_name
 from qinvert.numerics import scalar
-from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
 from qinvert.program.evaluator import Evaluator
-from qinvert.program.sparsity import Support, cut, strictly_lower
-from qinvert.program.steps import INPUT, Axis, Concat, Constant, MatMul, Scale, Slice
+from qinvert.program.ports import Meaning, Port
+from qinvert.program.sparsity import Support, constant_support, cut, strictly_lower
+from qinvert.program.steps import Axis, Concat, Constant, MatMul, Slice
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
 MAX_IDENTITY_BLOCKS = 32
@@ -61,10 +62,10 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     Subclasses say how a value is read (`source`) and finished.
     """
 
-    def __init__(self, plan: LayerPlan, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
+    def __init__(self, plan: QuantizedProgram, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
         super().__init__(plan, profile, interface, graph)
-        #: The quantized beta, by what it multiplies.
-        self.vectors: dict[Axis, Value] = {}
+        #: Quantized vector inputs, by their names along rows or columns.
+        self.factors: dict[str, Value] = {}
         #: Tensors that can carry an identity.
         self.triangular = strictly_lower(plan.program) if self._integer_residuals else set()
         self._shifted: dict[tuple[str, int], Value] = {}
@@ -79,7 +80,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
 
     @abstractmethod
     def finish(self, name: str, result: Value) -> str:
-        """Append the dequantized output of the program as float tensor ``name``."""
+        """Append a dequantized result of the program as float tensor ``name``."""
 
     @abstractmethod
     def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
@@ -169,15 +170,15 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     def _yields_identity(self, step: MatMul) -> bool:
         if not self.carries_identity(step.output):
             return False
-        accumulators = [self.one_of(step.left) * k for k in self.plan.identity_planes(step, step.left)]
-        factor, grid = self.plan.multiplier(step), self.grid(step.output)
-        found = scalar.requantize_partial_scalar(accumulators, factor, grid.scale, grid.format)
+        product, grid = self.plan.products[step.output], self.grid(step.output)
+        accumulators = [self.one_of(step.left) * k for k in product.identity_planes()]
+        found = scalar.requantize_partial_scalar(accumulators, product.factor, grid.scale, grid.format)
         return found == self.one_of(step.output)
 
     def _part(self, value: Value, plane: int, step: Concat, grid: Quantization) -> str:
         if value.constant is None:
             return value.planes[plane]
-        matrix = constant_matrix(value.constant).numpy().astype(np.int8)
+        matrix = constant_support(value.constant).astype(np.int8)
         return self.repeated(value.tensor, matrix, self.plan.program.shapes[step.output].blocks, grid)
 
     def widened(self, step: MatMul, left: Value, right: Value) -> Operands:
@@ -213,7 +214,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         )
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
-        blocks = self.plan.identity_blocks(step, term)
+        blocks = self.plan.products[step.output].identity_blocks(term)
         if len(blocks) > MAX_IDENTITY_BLOCKS:
             partner = step.left if term == step.right else step.right
             raise ExportError(
@@ -235,42 +236,57 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         shape[axis] = len(parts) * sizes[axis - 1]
         return self.joined(name, parts, axis, shape, self.grid(tensor))
 
-    def run(self, source: str, output: str, beta: str = "") -> None:
-        """Append the whole program between two float tensors, ``beta`` a third one where it is factored.
+    def run(self, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        """Append the whole program between float tensors.
 
-        Where the graph returns integers, ``output`` is what it calls them.
+        Parameters
+        ----------
+        inputs : mapping
+            Float tensor of every input port.
+        outputs : mapping
+            What the graph calls every output port; its integers where the
+            graph returns those.
         """
-        program, shape = self.plan.program, self.shape(INPUT)
-        self.given = source
-        value = self.source(INPUT, source)
-        for axis in dict.fromkeys(step.axis for step in program.steps if isinstance(step, Scale)):
-            self.vectors[axis] = self.source(VECTORS[axis], self._turned(beta, axis))
-        result = program.evaluate(self, value, vectors={name: Value("", name) for name in program.vectors})
+        program = self.plan.program
+        self.given = next(iter(inputs.values()))
+        values = {name: Value("", name) for name in program.vector_inputs}
+        for port in program.inputs:
+            if port.name not in values:
+                values[port.name] = self.source(port.tensor, inputs[port.name])
+        for name, (vector, axis) in self.vectors.items():
+            self.factors[name] = self.source(name, self._turned(inputs[vector], vector, axis))
+        results = program.evaluate(self, values)
         if self.returned:
             return
-        if not program.implicit_identity:
-            self.finish(output, self.plain(result))
-            return
-        if self._is_inverse(result):
-            self.finish(output, result)
-            return
-        strict, result = f"{output}/strictly_lower", self.plain(result)
-        if program.vectors:
-            self.graph.node("Mul", [self.finish(f"{output}/factored", result), beta], strict, shape)
+        for port in program.outputs:
+            self._end(port, results[port.name], outputs[port.name], inputs)
+
+    def _end(self, port: Port, result: Value, name: str, inputs: Mapping[str, str]) -> None:
+        """Append an output in float32; T of what an inverse returns."""
+        if port.meaning not in (Meaning.STRICT_INVERSE, Meaning.FACTORED_INVERSE):
+            self.finish(name, self.plain(result))
+        elif self._is_inverse(result):
+            self.finish(name, result)
         else:
-            self.finish(strict, result)
-        self.graph.node("Add", [strict, self.identity_matrix()], output, shape)
+            strict, result, shape = f"{name}/strictly_lower", self.plain(result), self.shape(port.tensor)
+            beta = self.plan.program.inverse_ports.beta
+            if beta is None:
+                self.finish(strict, result)
+            else:
+                factored = self.finish(f"{name}/factored", result)
+                self.graph.node("Mul", [factored, inputs[beta]], strict, shape)
+            self.graph.node("Add", [strict, self.identity_matrix()], name, shape)
 
     def _is_inverse(self, result: Value) -> bool:
         """Whether the integers of the result are those of T, and its diagonal dequantizes to 1.0 exactly."""
-        if result.ones is None or self.plan.program.vectors:
+        if result.ones is None or self.plan.program.inverse_ports.factored:
             return False
-        grid, integer = self.plan.output, self.one_of(result.tensor)
+        grid, integer = self.grid(result.tensor), self.one_of(result.tensor)
         one = scalar.dequantize_scalar(integer, grid.scale, grid.format)
         return one == 1.0 and np.array_equal(result.ones, np.eye(self.plan.chunk, dtype=np.bool_))
 
-    def _turned(self, beta: str, axis: Axis) -> str:
+    def _turned(self, given: str, vector: str, axis: Axis) -> str:
         if axis == Axis.ROWS:
-            return beta
-        shape = self.shape(VECTORS[axis])
-        return self.graph.node("Transpose", [beta], "beta/transposed", shape, perm=[0, 1, 3, 2])
+            return given
+        shape = self.shape(vector_name(vector, axis))
+        return self.graph.node("Transpose", [given], f"{vector}/transposed", shape, perm=[0, 1, 3, 2])

@@ -7,15 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from qinvert.execution.tensors import constant_matrix
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
 from qinvert.export.lowering.base import GraphLowering, Value
-from qinvert.export.lowering.tensors import IntArray
+from qinvert.export.lowering.tensors import IntArray, vector_name
 from qinvert.formats import PLANE_RATIO
-from qinvert.numerics.accumulators import partial_products
 from qinvert.numerics.scalar import planes_scalar
-from qinvert.numerics.scales import product_scale
+from qinvert.plan.integer_product import PlanePair
 from qinvert.plan.quantization import Quantization
+from qinvert.program.sparsity import constant_support
 from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 
@@ -26,11 +25,11 @@ class IntegerLowering(GraphLowering):
         return self._quantized(tensor, name, self.grid(tensor).scale)
 
     def finish(self, name: str, result: Value) -> str:
-        output = self.plan.program.output
-        if self.grid(output).format.planes > 1:
-            return self._sum(name, output, [("Add", result)])
-        inputs = [result.name, self.scale_of(self.plan.output), self.zero_point()]
-        return self.graph.node("DequantizeLinear", inputs, name, self.shape(output))
+        grid, tensor = self.grid(result.tensor), result.tensor
+        if grid.format.planes > 1:
+            return self._sum(name, tensor, [("Add", result)])
+        inputs = [result.name, self.scale_of(grid), self.zero_point()]
+        return self.graph.node("DequantizeLinear", inputs, name, self.shape(tensor))
 
     def value(self, tensor: str) -> Value:
         """Return the value of a tensor of the program that was written before."""
@@ -54,26 +53,26 @@ class IntegerLowering(GraphLowering):
         if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             steps = self._product(name, step, operands)
-            real = self._scaled(name, name, steps, self.plan.multiplier(step))
+            real = self._scaled(name, name, steps, self.plan.products[name].factor)
             return replace(self._quantized(name, real, 1.0), ones=ones)
         terms = [("Add", term) for term in add] + [("Sub", term) for term in subtract]
         total = self._sum(f"{name}/sum", name, terms, self._products(step, left, right))
         return self._quantized(name, total, self.grid(name).scale)
 
     def _products(self, step: MatMul, left: Value, right: Value) -> list[str]:
-        name, scales = step.output, [self._plane_scales(value.tensor) for value in (left, right)]
+        name, accumulators = step.output, self.plan.products[step.output].accumulators
+        several = len(left.planes) * len(right.planes) > 1
         reals: list[str] = []
-        for pairs in partial_products(len(left.planes), len(right.planes)):
-            suffix = f"/{len(reals)}" if len(left.planes) * len(right.planes) > 1 else ""
+        for i, part in enumerate(accumulators):
+            stem = f"{name}/{i}" if several else name
             # Pairs of one weight share an accumulator: one product of twice the depth.
-            parts = [[value.planes[pair[k]] for pair in pairs] for k, value in enumerate((left, right))]
+            lefts = [left.planes[pair.left] for pair in part.pairs]
+            rights = [right.planes[pair.right] for pair in part.pairs]
             operands = (
-                self.wide(f"{name}{suffix}/left", step.left, parts[0], 3),
-                self.wide(f"{name}{suffix}/right", step.right, parts[1], 2),
+                self.wide(f"{stem}/left", step.left, lefts, 3),
+                self.wide(f"{stem}/right", step.right, rights, 2),
             )
-            unit = product_scale(scales[0][pairs[0][0]], scales[1][pairs[0][1]])
-            accumulator = self._product(f"{name}{suffix}", step, operands)
-            reals.append(self._scaled(f"{name}{suffix}", name, accumulator, unit))
+            reals.append(self._scaled(stem, name, self._product(stem, step, operands), part.unit))
         return reals
 
     def _plane_scales(self, tensor: str) -> list[float]:
@@ -137,21 +136,19 @@ class IntegerLowering(GraphLowering):
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
-        name, source, factor = step.output, self.plain(source), self.vectors[step.axis]
-        pairs = partial_products(len(source.planes), len(factor.planes))
-        totals = [self._elementwise(name, source, factor, group) for group in pairs]
+        name, source = step.output, self.plain(source)
+        factor, product = self.factors[vector_name(step.vector, step.axis)], self.plan.products[step.output]
+        totals = [self._elementwise(name, source, factor, part.pairs) for part in product.accumulators]
         if self._integer_residuals:
-            real = self._scaled(name, name, totals[0], self.plan.multiplier(step))
+            real = self._scaled(name, name, totals[0], product.factor)
             return self._quantized(name, real, 1.0)
-        lefts, rights = (self._plane_scales(value.tensor) for value in (source, factor))
-        units = [product_scale(lefts[i], rights[j]) for (i, j), *_ in pairs]
         reals = [
-            self._scaled(f"{name}/{k}", name, total, unit)
-            for k, (total, unit) in enumerate(zip(totals, units, strict=True))
+            self._scaled(f"{name}/{k}", name, total, part.unit)
+            for k, (total, part) in enumerate(zip(totals, product.accumulators, strict=True))
         ]
         return self._quantized(name, self._sum(f"{name}/sum", name, [], reals), self.grid(name).scale)
 
-    def _elementwise(self, name: str, left: Value, right: Value, pairs: list[tuple[int, int]]) -> str:
+    def _elementwise(self, name: str, left: Value, right: Value, pairs: Sequence[PlanePair]) -> str:
         """Append the exact sum of products of planes, integers in float32."""
         shape, total = self.shape(name), ""
         for i, j in pairs:
@@ -169,7 +166,7 @@ class IntegerLowering(GraphLowering):
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
         # All bits set where the mask is 1.
-        bits = -constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
+        bits = -constant_support(constant.constant).astype(np.int8)[None, None]
         return self._move(
             "BitwiseAnd", step, self.plain(source), [self.graph.initializer(f"{constant.tensor}/bits", bits)]
         )

@@ -8,14 +8,14 @@ import numpy as np
 
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import KEYS, LOG_DECAY, Interface
-from qinvert.plan.plan import LayerPlan
-from qinvert.program.steps import BETA
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.program.ports import BETA
 
 #: Name of M where the graph builds it.
 FROM_KEYS: Final = "M/from_keys"
 
 
-def matrix_from_keys(graph: GraphBuilder, plan: LayerPlan, interface: Interface) -> str:
+def matrix_from_keys(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -> str:
     """Append ``M[i, j] = -beta_i <k_i, k_j> exp(sum_{j < m <= i} g_m)``, ``j < i``, and return its name.
 
     The formula of `qinvert.stress.from_keys`, whose ``G_i - G_j`` with ``G =

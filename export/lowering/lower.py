@@ -13,9 +13,9 @@ from qinvert.export.lowering.keys import matrix_from_keys
 from qinvert.export.lowering.qdq import QdqLowering
 from qinvert.export.lowering.qlinear import QLinearLowering
 from qinvert.numerics.scales import is_power_of_two
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Lowering, Profile
-from qinvert.program.steps import BETA, MIN_BETA, Rescale
+from qinvert.program.steps import MIN_BETA, Rescale
 
 #: How each kind of graph is written.
 LOWERINGS: Final[dict[Lowering, type[GraphLowering]]] = {
@@ -25,7 +25,7 @@ LOWERINGS: Final[dict[Lowering, type[GraphLowering]]] = {
 }
 
 
-def lower(plan: LayerPlan, profile: Profile, interface: Interface) -> GraphBuilder:
+def lower(plan: QuantizedProgram, profile: Profile, interface: Interface) -> GraphBuilder:
     """Return the graph of one layer under ``profile``; nothing is written.
 
     Raises
@@ -36,23 +36,34 @@ def lower(plan: LayerPlan, profile: Profile, interface: Interface) -> GraphBuild
     _require(profile, plan)
     graph = GraphBuilder()
     lowering = LOWERINGS[profile.lowering](plan, profile, interface, graph)
-    for name, shape in interface.inputs(plan).items():
+    inputs, outputs = interface.inputs(plan), interface.output_names(plan)
+    for name, shape in inputs.items():
         graph.input(name, shape)
-    tensor, factors = _matrix(graph, plan, interface), ""
-    if plan.program.vectors:
-        # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.  Where L
-        # comes from keys it was a product with beta just before; what the simulator is
-        # given are L and beta, and a beta below the smallest one must scale K as it does there.
-        column = interface.inputs(plan)[BETA]
-        given = [BETA, graph.scalar("smallest_beta", MIN_BETA)]
-        factors = graph.node("Max", given, "beta/floored", column)
-        tensor = graph.node("Div", [tensor, factors], "K", interface.square(plan))
-    lowering.run(tensor, interface.output_name(plan), factors)
-    graph.output(interface.output_name(plan))
+    given = _inverse_inputs(graph, plan, interface) if plan.program.is_inverse else {n: n for n in inputs}
+    lowering.run(given, outputs)
+    for name in outputs.values():
+        graph.output(name)
     return graph
 
 
-def _matrix(graph: GraphBuilder, plan: LayerPlan, interface: Interface) -> str:
+def _inverse_inputs(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -> dict[str, str]:
+    """Append what makes M, or K and its divisor, of the graph's inputs; return both by port."""
+    ports, tensor = plan.program.inverse_ports, _matrix(graph, plan, interface)
+    if ports.beta is None:
+        return {ports.matrix: tensor}
+    # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.  Where L
+    # comes from keys it was a product with beta just before; what the simulator is
+    # given are L and beta, and a beta below the smallest one must scale K as it does there.
+    column = interface.inputs(plan)[ports.beta]
+    given = [ports.beta, graph.scalar("smallest_beta", MIN_BETA)]
+    factors = graph.node("Max", given, "beta/floored", column)
+    return {
+        ports.matrix: graph.node("Div", [tensor, factors], "K", interface.square(plan)),
+        ports.beta: factors,
+    }
+
+
+def _matrix(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -> str:
     """Append what makes M of the graph's inputs, and return its name."""
     if interface.input is GraphInput.M:
         return "M"
@@ -61,7 +72,7 @@ def _matrix(graph: GraphBuilder, plan: LayerPlan, interface: Interface) -> str:
     return graph.node("Mul", ["L", graph.scalar("minus_one", -1.0)], "M/negated", interface.square(plan))
 
 
-def _require(profile: Profile, plan: LayerPlan) -> None:
+def _require(profile: Profile, plan: QuantizedProgram) -> None:
     for tensor, quantization in plan.tensors.items():
         if quantization.format not in profile.formats:
             names = ", ".join(f.name for f in profile.formats)

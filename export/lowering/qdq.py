@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from qinvert.execution.tensors import constant_matrix
 from qinvert.export.graph import Sizes
 from qinvert.export.interface import ANY_BATCH
 from qinvert.export.lowering.base import GraphLowering, Value
-from qinvert.export.lowering.tensors import IntArray
+from qinvert.export.lowering.tensors import IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO
 from qinvert.plan.quantization import Quantization
+from qinvert.program.sparsity import constant_support
 from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 #: Grid of 0/1 masks.
@@ -35,7 +35,7 @@ class QdqLowering(GraphLowering):
     def finish(self, name: str, result: Value) -> str:
         # A dequantize node of its own: the output's name is the caller's.
         integers = self.graph.source(result.name)  # of the DequantizeLinear
-        return self._dequantize(name, integers, self.shape(result.tensor), self.plan.output)
+        return self._dequantize(name, integers, self.shape(result.tensor), self.grid(result.tensor))
 
     def shifted(self, name: str, tensor: str, value: str, identity: str) -> str:
         shape = self.shape(tensor)
@@ -124,11 +124,12 @@ class QdqLowering(GraphLowering):
         return self._operator("Add", step.output, [source.name, zero])
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
-        return self._operator("Mul", step.output, [self.plain(source).name, self.vectors[step.axis].name])
+        factor = self.factors[vector_name(step.vector, step.axis)]
+        return self._operator("Mul", step.output, [self.plain(source).name, factor.name])
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
-        matrix = constant_matrix(constant.constant).numpy().astype(np.int8)[None, None]
+        matrix = constant_support(constant.constant).astype(np.int8)[None, None]
         return self._operator(
             "Mul", step.output, [self.plain(source).name, self.literal(constant.tensor, matrix, MASK_GRID)]
         )

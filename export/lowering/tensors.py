@@ -11,20 +11,22 @@ import numpy.typing as npt
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import ANY_BATCH, GraphOutput, Interface
 from qinvert.formats import INT8, IntFormat
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.quantization import Quantization
 from qinvert.profiles import Profile
 from qinvert.program.sparsity import Support
-from qinvert.program.steps import BETA, INPUT, Axis, Rescale, Slice
+from qinvert.program.steps import Axis, Rescale, Scale, Slice
 
 #: Tensor axis of a concat or slice of rows and columns.
 AXES = {Axis.ROWS: 2, Axis.COLUMNS: 3}
 
-#: Names of the quantized beta, as it multiplies rows or columns.
-VECTORS = {Axis.ROWS: "beta/rows", Axis.COLUMNS: "beta/columns"}
-
 #: Values on a grid, without the zero point.
 IntArray = npt.NDArray[Any]
+
+
+def vector_name(vector: str, axis: Axis) -> str:
+    """Name of a quantized vector input, as it multiplies rows or columns."""
+    return f"{vector}/{axis}"
 
 
 class ProgramTensors(ABC):
@@ -35,13 +37,25 @@ class ProgramTensors(ABC):
     batch, rows, columns]``: no index depends on the batch.
     """
 
-    def __init__(self, plan: LayerPlan, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
+    def __init__(self, plan: QuantizedProgram, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
         self.plan = plan
         self.profile = profile
         self.batch = interface.batch
         self.graph = graph
-        #: Name of the result's integers where the graph returns them.
-        self.returned = interface.output_name(plan) if interface.output is GraphOutput.INTEGERS else ""
+        program = plan.program
+        #: Tensors of the inputs: the graph's own inputs may have these names.
+        self.inputs = {port.tensor for port in program.inputs}
+        #: Tensors of the outputs.
+        self.results = {port.tensor for port in program.outputs}
+        #: Vector inputs by the name that they have as they multiply rows or columns.
+        self.vectors = {
+            vector_name(step.vector, step.axis): (step.vector, step.axis)
+            for step in program.steps
+            if isinstance(step, Scale)
+        }
+        integers = interface.output is GraphOutput.INTEGERS
+        #: What the graph calls the integers of results that it returns, by tensor.
+        self.returned = interface.result_names(plan) if integers else {}
         #: Float tensor that has the batch as its second size.
         self.given = ""
 
@@ -50,10 +64,10 @@ class ProgramTensors(ABC):
         """Add int8 values on ``grid`` and return what operators read; `spread` them over any batch."""
 
     def stored(self, tensor: str) -> str:
-        """Name of the integer tensor; M has a suffix, because the graph's input may be called M."""
+        """Name of the integer tensor; that of an input has a suffix, because the float one may have its name."""
         if self.returns(tensor):
-            return self.returned
-        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor == INPUT else tensor
+            return self.returned[tensor]
+        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor in self.inputs else tensor
 
     def storage(self, grid: Quantization) -> IntFormat:
         """Format whose container and zero point the graph has for values of a grid."""
@@ -61,15 +75,15 @@ class ProgramTensors(ABC):
 
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""
-        return self.plan.tensors[tensor if tensor in self.plan.tensors else BETA]
+        vector, _ = self.vectors.get(tensor, (tensor, Axis.ROWS))
+        return self.plan.tensors[vector]
 
     def shape(self, tensor: str) -> Sizes:
         """Shape of a tensor of the program in the graph."""
-        shapes = self.plan.program.shapes
-        blocks, rows, columns = shapes[tensor] if tensor in shapes else shapes[BETA]
-        if tensor == VECTORS[Axis.COLUMNS] and tensor not in shapes:
-            rows, columns = columns, rows
-        return [*self._stack(blocks), rows, columns]
+        vector, axis = self.vectors.get(tensor, (tensor, Axis.ROWS))
+        blocks, rows, columns = self.plan.program.shapes[vector]
+        sizes = [columns, rows] if axis == Axis.COLUMNS else [rows, columns]
+        return [*self._stack(blocks), *sizes]
 
     def _stack(self, blocks: int) -> Sizes:
         return [blocks, ANY_BATCH] if self.batch is None else [1, blocks * self.batch]
@@ -96,11 +110,11 @@ class ProgramTensors(ABC):
     def keeps_integers(self, step: Rescale) -> bool:
         """Whether a rescaling changes nothing: no node is needed, unless the result has a name of its own."""
         same = self.grid(step.source) == self.grid(step.output)
-        return step.factor == 1 and same and step.output != self.plan.program.output
+        return step.factor == 1 and same and step.output not in self.results
 
     def returns(self, tensor: str) -> bool:
         """Whether the graph returns the tensor's integers."""
-        return bool(self.returned) and tensor == self.plan.program.output
+        return tensor in self.returned
 
     def one_of(self, tensor: str) -> int:
         """Return the integer that means 1.0 on the tensor's grid, 0 if there is none."""

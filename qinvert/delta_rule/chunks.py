@@ -9,6 +9,7 @@ from typing import Final, Protocol, cast
 import torch
 
 from qinvert.delta_rule.from_keys import cumulative, decayed_products, from_keys
+from qinvert.systems import Systems
 
 #: Whether a model is being traced; torch before 2.7 cannot tell and exports none of ours.
 _is_exporting: Final[Callable[[], bool]] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -58,6 +59,11 @@ class DeltaChunks:
     def lower(self) -> torch.Tensor:
         """``L``, ``[B, H, N, C, C]``."""
         return from_keys(self.k, self.beta, self.g)
+
+    @property
+    def systems(self) -> Systems:
+        """L and beta as one value."""
+        return Systems(lower=self.lower, beta=self.beta)
 
     @property
     def gram(self) -> torch.Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 
 from qinvert.errors import InputError
-from qinvert.execution.inputs import assemble, needed_beta, program_inputs
+from qinvert.execution.inputs import assemble, fold, needed, only, program_inputs, unfold
 from qinvert.execution.tensors import TorchEvaluator, along
-from qinvert.matrices import check_matrices, like
-from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Add, MatMul, Rescale, Scale
+from qinvert.matrices import like
+from qinvert.program.step_list import StepList
+from qinvert.program.steps import Add, MatMul, Rescale, Scale
+from qinvert.systems import Systems
 
+#: Receives a tensor's name and its value.
+Observer: TypeAlias = Callable[[str, torch.Tensor], None]
 #: Storage types; products of the 16-bit ones accumulate in float32.
 STORAGE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,18 +60,51 @@ class FloatEvaluator(TorchEvaluator):
         return self.stored(step.output, source.to(self.compute) * along(step, vector).to(self.compute))
 
 
+def execute(
+    program: StepList,
+    inputs: Mapping[str, object],
+    dtype: torch.dtype | None = None,
+    observe: Observer | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every output of a program in floating point, whatever its ports.
+
+    Parameters
+    ----------
+    program : StepList
+    inputs : mapping
+        A tensor or array ``(..., rows, columns)`` for every input port, all
+        with the same axes in front.
+    dtype, observe
+        See `run`.
+
+    Returns
+    -------
+    dict
+        ``(..., rows, columns)`` in ``dtype`` for every output port.
+
+    Raises
+    ------
+    InputError
+        If an input or ``dtype`` is not legal.
+    """
+    dtype = _storage_type(dtype)
+    values, front = fold(program, inputs, dtype)
+    return unfold(evaluate(program, values, dtype, observe), front)
+
+
 def run(
-    program: Program,
+    program: StepList,
     L: torch.Tensor,  # noqa: N803 - the field's name of this matrix
     dtype: torch.dtype | None = None,
-    observe: Callable[[str, torch.Tensor], None] | None = None,
+    observe: Observer | None = None,
     beta: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``T = (I + L)^-1`` by the program's steps in floating point.
 
     Parameters
     ----------
-    program : Program
+    program : StepList
+        Of an inverse; `execute` takes any other.
     L : tensor or array, shape ``(..., C, C)``
         Strictly lower triangular.
     dtype : torch.dtype, optional
@@ -89,31 +126,41 @@ def run(
     ------
     InputError
         If ``L``, ``beta`` or ``dtype`` is not legal.
+    ProgramError
+        If the program does not compute an inverse.
     """
-    dtype = torch.float32 if dtype is None else dtype
-    if dtype not in STORAGE_TYPES:
-        raise InputError(f"dtype {dtype} is no storage type; use float64, float32, float16 or bfloat16")
-    lower = check_matrices(L, program.chunk)
-    result = run_checked(program, lower, dtype, observe, needed_beta(program, lower, beta))
+    dtype, factored = _storage_type(dtype), program.inverse_ports.factored
+    systems = Systems.checked(L, beta if factored else None, chunk=program.chunk)
+    result = run_systems(program, needed(program, systems), dtype, observe)
     if not isinstance(L, torch.Tensor) and dtype == torch.bfloat16:
         result = result.to(torch.float32)
     return like(result, L)  # type: ignore[return-value] # arrays in, arrays out
 
 
-def run_checked(
-    program: Program,
-    lower: torch.Tensor,
-    dtype: torch.dtype,
-    observe: Callable[[str, torch.Tensor], None] | None = None,
-    beta: torch.Tensor | None = None,
+def run_systems(
+    program: StepList, systems: Systems, dtype: torch.dtype, observe: Observer | None = None
 ) -> torch.Tensor:
-    """`run` of checked tensors."""
-    # The storage type is this function's to choose, not autocast's.
-    with torch.autocast(lower.device.type, enabled=False):
-        inputs = {
-            name: value.to(dtype) for name, value in program_inputs(program, lower, beta, dtype).items()
-        }
-        source = inputs.pop(INPUT)
-        evaluator = FloatEvaluator(source.shape[0], dtype, source.device)
-        result = program.evaluate(evaluator, source, observe, inputs).reshape(lower.shape)
-    return assemble(program, result, beta)
+    """`run` of checked systems, with beta where the program takes it."""
+    inputs = {name: x.to(dtype) for name, x in program_inputs(program, systems, dtype).items()}
+    result = only(evaluate(program, inputs, dtype, observe))
+    return assemble(program, result.reshape(systems.lower.shape), systems)
+
+
+def evaluate(
+    program: StepList,
+    inputs: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    observe: Observer | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every output ``[batch, rows, columns]`` from inputs of that form, stored in ``dtype``."""
+    first = next(iter(inputs.values()))
+    # The storage type is the caller's to choose, not autocast's.
+    with torch.autocast(first.device.type, enabled=False):
+        return program.evaluate(FloatEvaluator(first.shape[0], dtype, first.device), inputs, observe)
+
+
+def _storage_type(dtype: torch.dtype | None) -> torch.dtype:
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in STORAGE_TYPES:
+        raise InputError(f"dtype {dtype} is no storage type; use float64, float32, float16 or bfloat16")
+    return dtype

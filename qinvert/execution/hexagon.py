@@ -9,13 +9,13 @@ from qinvert.execution.integers import IntegerEvaluator
 from qinvert.formats import INT8
 from qinvert.numerics import hexagon
 from qinvert.numerics.scales import is_power_of_two
-from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.steps import Add, Concat, Mask, MatMul, Rescale, Slice
 
 
 class HexagonEvaluator(IntegerEvaluator):
-    """Integer meaning of the steps on Hexagon, of plans that `hexagon.check_plan` takes."""
+    """Integer meaning of the steps on Hexagon, of plans that `check_plan` takes."""
 
     def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
         (total,) = totals
@@ -26,7 +26,7 @@ class HexagonEvaluator(IntegerEvaluator):
         return hexagon.add(terms, output.scale, output.format)
 
 
-def check_plan(plan: LayerPlan) -> None:
+def check_plan(plan: QuantizedProgram) -> None:
     """Refuse a plan with operators whose rounding on Hexagon is not known.
 
     Raises

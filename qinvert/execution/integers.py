@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 
 from qinvert.execution.tensors import TorchEvaluator, along
-from qinvert.numerics import rounding, scales
-from qinvert.numerics.accumulators import integer_matmul, operand_magnitudes, partial_products, planes
-from qinvert.plan.plan import LayerPlan
+from qinvert.numerics import rounding
+from qinvert.numerics.exact import integer_matmul, planes
+from qinvert.plan.integer_product import Accumulator, IntegerProduct, Residual
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.steps import Add, MatMul, Rescale, Scale
 
 #: Exact product of integer-valued tensors, dense or elementwise.
-Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: Integers of every plane of an operand, high first.
+Planes: TypeAlias = Sequence[torch.Tensor]
 
 
 class IntegerEvaluator(TorchEvaluator):
     """Integer meaning of the steps under one plan."""
 
-    def __init__(self, plan: LayerPlan, batch: int, device: torch.device) -> None:
+    def __init__(self, plan: QuantizedProgram, batch: int, device: torch.device) -> None:
         super().__init__(batch, torch.float32, device)
         self.plan = plan
 
@@ -32,36 +36,49 @@ class IntegerEvaluator(TorchEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        tensors, bound = self.plan.tensors, self.plan.accumulator_bound(step)
-        largest = max(
-            *operand_magnitudes(tensors[step.left].format, right=False),
-            *operand_magnitudes(tensors[step.right].format, right=True),
+        product = self.plan.products[step.output]
+        terms = dict(zip((*step.add, *step.subtract), (*add, *subtract), strict=True))
+        return self._product(
+            product, left, right, terms, lambda a, b: integer_matmul(a, b, product.bound, product.magnitude)
         )
-        accumulators = self._accumulators(
-            tensors[step.left],
-            tensors[step.right],
-            left,
-            right,
-            lambda a, b: integer_matmul(a, b, bound, largest),
-        )
-        signed = [
-            *((name, 1, value) for name, value in zip(step.add, add, strict=True)),
-            *((name, -1, value) for name, value in zip(step.subtract, subtract, strict=True)),
+
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        # One product per element, at most 2^22: exact in float32.
+        product = self.plan.products[step.output]
+        return self._product(product, source, along(step, vector), {}, torch.mul)
+
+    def _product(
+        self,
+        product: IntegerProduct,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        terms: Mapping[str, torch.Tensor],
+        multiply: Multiply,
+    ) -> torch.Tensor:
+        lefts = _integers(planes(left, product.left.scale, product.left.format))
+        rights = _integers(rounding.operand_planes(right, product.right.scale, product.right.format))
+        totals = [_accumulated(part, lefts, rights, multiply) for part in product.accumulators]
+        if product.requantize is Requantize.MULTIPLIER:
+            for total, part in zip(totals, product.accumulators, strict=True):
+                for term in part.residuals:
+                    total += term.factor * self._residual(term, terms[term.tensor]).to(total.dtype)
+            return self.requantized(totals, product.factor, product.output)
+        units = [part.unit for part in product.accumulators]
+        addends = [*zip(totals[1:], units[1:], strict=True)]
+        addends += [
+            (self._planes(name, terms[name])[plane][0], scale) for name, plane, scale in product.addends
         ]
-        output = tensors[step.output]
-        if self.plan.requantize is Requantize.MULTIPLIER:
-            totals = [total for total, _ in accumulators]
-            for name, sign, value in signed:
-                terms = self.plan.residual_planes(step, name, value, totals[0].dtype)
-                for total, term in zip(totals, terms, strict=True):
-                    total += sign * term
-            return self.requantized(totals, self.plan.multiplier(step), output)
-        (accumulator, unit), *addends = accumulators
-        for name, sign, value in signed:
-            addends += [(plane, sign * scale) for plane, scale in self._planes(name, value)]
+        grid = product.output
         return rounding.requantize_divide(
-            accumulator, unit, addends, output.scale, output.format, overwrite=True
+            totals[0], units[0], addends, grid.scale, grid.format, overwrite=True
         )
+
+    def _residual(self, term: Residual, value: torch.Tensor) -> torch.Tensor:
+        """Return the integers of a term that joins an accumulator."""
+        if term.plane is None:
+            return value
+        grid = self.plan.tensors[term.tensor]
+        return rounding.operand_planes(value, grid.scale, grid.format)[term.plane][0]
 
     def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
         """Return the integers of accumulators that are nobody else's, one or two planes of them."""
@@ -70,25 +87,6 @@ class IntegerEvaluator(TorchEvaluator):
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         grid = self.plan.tensors[name]
         return planes(value, grid.scale, grid.format)
-
-    @staticmethod
-    def _accumulators(
-        left_grid: Quantization,
-        right_grid: Quantization,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        multiply: Multiply,
-    ) -> list[tuple[torch.Tensor, float]]:
-        lefts = planes(left, left_grid.scale, left_grid.format)
-        rights = rounding.operand_planes(right, right_grid.scale, right_grid.format)
-        accumulators = []
-        for pairs in partial_products(len(lefts), len(rights)):
-            (i, j), *others = pairs
-            total = multiply(lefts[i][0], rights[j][0])
-            for k, m in others:
-                total = total + multiply(lefts[k][0], rights[m][0])
-            accumulators.append((total, scales.product_scale(lefts[i][1], rights[j][1])))
-        return accumulators
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
@@ -100,20 +98,19 @@ class IntegerEvaluator(TorchEvaluator):
         value = rounding.dequantize(source, grid.scale, grid.format)
         return rounding.requantize_scaled(value, 1.0, step.factor, output.scale, output.format)
 
-    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        tensors, output = self.plan.tensors, self.plan.tensors[step.output]
-        # One product an element, at most 2^22: exact in float32.
-        terms = self._accumulators(
-            tensors[step.source], tensors[step.vector], source, along(step, vector), torch.mul
-        )
-        if self.plan.requantize is Requantize.MULTIPLIER:
-            totals = [total for total, _ in terms]
-            return rounding.requantize_partial(
-                totals, self.plan.multiplier(step), output.scale, output.format
-            )
-        return self._sum(step.output, terms)
-
     def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
         (first, unit), *addends = terms
         output = self.plan.tensors[name]
         return rounding.requantize_divide(first, unit, addends, output.scale, output.format)
+
+
+def _integers(parts: list[tuple[torch.Tensor, float]]) -> Planes:
+    return [integers for integers, _ in parts]
+
+
+def _accumulated(part: Accumulator, lefts: Planes, rights: Planes, multiply: Multiply) -> torch.Tensor:
+    first, *others = part.pairs
+    total = multiply(lefts[first.left], rights[first.right])
+    for pair in others:
+        total = total + multiply(lefts[pair.left], rights[pair.right])
+    return total

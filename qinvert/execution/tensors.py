@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from qinvert.program.evaluator import Evaluator
+from qinvert.program.sparsity import constant_support
 from qinvert.program.steps import Axis, Concat, Constant, Mask, Range, Scale, Slice
 
 
@@ -51,7 +52,4 @@ def _span(span: Range | None) -> slice:
 @lru_cache(maxsize=256)
 def constant_matrix(constant: Constant) -> torch.Tensor:
     """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``; not to be written to."""
-    columns = torch.arange(constant.columns)
-    starts, stops = torch.tensor(constant.ones).T.unsqueeze(-1)
-    ones: torch.Tensor = (columns >= starts) & (columns < stops)
-    return ones.to(torch.float32)
+    return torch.from_numpy(constant_support(constant)).to(torch.float32)

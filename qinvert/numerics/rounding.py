@@ -20,7 +20,8 @@ import torch
 
 from qinvert.errors import InputError
 from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
-from qinvert.numerics.accumulators import partial_factors, planes
+from qinvert.numerics.accumulators import partial_factors
+from qinvert.numerics.exact import planes
 
 
 def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:

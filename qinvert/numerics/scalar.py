@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from qinvert.errors import InputError
-from qinvert.formats import INT8, PLANE_RATIO, IntFormat
+from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
 from qinvert.numerics.accumulators import partial_factors
 
 
@@ -93,3 +93,10 @@ def planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float
         return [(q - fmt.zero_point, scale)]
     low = (q + PLANE_RATIO // 2) % PLANE_RATIO - PLANE_RATIO // 2
     return [((q - low) // PLANE_RATIO, PLANE_RATIO * scale), (low, scale)]
+
+
+def operand_planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float]]:
+    """Scalar twin of `qinvert.numerics.rounding.operand_planes`."""
+    if fmt.container_bits > INT8.container_bits:
+        q, fmt = quantize_scalar(dequantize_scalar(q, scale, fmt), scale, INT8X2), INT8X2
+    return planes_scalar(q, scale, fmt)

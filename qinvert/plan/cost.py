@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from qinvert.numerics.accumulators import operand_magnitudes, partial_products
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.cost import multiply_accumulates
 from qinvert.program.steps import MatMul
 
@@ -16,7 +15,7 @@ BYTE_COST: Final = 10
 NODE_COST: Final = 600
 
 
-def plan_cost(plan: LayerPlan) -> int:
+def plan_cost(plan: QuantizedProgram) -> int:
     """Return the work of one matrix under a plan, in int8 multiply-accumulates.
 
     ``sum of partial products + BYTE_COST * bytes moved + NODE_COST * steps``:
@@ -32,18 +31,10 @@ def plan_cost(plan: LayerPlan) -> int:
             if name in program.shapes
         )
         if isinstance(step, MatMul):
-            total += multiply_accumulates(program, step) * _products(plan, step)
+            total += multiply_accumulates(program, step) * plan.products[step.output].cost
     return total
 
 
-def _bytes(plan: LayerPlan, name: str) -> int:
+def _bytes(plan: QuantizedProgram, name: str) -> int:
     fmt = plan.tensors[name].format
     return fmt.planes * fmt.container_bits // 8
-
-
-def _products(plan: LayerPlan, step: MatMul) -> int:
-    left, right = plan.tensors[step.left].format, plan.tensors[step.right].format
-    pairs = partial_products(
-        len(operand_magnitudes(left, right=False)), len(operand_magnitudes(right, right=True))
-    )
-    return sum(map(len, pairs)) * left.container_bits // 8

@@ -3,73 +3,77 @@
 Scales are written as decimal float64 of a float32, which round-trips bit for
 bit.  Layers that share a program refer to one copy of it.  Nothing in a file
 is executed; everything is checked by the same constructors that calibration
-uses.
+uses.  A file has the oldest schema that can hold it: docs/plan-schema.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from os import PathLike
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
-from qinvert.errors import PlanError, ProgramError, QInvertError
-from qinvert.files import read_bytes, write_atomically
+from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import find_format
-from qinvert.plan.plan import LayerPlan, Plan
-from qinvert.plan.quantization import Quantization
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.program import Program
 from qinvert.program.serialization import program_from_json, program_to_json
 from qinvert.strict_json import Json, parse, require
 from qinvert.version import __version__
 
-#: Version of the file layout; readers take this one and all older ones.
-SCHEMA_VERSION: Final = 1
+#: Newest version of the file layout; readers take this one and all older ones.
+SCHEMA_VERSION: Final = 2
+#: The version of plans whose programs all compute an inverse: older releases read them.
+INVERSE_SCHEMA: Final = 1
 
 
-T = TypeVar("T")
+class PlannedLayer(Protocol):
+    """What a file holds of one layer."""
+
+    @property
+    def program(self) -> Program: ...
+    @property
+    def tensors(self) -> Mapping[str, Quantization]: ...
+    @property
+    def requantize(self) -> Requantize: ...
+    @property
+    def ranges(self) -> Mapping[str, float]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
 
 
-def save(plan: Plan, path: str | PathLike[str]) -> None:
-    """Write ``plan`` to ``path``, atomically."""
-    write_atomically(path, to_bytes(plan))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDocument:
+    """The content of a file, each layer as the arguments of its plan."""
+
+    layers: Mapping[str, Json]
+    target: str
+    provenance: Json
 
 
-def load(path: str | PathLike[str]) -> Plan:
-    """Read a plan.
+def to_bytes(layers: Mapping[str, PlannedLayer], target: str, provenance: Mapping[str, Any]) -> bytes:
+    """Return the content of a plan file; equal plans give equal bytes.
 
     Raises
     ------
     PlanError
-        With the path and the reason.
+        If the provenance holds what JSON cannot.
     """
-    try:
-        return from_bytes(read_bytes(path))
-    except QInvertError as error:
-        raise PlanError(f"{path}: {error}") from None
-
-
-def sha256(plan: Plan) -> str:
-    """Hash of the plan's file content; identifies it in exported graphs."""
-    return hashlib.sha256(to_bytes(plan)).hexdigest()
-
-
-def to_bytes(plan: Plan) -> bytes:
-    """Return the file content; equal plans give equal bytes."""
     programs: list[Json] = []
-    layers: Json = {}
-    for name, layer in plan.layers.items():
+    entries: Json = {}
+    for name, layer in layers.items():
         program = program_to_json(layer.program)
         if program not in programs:
             programs.append(program)
-        layers[name] = _layer_to_json(layer, programs.index(program))
+        entries[name] = _layer_to_json(layer, programs.index(program))
+    inverses = all(layer.program.is_inverse for layer in layers.values())
     document = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": INVERSE_SCHEMA if inverses else SCHEMA_VERSION,
         "producer": {"package": "qinvert", "version": __version__},
-        "target": plan.target,
-        "provenance": dict(plan.provenance),
+        "target": target,
+        "provenance": dict(provenance),
         "programs": programs,
-        "layers": layers,
+        "layers": entries,
     }
     try:
         text = json.dumps(document, indent=1, allow_nan=False)
@@ -79,13 +83,13 @@ def to_bytes(plan: Plan) -> bytes:
     return (text + "\n").encode()
 
 
-def from_bytes(content: bytes) -> Plan:
-    """Read a plan from file content.
+def from_bytes(content: bytes) -> PlanDocument:
+    """Read the content of a plan file.
 
     Raises
     ------
     PlanError
-        If it is no plan, of a newer schema, or inconsistent.
+        If it is not a plan, of a newer schema, or inconsistent.
     """
     try:
         return _from_json(parse(content))
@@ -93,7 +97,7 @@ def from_bytes(content: bytes) -> Plan:
         raise PlanError(f"damaged program: {error}") from None
 
 
-def _from_json(document: Json) -> Plan:
+def _from_json(document: Json) -> PlanDocument:
     version = require(document, "schema_version", int)
     if version > SCHEMA_VERSION:
         raise PlanError(
@@ -103,20 +107,20 @@ def _from_json(document: Json) -> Plan:
     if version < 1:
         raise PlanError(f"plan has schema version {version}; versions start at 1")
     programs = [program_from_json(p) for p in require(document, "programs", list)]
-    layers: dict[str, LayerPlan] = {}
+    layers: dict[str, Json] = {}
     for name, layer in require(document, "layers", dict).items():
         index = require(layer, "program", int)
         if not 0 <= index < len(programs):
             raise PlanError(f"layer {name!r} names program {index}, the plan has {len(programs)}")
         layers[name] = _layer_from_json(layer, name, programs[index])
-    return Plan(
+    return PlanDocument(
         layers=layers,
         target=require(document, "target", str),
         provenance=require(document, "provenance", dict),
     )
 
 
-def _layer_to_json(layer: LayerPlan, program: int) -> Json:
+def _layer_to_json(layer: PlannedLayer, program: int) -> Json:
     return {
         "program": program,
         "requantize": str(layer.requantize),
@@ -126,18 +130,18 @@ def _layer_to_json(layer: LayerPlan, program: int) -> Json:
     }
 
 
-def _layer_from_json(layer: Any, name: str, program: Any) -> LayerPlan:
+def _layer_from_json(layer: Any, name: str, program: Program) -> Json:
     try:
         ranges = require(layer, "ranges", dict)
         if not all(isinstance(v, (int, float)) for v in ranges.values()):
             raise PlanError("'ranges' must map names to numbers")
-        return LayerPlan(
-            program=program,
-            tensors=_tensors_from_json(require(layer, "tensors", dict)),
-            requantize=require(layer, "requantize", str),  # type: ignore[arg-type] # LayerPlan converts
-            ranges=ranges,
-            provenance=require(layer, "provenance", dict),
-        )
+        return {
+            "program": program,
+            "tensors": _tensors_from_json(require(layer, "tensors", dict)),
+            "requantize": require(layer, "requantize", str),
+            "ranges": ranges,
+            "provenance": require(layer, "provenance", dict),
+        }
     except PlanError as error:
         raise PlanError(f"layer {name!r}: {error}") from None
 

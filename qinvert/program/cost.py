@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from qinvert.checks import check_power_of_two
 from qinvert.errors import ProgramError
-from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MatMul, Step
+from qinvert.program.step_list import StepList
+from qinvert.program.steps import MatMul, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,12 @@ class Cost:
         )
 
 
-def program_cost(program: Program, bytes_per_element: int = 1) -> Cost:
+def program_cost(program: StepList, bytes_per_element: int = 1) -> Cost:
     """Return the cost of ``program`` for one matrix.
 
     Parameters
     ----------
-    program : Program
+    program : StepList
     bytes_per_element : int
         Of every stored tensor: 1 for int8, 2 for int16 and 16-bit floats,
         4 for float32, 8 for float64.
@@ -70,7 +70,7 @@ def program_cost(program: Program, bytes_per_element: int = 1) -> Cost:
     )
 
 
-def multiply_accumulates(program: Program, step: Step) -> int:
+def multiply_accumulates(program: StepList, step: Step) -> int:
     """Return the multiply-accumulates of one step for one matrix, 0 for all but products."""
     if not isinstance(step, MatMul):
         return 0
@@ -78,7 +78,7 @@ def multiply_accumulates(program: Program, step: Step) -> int:
     return output.blocks * output.rows * output.columns * left.columns
 
 
-def _elements(program: Program, step: Step) -> int:
+def _elements(program: StepList, step: Step) -> int:
     total = 0
     for name in (*step.inputs, step.output):
         if name in program.shapes:
@@ -87,9 +87,9 @@ def _elements(program: Program, step: Step) -> int:
     return total
 
 
-def _depth(program: Program) -> int:
-    depth = {INPUT: 0}
+def _depth(program: StepList) -> int:
+    depth = {port.name: 0 for port in program.inputs}
     for step in program.steps:
         before = max(depth.get(name, 0) for name in step.inputs)
         depth[step.output] = before + isinstance(step, MatMul)
-    return depth[program.output]
+    return max(depth[port.tensor] for port in program.outputs)

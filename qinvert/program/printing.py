@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qinvert.program.cost import multiply_accumulates, program_cost
-from qinvert.program.program import Program
-from qinvert.program.steps import BETA, INPUT, Axis, MatMul, Rescale, Scale, Step
+from qinvert.program.ports import BETA, MATRIX, Meaning, Port
+from qinvert.program.step_list import StepList
+from qinvert.program.steps import Axis, MatMul, Rescale, Scale, Step
 
 
 def step_formula(step: Step) -> str:
@@ -21,7 +22,7 @@ def step_formula(step: Step) -> str:
     return f"{type(step).__name__.lower()}({', '.join(step.inputs)})"
 
 
-def step_table(program: Program) -> str:
+def step_table(program: StepList) -> str:
     """Return the title, one line per step (shape, formula, cost), and the total."""
     rows = [("tensor", "shape", "multiply-accumulates", "formula")]
     for step in program.steps:
@@ -34,13 +35,19 @@ def step_table(program: Program) -> str:
         f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {macs:>{widths[2]}}  {formula}"
         for name, shape, macs, formula in rows
     ]
-    return "\n".join([*lines, f"T = {_result(program)}: {program_cost(program)}"])
+    results = [_result(port) for port in program.outputs]
+    return "\n".join([*lines, f"{', '.join(results)}: {program_cost(program)}"])
 
 
-def _result(program: Program) -> str:
-    if program.vectors:
-        return f"I + diag({BETA}) @ {program.output}, {INPUT} stands for -L / {BETA}"
-    return f"I + {program.output}" if program.implicit_identity else program.output
+def _result(port: Port) -> str:
+    """What an output is in terms of the tensor that holds it."""
+    match port.meaning:
+        case Meaning.FACTORED_INVERSE:
+            return f"T = I + diag({BETA}) @ {port.tensor}, {MATRIX} stands for -L / {BETA}"
+        case Meaning.STRICT_INVERSE:
+            return f"T = I + {port.tensor}"
+        case _:
+            return f"{port.name} = {port.tensor}"
 
 
 def _shorten(formula: str, limit: int = 72) -> str:

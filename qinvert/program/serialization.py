@@ -6,9 +6,24 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Final
 
-from qinvert.errors import PlanError
+from qinvert.errors import PlanError, lookup
+from qinvert.program.ports import BETA, InversePorts, Meaning, Port, inverse_inputs, inverse_output
 from qinvert.program.program import Program
-from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice, Step
+from qinvert.program.step_list import StepList
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Concat,
+    Constant,
+    Mask,
+    MatMul,
+    Rescale,
+    Scale,
+    Shape,
+    Slice,
+    Step,
+    check_chunk,
+)
 from qinvert.strict_json import Json, brief, require
 
 #: Operation name in files, and the step it stands for.
@@ -24,9 +39,12 @@ OPERATIONS: Final[dict[str, type[Step]]] = {
 
 
 _NAMES: Final = {kind: name for name, kind in OPERATIONS.items()}
+#: Keys of the first schema, for the ports of inverses.
+_VECTORS: Final = "vectors"
+_HOLDS_NO_IDENTITY: Final = "implicit_identity"
 
 
-def program_to_json(program: Program) -> Json:
+def program_to_json(program: StepList) -> Json:
     """Return the program as JSON types."""
     return {
         "name": program.name,
@@ -37,11 +55,29 @@ def program_to_json(program: Program) -> Json:
             for c in program.constants
         ],
         "steps": [_step_to_json(step) for step in program.steps],
-        "output": program.output,
-        "implicit_identity": program.implicit_identity,
-        # Only where there are any: older plans and their hashes stay as they are.
-        **({"vectors": list(program.vectors)} if program.vectors else {}),
+        **(_inverse_to_json(program.inverse_ports) if program.is_inverse else _ports_to_json(program)),
     }
+
+
+def _inverse_to_json(ports: InversePorts) -> Json:
+    # The ports of an inverse as all schemas have them: what older versions can run, they can read.
+    return {
+        "output": ports.result,
+        _HOLDS_NO_IDENTITY: not ports.holds_identity,
+        **({_VECTORS: [ports.beta]} if ports.beta else {}),
+    }
+
+
+def _ports_to_json(program: StepList) -> Json:
+    return {
+        "inputs": [_port_to_json(port) for port in program.inputs],
+        "outputs": [{**_port_to_json(port), "tensor": port.tensor} for port in program.outputs],
+    }
+
+
+def _port_to_json(port: Port) -> Json:
+    _, rows, columns = port.shape
+    return {"name": port.name, "rows": rows, "columns": columns, "meaning": str(port.meaning)}
 
 
 def _step_to_json(step: Step) -> Json:
@@ -66,15 +102,47 @@ def program_from_json(obj: Any) -> Program:
     parameters = require(obj, "parameters", dict)
     if not all(isinstance(v, (int, str)) for v in parameters.values()):
         raise PlanError("'parameters' must map names to integers or strings")
+    chunk = require(obj, "chunk", int)
+    inputs, outputs = _inverse_from_json(obj, chunk) if "output" in obj else _ports_from_json(obj)
     return Program(
         name=require(obj, "name", str),
-        chunk=require(obj, "chunk", int),
+        chunk=chunk,
+        inputs=inputs,
+        outputs=outputs,
         parameters=parameters,
         constants=tuple(_constant_from_json(c) for c in require(obj, "constants", list)),
         steps=tuple(_step_from_json(s) for s in require(obj, "steps", list)),
-        output=require(obj, "output", str),
-        implicit_identity=require(obj, "implicit_identity", bool),
-        vectors=_texts("vectors", obj.get("vectors", [])),
+    )
+
+
+def _inverse_from_json(obj: Any, chunk: int) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    check_chunk(chunk)
+    vectors = _texts(_VECTORS, obj.get(_VECTORS, []))
+    strict = require(obj, _HOLDS_NO_IDENTITY, bool)
+    if vectors not in ((), (BETA,)) or (vectors and not strict):
+        raise PlanError(
+            f"{_VECTORS!r} is {list(vectors)}; a program takes none, or {BETA!r} and then holds no identity"
+        )
+    form = Meaning.FACTORED_INVERSE if vectors else Meaning.STRICT_INVERSE if strict else Meaning.INVERSE
+    output = inverse_output(chunk, require(obj, "output", str), form)
+    return inverse_inputs(chunk, factored=bool(vectors)), (output,)
+
+
+def _ports_from_json(obj: Any) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    inputs, outputs = (require(obj, key, list) for key in ("inputs", "outputs"))
+    return (
+        tuple(_port_from_json(port) for port in inputs),
+        tuple(_port_from_json(port, require(port, "tensor", str)) for port in outputs),
+    )
+
+
+def _port_from_json(obj: Any, tensor: str = "") -> Port:
+    meaning = require(obj, "meaning", str)
+    return Port(
+        name=require(obj, "name", str),
+        shape=Shape(1, require(obj, "rows", int), require(obj, "columns", int)),
+        meaning=lookup({str(m): m for m in Meaning}, meaning, "meaning of a port", PlanError),
+        tensor=tensor,
     )
 
 

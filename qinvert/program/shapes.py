@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from qinvert.errors import ProgramError
-from qinvert.program.program import Program
+from qinvert.program.ports import MAX_PORTS, Meaning, Port, check_name
 from qinvert.program.steps import (
-    BETA,
-    INPUT,
     MAX_EXPANSION,
-    MAX_NAME,
     MAX_RESIDUALS,
     MAX_STEPS,
     Add,
     Axis,
     Concat,
+    Constant,
     Mask,
     MatMul,
     Range,
@@ -28,82 +26,121 @@ from qinvert.program.steps import (
 )
 
 
-def infer_shapes(program: Program) -> Mapping[str, Shape]:
-    """Return the shape of every tensor of ``program``.
+def infer_shapes(
+    name: str, inputs: Sequence[Port], constants: Sequence[Constant], steps: Sequence[Step]
+) -> Mapping[str, Shape]:
+    """Return the shape of every tensor of a program, its inputs included.
+
+    Parameters
+    ----------
+    name : str
+        Of the program, for messages.
+    inputs, constants, steps
+        See `qinvert.program.step_list.StepList`.
 
     Raises
     ------
     ProgramError
-        If a name is unknown or defined twice, shapes do not fit, or the
-        output is not ``[1, C, C]``.
+        If a name is unknown or defined twice, or shapes do not fit.
     """
-    whole = Shape(1, program.chunk, program.chunk)
-    _check_limits(program)
-    _check_vectors(program)
-    shapes = {INPUT: whole} | dict.fromkeys(program.vectors, Shape(1, program.chunk, 1))
-    zeros = {c.name for c in program.constants if not any(stop > start for start, stop in c.ones)}
-    constants = {c.name: Shape(1, c.rows, c.columns) for c in program.constants}
-    if len(constants) != len(program.constants) or not shapes.keys().isdisjoint(constants):
-        raise ProgramError(f"{program.name}: two constants share a name, or one is called {INPUT!r}")
-    for step in program.steps:
-        if step.output in shapes or step.output in constants:
-            raise ProgramError(f"step {step.output!r}: the name is taken; every step needs a new one")
-        for name in step.inputs:
-            if name not in shapes and name not in constants:
-                raise ProgramError(
-                    f"step {step.output!r} reads {name!r}, which no earlier step writes; "
-                    "order the steps so that tensors are written first"
-                )
+    _check_limits(name, inputs, constants, steps)
+    shapes = {port.name: port.shape for port in inputs}
+    largest = max(math.prod(port.shape) for port in inputs)
+    zeros = {c.name for c in constants if not any(stop > start for start, stop in c.ones)}
+    known = {c.name: Shape(1, c.rows, c.columns) for c in constants}
+    if len({*shapes, *known}) != len(inputs) + len(constants):
+        raise ProgramError(f"{name}: two inputs or constants share a name; give each one of its own")
+    for step in steps:
+        _check_names(step, shapes, known)
         if isinstance(step, Concat):
-            _check_zeros(step, set(constants) - zeros)
-        _check_readers(step, program.vectors)
-        shapes[step.output] = _bounded(step, _output_shape(step, shapes, constants), whole)
-    _check_output(program, shapes, whole)
+            _check_zeros(step, set(known) - zeros)
+        shapes[step.output] = _bounded(step, _output_shape(step, shapes, known), largest)
+    _check_vectors(inputs, steps)
     return shapes
 
 
-def _check_vectors(program: Program) -> None:
-    if program.vectors not in ((), (BETA,)):
-        raise ProgramError(f"{program.name}: vectors {program.vectors!r}; use none or ({BETA!r},)")
-    if program.vectors and not program.implicit_identity:
+def check_outputs(
+    name: str, outputs: Sequence[Port], shapes: Mapping[str, Shape], vectors: Collection[str]
+) -> None:
+    """Refuse outputs that no step writes, that are vectors, or of another shape than their port.
+
+    Raises
+    ------
+    ProgramError
+        With the port and what is there.
+    """
+    if not 0 < len(outputs) <= MAX_PORTS or len({port.name for port in outputs}) != len(outputs):
         raise ProgramError(
-            f"{program.name}: with a vector the result is W = (T - I) / beta, without identity"
+            f"{name}: {len(outputs)} outputs; a program has 1 to {MAX_PORTS}, each of its own name"
         )
-
-
-def _check_readers(step: Step, vectors: tuple[str, ...]) -> None:
-    if isinstance(step, Scale) and step.vector not in vectors:
-        raise ProgramError(f"step {step.output!r}: {step.vector!r} is no vector input of the program")
-    for name in (step.source,) if isinstance(step, Scale) else step.inputs:
-        if name in vectors:
+    for port in outputs:
+        if port.tensor in vectors:
+            raise ProgramError(f"{name}: output {port.tensor!r} is a vector input; return a tensor of a step")
+        if shapes.get(port.tensor) != port.shape:
             raise ProgramError(
-                f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor by it, "
-                "no other step may read it"
+                f"{name}: output {port.tensor!r} must be a tensor of shape {port.shape}, "
+                f"got {shapes.get(port.tensor)}"
             )
 
 
-def _check_limits(program: Program) -> None:
+def _check_names(step: Step, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> None:
+    if step.output in shapes or step.output in constants:
+        raise ProgramError(f"step {step.output!r}: the name is taken; every step needs a new one")
+    for name in step.inputs:
+        if name not in shapes and name not in constants:
+            raise ProgramError(
+                f"step {step.output!r} reads {name!r}, which no earlier step writes; "
+                "order the steps so that tensors are written first"
+            )
+
+
+def vector_inputs(inputs: Sequence[Port], steps: Sequence[Step]) -> set[str]:
+    """Return the names of the inputs that scales multiply by, those of beta in any case."""
+    scaled = {step.vector for step in steps if isinstance(step, Scale)}
+    return {port.name for port in inputs if port.meaning is Meaning.BETA} | scaled
+
+
+def _check_vectors(inputs: Sequence[Port], steps: Sequence[Step]) -> None:
+    names, vectors = {port.name for port in inputs}, vector_inputs(inputs, steps)
+    for step in steps:
+        if isinstance(step, Scale) and step.vector not in names:
+            raise ProgramError(
+                f"step {step.output!r}: {step.vector!r} is not a vector input of the program; "
+                "scale by an input with one column"
+            )
+        # Graphs hold a vector twice, along rows and along columns, and nowhere as it is.
+        for name in (step.source,) if isinstance(step, Scale) else step.inputs:
+            if name in vectors:
+                raise ProgramError(
+                    f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor "
+                    "by it, no other step may read it"
+                )
+
+
+def _check_limits(
+    name: str, inputs: Sequence[Port], constants: Sequence[Constant], steps: Sequence[Step]
+) -> None:
     # Plans come from files: what a reader allocates must be bounded before it is allocated.
-    if len(program.steps) > MAX_STEPS:
-        raise ProgramError(f"{program.name}: {len(program.steps)} steps; at most {MAX_STEPS} are legal")
-    for name in (program.name, *(c.name for c in program.constants), *(s.output for s in program.steps)):
-        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-            raise ProgramError(
-                f"name {name[:MAX_NAME]!r} has {len(name)} characters; use 1 to {MAX_NAME}, all printable"
-            )
-    for constant in program.constants:
-        if constant.rows * constant.columns > MAX_EXPANSION * program.chunk**2:
+    if not 0 < len(inputs) <= MAX_PORTS:
+        raise ProgramError(f"{name}: {len(inputs)} inputs; a program has 1 to {MAX_PORTS}")
+    if len(steps) > MAX_STEPS:
+        raise ProgramError(f"{name}: {len(steps)} steps; at most {MAX_STEPS} are legal")
+    for text in (name, *(c.name for c in constants), *(s.output for s in steps)):
+        check_name(text)
+    largest = MAX_EXPANSION * max(math.prod(port.shape) for port in inputs)
+    for constant in constants:
+        if constant.rows * constant.columns > largest:
             raise ProgramError(
                 f"constant {constant.name!r} is {constant.rows} x {constant.columns}; "
-                f"at most {MAX_EXPANSION} times the size of M is legal"
+                f"at most {MAX_EXPANSION} times the size of the largest input is legal"
             )
 
 
-def _bounded(step: Step, shape: Shape, whole: Shape) -> Shape:
-    if math.prod(shape) > MAX_EXPANSION * math.prod(whole):
+def _bounded(step: Step, shape: Shape, largest: int) -> Shape:
+    if math.prod(shape) > MAX_EXPANSION * largest:
         raise ProgramError(
-            f"step {step.output!r}: shape {shape} has more than {MAX_EXPANSION} times the elements of M; "
-            "keep tensors smaller"
+            f"step {step.output!r}: shape {shape} has more than {MAX_EXPANSION} times the elements of the "
+            "largest input; keep tensors smaller"
         )
     return shape
 
@@ -115,14 +152,6 @@ def _check_zeros(step: Concat, others: set[str]) -> None:
             raise ProgramError(
                 f"step {step.output!r}: constant {name!r} is not all zeros; only zeros can be joined"
             )
-
-
-def _check_output(program: Program, shapes: Mapping[str, Shape], whole: Shape) -> None:
-    if shapes.get(program.output) != whole:
-        raise ProgramError(
-            f"{program.name}: output {program.output!r} must be a tensor of shape {whole}, "
-            f"got {shapes.get(program.output)}"
-        )
 
 
 def _output_shape(step: Step, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:

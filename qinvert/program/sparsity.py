@@ -7,23 +7,26 @@ what is known to be zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from qinvert.execution.tensors import constant_matrix
 from qinvert.program.evaluator import Evaluator
-from qinvert.program.program import Program
+from qinvert.program.ports import Port
+from qinvert.program.step_list import StepList
 from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 
 #: Where a tensor may differ from zero, ``[rows, columns]``, the same for all of its blocks.
 Support = npt.NDArray[np.bool_]
 
 
+@lru_cache(maxsize=256)
 def constant_support(constant: Constant) -> Support:
-    """Return the ones of a constant."""
-    support: Support = constant_matrix(constant).numpy() != 0
+    """Return the ones of a constant, ``[rows, columns]``; not to be written to."""
+    columns = np.arange(constant.columns)
+    starts, stops = np.array(constant.ones).T[..., None]
+    support: Support = (columns >= starts) & (columns < stops)
     return support
 
 
@@ -77,15 +80,23 @@ def _union(supports: list[Support]) -> Support:
     return union
 
 
-def strictly_lower(program: Program) -> set[str]:
-    """Return the tensors whose blocks are square and zero on the diagonal and above, whatever L is."""
+def port_support(port: Port) -> Support:
+    """Return where an input may differ from zero, whatever the data are."""
+    _, rows, columns = port.shape
+    return (
+        np.tri(rows, columns, -1, np.bool_)
+        if port.meaning.strictly_lower
+        else np.ones((rows, columns), np.bool_)
+    )
+
+
+def strictly_lower(program: StepList) -> set[str]:
+    """Return the tensors whose blocks are square, and zero on the diagonal and above, for any data."""
     found = set()
 
     def observe(name: str, support: Support) -> None:
         if support.shape[0] == support.shape[1] and not np.triu(support).any():
             found.add(name)
 
-    whole = np.tri(program.chunk, k=-1, dtype=np.bool_)
-    vectors: Mapping[str, Support] = {name: np.ones((program.chunk, 1), np.bool_) for name in program.vectors}
-    program.evaluate(SupportEvaluator(), whole, observe, vectors)
+    program.evaluate(SupportEvaluator(), {port.name: port_support(port) for port in program.inputs}, observe)
     return found

@@ -15,17 +15,13 @@ from typing import Final, NamedTuple, TypeAlias
 from qinvert.checks import check_power_of_two, is_float32
 from qinvert.errors import ProgramError
 
-#: Name of the one matrix that every program takes: M = -L, or K = M / beta (see `Program.vectors`).
-INPUT: Final = "M"
-#: Name of the vector input of factored programs, one number a row of M.
-BETA: Final = "beta"
 #: The rule is stable up to this beta; beyond it no range is bounded.
 MAX_BETA: Final = 2.0
 #: A smaller beta counts as this one: half precision holds it, and K = M / beta stays finite.
 MIN_BETA: Final = 2.0**-14
 #: Chunk sizes that block structure and the runtimes support.
 MAX_CHUNK: Final = 1024
-#: A tensor holds at most this many times the elements of M; the methods here need 1.
+#: A tensor holds at most this many times the elements of the largest port; the methods here need 1.
 MAX_EXPANSION: Final = 16
 #: Residual terms of one product; the methods here need 2.
 MAX_RESIDUALS: Final = 8
@@ -149,7 +145,7 @@ class Scale:
 
     output: str
     source: str
-    #: A vector input of the program.
+    #: An input of the program with one column, which nothing but scales may read.
     vector: str
     #: `Axis.ROWS` or `Axis.COLUMNS`.
     axis: Axis

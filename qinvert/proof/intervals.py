@@ -27,11 +27,13 @@ from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
 from qinvert.execution.tensors import TorchEvaluator, along
 from qinvert.formats import INT8, IntFormat
-from qinvert.numerics import rounding, scales
-from qinvert.numerics.accumulators import partial_factors, partial_products, planes
-from qinvert.plan.plan import LayerPlan
+from qinvert.numerics import rounding
+from qinvert.numerics.exact import planes
+from qinvert.plan.integer_product import IntegerProduct, Residual
 from qinvert.plan.quantization import Requantize
-from qinvert.program.steps import BETA, INPUT, MAX_BETA, MIN_BETA, MOVES, Add, MatMul, Rescale, Scale
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.program.ports import Meaning, Port
+from qinvert.program.steps import MAX_BETA, MIN_BETA, MOVES, Add, MatMul, Rescale, Scale
 
 #: Receives a tensor's name and its ends, low and high, each ``[blocks, rows, columns]``.
 Observer: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -66,16 +68,23 @@ class Intervals:
     cannot_saturate: tuple[str, ...]
 
 
-def propagate(plan: LayerPlan, limit: float | None = None, observe: Observer | None = None) -> Intervals:
-    """Return what holds for every M with ``|M[i, j]| <= limit`` below the diagonal and 0 elsewhere.
+def propagate(
+    plan: QuantizedProgram,
+    limit: float | Mapping[str, float] | None = None,
+    observe: Observer | None = None,
+) -> Intervals:
+    """Return what holds for all inputs whose magnitude stays within ``limit``.
+
+    Strictly lower triangular inputs are zero on the diagonal and above.
 
     Parameters
     ----------
-    plan : LayerPlan
-    limit : float, optional
-        In real units, such as max(beta); of K where the program is factored,
-        with beta in [0, 2].  None promises nothing about M or beta: their
-        quantization saturates, so the whole input grid is propagated.
+    plan : QuantizedProgram
+    limit : float or mapping, optional
+        In real units: of M, such as max(beta); of K where an inverse is
+        factored, with beta in [0, 2]; of every input by its name where the
+        program has others.  None promises nothing: the quantization of inputs
+        saturates, so that their whole grids are propagated.
     observe : callable, optional
         ``observe(name, low, high)`` receives the interval of every input and
         of every step's output.
@@ -83,10 +92,9 @@ def propagate(plan: LayerPlan, limit: float | None = None, observe: Observer | N
     Raises
     ------
     PlanError
-        If ``limit`` is no number of at least 0.
+        If a limit is not a number of at least 0, or of no input.
     """
-    hint = "pass the largest |M| (such as max(beta)), or None for any M"
-    bound = math.inf if limit is None else check_magnitude("limit", limit, PlanError, hint)
+    limits = _limits(plan, limit)
     evaluator = IntervalEvaluator(plan)
 
     def forward(name: str, value: torch.Tensor) -> None:
@@ -94,14 +102,33 @@ def propagate(plan: LayerPlan, limit: float | None = None, observe: Observer | N
             observe(name, *split(value))
 
     with torch.autocast("cpu", enabled=False):
-        vectors = {name: evaluator.vector(name, bound) for name in plan.program.vectors}
-        plan.program.evaluate(evaluator, evaluator.source(bound), forward, vectors)
+        inputs = {port.name: evaluator.source(port, limits[port.name]) for port in plan.program.inputs}
+        plan.program.evaluate(evaluator, inputs, forward)
     return Intervals(
         accumulators=evaluator.accumulators, cannot_saturate=_unsaturated(plan, evaluator.inside)
     )
 
 
-def _unsaturated(plan: LayerPlan, inside: Mapping[str, bool]) -> tuple[str, ...]:
+def _limits(plan: QuantizedProgram, limit: float | Mapping[str, float] | None) -> dict[str, float]:
+    """Return the largest magnitude of every input, infinite where nothing is promised."""
+    hint = "pass the largest |M| (such as max(beta)), or None for any M"
+    names = [port.name for port in plan.program.inputs]
+    if limit is None:
+        return dict.fromkeys(names, math.inf)
+    if not isinstance(limit, Mapping):
+        return dict.fromkeys(names, check_magnitude("limit", limit, PlanError, hint))
+    unknown = [name for name in limit if name not in names]
+    if unknown:
+        raise PlanError(
+            f"limit of {unknown[0]!r}, which is not an input; the program takes {', '.join(names)}"
+        )
+    found = {
+        name: check_magnitude(f"limit of {name}", value, PlanError, hint) for name, value in limit.items()
+    }
+    return {name: found.get(name, math.inf) for name in names}
+
+
+def _unsaturated(plan: QuantizedProgram, inside: Mapping[str, bool]) -> tuple[str, ...]:
     proved = dict(inside)
     for step in plan.program.steps:
         if isinstance(step, MOVES):
@@ -176,7 +203,7 @@ def _midpoint(interval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class IntervalEvaluator(TorchEvaluator):
     """Steps of one plan on intervals of integers, ``[blocks * 2, rows, columns]`` in float32."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: QuantizedProgram) -> None:
         super().__init__(2, torch.float32, torch.device("cpu"))
         self.plan = plan
         #: Filled by every product.
@@ -184,17 +211,17 @@ class IntervalEvaluator(TorchEvaluator):
         #: Filled by every rounding: whether its value lies on the format's grid before it saturates.
         self.inside: dict[str, bool] = {}
 
-    def source(self, limit: float) -> torch.Tensor:
-        """Return the interval of M for ``|M[i, j]| <= limit``."""
-        high = torch.full((1, self.plan.chunk, self.plan.chunk), limit, dtype=torch.float64).tril(-1)
-        return self._quantized(INPUT, join(-high, high))
-
-    def vector(self, name: str, limit: float) -> torch.Tensor:
-        """Return the interval of beta as rows are divided by it, `qinvert.matrices.row_factors`."""
-        assert name == BETA
-        largest = math.inf if limit == math.inf else MAX_BETA
-        low, high = (torch.full((1, self.plan.chunk, 1), end) for end in (MIN_BETA, largest))
-        return self._quantized(name, join(low, high))
+    def source(self, port: Port, limit: float) -> torch.Tensor:
+        """Return the interval of an input with ``|x| <= limit``."""
+        _, rows, columns = port.shape
+        if port.meaning is Meaning.BETA:
+            # As rows are divided by it, see `qinvert.matrices.row_factors`.
+            largest = math.inf if limit == math.inf else MAX_BETA
+            low, high = (torch.full((1, rows, columns), end) for end in (MIN_BETA, largest))
+            return self._quantized(port.tensor, join(low, high))
+        high = torch.full((1, rows, columns), limit, dtype=torch.float64)
+        high = high.tril(-1) if port.meaning.strictly_lower else high
+        return self._quantized(port.tensor, join(-high, high))
 
     def _quantized(self, name: str, ends: torch.Tensor) -> torch.Tensor:
         scale = self.plan.tensors[name].scale
@@ -208,20 +235,41 @@ class IntervalEvaluator(TorchEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        signed = [
-            *((name, 1, value) for name, value in zip(step.add, add, strict=True)),
-            *((name, -1, value) for name, value in zip(step.subtract, subtract, strict=True)),
-        ]
+        terms = dict(zip((*step.add, *step.subtract), (*add, *subtract), strict=True))
         lefts = self._planes(step.left, left)
         rights = self._planes(step.right, right, rounding.operand_planes)
-        if self.plan.requantize is Requantize.MULTIPLIER:
-            residuals = [self._residual(step, name, sign, q) for name, sign, q in signed]
-            terms = self._accumulators(step.output, product, lefts, rights, residuals)
-            return self._partial(step, terms)
-        terms = self._accumulators(step.output, product, lefts, rights, [])
-        for name, sign, q in signed:
-            terms += [(plane, sign * scale) for plane, scale in self._planes(name, q)]
-        return self._sum(step.output, terms)
+        return self._product(step, product, lefts, rights, terms)
+
+    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        lefts = self._planes(step.source, source)
+        rights = self._planes(step.vector, along(step, vector), rounding.operand_planes)
+        return self._product(step, elementwise, lefts, rights, {})
+
+    def _product(
+        self,
+        step: MatMul | Scale,
+        multiply: Multiply,
+        lefts: list[Term],
+        rights: list[Term],
+        terms: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        reading = self.plan.products[step.output]
+        totals, records = [], []
+        for part in reading.accumulators:
+            parts = [multiply(lefts[i][0], rights[j][0]) for i, j in part.pairs]
+            parts += [(r, magnitude(r)) for r in (self._residual(t, terms[t.tensor]) for t in part.residuals)]
+            total, largest = (torch.stack(p).sum(0) for p in zip(*parts, strict=True))
+            low, high = split(total)
+            records.append(Accumulator(int(low.min()), int(high.max()), int(largest.max())))
+            totals.append(total)
+        self.accumulators[step.output] = tuple(records)
+        if reading.requantize is Requantize.MULTIPLIER:
+            return self._partial(reading, totals)
+        units = [part.unit for part in reading.accumulators]
+        addends = [
+            (self._planes(name, terms[name])[plane][0], scale) for name, plane, scale in reading.addends
+        ]
+        return self._sum(step.output, [*zip(totals, units, strict=True), *addends])
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
@@ -235,31 +283,20 @@ class IntervalEvaluator(TorchEvaluator):
             step.output, lambda fmt: rounding.requantize_scaled(value, 1.0, step.factor, scale, fmt)
         )
 
-    def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        lefts = self._planes(step.source, source)
-        rights = self._planes(step.vector, along(step, vector), rounding.operand_planes)
-        terms = self._accumulators(step.output, elementwise, lefts, rights, [])
-        if self.plan.requantize is Requantize.DIVIDE:
-            return self._sum(step.output, terms)
-        return self._partial(step, terms)
-
-    def _partial(self, step: MatMul | Scale, terms: list[Term]) -> torch.Tensor:
-        name, factor, grid = step.output, self.plan.multiplier(step), self.plan.tensors[step.output]
-        totals = [total for total, _ in terms]
+    def _partial(self, reading: IntegerProduct, totals: list[torch.Tensor]) -> torch.Tensor:
+        name, factor, grid = reading.step.output, reading.factor, reading.output
         result = self._round(name, lambda fmt: rounding.requantize_partial(totals, factor, grid.scale, fmt))
-        for total, weighted in zip(totals, partial_factors(factor, len(totals)), strict=True):
+        for total, weighted in zip(totals, reading.factors, strict=True):
             part = rounding.requantize_multiplier(total, weighted, UNBOUNDED)
             legal = (grid.format.minimum <= part) & (part <= grid.format.maximum)
             self.inside[name] &= bool(legal.all())
         return result
 
-    def _residual(self, step: MatMul, name: str, sign: int, interval: torch.Tensor) -> list[torch.Tensor]:
-        """Intervals that a residual adds to every accumulator."""
-        if name == step.right:
-            planes = self._planes(name, interval, rounding.operand_planes)
-            factor = sign * self.plan.residual_factor(step, name)
-            return [scaled(plane, factor) for plane, _ in planes]
-        return [scaled(interval, sign * factor) for factor in self.plan.identity_planes(step, name)]
+    def _residual(self, term: Residual, interval: torch.Tensor) -> torch.Tensor:
+        """Interval of what a residual adds to an accumulator."""
+        if term.plane is not None:
+            interval = self._planes(term.tensor, interval, rounding.operand_planes)[term.plane][0]
+        return scaled(interval, term.factor)
 
     def _planes(
         self,
@@ -273,26 +310,6 @@ class IntervalEvaluator(TorchEvaluator):
             return terms
         high, (low, scale) = terms
         return [high, (_low_plane(high[0], low), scale)]
-
-    def _accumulators(
-        self,
-        output: str,
-        multiply: Multiply,
-        lefts: list[Term],
-        rights: list[Term],
-        residuals: list[list[torch.Tensor]],
-    ) -> list[Term]:
-        totals, records = [], []
-        for plane, pairs in enumerate(partial_products(len(lefts), len(rights))):
-            parts = [multiply(lefts[i][0], rights[j][0]) for i, j in pairs]
-            parts += [(residual[plane], magnitude(residual[plane])) for residual in residuals]
-            total, largest = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-            low, high = split(total)
-            records.append(Accumulator(int(low.min()), int(high.max()), int(largest.max())))
-            i, j = pairs[0]
-            totals.append((total, scales.product_scale(lefts[i][1], rights[j][1])))
-        self.accumulators[output] = tuple(records)
-        return totals
 
     def _sum(self, name: str, terms: list[Term]) -> torch.Tensor:
         (first, unit), *addends = [(_oriented(ends, scale), scale) for ends, scale in terms]

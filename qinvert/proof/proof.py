@@ -19,10 +19,10 @@ from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
 from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT
 from qinvert.numerics.scales import MIN_SCALE
-from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MIN_BETA, Scale
+from qinvert.program.steps import MIN_BETA, Scale
 from qinvert.proof.intervals import propagate
 
 
@@ -48,8 +48,8 @@ class Proof:
     may_saturate: dict[str, float]
     #: The rest has no proved range: calibration alone says how large it gets.
     unproved: tuple[str, ...]
-    #: Assumed largest |M|; None for any M.
-    limit: float | None
+    #: Assumed largest |M|, or of every input; None for any.
+    limit: float | Mapping[str, float] | None
     #: Assumed largest beta.
     max_beta: float
 
@@ -77,7 +77,7 @@ class Proof:
     def __str__(self) -> str:
         exact = "yes" if self.exact_in_float32 else "no"
         spare = min(self.headroom_bits.values(), default=(INT32_LIMIT - 1).bit_length())
-        inputs = "any M" if self.limit is None else f"|M| <= {self.limit:.3g}"
+        inputs = _promise(self.limit)
         lines = [
             f"accumulators: at most {self.accumulator_bound:,} ({self.accumulator_step}), "
             f"fit int32 with {spare} bits to spare; exact where emulated in float32: {exact}",
@@ -103,12 +103,22 @@ class Proof:
         return sum(map(len, groups))
 
 
-def prove(plan: LayerPlan, limit: float | None = None, max_beta: float = 1.0) -> Proof:
+def _promise(limit: float | Mapping[str, float] | None) -> str:
+    if limit is None:
+        return "any M"
+    if isinstance(limit, Mapping):
+        return ", ".join(f"|{name}| <= {value:.3g}" for name, value in limit.items())
+    return f"|M| <= {limit:.3g}"
+
+
+def prove(
+    plan: QuantizedProgram, limit: float | Mapping[str, float] | None = None, max_beta: float = 1.0
+) -> Proof:
     """Return the facts; a plan that exists already satisfies the int32 limit.
 
     Parameters
     ----------
-    plan : LayerPlan
+    plan : QuantizedProgram
     limit : float, optional
         Guaranteed largest |M|, in real units (|K| where the program is
         factored).  None promises nothing: M saturates where it is quantized.
@@ -143,15 +153,20 @@ def prove(plan: LayerPlan, limit: float | None = None, max_beta: float = 1.0) ->
 
 
 def _bounds(program: Program, max_beta: float) -> dict[str, float]:
+    """Return the proved ranges: those of the steps, and of the inputs of an inverse."""
+    bounds = {s.output: s.bound for s in program.steps if s.bound is not None}
+    if not program.is_inverse:
+        return {name: bound * max_beta for name, bound in bounds.items()}
     # |M[i, j]| = beta_i |<k_i, k_j>| exp(G_i - G_j), and decay never grows.
-    bounds = {INPUT: 1.0} | {s.output: s.bound for s in program.steps if s.bound is not None}
-    if not program.vectors:
+    ports = program.inverse_ports
+    bounds = {ports.matrix: 1.0} | bounds
+    if ports.beta is None:
         return {name: bound * max_beta for name, bound in bounds.items()}
     # K = M / beta and W hold no beta; the divisor is at least MIN_BETA.
     largest = max(max_beta, MIN_BETA)
     scaled = {step.output for step in program.steps if isinstance(step, Scale)}
     bounds = {name: bound * (largest if name in scaled else 1.0) for name, bound in bounds.items()}
-    return bounds | dict.fromkeys(program.vectors, largest)
+    return bounds | {ports.beta: largest}
 
 
 def _covers(grid: Quantization, bound: float) -> bool:

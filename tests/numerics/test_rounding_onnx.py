@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from qinvert.formats import INT8, INT16, UINT8
 from qinvert.numerics import rounding
-from qinvert.numerics.accumulators import integer_matmul
+from qinvert.numerics.exact import integer_matmul
 from qinvert.numerics.scales import float32, multiplier, product_scale
 
 TYPES = {INT8: TensorProto.INT8, UINT8: TensorProto.UINT8, INT16: TensorProto.INT16}

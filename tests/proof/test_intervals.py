@@ -23,7 +23,7 @@ from qinvert.methods import (
     newton_schulz,
 )
 from qinvert.numerics import rounding, scales
-from qinvert.numerics.accumulators import dot_scalar
+from qinvert.numerics.exact import dot_scalar
 from qinvert.numerics.accumulators import planes as exact_planes
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize

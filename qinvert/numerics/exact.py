@@ -1,0 +1,56 @@
+"""What is exact on torch tensors: planes of integers, and products of integers.
+
+Values wider than int8 enter int8 products as planes; those that must be
+rounded for it are split by `qinvert.numerics.rounding.operand_planes`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qinvert.formats import PLANE_RATIO, IntFormat
+from qinvert.numerics.accumulators import BFLOAT16_EXACT, FLOAT32_EXACT, check_accumulator
+
+
+def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
+    """Return (integers, scale) of every plane, high first: the value is ``sum_i integers_i * scale_i``."""
+    if fmt.planes == 1:
+        return [(q - fmt.zero_point if fmt.zero_point else q, scale)]
+    high = torch.floor((q + PLANE_RATIO // 2) / PLANE_RATIO)
+    return [(high, PLANE_RATIO * scale), (q - PLANE_RATIO * high, scale)]
+
+
+def dot_scalar(left: list[int], right: list[int]) -> int:
+    """``sum_k left[k] * right[k]`` in Python integers, which never wrap."""
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int, magnitude: int = 128) -> torch.Tensor:
+    """Exact ``left @ right`` of integer-valued tensors.
+
+    Parameters
+    ----------
+    left, right : torch.Tensor
+        Integer-valued float32, shapes ``(..., m, k)`` and ``(..., k, n)``.
+    bound : int
+        Largest magnitude that the accumulator can reach, proved by the plan.
+    magnitude : int
+        Largest magnitude of an operand's value; int8's by default.
+
+    Returns
+    -------
+    torch.Tensor
+        Integer-valued float32 if ``bound < 2**24`` (every partial sum is then
+        exact, in any order and with any fused kernel) and ``magnitude <= 256``
+        (operands are then exact as TF32 and bfloat16, too, which torch may
+        convert them to), else float64.
+
+    Raises
+    ------
+    PlanError
+        If ``bound`` does not fit an int32 accumulator.
+    """
+    check_accumulator(bound)
+    if bound < FLOAT32_EXACT and magnitude <= BFLOAT16_EXACT:
+        return left @ right
+    return left.to(torch.float64) @ right.to(torch.float64)

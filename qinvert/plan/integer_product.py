@@ -1,0 +1,291 @@
+"""What a product means in integers: the one reading of it, as data.
+
+A step ``left @ right + residuals`` (or the elementwise product of a `Scale`)
+becomes accumulators of int8 products.  Which planes meet in which accumulator,
+what one step of an accumulator is worth, how residual terms join, and how the
+accumulators become integers again is decided here.  Simulator, intervals,
+kernels, lowering, cost and the planner's noise model ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from qinvert.errors import PlanError
+from qinvert.formats import IntFormat
+from qinvert.numerics.accumulators import operand_magnitudes, partial_factors, partial_products, plane_scales
+from qinvert.numerics.scalar import operand_planes_scalar, planes_scalar
+from qinvert.numerics.scales import multiplier, product_scale
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.steps import MatMul, Scale
+
+
+class PlanePair(NamedTuple):
+    """Which plane of the left operand meets which one of the right, high planes first."""
+
+    left: int
+    right: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanePairs:
+    """The products of planes of two operands."""
+
+    #: Pairs of one weight share an accumulator; heaviest first.
+    groups: tuple[tuple[PlanePair, ...], ...]
+    #: Whether the product of the low planes of both operands is left out: it stays below one step
+    #: of a 16-bit result.
+    drops_low: bool
+
+    @property
+    def count(self) -> int:
+        """Products of planes that are computed."""
+        return sum(map(len, self.groups))
+
+
+def plane_pairs(left: IntFormat, right: IntFormat) -> PlanePairs:
+    """Return the products of planes of a left and a right operand of these formats."""
+    counts = len(operand_magnitudes(left, right=False)), len(operand_magnitudes(right, right=True))
+    groups = tuple(tuple(PlanePair(*pair) for pair in group) for group in partial_products(*counts))
+    return PlanePairs(groups=groups, drops_low=sum(map(len, groups)) < counts[0] * counts[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """A term that joins an accumulator as an exact integer."""
+
+    #: Tensor that is added.
+    tensor: str
+    #: Its plane as a right operand; None for the integers as they are stored.
+    plane: int | None
+    #: Accumulator steps that one of its steps is worth, negative where it is subtracted.
+    factor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accumulator:
+    """One int32 sum of products of planes, residual terms included."""
+
+    #: Products that it sums.
+    pairs: tuple[PlanePair, ...]
+    #: Real value of one step.
+    unit: float
+    #: Terms that join it as integers; none where the plan divides.
+    residuals: tuple[Residual, ...]
+    #: Largest magnitude, from formats and shapes alone.
+    bound: int
+
+
+class Addend(NamedTuple):
+    """A plane of a residual term that joins as a float32 product, where the plan divides."""
+
+    tensor: str
+    plane: int
+    #: Real value of one step, negative where it is subtracted.
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerProduct:
+    """A product of a plan, as every interpreter of integers reads it.
+
+    With `Requantize.MULTIPLIER` each accumulator, its residuals included, is
+    multiplied by its one of `factors`, rounded, and the results are added.
+    With `Requantize.DIVIDE` the accumulators times their units and the
+    `addends` are summed in float32, from left to right, and divided by the
+    output's scale.
+    """
+
+    step: MatMul | Scale
+    left: Quantization
+    right: Quantization
+    output: Quantization
+    requantize: Requantize
+    #: Heaviest first.
+    accumulators: tuple[Accumulator, ...]
+    #: In the order in which they are added; empty with `Requantize.MULTIPLIER`.
+    addends: tuple[Addend, ...]
+
+    @property
+    def factor(self) -> float:
+        """``float32(float32(sa sb) / sy)``: from the lightest accumulator to integers of the output.
+
+        Raises
+        ------
+        PlanError
+            If it overflows.
+        """
+        return multiplier(self.left.scale, self.right.scale, self.output.scale)
+
+    @property
+    def factors(self) -> list[float]:
+        """`factor` of every accumulator."""
+        return partial_factors(self.factor, len(self.accumulators))
+
+    @property
+    def bound(self) -> int:
+        """Largest magnitude that any of the accumulators can reach."""
+        return max(accumulator.bound for accumulator in self.accumulators)
+
+    @property
+    def magnitude(self) -> int:
+        """Largest magnitude of a plane of an operand."""
+        left, right = self.left.format, self.right.format
+        return max(*operand_magnitudes(left, right=False), *operand_magnitudes(right, right=True))
+
+    @property
+    def cost(self) -> int:
+        """int8 products that the product costs: three for int8x2, four halves for int16."""
+        count = sum(len(accumulator.pairs) for accumulator in self.accumulators)
+        return count * self.left.format.container_bits // 8
+
+    def identity(self, term: str) -> int:
+        """Integer that means 1.0 on the grid of the operand that the residual ``term`` is not.
+
+        ``left @ right + right = (left + I) @ right``: on left's grid the
+        identity is the integer ``k`` with ``float32(1 / k) = scale(left)``, so
+        the term enters the accumulator as ``k q``, exactly.
+
+        Raises
+        ------
+        PlanError
+            If the term is neither operand, or the other operand's scale is
+            not a float32 reciprocal of an integer.
+        """
+        partner, grid = self._partner(term)
+        if not grid.one:
+            raise PlanError(
+                f"step {self.step.output!r}: 1.0 is no integer on the grid of {partner!r} "
+                f"(scale {grid.scale!r}); use a scale 1/k or requantize='divide'"
+            )
+        return grid.one
+
+    def identity_blocks(self, term: str) -> list[int]:
+        """Integers that one operand can hold and that add up to `identity`."""
+        _, grid = self._partner(term)
+        full, rest = divmod(self.identity(term), grid.largest_one)
+        return [grid.largest_one] * full + [rest] * (rest > 0)
+
+    def identity_planes(self) -> list[int]:
+        """Integers that mean 1.0 on the planes of the right operand: factors of a residual left operand."""
+        left, _ = _operands(self.step)
+        planes = [
+            operand_planes_scalar(block, self.right.scale, self.right.format)
+            for block in self.identity_blocks(left)
+        ]
+        return [sum(q for q, _ in plane) for plane in zip(*planes, strict=True)]
+
+    def _partner(self, term: str) -> tuple[str, Quantization]:
+        left, right = _operands(self.step)
+        if term not in (left, right):
+            raise PlanError(
+                f"step {self.step.output!r}: residual {term!r} is no operand of the product; "
+                "plan it with requantize='divide'"
+            )
+        return (left, self.left) if term == right else (right, self.right)
+
+
+def integer_product(
+    step: MatMul | Scale, grids: Mapping[str, Quantization], requantize: Requantize, depth: int
+) -> IntegerProduct:
+    """Return what a product means under the grids of its tensors.
+
+    Parameters
+    ----------
+    step : MatMul or Scale
+        A `Scale` has its vector for the right operand, and a depth of 1.
+    grids : mapping
+        Quantization of every tensor that the step names.
+    requantize : Requantize
+    depth : int
+        Columns of the left operand: products that one element sums.
+
+    Raises
+    ------
+    PlanError
+        If a residual term is not an exact integer of its accumulator, where
+        the plan requantizes by one factor.
+    """
+    left, right = (grids[name] for name in _operands(step))
+    bare = IntegerProduct(
+        step=step,
+        left=left,
+        right=right,
+        output=grids[step.output],
+        requantize=requantize,
+        accumulators=(),
+        addends=(),
+    )
+    terms = _signed_terms(step)
+    exact = requantize is Requantize.MULTIPLIER
+    residuals = _residuals(bare, terms) if exact else {}
+    groups = plane_pairs(left.format, right.format).groups
+    return replace(
+        bare,
+        accumulators=tuple(
+            _accumulator(bare, pairs, depth, residuals.get(i, ()), grids) for i, pairs in enumerate(groups)
+        ),
+        addends=() if exact else tuple(_addends(terms, grids)),
+    )
+
+
+def _operands(step: MatMul | Scale) -> tuple[str, str]:
+    return (step.left, step.right) if isinstance(step, MatMul) else (step.source, step.vector)
+
+
+def _signed_terms(step: MatMul | Scale) -> list[tuple[int, str]]:
+    if isinstance(step, Scale):
+        return []
+    return [*((1, name) for name in step.add), *((-1, name) for name in step.subtract)]
+
+
+def _residuals(product: IntegerProduct, terms: list[tuple[int, str]]) -> dict[int, tuple[Residual, ...]]:
+    """Residual terms by the number of the accumulator that they join."""
+    _, right = _operands(product.step)
+    count = len(operand_magnitudes(product.right.format, right=True))
+    found: dict[int, tuple[Residual, ...]] = {}
+    for sign, name in terms:
+        factors = [product.identity(name)] * count if name == right else _left_factors(product, name)
+        for i, factor in enumerate(factors):
+            plane = i if name == right and count > 1 else None
+            found[i] = (*found.get(i, ()), Residual(tensor=name, plane=plane, factor=sign * factor))
+    return found
+
+
+def _left_factors(product: IntegerProduct, name: str) -> list[int]:
+    # Names the term that is no operand before anything is split.
+    product.identity(name)
+    return product.identity_planes()
+
+
+def _accumulator(
+    product: IntegerProduct,
+    pairs: tuple[PlanePair, ...],
+    depth: int,
+    residuals: tuple[Residual, ...],
+    grids: Mapping[str, Quantization],
+) -> Accumulator:
+    left, right = product.left, product.right
+    lefts, rights = operand_magnitudes(left.format, right=False), operand_magnitudes(right.format, right=True)
+    units = (
+        plane_scales(left.format, left.scale, right=False),
+        plane_scales(right.format, right.scale, right=True),
+    )
+    bound = sum(depth * lefts[pair.left] * rights[pair.right] for pair in pairs)
+    bound += sum(abs(term.factor) * _reach(term, grids[term.tensor].format) for term in residuals)
+    unit = product_scale(units[0][pairs[0].left], units[1][pairs[0].right])
+    return Accumulator(pairs=pairs, unit=unit, residuals=residuals, bound=bound)
+
+
+def _reach(term: Residual, fmt: IntFormat) -> int:
+    """Largest magnitude of what the term adds for each of its factor."""
+    return fmt.magnitude if term.plane is None else operand_magnitudes(fmt, right=True)[term.plane]
+
+
+def _addends(terms: list[tuple[int, str]], grids: Mapping[str, Quantization]) -> Iterator[Addend]:
+    for sign, name in terms:
+        grid = grids[name]
+        for plane, (_, scale) in enumerate(planes_scalar(0, grid.scale, grid.format)):
+            yield Addend(name, plane, sign * scale)

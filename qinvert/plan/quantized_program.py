@@ -1,0 +1,86 @@
+"""A program with a grid for every tensor: what simulator, kernels, proof and lowering take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from qinvert.numerics.accumulators import check_accumulator
+from qinvert.plan.integer_product import IntegerProduct, integer_product
+from qinvert.plan.quantization import (
+    Quantization,
+    Requantize,
+    check_moves,
+    check_names,
+    check_single_planes,
+    requantize_named,
+)
+from qinvert.program.program import Program
+from qinvert.program.steps import MatMul, Scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedProgram:
+    """A program, the grid of every tensor, and how products become integers again.
+
+    Invariants: every tensor of the program has a quantization and no other
+    name has one; tensors that slices, masks and concats connect share it;
+    every accumulator fits int32; with `Requantize.MULTIPLIER`, residual terms
+    are exact integers of the accumulator (see `IntegerProduct.identity`).
+
+    Raises
+    ------
+    PlanError
+        At construction, naming the tensor and the remedy.
+    """
+
+    program: Program
+    tensors: Mapping[str, Quantization]
+    requantize: Requantize
+    #: What every MatMul and Scale means in integers, by its output; derived.
+    products: Mapping[str, IntegerProduct] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "requantize", requantize_named(self.requantize))
+        check_names(self.program, self.tensors)
+        # In the program's order: equal plans must give equal files.
+        ordered = {name: self.tensors[name] for name in self.program.tensors}
+        object.__setattr__(self, "tensors", MappingProxyType(ordered))
+        check_moves(self.program, self.tensors)
+        if self.requantize is Requantize.MULTIPLIER:
+            check_single_planes(self.tensors)
+        object.__setattr__(self, "products", MappingProxyType(self._read_products()))
+        for product in self.products.values():
+            check_accumulator(product.bound)
+            if self.requantize is Requantize.MULTIPLIER:
+                # Refuses factors that overflow.
+                _ = product.factor
+
+    def _read_products(self) -> dict[str, IntegerProduct]:
+        found = {}
+        for step in self.program.steps:
+            if isinstance(step, (MatMul, Scale)):
+                depth = self.program.shapes[step.left].columns if isinstance(step, MatMul) else 1
+                found[step.output] = integer_product(step, self.tensors, self.requantize, depth)
+        return found
+
+    @property
+    def chunk(self) -> int:
+        """Size C of a chunk."""
+        return self.program.chunk
+
+    @property
+    def input(self) -> Quantization:
+        """Grid of the first input: of M = -L, or of K where an inverse is factored."""
+        return self.tensors[self.program.inputs[0].tensor]
+
+    @property
+    def output(self) -> Quantization:
+        """Grid of the first output."""
+        return self.tensors[self.program.outputs[0].tensor]
+
+    @property
+    def formats(self) -> str:
+        """Names of the formats in use, joined by ``+``."""
+        return "+".join(dict.fromkeys(q.format.name for q in self.tensors.values()))
