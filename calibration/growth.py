@@ -10,7 +10,7 @@ import torch
 from qinvert.calibration.observation.statistics import RangeObserver
 from qinvert.calibration.sources import check_size
 from qinvert.matrices import solve
-from qinvert.methods import neumann_doubling
+from qinvert.methods.neumann_doubling import neumann_doubling
 from qinvert.program.steps import INPUT
 
 

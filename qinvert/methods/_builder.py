@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from qinvert.program.program import Program
 from qinvert.program.steps import (
+    BETA,
+    INPUT,
     Add,
     Axis,
     Concat,
@@ -21,9 +23,23 @@ from qinvert.program.steps import (
 
 
 class Builder:
-    """Append-only list of steps and constants."""
+    """Append-only list of steps and constants of one program.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    chunk : int
+        Size C of the matrices.
+    factored : bool
+        Whether the program takes beta as an input of its own.
+    """
+
+    def __init__(self, chunk: int, factored: bool = False) -> None:
+        self.chunk = chunk
+        self.factored = factored
+        #: Name of the input matrix: M, or K of a factored program.
+        self.matrix = INPUT
+        #: Name of the input vector; only a factored program has it.
+        self.beta = BETA
         self.steps: list[Step] = []
         self.constants: dict[str, Constant] = {}
 
@@ -77,22 +93,15 @@ class Builder:
             names.append(source.name if isinstance(source, Constant) else source)
         return self._append(Concat(output=output, sources=tuple(names), axis=axis, bound=bound))
 
-    def program(
-        self,
-        name: str,
-        chunk: int,
-        parameters: Mapping[str, int | str],
-        output: str,
-        vectors: tuple[str, ...] = (),
-    ) -> Program:
+    def program(self, name: str, parameters: Mapping[str, int | str], output: str) -> Program:
         return Program(
             name=name,
-            chunk=chunk,
+            chunk=self.chunk,
             parameters=dict(parameters),
             constants=tuple(self.constants.values()),
             steps=tuple(self.steps),
             output=output,
-            vectors=vectors,
+            vectors=(self.beta,) if self.factored else (),
         )
 
     def _append(self, step: Step) -> str:
