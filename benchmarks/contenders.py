@@ -20,7 +20,7 @@ from qinvert.export.exporting import build, serialize
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.formats import INT4, INT8, INT16
 from qinvert.profiles import PROFILES
-from qinvert.program.steps import INPUT
+from qinvert.program.ports import MATRIX
 from qinvert.stress import stress_matrices
 
 #: Matrices to calibrate on.
@@ -121,7 +121,7 @@ def graph(chunk: int, batch: int, name: str) -> onnx.ModelProto:
         return float_graph(qinvert.block_merge(chunk, layout="masked"), batch)
     if name == ROWS:
         return row_loop(chunk, batch)
-    return build(plan(chunk, name), profile=name, batch=batch, input=INPUT)
+    return build(plan(chunk, name), profile=name, batch=batch, input=MATRIX)
 
 
 @cache

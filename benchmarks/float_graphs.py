@@ -9,8 +9,9 @@ from qinvert.execution.tensors import constant_matrix
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.lowering.tensors import AXES
 from qinvert.program.evaluator import Evaluator
+from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 
 #: Operator set of the graphs.
 OPSET = 19
@@ -84,7 +85,9 @@ class FloatLowering(Evaluator[str]):
 def float_graph(program: Program, batch: int) -> onnx.ModelProto:
     """Return ``T = (I - M)^-1`` by the steps of a program in float32, ``[1, batch, C, C]``."""
     graph, shape = GraphBuilder(), [1, batch, program.chunk, program.chunk]
-    result = program.evaluate(FloatLowering(program, batch, graph), graph.input(INPUT, shape))
+    (result,) = program.evaluate(
+        FloatLowering(program, batch, graph), {MATRIX: graph.input(MATRIX, shape)}
+    ).values()
     graph.output(_plus_identity(graph, result, shape))
     return graph.model(program.name, OPSET, {}, program.title)
 
@@ -97,7 +100,7 @@ def row_loop(chunk: int, batch: int) -> onnx.ModelProto:
     """
     graph, shape = GraphBuilder(), [1, batch, chunk, chunk]
     rows_first = [chunk, 1, batch, chunk]
-    total = graph.input(INPUT, shape)
+    total = graph.input(MATRIX, shape)
     for i in range(1, chunk):
         row = _appended(graph, total, f"row_{i}", i, batch, chunk)
         turned = graph.node("Transpose", [total], f"row_{i}/turned", rows_first, perm=[2, 0, 1, 3])

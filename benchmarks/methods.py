@@ -14,10 +14,11 @@ import torch
 from timing import Call, interleaved
 
 import qinvert
-from qinvert.execution.floating import run_checked
+from qinvert.execution.floating import run_systems
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.simulation import simulate_inverse
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 #: Simulations beside the graph that computes the same integers.
 PAIRS = (
@@ -50,10 +51,10 @@ def contenders(lower: torch.Tensor) -> dict[str, Call]:
         "torch.linalg.solve_triangular float32": lambda: torch.linalg.solve_triangular(
             lower, eye, upper=False, unitriangular=True
         ),
-        "block_merge float32": lambda: run_checked(merge, lower, torch.float32),
-        "neumann_doubling float32": lambda: run_checked(doubling, lower, torch.float32),
-        "simulator int8, base 4": lambda: simulate_inverse(plan.layer(), lower),
-        "simulator int8, tile 16": lambda: simulate_inverse(direct.layer(), lower),
+        "block_merge float32": lambda: run_systems(merge, Systems(lower=lower), torch.float32),
+        "neumann_doubling float32": lambda: run_systems(doubling, Systems(lower=lower), torch.float32),
+        "simulator int8, base 4": lambda: simulate_inverse(plan.layer(), Systems(lower=lower)),
+        "simulator int8, tile 16": lambda: simulate_inverse(direct.layer(), Systems(lower=lower)),
         "onnxruntime npu-qdq-int8, base 4": graph(plan, "npu-qdq-int8", lower),
         "onnxruntime int-ops, tile 16": graph(direct, "int-ops", lower),
     }

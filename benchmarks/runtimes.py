@@ -17,7 +17,7 @@ from timing import interleaved
 
 from qinvert.export.exporting import serialize
 from qinvert.profiles import PROFILES
-from qinvert.program.steps import INPUT
+from qinvert.program.ports import MATRIX
 from qinvert.stress import stress_matrices
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -49,7 +49,7 @@ def export_seconds(profile: str) -> tuple[float, int, int]:
 def spent(profile: str, batch: int) -> dict[str, tuple[int, float]]:
     """Return nodes and microseconds a matrix by operator, onnxruntime on one thread."""
     lower = stress_matrices("correlated_keys", batch, 64, seed=1)
-    found = operator_seconds(serialize(graph(64, batch, profile)), {INPUT: -lower[None].numpy()})
+    found = operator_seconds(serialize(graph(64, batch, profile)), {MATRIX: -lower[None].numpy()})
     return {operator: (count, 1e6 * value / batch) for operator, (count, value) in found.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 from qinvert.calibration.observation.statistics import RangeObserver
 from qinvert.calibration.sources import check_size
 from qinvert.execution.inputs import program_inputs
-from qinvert.methods import neumann_doubling
+from qinvert.methods.neumann_doubling import neumann_doubling
 from qinvert.systems import Systems
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.heads import is_split, layer_name, split_heads
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems

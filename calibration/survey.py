@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from qinvert.calibration.calibrate import calibrate
 from qinvert.calibration.simulate import LayerReport, simulate
-from qinvert.methods import METHODS, block_merge, find_method
+from qinvert.methods import METHODS, find_method
+from qinvert.methods.block_merge import block_merge
 from qinvert.program.program import Program
 from qinvert.stress import STRESS, stress_matrices
 

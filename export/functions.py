@@ -203,9 +203,7 @@ def _append_call(
     shapes = interface.inputs(plan)
     inputs = [graph.input(f"{layer}/{name}", shapes[name]) for name in function.input]
     elements = interface.elements(plan, profile)
-    results = {
-        f"{layer}/{name}": (shape, elements[name]) for name, shape in interface.outputs(plan).items()
-    }
+    results = {f"{layer}/{name}": (shape, elements[name]) for name, shape in interface.outputs(plan).items()}
     graph.call(function, inputs, layer, results)
     for name in results:
         graph.output(name)

@@ -88,8 +88,8 @@ class Interface:
             ports = self.input is GraphInput.PORTS
             if ports != (self.output is GraphOutput.PORTS):
                 raise ExportError(
-                    f"input {str(self.input)!r} does not go with output {str(self.output)!r}; inverses return "
-                    "'T', other programs their 'ports', both 'integers'"
+                    f"input {str(self.input)!r} does not go with output {str(self.output)!r}; inverses "
+                    "return 'T', other programs their 'ports', both 'integers'"
                 )
 
     @staticmethod
@@ -180,7 +180,8 @@ class Interface:
             return {port.name: "T" for port in plan.program.outputs}
         taken = {port.name for port in plan.program.inputs}
         return {
-            port.name: f"{port.name}_out" if port.name in taken else port.name for port in plan.program.outputs
+            port.name: f"{port.name}_out" if port.name in taken else port.name
+            for port in plan.program.outputs
         }
 
     def result_names(self, plan: QuantizedProgram) -> dict[str, str]:
@@ -204,7 +205,8 @@ class Interface:
             given = "computes an inverse" if ports else "does not compute an inverse"
             legal = [kind for kind in GraphInput if (kind is GraphInput.PORTS) is not ports]
             raise ExportError(
-                f"{plan.program.title} {given}, input {str(self.input)!r} does not fit; use {' or '.join(legal)}"
+                f"{plan.program.title} {given}, so that input {str(self.input)!r} does not fit; "
+                f"use {' or '.join(legal)}"
             )
 
     def elements(self, plan: QuantizedProgram, profile: Profile) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.formats import INT8
@@ -15,8 +16,8 @@ from qinvert.methods import block_merge
 from qinvert.metrics import ErrorStatistics, NoiseStatistics, floor_inverse
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
-from qinvert.program.program import Program
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 
 def unit(chunk: int = 4, count: int = 1, **entries: float) -> torch.Tensor:
@@ -139,7 +140,7 @@ def test_the_floor_inverts_the_quantized_matrix_and_rounds_once(plan, solved):
     lower = stress_matrices("half_random", 8, 16)
     steps = np.rint(-lower.numpy() / np.float32(plan.input.scale)).clip(-128, 127)
     exact = solved(torch.from_numpy(-steps * np.float64(np.float32(plan.input.scale))))
-    floor = floor_inverse(plan, lower).double()
+    floor = floor_inverse(plan, Systems(lower=lower)).double()
     integers = torch.tril(floor, -1) / plan.output.scale
     assert torch.allclose(integers, integers.round(), atol=1e-4)
     assert (floor - exact).abs().max() <= plan.output.scale * 0.501
@@ -150,20 +151,20 @@ def test_the_floor_inverts_the_quantized_matrix_and_rounds_once(plan, solved):
 def test_the_floor_is_the_plan_where_nothing_is_lost(plan):
     lower = torch.zeros(2, 16, 16)
     lower[:, 7, 3] = 40 * plan.input.scale
-    assert torch.equal(floor_inverse(plan, lower), plan.inverse(lower))
+    assert torch.equal(floor_inverse(plan, Systems(lower=lower)), plan.inverse(lower))
 
 
 def test_the_floor_keeps_leading_dimensions(plan):
     lower = stress_matrices("half_random", 6, 16)
-    nested = floor_inverse(plan, lower.reshape(2, 3, 16, 16))
-    assert torch.equal(nested.reshape(6, 16, 16), floor_inverse(plan, lower))
+    nested = floor_inverse(plan, Systems(lower=lower.reshape(2, 3, 16, 16)))
+    assert torch.equal(nested.reshape(6, 16, 16), floor_inverse(plan, Systems(lower=lower)))
 
 
 def test_the_floor_of_an_explicit_inverse_rounds_the_identity_too():
     grid = Quantization(format=INT8, scale=2.0**-8)
-    program = Program(name="test", chunk=4, implicit_identity=False)
+    program = inverse_program(identity=True)
     plan = LayerPlan(program=program, tensors={"M": grid}, requantize=Requantize.DIVIDE)
-    floor = floor_inverse(plan, torch.zeros(4, 4))
+    floor = floor_inverse(plan, Systems(lower=torch.zeros(4, 4)))
     assert torch.equal(floor, torch.eye(4) * 127 / 256)
 
 
@@ -184,7 +185,7 @@ def mean_relative_error(name: str, base: int | str) -> float:
     lower = stress_matrices(name, 32, 64)
     plan = qinvert.calibrate(lower, method=block_merge(64, 4 if base == "floor" else base)).layer()
     exact = qinvert.exact_inverse(lower)
-    error = (floor_inverse(plan, lower) if base == "floor" else plan.inverse(lower)) - exact
+    error = (floor_inverse(plan, Systems(lower=lower)) if base == "floor" else plan.inverse(lower)) - exact
     return float((torch.linalg.matrix_norm(error) / torch.linalg.matrix_norm(exact)).mean())
 
 
@@ -203,5 +204,5 @@ def test_one_correction_reaches_the_floor(name):
     plan = qinvert.calibrate(lower, method=block_merge(64, 4, corrections=1)).layer()
     exact = qinvert.exact_inverse(lower)
     achieved = measured(plan.inverse(lower), exact).sqnr_db
-    floor = measured(floor_inverse(plan, lower), exact).sqnr_db
+    floor = measured(floor_inverse(plan, Systems(lower=lower)), exact).sqnr_db
     assert floor - 1 < achieved < floor + 1

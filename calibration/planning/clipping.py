@@ -70,9 +70,7 @@ def clip_ranges(
     return {name: min(r, clipped[groups[name]]) for name, r in ranges.items()}
 
 
-def _group_values(
-    program: Program, groups: Mapping[str, str], sample: Systems
-) -> dict[str, torch.Tensor]:
+def _group_values(program: Program, groups: Mapping[str, str], sample: Systems) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {group: [] for group in groups.values()}
     moved = {s.output for s in program.steps if isinstance(s, MOVES)}
 

@@ -124,8 +124,6 @@ def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     powers = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
     caps = {name: HEADROOM * scale if name in powers else scale for name in free}
     return {
-        name: max(r, min(HEADROOM * r, caps[name]))
-        if name in caps
-        else max(r, floors.get(name, source))
+        name: max(r, min(HEADROOM * r, caps[name])) if name in caps else max(r, floors.get(name, source))
         for name, r in ranges.items()
     }

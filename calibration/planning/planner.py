@@ -72,9 +72,7 @@ class Candidate:
             if found.requantize is Requantize.MULTIPLIER and fmt.container_bits > INT8.container_bits
         ]
         tensors = [found.tensors for found in grids.values()]
-        return measure_sensitivities(
-            self.program, tensors, self._sample, self.truth, partial=partial
-        )
+        return measure_sensitivities(self.program, tensors, self._sample, self.truth, partial=partial)
 
     def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
         """One format for every group of tensors that share a grid."""
@@ -84,9 +82,7 @@ class Candidate:
         key = tuple(formats.values())
         if key not in self._known:
             by_tensor = {name: formats[group] for name, group in self.groups.items()}
-            self._known[key] = choose_grids(
-                self.program, self._ranges, self._sample, by_tensor, self._rules
-            )
+            self._known[key] = choose_grids(self.program, self._ranges, self._sample, by_tensor, self._rules)
         return self._known[key]
 
     def plan(self, formats: Mapping[str, IntFormat]) -> LayerPlan:

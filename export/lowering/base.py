@@ -62,7 +62,9 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     Subclasses say how a value is read (`source`) and finished.
     """
 
-    def __init__(self, plan: QuantizedProgram, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
+    def __init__(
+        self, plan: QuantizedProgram, profile: Profile, interface: Interface, graph: GraphBuilder
+    ) -> None:
         super().__init__(plan, profile, interface, graph)
         #: Quantized vector inputs, by their names along rows or columns.
         self.factors: dict[str, Value] = {}

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import ANY_BATCH, GraphOutput, Interface
 from qinvert.formats import INT8, IntFormat
-from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.quantization import Quantization
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
 from qinvert.program.sparsity import Support
 from qinvert.program.steps import Axis, Rescale, Scale, Slice
@@ -37,7 +37,9 @@ class ProgramTensors(ABC):
     batch, rows, columns]``: no index depends on the batch.
     """
 
-    def __init__(self, plan: QuantizedProgram, profile: Profile, interface: Interface, graph: GraphBuilder) -> None:
+    def __init__(
+        self, plan: QuantizedProgram, profile: Profile, interface: Interface, graph: GraphBuilder
+    ) -> None:
         self.plan = plan
         self.profile = profile
         self.batch = interface.batch
@@ -64,7 +66,7 @@ class ProgramTensors(ABC):
         """Add int8 values on ``grid`` and return what operators read; `spread` them over any batch."""
 
     def stored(self, tensor: str) -> str:
-        """Name of the integer tensor; that of an input has a suffix, because the float one may have its name."""
+        """Name of the integer tensor; that of an input has a suffix, for the float one may have its name."""
         if self.returns(tensor):
             return self.returned[tensor]
         return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor in self.inputs else tensor

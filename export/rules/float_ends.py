@@ -10,7 +10,7 @@ import onnx
 
 from qinvert.export.interface import KEYS, LOG_DECAY
 from qinvert.export.rules.graph_index import Structure
-from qinvert.program.steps import BETA
+from qinvert.program.ports import BETA
 
 #: Operators that make the float inputs of keys elementwise, or turn them.
 ELEMENTWISE: Final = ("Transpose", "Mul", "Exp")

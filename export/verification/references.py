@@ -12,16 +12,18 @@ import torch
 
 from qinvert.errors import InputError, PlanError
 from qinvert.execution.hexagon import check_plan
-from qinvert.execution.inputs import assemble, needed_beta
+from qinvert.execution.inputs import assemble, needed
 from qinvert.execution.simulator import simulate_integers
 from qinvert.export.interface import KEYS, LOG_DECAY, GraphInput, GraphOutput, Interface
 from qinvert.formats import IntFormat
-from qinvert.matrices import as_tensor, check_matrices, row_factors, solve
+from qinvert.matrices import as_tensor, row_factors
 from qinvert.numerics.law import Rounding
 from qinvert.numerics.rounding import dequantize
 from qinvert.plan.plan import LayerPlan
-from qinvert.program.steps import BETA, MAX_BETA
+from qinvert.program.ports import BETA
+from qinvert.program.steps import MAX_BETA
 from qinvert.stress import from_keys
+from qinvert.systems import Systems
 
 Returned: TypeAlias = npt.NDArray[Any]
 
@@ -39,7 +41,8 @@ class Reference:
     expected: Returned
     #: The exact inverse, float64.
     truth: torch.Tensor
-    beta: torch.Tensor | None
+    #: What was inverted.
+    systems: Systems
     #: Whose integers are expected.
     rounding: Rounding
 
@@ -49,39 +52,40 @@ class Reference:
             return torch.from_numpy(returned)
         grid = self.plan.output
         integers = torch.from_numpy(returned.astype(np.float32) - self.storage.zero_point)
-        beta = None if self.beta is None else self.beta.cpu()
-        return assemble(self.plan.program, dequantize(integers, grid.scale, grid.format), beta)
+        beta = None if self.systems.beta is None else self.systems.beta.cpu()
+        systems = Systems(lower=self.systems.lower.cpu(), beta=beta)
+        return assemble(self.plan.program, dequantize(integers, grid.scale, grid.format), systems)
 
 
 def reference(
     plan: LayerPlan,
     interface: Interface,
     storage: IntFormat,
-    lower: torch.Tensor,
-    beta: torch.Tensor | None,
+    systems: Systems,
     rounding: Rounding = Rounding.ONNX,
 ) -> Reference:
-    """Return what a graph should return for checked ``L [N, C, C]`` and ``beta [N, C]``.
+    """Return what a graph should return for flat systems.
 
     ``rounding`` is for plans of which it is known; of others ONNX's is expected.
     """
     rounding = rounding if _is_known(rounding, plan) else Rounding.ONNX
-    unit = torch.ones(len(lower), 1, 1)
+    unit = torch.ones(systems.count, 1, 1)
     integers = interface.output is GraphOutput.INTEGERS
     if integers:
-        result = simulate_integers(plan, lower, beta=beta, rounding=rounding).cpu().numpy()
+        result = simulate_integers(plan, systems, rounding=rounding).cpu().numpy()
         expected = (result + storage.zero_point).astype(storage.element)
     else:
-        expected = plan.inverse(lower, beta, rounding=rounding).cpu().numpy()
+        expected = plan.inverse(systems.lower, systems.beta, rounding=rounding).cpu().numpy()
         unit = unit * plan.output.scale
+        beta = systems.beta
         unit = unit if beta is None else unit * row_factors(beta, torch.float32).cpu()
     return Reference(
         plan=plan,
         storage=storage if integers else None,
         unit=unit.numpy(),
         expected=expected,
-        truth=solve(lower),
-        beta=beta,
+        truth=systems.inverse(),
+        systems=systems,
         rounding=rounding,
     )
 
@@ -109,11 +113,11 @@ def graph_inputs(plan: LayerPlan, interface: Interface, given: Any, beta: Any) -
         raise InputError(
             f"the graph takes {interface.input}; pass matrices, not {', '.join(map(str, given))}"
         )
-    lower = check_matrices(given, plan.chunk).to(torch.float32)
-    rows = needed_beta(plan.program, lower, beta)
-    lower = lower.reshape(-1, plan.chunk, plan.chunk)
-    found = {str(interface.input): lower if interface.input is GraphInput.L else -lower}
-    return found if rows is None else found | {BETA: rows.to(torch.float32).reshape(-1, plan.chunk, 1)}
+    rows = beta if plan.program.inverse_ports.factored else None
+    systems = needed(plan.program, Systems.checked(given, rows, chunk=plan.chunk)).flat().to(torch.float32)
+    matrix = systems.lower if interface.input is GraphInput.L else -systems.lower
+    found = {str(interface.input): matrix}
+    return found if systems.beta is None else found | {BETA: systems.beta.unsqueeze(-1)}
 
 
 def _keys(plan: LayerPlan, interface: Interface, given: Any) -> dict[str, torch.Tensor]:

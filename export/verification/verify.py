@@ -29,10 +29,10 @@ from qinvert.export.verification.references import (
 )
 from qinvert.files import read_bytes
 from qinvert.numerics.scales import is_power_of_two
-from qinvert.plan import serialization
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.profiles import Profile, find_profile
-from qinvert.program.steps import BETA
+from qinvert.program.ports import BETA
+from qinvert.systems import Systems
 
 #: Error of L, relative to its largest element, that a prologue of float operators stays far
 #: below, by the type that a processor has for them.
@@ -119,16 +119,17 @@ def verify(
         chosen = lookup(RUNTIMES, runtime, "runtime", ExportError)
         element, rounding = chosen.inputs, chosen.rounding
         given = {name: values.to(getattr(torch, element)).to(values.dtype) for name, values in inputs.items()}
-        rows = given[BETA].squeeze(-1) if layer_plan.program.vectors else None
+        rows = given[BETA].squeeze(-1) if layer_plan.program.inverse_ports.factored else None
         built = _built(model, interface, given, runtime) if from_keys else {}
         if not from_keys and (element, rounding) not in references:
             lower = _lower(interface, given)
-            found = reference(layer_plan, interface, storage, lower, rows, rounding)
+            found = reference(layer_plan, interface, storage, Systems(lower=lower, beta=rows), rounding)
             references[element, rounding] = found
         for execution in execute(runtime, content, _feeds(given, interface.batch)):
             wanted = references.get((element, rounding))
             if wanted is None:
-                wanted = reference(layer_plan, interface, storage, built[execution.setting], rows, rounding)
+                systems = Systems(lower=built[execution.setting], beta=rows)
+                wanted = reference(layer_plan, interface, storage, systems, rounding)
             actual = _joined(execution, interface.batch, wanted.expected)
             results.append(compare(runtime, execution, actual, wanted, exact))
             judge(runtime, results[-1], actual, wanted, _hint(metadata, plan))
@@ -205,6 +206,6 @@ def _joined(execution: Execution, batch: int, like: Returned) -> Returned:
 
 
 def _hint(metadata: dict[str, str], plan: Plan) -> str:
-    if metadata.get("qinvert.plan_sha256") != serialization.sha256(plan):
+    if metadata.get("qinvert.plan_sha256") != plan.sha256:
         return "the file was exported from another plan: export it again"
     return f"metadata: {json.dumps(metadata, sort_keys=True)}"

@@ -32,6 +32,7 @@ from qinvert.export.verification.verify import is_exact
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
+from qinvert.systems import Systems
 
 #: Name of the first output of a whole model.
 LOGITS: Final = "logits"
@@ -123,10 +124,11 @@ class ModelCheck:
             for values in ([c.lower for c in calls], [c.result for c in calls])
         )
         beta = None
-        if plan.program.vectors:
+        if plan.program.inverse_ports.factored:
             beta = torch.from_numpy(np.concatenate([c.beta.reshape(-1, plan.chunk) for c in calls]))
         storage = self.profile.storage_of(plan.output.format)
-        wanted = reference(plan, Interface(batch=None), storage, torch.from_numpy(lower), beta)
+        systems = Systems(lower=torch.from_numpy(lower), beta=beta)
+        wanted = reference(plan, Interface(batch=None), storage, systems)
         execution = Execution(setting=names[entry], outputs=[actual])
         result = compare("onnxruntime", execution, actual, wanted, is_exact(self.profile, plan))
         judge("onnxruntime", result, actual, wanted, _UNCHECKED)
@@ -171,7 +173,8 @@ class _Run:
         """Return an inverse for PyTorch that returns the T of this run."""
         names = function_names(list(plan.layers))
 
-        def returned(entry: str, lower: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+        def returned(entry: str, systems: Systems) -> torch.Tensor:
+            lower = systems.lower
             waiting = self.calls[names[entry]]
             if not waiting or waiting[0].lower.size != lower.numel():
                 found = list(waiting[0].lower.shape) if waiting else "never called"
@@ -185,7 +188,7 @@ class _Run:
             self.differences.append(float((there - here).abs().amax() / here.abs().amax().clamp(min=1e-30)))
             return torch.from_numpy(call.result).reshape(lower.shape).to(lower.device)
 
-        return lambda layer, chunks: by_entry(plan, layer, chunks.lower, chunks.beta, returned)
+        return lambda layer, chunks: by_entry(plan, layer, chunks.systems, returned)
 
     def first_difference(self, tolerance: float) -> str:
         """Say which layer is the first whose L differs."""

@@ -23,6 +23,7 @@ from qinvert.export.metadata import provenance
 from qinvert.export.whole_models.sparse_attention import traceable_indexers
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
+from qinvert.systems import Systems
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -78,14 +79,14 @@ def calls_of(plan: Plan) -> LayerInverse:
     names = function_names(list(plan.layers))
 
     def inverse(layer: str, chunks: DeltaChunks) -> torch.Tensor:
-        return by_entry(plan, layer, chunks.lower, chunks.beta, call)
+        return by_entry(plan, layer, chunks.systems, call)
 
-    def call(entry: str, lower: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-        size = lower.shape[-1]
-        inputs = [lower.reshape(1, -1, size, size)]
-        if plan.layer(entry).program.vectors and beta is not None:
-            inputs.append(beta.reshape(1, -1, size, 1))
-        return _symbolic(names[entry], inputs).reshape(lower.shape)
+    def call(entry: str, systems: Systems) -> torch.Tensor:
+        size = systems.lower.shape[-1]
+        inputs = [systems.lower.reshape(1, -1, size, size)]
+        if plan.layer(entry).program.inverse_ports.factored and systems.beta is not None:
+            inputs.append(systems.beta.reshape(1, -1, size, 1))
+        return _symbolic(names[entry], inputs).reshape(systems.lower.shape)
 
     return inverse
 

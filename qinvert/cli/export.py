@@ -15,7 +15,6 @@ from qinvert.export.exporting import build, serialize
 from qinvert.export.functions import build_layers
 from qinvert.export.interface import GraphInput, GraphOutput
 from qinvert.files import make_folder, write_together
-from qinvert.plan import serialization
 from qinvert.plan.plan import Plan
 from qinvert.profiles import PROFILES, find_profile
 
@@ -125,7 +124,7 @@ def export_all(
         if style is not None:
             contents[target / encodings_file(names[name])] = to_bytes(encodings(model, style))
     make_folder(folder)
-    write_together({**contents, target / PLAN_FILE: serialization.to_bytes(plan)})
+    write_together({**contents, target / PLAN_FILE: plan.to_bytes()})
     return {name: str(target / names[name]) for name in layers or plan.layers}
 
 
@@ -140,7 +139,7 @@ def export_together(
     names = layers or tuple(plan.layers)
     model, target = build_layers(plan, profile=profile, layers=names, **options), Path(folder)
     make_folder(folder)
-    write_together({target / ALL_LAYERS: serialize(model), target / PLAN_FILE: serialization.to_bytes(plan)})
+    write_together({target / ALL_LAYERS: serialize(model), target / PLAN_FILE: plan.to_bytes()})
     return dict.fromkeys(names, str(target / ALL_LAYERS))
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import click
 import torch
 
-from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_with_beta
+from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.cli.common import DECIBELS, DataOptions, Output, decibels, open_for_plan, output_options
 from qinvert.cli.export import ALL_LAYERS, PLAN_FILE, file_names
 from qinvert.errors import InputError
-from qinvert.execution.inputs import needed_beta
+from qinvert.execution.inputs import needed
 from qinvert.export.functions import called_layers
 from qinvert.export.rules.lint import lint
 from qinvert.export.runtimes import RUNTIMES
@@ -122,18 +122,16 @@ def matrices_for(
     if own is None:
         lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
         # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
-        return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.vectors else None
+        return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.inverse_ports.factored else None
     parts = []
-    for name, lower, beta in open_with_beta(*own):
+    for name, systems in open_systems(*own):
         if name in (layer, DEFAULT_LAYER):
-            check_size(lower.shape[-1], program.chunk, layer)
-            rows = needed_beta(program, lower, beta, f"beta of layer {layer!r}")
-            parts.append((lower, rows))
+            check_size(systems.chunk, program.chunk, layer)
+            parts.append(needed(program, systems, f"beta of layer {layer!r}").flat())
     if not parts:
         raise InputError(f"the data has no matrices for layer {layer!r}; name an array after the layer")
-    betas = [rows.reshape(-1, program.chunk) for _, rows in parts if rows is not None]
-    matrices = [lower.reshape(-1, *lower.shape[-2:]) for lower, _ in parts]
-    return torch.cat(matrices), torch.cat(betas) if betas else None
+    betas = [part.beta for part in parts if part.beta is not None]
+    return torch.cat([part.lower for part in parts]), torch.cat(betas) if betas else None
 
 
 def _promise(result: Verification) -> str:

@@ -16,7 +16,8 @@ from qinvert.kernels.float_ops import Precision
 from qinvert.kernels.generator import Generated, float_kernel, integer_kernel
 from qinvert.kernels.tiles import UnsupportedError
 from qinvert.matrices import FLOATS
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.systems import Systems
 
 #: Sizes of A's matrices in floating point.
 CHUNKS: Final = (16, 32, 64, 128)
@@ -32,7 +33,7 @@ MAX_KERNELS: Final = 256
 
 _log = logging.getLogger("qinvert")
 _told: set[str] = set()
-_kernels: OrderedDict[tuple[int, bool], tuple[LayerPlan, Generated | UnsupportedError]] = OrderedDict()
+_kernels: OrderedDict[tuple[int, bool], tuple[QuantizedProgram, Generated | UnsupportedError]] = OrderedDict()
 
 
 def solve_tril(
@@ -41,7 +42,7 @@ def solve_tril(
     chunk_indices: torch.Tensor | None = None,
     output_dtype: torch.dtype | None = torch.float32,
     *,
-    plan: LayerPlan | None = None,
+    plan: QuantizedProgram | None = None,
     precision: str = Precision.FP16,
 ) -> torch.Tensor:
     """``T = (I + tril(A, -1))^-1`` of every chunk.
@@ -65,7 +66,7 @@ def solve_tril(
         Sequence and number of every chunk; derived from ``cu_seqlens`` if missing.
     output_dtype : torch.dtype, optional
         Of the result; None means A's.
-    plan : LayerPlan, optional
+    plan : QuantizedProgram, optional
         Run this plan's integers, bit for bit as `LayerPlan.inverse`, instead
         of a block merge in floating point.
     precision : Precision
@@ -100,7 +101,7 @@ def solve_tril(
 
 
 def fused_inverse(
-    plan: LayerPlan, lower: torch.Tensor, count: bool = False
+    plan: QuantizedProgram, lower: torch.Tensor, count: bool = False
 ) -> tuple[torch.Tensor, dict[str, int]] | None:
     """`LayerPlan.inverse` of checked matrices by its kernel; None, and a line in the log, if it has none.
 
@@ -123,7 +124,7 @@ def fused_inverse(
 def _check(
     A: torch.Tensor,  # noqa: N803
     cu_seqlens: torch.Tensor | None,
-    plan: LayerPlan | None,
+    plan: QuantizedProgram | None,
     precision: str,
 ) -> Precision:
     if not isinstance(A, torch.Tensor) or A.ndim != 4 or A.dtype not in FLOATS:
@@ -132,7 +133,7 @@ def _check(
     sizes = CHUNKS if plan is None else (plan.chunk,)
     if A.shape[-1] not in sizes:
         raise InputError(f"A has matrices of size {A.shape[-1]}; legal are {', '.join(map(str, sizes))}")
-    if plan is not None and plan.program.vectors:
+    if plan is not None and plan.program.inverse_ports.factored:
         raise InputError(f"{plan.program.title} takes beta; call plan.inverse(L, beta)")
     if cu_seqlens is not None:
         check_sequences(A, cu_seqlens)
@@ -143,7 +144,7 @@ def _check(
 
 def _kernel(
     A: torch.Tensor,  # noqa: N803
-    plan: LayerPlan | None,
+    plan: QuantizedProgram | None,
     precision: Precision,
     count: bool = False,
 ) -> Generated | None:
@@ -176,7 +177,7 @@ def _launched(generated: Generated, *tensors: torch.Tensor | None, **counters: t
     return True
 
 
-def _planned(plan: LayerPlan, count: bool) -> Generated | UnsupportedError:
+def _planned(plan: QuantizedProgram, count: bool) -> Generated | UnsupportedError:
     # Plans cannot be hashed; the entry keeps its plan alive, and so its id unique.
     key = (id(plan), count)
     if key not in _kernels:
@@ -193,13 +194,13 @@ def _solve_batched(
     A: torch.Tensor,  # noqa: N803
     cu_seqlens: torch.Tensor | None,
     chunk_indices: torch.Tensor | None,
-    plan: LayerPlan | None,
+    plan: QuantizedProgram | None,
     result: torch.Tensor,
 ) -> None:
     rows = chunk_rows(A, cu_seqlens, chunk_indices)
     lower = gather(A, rows)
     if plan is not None:
-        inverse = simulate_batched(plan, lower)
+        inverse = simulate_batched(plan, Systems(lower=lower))
     else:
         eye = torch.eye(lower.shape[-1], dtype=torch.float32, device=A.device)
         inverse = torch.linalg.solve_triangular(

@@ -15,7 +15,7 @@ from qinvert.kernels.template import TEMPLATE
 from qinvert.kernels.tile_evaluator import TileEvaluator
 from qinvert.kernels.tiles import TILE, Placed, UnsupportedError
 from qinvert.methods.block_merge import block_merge
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.program import Program
 
 #: Products of tiles in one kernel; beyond, compiling takes minutes and registers spill.
@@ -54,12 +54,12 @@ class Generated:
     fused: bool
 
 
-def integer_kernel(plan: LayerPlan, count: bool = False) -> Generated:
+def integer_kernel(plan: QuantizedProgram, count: bool = False) -> Generated:
     """Return the kernel of a plan: the bits of `qinvert.simulation.simulate_inverse`.
 
     Parameters
     ----------
-    plan : LayerPlan
+    plan : QuantizedProgram
     count : bool
         Count the values of every tensor that stand on the ends of its grid, too.
 
@@ -165,7 +165,7 @@ def _rows(program: Program, source: Source, ops: TritonOps, result: Placed[Tile]
         for j in range(count):
             tile = result.tiles.get((i, j))
             name = source.once(ZEROS) if tile is None else ops.real(tile)
-            if i == j and program.implicit_identity:
+            if i == j and not program.inverse_ports.holds_identity:
                 name = source.assign(f"{name} + tl.where({DIAGONAL}, 1.0, 0.0)")
             names.append(name)
         rows.append(names)

@@ -15,12 +15,12 @@ from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.kernels.division import residual_steps
 from qinvert.kernels.source import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
 from qinvert.kernels.tiles import Position, UnsupportedError
-from qinvert.numerics.accumulators import FLOAT32_EXACT, partial_products
-from qinvert.numerics.scales import float32, is_power_of_two, product_scale
-from qinvert.plan.plan import LayerPlan
+from qinvert.numerics.accumulators import FLOAT32_EXACT, plane_scales
+from qinvert.numerics.scales import float32, is_power_of_two
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.sparsity import Support
-from qinvert.program.steps import INPUT, Add, MatMul, Rescale
+from qinvert.program.steps import Add, MatMul, Rescale
 
 #: Scales outside ``[1 / this, this]`` have no kernel: its divisions must stay far from the ends of float32.
 SCALE_LIMIT: Final = 2.0**30
@@ -41,7 +41,7 @@ class IntegerOps(TritonOps):
         If a product is not exact with float16 operands and float32 accumulators.
     """
 
-    def __init__(self, source: Source, plan: LayerPlan) -> None:
+    def __init__(self, source: Source, plan: QuantizedProgram) -> None:
         super().__init__(source)
         self.plan = plan
         for name, quantization in plan.tensors.items():
@@ -52,7 +52,7 @@ class IntegerOps(TritonOps):
         #: Residual steps of every division: plans of one structure share a kernel.
         self.steps = max(residual_steps(q.scale) for q in plan.tensors.values())
         for step in plan.program.steps:
-            if isinstance(step, MatMul) and plan.accumulator_bound(step) >= FLOAT32_EXACT:
+            if isinstance(step, MatMul) and plan.products[step.output].bound >= FLOAT32_EXACT:
                 raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
 
     @property
@@ -63,7 +63,7 @@ class IntegerOps(TritonOps):
         return all(map(is_power_of_two, scales + factors))
 
     def load(self, position: Position) -> Tile:
-        return replace(self._round(INPUT, self.raw(position)), loaded=True)
+        return replace(self._round(self.plan.program.inverse_ports.matrix, self.raw(position)), loaded=True)
 
     def mask(self, value: Tile, keep: Support, support: Support) -> Tile:
         masked = self._tile([self.where(name, keep, support) for name in value.values])
@@ -109,8 +109,9 @@ class IntegerOps(TritonOps):
     ) -> Tile:
         products = {k: [a.operands[0], b.operands[0]] for k, (a, b) in pairs.items()}
         residuals, free = [], set(pairs)
+        product = self.plan.products[step.output]
         for sign, name, value in signed:
-            steps = self.plan.residual_factor(step, name)
+            steps = product.identity(name)
             factor = self.source.scalar(float(steps))
             # left @ right + left = left @ (right + I), and I is `steps` on right's grid.
             side, k = (0, position[0]) if name == step.right else (1, position[1])
@@ -121,7 +122,7 @@ class IntegerOps(TritonOps):
                 minus = "-" if sign == "-" else ""
                 residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
         accumulator = self.chain(products.values(), self.total(residuals))
-        multiplier = self.source.scalar(self.plan.multiplier(step))
+        multiplier = self.source.scalar(product.factor)
         return self._tile([self._integers(self._limited(f"{accumulator} * {multiplier}", step.output))])
 
     def _shifted(self, value: Tile, steps: str) -> str:
@@ -131,13 +132,10 @@ class IntegerOps(TritonOps):
     def _accumulators(self, step: MatMul, pairs: Mapping[int, tuple[Tile, Tile]]) -> list[tuple[str, str]]:
         if not pairs:
             return []
-        left, right = self.plan.tensors[step.left], self.plan.tensors[step.right]
         accumulators = []
-        for group in partial_products(left.format.planes, right.format.planes):
-            products = [(a.operands[i], b.operands[j]) for i, j in group for a, b in pairs.values()]
-            i, j = group[0]
-            unit = product_scale(_plane_scales(left)[i], _plane_scales(right)[j])
-            accumulators.append((self.chain(products, None), self.source.scalar(unit)))
+        for part in self.plan.products[step.output].accumulators:
+            products = [(a.operands[i], b.operands[j]) for i, j in part.pairs for a, b in pairs.values()]
+            accumulators.append((self.chain(products, None), self.source.scalar(part.unit)))
         return accumulators
 
     def add(self, step: Add, terms: Sequence[tuple[str, Tile]]) -> Tile:
@@ -155,7 +153,7 @@ class IntegerOps(TritonOps):
         return self._round(step.output, value)
 
     def real(self, value: Tile) -> str:
-        planes = self._planes(self.plan.program.output, value)
+        planes = self._planes(self.plan.program.inverse_ports.result, value)
         return self._sum([("+", *plane) for plane in planes])
 
     def whole(self, value: Tile) -> str:
@@ -218,6 +216,5 @@ class IntegerOps(TritonOps):
         return self.plan.tensors[name].format
 
 
-def _plane_scales(grid: Quantization) -> list[float]:
-    low = [grid.scale]
-    return low if grid.format.planes == 1 else [PLANE_RATIO * grid.scale, *low]
+def _plane_scales(grid: Quantization) -> tuple[float, ...]:
+    return plane_scales(grid.format, grid.scale, right=False)

@@ -41,7 +41,9 @@ class TileEvaluator(Evaluator[Value[V]]):
     def __init__(self, program: Program, ops: TileOps[V]) -> None:
         if program.chunk < TILE:
             raise UnsupportedError(f"matrices of {program.chunk} x {program.chunk} are smaller than a tile")
-        if program.vectors:
+        if not program.is_inverse:
+            raise UnsupportedError("kernels compute inverses, and the program has other ports")
+        if program.inverse_ports.factored:
             raise UnsupportedError("the program takes beta")
         self.program = program
         self.chunk = program.chunk
@@ -58,7 +60,8 @@ class TileEvaluator(Evaluator[Value[V]]):
             if observe is not None:
                 observe(name, placed(value))
 
-        return placed(self.program.evaluate(self, source, see))
+        (result,) = self.program.evaluate(self, {self.program.inverse_ports.matrix: source}, see).values()
+        return placed(result)
 
     def constant(self, constant: Constant, blocks: int) -> Value[V]:
         return constant

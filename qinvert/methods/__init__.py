@@ -1,46 +1,60 @@
-"""The algorithms, one file each: functions ``(chunk, ...) -> Program``."""
+"""The algorithms, one file each: functions ``(chunk, ...) -> Program``.
+
+Each module of this package defines one `Method`, which says how its programs
+are built and which of them the planner weighs; a new file is a new method.
+Every function is also an attribute of the package, in place of the module of
+the same name: ``from qinvert.methods import block_merge``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from qinvert.discovery import definitions
 from qinvert.errors import ProgramError, lookup
-from qinvert.methods.banded_residual import banded_residual
-from qinvert.methods.block_merge import block_merge
-from qinvert.methods.column_sweep import column_sweep
-from qinvert.methods.forward_substitution import forward_substitution
-from qinvert.methods.neumann import neumann
-from qinvert.methods.neumann_doubling import neumann_doubling
-from qinvert.methods.newton_schulz import newton_schulz
+from qinvert.methods._method import AUTO, Method
 from qinvert.program.program import Program
 
-_ALL: tuple[Callable[..., Program], ...] = (
-    block_merge,
-    banded_residual,
-    neumann,
-    neumann_doubling,
-    newton_schulz,
-    forward_substitution,
-    column_sweep,
-)
+#: Every method's function by its name.
+METHODS: dict[str, Callable[..., Program]] = {}
+#: Every method by its name, in the same order.
+REGISTRY: dict[str, Method] = {}
 
-#: Every method by its name.
-METHODS: dict[str, Callable[..., Program]] = {f.__name__: f for f in _ALL}
 
-__all__ = [
-    "METHODS",
-    "banded_residual",
-    "block_merge",
-    "column_sweep",
-    "find_method",
-    "forward_substitution",
-    "neumann",
-    "neumann_doubling",
-    "newton_schulz",
-]
+def discover() -> dict[str, Method]:
+    """Fill `METHODS` and `REGISTRY` from the modules of this package, and return the latter.
+
+    Runs once by itself; call it again after a folder was added to the
+    package's ``__path__``.  If it fails, both tables stay as they were.
+
+    Raises
+    ------
+    ProgramError
+        If a module defines no ``METHOD``, or two define one of the same name.
+    """
+    found = definitions(__name__, __path__, "METHOD", Method, ProgramError)
+    methods = sorted(found.values(), key=lambda method: (method.sequential, method.rank, method.name))
+    REGISTRY.clear()
+    REGISTRY.update({method.name: method for method in methods})
+    METHODS.clear()
+    METHODS.update({method.name: method.build for method in methods})
+    # Importing a module made it an attribute of the package; its function has the same name.
+    globals().update(METHODS)
+    return REGISTRY
 
 
 def find_method(name: str) -> Callable[..., Program]:
+    """Return the function of the method of that name.
+
+    Raises
+    ------
+    ProgramError
+        If there is none; the message lists the legal names.
+    """
+    return registered(name).build
+
+
+def registered(name: str) -> Method:
     """Return the method of that name.
 
     Raises
@@ -48,4 +62,24 @@ def find_method(name: str) -> Callable[..., Program]:
     ProgramError
         If there is none; the message lists the legal names.
     """
-    return lookup(METHODS, name, "method", ProgramError, ", auto, or a Program")
+    return lookup(REGISTRY, name, "method", ProgramError, f", {AUTO}, or a Program")
+
+
+def in_automatic_order() -> list[Method]:
+    """Return every method, those first whose candidates the planner meets first."""
+    return sorted(REGISTRY.values(), key=lambda method: (method.automatic_rank, method.name))
+
+
+discover()
+
+__all__ = [
+    "AUTO",
+    "METHODS",
+    "REGISTRY",
+    "Method",
+    "discover",
+    "find_method",
+    "in_automatic_order",
+    "registered",
+    *METHODS,
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qinvert.program.ports import BETA, MATRIX, Meaning, inverse_inputs, inverse_output
 from qinvert.program.program import Program
 from qinvert.program.steps import (
     Add,
@@ -21,9 +22,23 @@ from qinvert.program.steps import (
 
 
 class Builder:
-    """Append-only list of steps and constants."""
+    """Append-only list of steps and constants of one program.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    chunk : int
+        Size C of the matrices.
+    factored : bool
+        Whether the program takes beta as an input of its own.
+    """
+
+    def __init__(self, chunk: int, factored: bool = False) -> None:
+        self.chunk = chunk
+        self.factored = factored
+        #: Name of the input matrix: M, or K of a factored program.
+        self.matrix = MATRIX
+        #: Name of the input vector; only a factored program has it.
+        self.beta = BETA
         self.steps: list[Step] = []
         self.constants: dict[str, Constant] = {}
 
@@ -77,22 +92,16 @@ class Builder:
             names.append(source.name if isinstance(source, Constant) else source)
         return self._append(Concat(output=output, sources=tuple(names), axis=axis, bound=bound))
 
-    def program(
-        self,
-        name: str,
-        chunk: int,
-        parameters: Mapping[str, int | str],
-        output: str,
-        vectors: tuple[str, ...] = (),
-    ) -> Program:
+    def program(self, name: str, parameters: Mapping[str, int | str], output: str) -> Program:
+        form = Meaning.FACTORED_INVERSE if self.factored else Meaning.STRICT_INVERSE
         return Program(
             name=name,
-            chunk=chunk,
+            chunk=self.chunk,
             parameters=dict(parameters),
             constants=tuple(self.constants.values()),
             steps=tuple(self.steps),
-            output=output,
-            vectors=vectors,
+            inputs=inverse_inputs(self.chunk, self.factored),
+            outputs=(inverse_output(self.chunk, output, form),),
         )
 
     def _append(self, step: Step) -> str:

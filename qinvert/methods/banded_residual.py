@@ -6,10 +6,11 @@ import math
 
 from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
+from qinvert.methods._blocks import PROVED
 from qinvert.methods._builder import Builder
-from qinvert.methods.block_merge import PROVED
+from qinvert.methods._method import Method
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Constant, check_chunk
+from qinvert.program.steps import Constant, check_chunk
 
 #: Largest float16: the default order keeps the worst sum of powers below it.
 LARGEST_HALF = 65504
@@ -71,15 +72,17 @@ def banded_residual(chunk: int, order: int | None = None, steps: int | None = No
     check_integer("order", order, 1, chunk - 1, ProgramError, "; chunk - 1 is exact without residual steps")
     steps = _default_steps(chunk, order) if steps is None else steps
     check_integer("steps", steps, 1, chunk, ProgramError, "; chunk / (order + 1) are enough to be exact")
-    builder = Builder()
+    builder = Builder(chunk)
     band = _invert_band(builder, chunk, order)
     total = band
     if steps > 1:
-        residual = builder.matmul("residual/E", INPUT, band, add=(INPUT,), subtract=(band,), bound=PROVED)
+        residual = builder.matmul(
+            "residual/E", builder.matrix, band, add=(builder.matrix,), subtract=(band,), bound=PROVED
+        )
         sums = _sum_powers(builder, residual, steps)
         bound = PROVED if steps * (order + 1) >= chunk else None
         total = builder.matmul("S", band, sums, add=(band, sums), bound=bound)
-    return builder.program("banded_residual", chunk, {"order": order, "steps": steps}, total)
+    return builder.program("banded_residual", {"order": order, "steps": steps}, total)
 
 
 def _default_order(chunk: int) -> int:
@@ -96,7 +99,7 @@ def _default_steps(chunk: int, order: int) -> int:
 
 def _invert_band(builder: Builder, chunk: int, order: int) -> str:
     band = _band_mask(chunk, order)
-    lower = total = builder.mask("band/M", INPUT, band, bound=PROVED)
+    lower = total = builder.mask("band/M", builder.matrix, band, bound=PROVED)
     for k in range(2, order + 1):
         wide = builder.matmul(f"band/product_{k}", lower, total, add=(lower,))
         total = builder.mask(
@@ -132,3 +135,23 @@ def _band_mask(chunk: int, order: int) -> Constant:
     """Return 1 on ``order`` diagonals below the main one, and on the main one."""
     ones = tuple((max(0, i - order), i + 1) for i in range(chunk))
     return Constant(name=f"band_mask_{order}", rows=chunk, columns=chunk, ones=ones)
+
+
+def _candidates(chunk: int) -> tuple[Program, ...]:
+    # Steps from half of what is exact: fewer leave most diagonals to the band alone.
+    orders = [order for order in (1, 3, 7) if order < chunk]
+    return tuple(
+        banded_residual(chunk, order, steps)
+        for order in orders
+        for steps in sorted({max(1, chunk // (order + 1) // 2), chunk // (order + 1)})
+    )
+
+
+METHOD = Method(
+    name="banded_residual",
+    build=banded_residual,
+    candidates=_candidates,
+    automatic=lambda chunk: (banded_residual(chunk),) if chunk > 2 else (),
+    rank=2,
+    automatic_rank=3,
+)

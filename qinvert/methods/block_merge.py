@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 from qinvert.checks import check_integer, check_power_of_two
 from qinvert.errors import ProgramError
+from qinvert.methods._blocks import PROVED, Layout, diagonal_mask, merge_mask, zeros
 from qinvert.methods._builder import Builder
+from qinvert.methods._factored_merge import factored_merge
+from qinvert.methods._method import Method
 from qinvert.program.program import Program
-from qinvert.program.steps import BETA, INPUT, Axis, Constant, check_chunk
+from qinvert.program.steps import Axis, Constant, check_chunk
 
-#: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta); |K|, |W| and |Y|
-#: of a factored one below it as it is.
-PROVED = 1.0
-
-
-class Layout(StrEnum):
-    """How the blocks of one merge level are laid out."""
-
-    #: Blocks stacked on the batch axis: the least arithmetic.
-    PACKED = "packed"
-    #: Dense C x C products of masked matrices: no slicing, for wide matrix units.
-    MASKED = "masked"
+#: Tiles in which candidates merge by masked products: fewer, wider steps than blocks alone.
+TILE = 16
 
 
 def block_merge(
@@ -105,11 +96,13 @@ def block_merge(
     """
     check_chunk(chunk)
     if factored:
-        return _factored_merge(chunk, 2 if base is None else base, layout, tile, corrections)
+        base = 2 if base is None else base
+        _check_factored(chunk, base, layout, tile, corrections)
+        return factored_merge(chunk, base, corrections)
     base, layout = min(4, chunk) if base is None else base, layout or Layout.PACKED
     tile = _check_arguments(chunk, base, layout, tile, corrections)
-    builder = Builder()
-    tiles = INPUT if tile == chunk else _stack_diagonal(builder, chunk, tile)
+    builder = Builder(chunk)
+    tiles = builder.matrix if tile == chunk else _stack_diagonal(builder, chunk, tile)
     total = _invert_tiles(builder, tiles, base, tile)
     half = tile
     while half < chunk:
@@ -122,7 +115,7 @@ def block_merge(
         parameters |= {"layout": Layout.MASKED} if tile == chunk else {"tile": tile}
     if corrections:
         parameters["corrections"] = corrections
-    return builder.program("block_merge", chunk, parameters, total)
+    return builder.program("block_merge", parameters, total)
 
 
 def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corrections: int) -> int:
@@ -136,6 +129,15 @@ def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corre
     if layout == Layout.MASKED and tile != chunk:
         raise ProgramError(f"layout 'masked' means tile={chunk}; leave out one of layout and tile={tile}")
     return tile
+
+
+def _check_factored(chunk: int, base: int, layout: str | None, tile: int | None, corrections: int) -> None:
+    _check_arguments(chunk, base, layout or Layout.PACKED, tile, corrections)
+    if base > 2 or layout == Layout.PACKED or tile not in (None, chunk):
+        raise ProgramError(
+            f"factored merges are masked and start from base 1 or 2, got base {base}, layout {layout!r} "
+            f"and tile {tile!r}; leave them out"
+        )
 
 
 def bit_reversed(count: int) -> list[int]:
@@ -154,7 +156,9 @@ def _stack_diagonal(builder: Builder, chunk: int, size: int) -> str:
     blocks: list[str | Constant] = []
     for i in bit_reversed(chunk // size):
         span = (i * size, (i + 1) * size)
-        blocks.append(builder.slice(f"base_{size}/M_{i}", INPUT, rows=span, columns=span, bound=PROVED))
+        blocks.append(
+            builder.slice(f"base_{size}/M_{i}", builder.matrix, rows=span, columns=span, bound=PROVED)
+        )
     return builder.concat(f"base_{size}/M", blocks, Axis.BLOCKS, bound=PROVED)
 
 
@@ -162,10 +166,10 @@ def _invert_tiles(builder: Builder, source: str, base: int, tile: int) -> str:
     size = max(base, 2)
     blocks = source
     if size < tile:
-        blocks = builder.mask(f"base_{size}/masked_M", source, _diagonal_mask(tile, size), bound=PROVED)
+        blocks = builder.mask(f"base_{size}/masked_M", source, diagonal_mask(tile, size), bound=PROVED)
     total = _invert_base(builder, blocks, size)
     while size < tile:
-        masked = builder.mask(f"merge_{2 * size}/M21", source, _merge_mask(tile, size), bound=PROVED)
+        masked = builder.mask(f"merge_{2 * size}/M21", source, merge_mask(tile, size), bound=PROVED)
         half_product = builder.matmul(f"merge_{2 * size}/Y", masked, total, add=(masked,), bound=PROVED)
         total = builder.matmul(
             f"merge_{2 * size}/S", total, half_product, add=(half_product, total), bound=PROVED
@@ -202,8 +206,7 @@ def _merge_packed(builder: Builder, total: str, chunk: int, half: int) -> str:
     corner = builder.matmul(f"{name}/S21", second, half_product, add=(half_product,), bound=PROVED)
     # Rows first, then columns: the other order miscompiles on QNN.
     left = builder.concat(f"{name}/left", [first, corner], Axis.ROWS, bound=PROVED)
-    zeros = _zeros(half)
-    right = builder.concat(f"{name}/right", [zeros, second], Axis.ROWS, bound=PROVED)
+    right = builder.concat(f"{name}/right", [zeros(half), second], Axis.ROWS, bound=PROVED)
     return builder.concat(f"{name}/S", [left, right], Axis.COLUMNS, bound=PROVED)
 
 
@@ -214,7 +217,7 @@ def _stack_lower(builder: Builder, name: str, merges: int, half: int) -> str:
         blocks.append(
             builder.slice(
                 f"{name}/M21_{i}" if merges > 1 else f"{name}/M21",
-                INPUT,
+                builder.matrix,
                 rows=(start + half, start + 2 * half),
                 columns=(start, start + half),
                 bound=PROVED,
@@ -226,60 +229,31 @@ def _stack_lower(builder: Builder, name: str, merges: int, half: int) -> str:
 
 
 def _correct(builder: Builder, total: str, k: int) -> str:
-    residual = builder.matmul(f"correction_{k}/R", INPUT, total, add=(INPUT,), subtract=(total,))
+    residual = builder.matmul(
+        f"correction_{k}/R", builder.matrix, total, add=(builder.matrix,), subtract=(total,)
+    )
     update = builder.matmul(f"correction_{k}/update", total, residual, add=(residual,))
     return builder.add(f"correction_{k}/S", total, update, bound=PROVED)
 
 
-def _factored_merge(chunk: int, base: int, layout: str | None, tile: int | None, corrections: int) -> Program:
-    _check_arguments(chunk, base, layout or Layout.PACKED, tile, corrections)
-    if base > 2 or layout == Layout.PACKED or tile not in (None, chunk):
-        raise ProgramError(
-            f"factored merges are masked and start from base 1 or 2, got base {base}, layout {layout!r} "
-            f"and tile {tile!r}; leave them out"
-        )
-    builder = Builder()
-    total, size = INPUT, 2
-    if size < chunk:
-        total = builder.mask("base_2/W", INPUT, _diagonal_mask(chunk, size), bound=PROVED)
-    while size < chunk:
-        name = f"merge_{2 * size}"
-        masked = builder.mask(f"{name}/K21", INPUT, _merge_mask(chunk, size), bound=PROVED)
-        rows = builder.scale(f"{name}/S", total, BETA, Axis.ROWS, bound=PROVED)
-        half_product = builder.matmul(f"{name}/Y", masked, rows, add=(masked,), bound=PROVED)
-        columns = builder.scale(f"{name}/V", total, BETA, Axis.COLUMNS, bound=PROVED)
-        # W is no operand of V Y: it joins by itself, so that every term can stay an integer.
-        corner = builder.matmul(f"{name}/W21", columns, half_product, add=(half_product,), bound=PROVED)
-        total = builder.add(f"{name}/W", total, corner, bound=PROVED)
-        size *= 2
-    for k in range(1, corrections + 1):
-        total = _correct_factored(builder, total, k)
-    parameters: dict[str, int | str] = {"base": base, "layout": Layout.MASKED}
-    if corrections:
-        parameters["corrections"] = corrections
-    return builder.program("block_merge", chunk, parameters | {"factored": True}, total, (BETA,))
+def _candidates(chunk: int) -> tuple[Program, ...]:
+    bases = [base for base in (16, 8, 4, 2) if base <= chunk]
+    tile = min(TILE, chunk)
+    return tuple(block_merge(chunk, base, tile=tile, corrections=k) for k in (0, 1) for base in bases)
 
 
-def _correct_factored(builder: Builder, total: str, k: int) -> str:
-    name = f"correction_{k}"
-    rows = builder.scale(f"{name}/S", total, BETA, Axis.ROWS, bound=PROVED)
-    residual = builder.matmul(f"{name}/R", INPUT, rows, add=(INPUT,), subtract=(total,))
-    columns = builder.scale(f"{name}/V", total, BETA, Axis.COLUMNS, bound=PROVED)
-    update = builder.matmul(f"{name}/update", columns, residual, add=(residual,))
-    return builder.add(f"{name}/W", total, update, bound=PROVED)
+def _factored(chunk: int, free_residuals: bool) -> tuple[Program, ...]:
+    # The residual of a correction has the term - W, which is free.
+    corrections = (0, 1) if free_residuals else (0,)
+    return tuple(block_merge(chunk, corrections=k, factored=True) for k in corrections)
 
 
-def _zeros(size: int) -> Constant:
-    return Constant(name=f"zeros_{size}", rows=size, columns=size, ones=((0, 0),) * size)
-
-
-def _diagonal_mask(tile: int, size: int) -> Constant:
-    """Return 1 inside the diagonal blocks of ``size``."""
-    ones = tuple((i // size * size, (i // size + 1) * size) for i in range(tile))
-    return Constant(name=f"diagonal_mask_{size}", rows=tile, columns=tile, ones=ones)
-
-
-def _merge_mask(tile: int, half: int) -> Constant:
-    """Return 1 where M21 of the merges of two blocks of ``half`` lies."""
-    ones = tuple(((i // half - 1) * half, i // half * half) if i // half % 2 else (0, 0) for i in range(tile))
-    return Constant(name=f"merge_mask_{2 * half}", rows=tile, columns=tile, ones=ones)
+METHOD = Method(
+    name="block_merge",
+    build=block_merge,
+    candidates=_candidates,
+    automatic=_candidates,
+    factored=_factored,
+    rank=1,
+    automatic_rank=2,
+)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from qinvert.methods._blocks import PROVED
 from qinvert.methods._builder import Builder
-from qinvert.methods.block_merge import PROVED
+from qinvert.methods._method import Method
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Constant, check_chunk
+from qinvert.program.steps import Constant, check_chunk
 
 
 def column_sweep(chunk: int) -> Program:
@@ -40,14 +41,23 @@ def column_sweep(chunk: int) -> Program:
     arXiv 2605.21325, method MCS.
     """
     check_chunk(chunk)
-    builder = Builder()
+    builder = Builder(chunk)
     total = _column(builder, chunk, 0)
     for j in range(1, chunk - 1):
         column = _column(builder, chunk, j)
         total = builder.matmul(f"column_{j}/S", column, total, add=(column, total), bound=PROVED)
-    return builder.program("column_sweep", chunk, {}, total)
+    return builder.program("column_sweep", {}, total)
 
 
 def _column(builder: Builder, chunk: int, j: int) -> str:
     mask = Constant(name=f"column_mask_{j}", rows=chunk, columns=chunk, ones=((j, j + 1),) * chunk)
-    return builder.mask(f"column_{j}/M", INPUT, mask, bound=PROVED)
+    return builder.mask(f"column_{j}/M", builder.matrix, mask, bound=PROVED)
+
+
+METHOD = Method(
+    name="column_sweep",
+    build=column_sweep,
+    candidates=lambda chunk: (column_sweep(chunk),),
+    sequential=True,
+    rank=2,
+)

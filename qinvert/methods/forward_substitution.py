@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from qinvert.methods._blocks import PROVED
 from qinvert.methods._builder import Builder
-from qinvert.methods.block_merge import PROVED
+from qinvert.methods._method import Method
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Axis, Constant, check_chunk
+from qinvert.program.steps import Axis, Constant, check_chunk
 
 
 def forward_substitution(chunk: int) -> Program:
@@ -36,20 +37,29 @@ def forward_substitution(chunk: int) -> Program:
     ``torch_chunk_gated_delta_rule`` of Hugging Face transformers.
     """
     check_chunk(chunk)
-    builder = Builder()
+    builder = Builder(chunk)
     # Rows 0 and 1 of S are those of M, on a scale of their own.
-    first = builder.slice("row_1/M", INPUT, rows=(0, 2), bound=PROVED)
+    first = builder.slice("row_1/M", builder.matrix, rows=(0, 2), bound=PROVED)
     total = builder.rescale("row_1/S", first, bound=PROVED)
     for i in range(2, chunk):
         total = _append_row(builder, total, chunk, i)
-    return builder.program("forward_substitution", chunk, {}, total)
+    return builder.program("forward_substitution", {}, total)
 
 
 def _append_row(builder: Builder, total: str, chunk: int, i: int) -> str:
     name = f"row_{i}"
-    lower = builder.slice(f"{name}/M", INPUT, rows=(i, i + 1), columns=(0, i), bound=PROVED)
+    lower = builder.slice(f"{name}/M", builder.matrix, rows=(i, i + 1), columns=(0, i), bound=PROVED)
     above = builder.slice(f"{name}/above", total, columns=(0, i), bound=PROVED)
     product = builder.matmul(f"{name}/product", lower, above, add=(lower,), bound=PROVED)
     zeros = Constant(name=f"zeros_{chunk - i}", rows=1, columns=chunk - i, ones=((0, 0),))
     row = builder.concat(f"{name}/row", [product, zeros], Axis.COLUMNS, bound=PROVED)
     return builder.concat(f"{name}/S", [total, row], Axis.ROWS, bound=PROVED)
+
+
+METHOD = Method(
+    name="forward_substitution",
+    build=forward_substitution,
+    candidates=lambda chunk: (forward_substitution(chunk),),
+    sequential=True,
+    rank=1,
+)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
+from qinvert.methods._method import Method
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, check_chunk
+from qinvert.program.steps import check_chunk
 
 
 def neumann(chunk: int, order: int | None = None) -> Program:
@@ -41,9 +42,20 @@ def neumann(chunk: int, order: int | None = None) -> Program:
     check_chunk(chunk)
     order = min(15, chunk - 1) if order is None else order
     check_integer("order", order, 1, chunk - 1, ProgramError, "; chunk - 1 is exact")
-    builder = Builder()
-    power = total = INPUT
+    builder = Builder(chunk)
+    power = total = builder.matrix
     for k in range(2, order + 1):
-        power = builder.matmul(f"power_{k}", power, INPUT)
+        power = builder.matmul(f"power_{k}", power, builder.matrix)
         total = builder.add(f"sum_{k}", total, power)
-    return builder.program("neumann", chunk, {"order": order}, total)
+    return builder.program("neumann", {"order": order}, total)
+
+
+METHOD = Method(
+    name="neumann",
+    build=neumann,
+    candidates=lambda chunk: (neumann(chunk),),
+    # Short ones alone: longer ones cost more than exact methods.
+    automatic=lambda chunk: tuple(neumann(chunk, order) for order in (1, 2, 3) if order < chunk),
+    rank=3,
+    automatic_rank=1,
+)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qinvert.methods._builder import Builder
+from qinvert.methods._method import Method
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, check_chunk
+from qinvert.program.steps import check_chunk
 
 
 def neumann_doubling(chunk: int) -> Program:
@@ -33,8 +34,8 @@ def neumann_doubling(chunk: int) -> Program:
     arXiv 2605.21325, method MCH.
     """
     check_chunk(chunk)
-    builder = Builder()
-    power = total = INPUT
+    builder = Builder(chunk)
+    power = total = builder.matrix
     k = 1
     while 2 * k < chunk:
         k *= 2
@@ -42,4 +43,12 @@ def neumann_doubling(chunk: int) -> Program:
         product = builder.matmul(f"sum_{2 * k}/product", total, power)
         partial = builder.add(f"sum_{2 * k}/partial", total, power)
         total = builder.add(f"sum_{2 * k}", partial, product)
-    return builder.program("neumann_doubling", chunk, {}, total)
+    return builder.program("neumann_doubling", {}, total)
+
+
+METHOD = Method(
+    name="neumann_doubling",
+    build=neumann_doubling,
+    candidates=lambda chunk: (neumann_doubling(chunk),),
+    rank=4,
+)

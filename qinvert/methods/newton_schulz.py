@@ -5,9 +5,10 @@ from __future__ import annotations
 from qinvert.checks import check_integer
 from qinvert.errors import ProgramError
 from qinvert.methods._builder import Builder
+from qinvert.methods._method import Method
 from qinvert.numerics.scales import float32
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, check_chunk
+from qinvert.program.steps import check_chunk
 
 #: More iterations change nothing at any legal chunk size.
 MAX_ITERATIONS = 64
@@ -56,18 +57,18 @@ def newton_schulz(chunk: int, iterations: int | None = None) -> Program:
     check_integer(
         "iterations", iterations, 1, MAX_ITERATIONS, ProgramError, "; max(2 log2 C, 12) + 1 are exact"
     )
-    builder = Builder()
+    builder = Builder(chunk)
     diagonal = 1 / (2 * chunk)
-    total = builder.rescale("iteration_1/S", INPUT, diagonal**2)
+    total = builder.rescale("iteration_1/S", builder.matrix, diagonal**2)
     for k in range(2, iterations + 1):
         diagonal = float32(diagonal * (2 - diagonal))
         total = _iterate(builder, total, diagonal, f"iteration_{k}")
-    return builder.program("newton_schulz", chunk, {"iterations": iterations}, total)
+    return builder.program("newton_schulz", {"iterations": iterations}, total)
 
 
 def _iterate(builder: Builder, total: str, diagonal: float, name: str) -> str:
-    lower = _times(builder, f"{name}/dM", INPUT, diagonal)
-    rest = builder.matmul(f"{name}/W", INPUT, total, add=(lower,), subtract=(total,))
+    lower = _times(builder, f"{name}/dM", builder.matrix, diagonal)
+    rest = builder.matmul(f"{name}/W", builder.matrix, total, add=(lower,), subtract=(total,))
     update = _times(builder, f"{name}/dW", rest, diagonal)
     kept = _times(builder, f"{name}/kept_S", total, float32(2 - diagonal))
     return builder.matmul(f"{name}/S", total, rest, add=(update, kept))
@@ -76,3 +77,11 @@ def _iterate(builder: Builder, total: str, diagonal: float, name: str) -> str:
 def _times(builder: Builder, output: str, source: str, factor: float) -> str:
     # Once d is 1 the terms are operands of their products and need no tensor of their own.
     return source if factor == 1 else builder.rescale(output, source, factor)
+
+
+METHOD = Method(
+    name="newton_schulz",
+    build=newton_schulz,
+    candidates=lambda chunk: (newton_schulz(chunk),),
+    rank=5,
+)

@@ -50,12 +50,13 @@ def infer_shapes(
     known = {c.name: Shape(1, c.rows, c.columns) for c in constants}
     if len({*shapes, *known}) != len(inputs) + len(constants):
         raise ProgramError(f"{name}: two inputs or constants share a name; give each one of its own")
+    vectors = vector_inputs(inputs, steps)
     for step in steps:
         _check_names(step, shapes, known)
+        _check_readers(step, inputs, vectors)
         if isinstance(step, Concat):
             _check_zeros(step, set(known) - zeros)
         shapes[step.output] = _bounded(step, _output_shape(step, shapes, known), largest)
-    _check_vectors(inputs, steps)
     return shapes
 
 
@@ -100,21 +101,19 @@ def vector_inputs(inputs: Sequence[Port], steps: Sequence[Step]) -> set[str]:
     return {port.name for port in inputs if port.meaning is Meaning.BETA} | scaled
 
 
-def _check_vectors(inputs: Sequence[Port], steps: Sequence[Step]) -> None:
-    names, vectors = {port.name for port in inputs}, vector_inputs(inputs, steps)
-    for step in steps:
-        if isinstance(step, Scale) and step.vector not in names:
+def _check_readers(step: Step, inputs: Sequence[Port], vectors: Collection[str]) -> None:
+    if isinstance(step, Scale) and step.vector not in {port.name for port in inputs}:
+        raise ProgramError(
+            f"step {step.output!r}: {step.vector!r} is not a vector input of the program; "
+            "scale by an input with one column"
+        )
+    # Graphs hold a vector twice, along rows and along columns, and nowhere as it is.
+    for name in (step.source,) if isinstance(step, Scale) else step.inputs:
+        if name in vectors:
             raise ProgramError(
-                f"step {step.output!r}: {step.vector!r} is not a vector input of the program; "
-                "scale by an input with one column"
+                f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor "
+                "by it, no other step may read it"
             )
-        # Graphs hold a vector twice, along rows and along columns, and nowhere as it is.
-        for name in (step.source,) if isinstance(step, Scale) else step.inputs:
-            if name in vectors:
-                raise ProgramError(
-                    f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor "
-                    "by it, no other step may read it"
-                )
 
 
 def _check_limits(
@@ -205,6 +204,11 @@ def _same(step: Step, left: Shape, right: Shape) -> Shape:
 def _scale_shape(step: Scale, source: Shape, vector: Shape) -> Shape:
     if step.axis not in (Axis.ROWS, Axis.COLUMNS):
         raise ProgramError(f"step {step.output!r}: axis {step.axis!r} cannot be scaled; use rows or columns")
+    if vector.columns != 1:
+        raise ProgramError(
+            f"step {step.output!r}: {step.vector!r} is not a vector input, it has the shape {vector}; "
+            "scale by an input with one column"
+        )
     size = source.rows if step.axis == Axis.ROWS else source.columns
     if (source.blocks, size) != vector[:2]:
         raise ProgramError(

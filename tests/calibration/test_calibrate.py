@@ -8,7 +8,6 @@ import qinvert
 from qinvert.errors import InputError, PlanError, ProgramError
 from qinvert.matrices import solve
 from qinvert.methods import METHODS
-from qinvert.plan import serialization
 from qinvert.stress import STRESS, from_keys, stress_matrices
 
 GATES = Path(__file__).parents[3] / "shared" / "data" / "gates"
@@ -128,7 +127,7 @@ def test_equal_input_gives_equal_plans_however_it_is_batched():
     lower = stress_matrices("correlated_keys", 40, 32)
     whole = qinvert.calibrate(lower)
     parts = qinvert.calibrate(list(lower.split(7)))
-    assert serialization.to_bytes(whole) == serialization.to_bytes(qinvert.calibrate(lower))
+    assert whole.to_bytes() == qinvert.calibrate(lower).to_bytes()
     assert whole.layer().tensors == parts.layer().tensors
 
 

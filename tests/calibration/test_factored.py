@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert import recall
@@ -12,18 +13,17 @@ from qinvert.calibration.observation.statistics import LayerObserver, MatrixSamp
 from qinvert.calibration.planning.rounding_noise import settle_residues
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import measure_sensitivities
-from qinvert.calibration.sources import open_source, open_with_beta
+from qinvert.calibration.sources import open_source, open_systems
 from qinvert.errors import InputError, ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.matrices import SolvedInverse
 from qinvert.methods import block_merge
-from qinvert.plan import serialization
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
-from qinvert.program.program import Program
 from qinvert.program.steps import MIN_BETA, Axis, Constant, Mask, MatMul, Scale
 from qinvert.simulation import simulate_inverse
 from qinvert.stress import from_keys, unit_keys
+from qinvert.systems import Systems
 
 GATES = Path(__file__).parents[3] / "shared" / "data" / "gates"
 
@@ -52,7 +52,7 @@ class Reader:
 
 
 def collect(source):
-    return [(name, lower, beta) for name, lower, beta in open_with_beta(source)]
+    return [(name, systems.lower, systems.beta) for name, systems in open_systems(source)]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_a_factored_plan_takes_beta_and_says_so(method):
     assert plan.layer().program.parameters["factored"] is True
     assert set(plan.layer().tensors) == set(plan.layer().program.tensors)
     assert "beta" in plan.layer().tensors
-    assert serialization.from_bytes(serialization.to_bytes(plan)) == plan
+    assert qinvert.Plan.from_bytes(plan.to_bytes()) == plan
 
 
 def test_a_plain_plan_neither_needs_nor_mentions_beta():
     with_beta, without = qinvert.calibrate((LOWER, BETA)), qinvert.calibrate(LOWER)
-    assert serialization.to_bytes(with_beta) == serialization.to_bytes(without)
+    assert with_beta.to_bytes() == without.to_bytes()
     assert "factored" not in with_beta.provenance
 
 
@@ -200,7 +200,7 @@ def test_ranges_are_those_of_the_divided_matrices():
     program = block_merge(16, factored=True)
     observer = LayerObserver([program], capacity=8, seed=0)
     for part in zip(lower.split(60), beta.split(60), strict=True):
-        observer.update(*part)
+        observer.update(Systems(lower=part[0], beta=part[1]))
     ranges = observer.ranges(program)
     k = lower.numpy() / np.maximum(beta.numpy(), MIN_BETA)[..., None]
     # Of every matrix, not only of those that programs ran on.
@@ -224,9 +224,9 @@ def test_a_sample_keeps_every_matrix_with_its_beta():
     lower, beta = keyed(300, chunk=8)
     sample = MatrixSample(20, seed=0)
     for part in zip(lower.split(70), beta.split(70), strict=True):
-        sample.update(*part)
-    assert sample.beta.shape == (20, 8)
-    for matrix, row in zip(sample.matrices, sample.beta, strict=True):
+        sample.update(Systems(lower=part[0], beta=part[1]))
+    assert sample.systems.beta.shape == (20, 8)
+    for matrix, row in zip(sample.systems.lower, sample.systems.beta, strict=True):
         (index,) = (beta == row).all(-1).nonzero()[0]
         assert torch.equal(lower[index], matrix)
 
@@ -236,7 +236,7 @@ def test_noise_of_one_grid_is_that_of_rounding_it_alone(fmt, solved):
     lower, beta = keyed(8)
     program = block_merge(32, factored=True)
     coarse = {name: Quantization(format=fmt, scale=float(np.float32(1 / 127))) for name in program.tensors}
-    noise = measure_sensitivities(program, [coarse], lower, beta).noise
+    noise = measure_sensitivities(program, [coarse], Systems(lower=lower, beta=beta)).noise
     b = np.maximum(beta.double().numpy(), MIN_BETA)
     exact = np.tril(solved(lower).numpy(), -1) / b[..., None]
     rounded = np.round(exact * 127) / 127
@@ -261,10 +261,10 @@ def test_residues_of_a_correction_are_found():
     lower, beta = keyed(32)
     program = block_merge(32, factored=True, corrections=1)
     observer = LayerObserver([program], capacity=32, seed=0)
-    observer.update(lower, beta)
+    observer.update(Systems(lower=lower, beta=beta))
     before = observer.ranges(program)
     formats = dict.fromkeys(program.tensors, INT8)
-    after = settle_residues(program, before, lower, formats, beta)
+    after = settle_residues(program, before, Systems(lower=lower, beta=beta), formats)
     assert before["correction_1/R"] < 1e-5
     assert 0.01 < after["correction_1/R"] < 0.5
     assert {name for name in before if before[name] != after[name]} == {
@@ -275,16 +275,14 @@ def test_residues_of_a_correction_are_found():
 
 def scales_only(*more, output):
     rows = Scale(output="rows", source="M", vector="beta", axis=Axis.ROWS)
-    return Program(
-        name="test", chunk=32, vectors=("beta",), output=output, steps=(rows, *more[1:]), constants=more[:1]
-    )
+    return inverse_program(rows, *more[1:], chunk=32, factored=True, output=output, constants=more[:1])
 
 
 def test_both_inputs_belong_to_what_no_algorithm_can_avoid():
     lower, beta = keyed(8)
     program = block_merge(32, factored=True)
     grids = dict.fromkeys(program.tensors, Quantization(format=INT8, scale=2.0**-7))
-    noise = measure_sensitivities(program, [grids], lower, beta)
+    noise = measure_sensitivities(program, [grids], Systems(lower=lower, beta=beta))
     ends = noise.inputs | {noise.output}
     groups = scale_groups(program)
     assert ends == {groups["M"], groups["beta"], groups["merge_32/W"]}
@@ -295,7 +293,7 @@ def test_the_dropped_product_of_low_planes_is_noise():
     program = scales_only(ZEROS, output="rows")
     step = 2.0**-15
     grids = {name: Quantization(format=INT8X2, scale=step) for name in program.tensors}
-    noise = measure_sensitivities(program, [grids], lower, beta).noise
+    noise = measure_sensitivities(program, [grids], Systems(lower=lower, beta=beta)).noise
     b = np.maximum(beta.double().numpy(), MIN_BETA)[..., None]
     k = -lower.double().numpy() / b
     low_k, low_b = ((np.rint(x / step) + 128) % 256 - 128 for x in (k, b))
@@ -318,7 +316,9 @@ def test_roundings_of_scales_leave_residues():
     residue = MatMul(output="r", left="zero", right="zero", add=("rows_first",), subtract=("columns_first",))
     program = scales_only(ZEROS, both, columns, again, zero, residue, output="rows")
     before = dict.fromkeys(program.tensors, 1.0) | {"r": 1e-7}
-    after = settle_residues(program, before, lower, dict.fromkeys(program.tensors, INT8), beta)
+    after = settle_residues(
+        program, before, Systems(lower=lower, beta=beta), dict.fromkeys(program.tensors, INT8)
+    )
     # Each way rounds twice: up to two steps apart, times the margin.
     assert 2 / 127 < after["r"] <= 4 * 2 / 127
 
@@ -398,7 +398,7 @@ def test_the_model_sees_what_the_simulator_computes(model, monkeypatch):
         model(input_ids=tokens)
     assert len(calls) == 2
     for layer, lower, beta, result in calls:
-        assert torch.equal(simulate_inverse(layer, lower, beta=beta), result)
+        assert torch.equal(simulate_inverse(layer, Systems(lower=lower, beta=beta)), result)
 
 
 # Published gates.

@@ -30,7 +30,7 @@ def test_the_whole_job_on_matrices_and_beta(matrices, target, tmp_path):
     plan = tmp_path / "plan.json"
     made = run("calibrate", matrices, "-o", plan, "--factored", "--target", target, "--max-loss", 3)
     assert made.exit_code == 0, made.output
-    assert qinvert.Plan.load(plan).layer("a").program.vectors == ("beta",)
+    assert qinvert.Plan.load(plan).layer("a").program.inverse_ports.beta == "beta"
     report = json.loads(run("simulate", plan, "--data", matrices, "--json").stdout)
     assert report["layers"]["a"]["sqnr_db"] > 30
     assert run("inspect", plan).exit_code == 0

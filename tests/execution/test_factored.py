@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.errors import InputError, PlanError, ProgramError
@@ -16,19 +17,20 @@ from qinvert.execution.simulator import simulate_integers
 from qinvert.formats import INT4, INT8, INT8X2, INT16
 from qinvert.methods import block_merge
 from qinvert.metrics import floor_inverse
-from qinvert.numerics import scales
-from qinvert.plan import serialization
+from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.ports import BETA, MATRIX
 from qinvert.program.program import Program
 from qinvert.program.serialization import program_from_json, program_to_json
-from qinvert.program.steps import BETA, INPUT, MIN_BETA, Add, Axis, MatMul, Scale, Slice
+from qinvert.program.steps import MIN_BETA, Add, Axis, MatMul, Scale, Slice
 from qinvert.proof.intervals import propagate
 from qinvert.proof.proof import prove
 from qinvert.stress import from_keys, unit_keys
+from qinvert.systems import Systems
 
 FORMATS = (INT4, INT8, INT16, INT8X2)
-ROWS = Scale(output="rows", source=INPUT, vector=BETA, axis=Axis.ROWS)
+ROWS = Scale(output="rows", source=MATRIX, vector=BETA, axis=Axis.ROWS)
 COLUMNS = Scale(output="columns", source="rows", vector=BETA, axis=Axis.COLUMNS)
 
 
@@ -42,14 +44,12 @@ def matrices(count: int, chunk: int, seed: int = 0, top: float = 1.0) -> tuple[t
 
 
 def program(*steps, **changes) -> Program:
-    arguments = {"name": "test", "chunk": 4, "steps": steps, "vectors": (BETA,)}
-    arguments["output"] = steps[-1].output if steps else INPUT
-    return Program(**arguments | changes)
+    return inverse_program(*steps, **{"factored": True} | changes)
 
 
 def planned(tested: Program, fmt=INT8, requantize=Requantize.DIVIDE, **scales: float) -> LayerPlan:
     given = dict.fromkeys(tested.tensors, 1 / fmt.largest) | scales
-    tensors = {n: Quantization(format=fmt, scale=scales.float32(s)) for n, s in given.items()}
+    tensors = {n: Quantization(format=fmt, scale=float32(s)) for n, s in given.items()}
     return LayerPlan(program=tested, tensors=tensors, requantize=requantize)
 
 
@@ -68,19 +68,16 @@ def calibrated(chunk: int, requantize=Requantize.MULTIPLIER, top=1.0, **options)
 @pytest.mark.parametrize(
     ("steps", "changes", "words"),
     [
-        ((ROWS,), {"vectors": ()}, "reads 'beta', which no earlier step writes"),
-        ((ROWS,), {"vectors": ("gamma",)}, r"vectors \('gamma',\); use none or \('beta',\)"),
-        ((ROWS,), {"vectors": [BETA]}, "use none or"),
-        ((ROWS,), {"implicit_identity": False}, "with a vector the result is W"),
-        ((Add(output="y", left=INPUT, right=BETA),), {}, "reads the vector input 'beta'; a scale"),
-        ((MatMul(output="y", left=INPUT, right=BETA),), {}, "no other step may read it"),
+        ((ROWS,), {"factored": False}, "reads 'beta', which no earlier step writes"),
+        ((Add(output="y", left=MATRIX, right=BETA),), {}, "reads the vector input 'beta'; a scale"),
+        ((MatMul(output="y", left=MATRIX, right=BETA),), {}, "no other step may read it"),
         ((Slice(output="y", source=BETA, rows=(0, 2)),), {}, "no other step may read it"),
         ((dataclasses.replace(ROWS, source=BETA),), {}, "reads the vector input 'beta'"),
-        ((dataclasses.replace(ROWS, vector=INPUT),), {}, "'M' is no vector input"),
+        ((dataclasses.replace(ROWS, vector=MATRIX),), {}, "reads the vector input 'M'"),
         ((dataclasses.replace(ROWS, axis=Axis.BLOCKS),), {}, "axis .* cannot be scaled; use rows or columns"),
         ((dataclasses.replace(ROWS, axis="rows", output=BETA),), {}, "the name is taken"),
         (
-            (Slice(output="half", source=INPUT, rows=(0, 2)), dataclasses.replace(ROWS, source="half")),
+            (Slice(output="half", source=MATRIX, rows=(0, 2)), dataclasses.replace(ROWS, source="half")),
             {},
             r"\[1,2,4\] has 1 blocks of 2 rows, the vector is \[1,4,1\]; scale whole matrices",
         ),
@@ -92,7 +89,7 @@ def test_what_does_not_fit_a_vector_is_refused(steps, changes, words):
 
 
 def test_half_a_matrix_is_scaled_along_its_whole_axis():
-    half = Slice(output="half", source=INPUT, rows=(0, 2))
+    half = Slice(output="half", source=MATRIX, rows=(0, 2))
     scaled = Scale(output="y", source="half", vector=BETA, axis=Axis.COLUMNS)
     tested = program(half, scaled, ROWS)
     assert tested.shapes["y"] == (1, 2, 4)
@@ -100,12 +97,14 @@ def test_half_a_matrix_is_scaled_along_its_whole_axis():
     assert tested.tensors == ("M", "beta", "half", "y", "rows")
 
 
-@pytest.mark.parametrize("given", [None, {}, {"gamma": 1}, {BETA: 1, "gamma": 1}])
-def test_evaluate_wants_exactly_the_declared_vectors(given):
-    with pytest.raises(ProgramError, match=r"takes the vectors \['beta'\], got"):
-        program(ROWS).evaluate(None, None, vectors=given)
-    with pytest.raises(ProgramError, match=r"takes the vectors \[\], got \['beta'\]"):
-        block_merge(4).evaluate(None, None, vectors={BETA: 1})
+@pytest.mark.parametrize(
+    "given", [{}, {MATRIX: 1}, {MATRIX: 1, "gamma": 1}, {MATRIX: 1, BETA: 1, "gamma": 1}]
+)
+def test_evaluate_wants_exactly_the_declared_inputs(given):
+    with pytest.raises(ProgramError, match=r"takes the inputs M, beta, got"):
+        program(ROWS).evaluate(None, given)
+    with pytest.raises(ProgramError, match=r"takes the inputs M, got M, beta"):
+        block_merge(4).evaluate(None, {MATRIX: 1, BETA: 1})
 
 
 @pytest.mark.parametrize("tested", [block_merge(16, factored=True, corrections=1), program(ROWS, COLUMNS)])
@@ -114,7 +113,7 @@ def test_files_keep_programs(tested):
     assert document["vectors"] == ["beta"]
     assert program_from_json(document) == tested
     plan = Plan(layers={"layer": planned(tested)}, target="int-ops")
-    assert serialization.from_bytes(serialization.to_bytes(plan)) == plan
+    assert Plan.from_bytes(plan.to_bytes()) == plan
 
 
 def test_other_programs_do_not_mention_vectors_in_files():
@@ -293,7 +292,8 @@ def scaled(plan: LayerPlan, step: Scale, q: dict[str, np.ndarray]) -> np.ndarray
 
 def observed(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor) -> dict[str, np.ndarray]:
     seen = {}
-    simulate_integers(plan, lower, lambda name, q: seen.update({name: q.numpy().astype(np.int64)}), beta)
+    systems = Systems(lower=lower, beta=beta)
+    simulate_integers(plan, systems, lambda name, q: seen.update({name: q.numpy().astype(np.int64)}))
     assert tuple(seen) == plan.program.tensors
     return seen
 
@@ -302,9 +302,9 @@ def observed(plan: LayerPlan, lower: torch.Tensor, beta: torch.Tensor) -> dict[s
 @pytest.mark.parametrize("output", FORMATS, ids=str)
 def test_scales_of_every_format_by_every_format(formats, output):
     tested = program(ROWS, COLUMNS, chunk=8)
-    kinds = dict(zip((INPUT, BETA), formats, strict=True)) | dict.fromkeys(("rows", "columns"), output)
+    kinds = dict(zip((MATRIX, BETA), formats, strict=True)) | dict.fromkeys(("rows", "columns"), output)
     tensors = {
-        name: Quantization(format=fmt, scale=scales.float32(1.3 / fmt.largest)) for name, fmt in kinds.items()
+        name: Quantization(format=fmt, scale=float32(1.3 / fmt.largest)) for name, fmt in kinds.items()
     }
     plan = LayerPlan(program=tested, tensors=tensors, requantize=Requantize.DIVIDE)
     seen = observed(plan, *matrices(5, 8, top=2.0))
@@ -383,7 +383,7 @@ def test_intervals_of_scales_are_attained():
     plan = planned(program(ROWS, COLUMNS), rows=2 / 127, columns=4 / 127, beta=2 / 127)
     seen = observed(plan, *corners(4, 1.0, 2.0, seed=1))
     ends, _ = ends_of(plan, 1.0)
-    for name in (INPUT, BETA, "rows", "columns"):
+    for name in (MATRIX, BETA, "rows", "columns"):
         low, high = ends[name]
         assert (seen[name].max(0) == high[0]).all(), name
         assert (seen[name].min(0) == low[0]).all(), name
@@ -412,7 +412,7 @@ def test_the_proof_scales_bounds_by_beta_where_they_hold_beta(max_beta):
     covering = planned(tested, **{name: bound / 127 for name, bound in exact.items()})
     assert not prove(covering, max_beta=max_beta).may_saturate
     for name in (BETA, "merge_4/S", "merge_4/V", "merge_8/S", "merge_8/V", "merge_8/Y", "merge_8/W"):
-        grid = Quantization(format=INT8, scale=scales.float32(0.98 * exact[name] / 127))
+        grid = Quantization(format=INT8, scale=float32(0.98 * exact[name] / 127))
         narrow = dataclasses.replace(covering, tensors={**covering.tensors, name: grid})
         assert prove(narrow, max_beta=max_beta).may_saturate == {name: grid.limit}
 
@@ -427,9 +427,11 @@ def test_the_floor_is_the_exact_inverse_of_the_quantized_inputs_on_the_grid_of_w
     grids = {name: (np.float32(q.scale), q.format) for name, q in plan.tensors.items()}
     k, rows = (
         rounded(x, *grids[name]) * grids[name][0].astype(np.float64)
-        for name, x in ((INPUT, -lower.numpy() / b[..., None]), (BETA, b))
+        for name, x in ((MATRIX, -lower.numpy() / b[..., None]), (BETA, b))
     )
     w = k @ solved(torch.from_numpy(-rows[..., None] * k)).numpy()
-    scale, fmt = grids[plan.program.output]
+    scale, fmt = grids[plan.program.inverse_ports.result]
     expected = rounded(w, scale, fmt) * scale.astype(np.float64) * b[..., None] + np.eye(16)
-    assert np.allclose(floor_inverse(plan, lower, beta).numpy(), expected, rtol=0, atol=1e-6)
+    assert np.allclose(
+        floor_inverse(plan, Systems(lower=lower, beta=beta)).numpy(), expected, rtol=0, atol=1e-6
+    )

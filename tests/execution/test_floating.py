@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from inverse_programs import inverse_program
 
 from qinvert.errors import InputError
 from qinvert.methods import block_merge, neumann, neumann_doubling
-from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
+from qinvert.program.ports import MATRIX
+from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
 from qinvert.stress import stress_matrices
 
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -75,16 +76,16 @@ def test_products_of_half_floats_accumulate_in_float32():
     # 1 + 2048 is no float16; 1 + 2048 - 2048 is 1 only if nothing is rounded on the way.
     m = torch.zeros(4, 4)
     m[1, 0], m[2, 0], m[3] = 1.0, 2048.0, torch.tensor([-2048.0, 1.0, 1.0, 0.0])
-    product = MatMul(output="product", left=INPUT, right=INPUT, add=(INPUT,))
-    program = Program(name="test", chunk=4, steps=(product,), output="product")
+    product = MatMul(output="product", left=MATRIX, right=MATRIX, add=(MATRIX,))
+    program = inverse_program(product)
     assert float(program.run(-m, dtype=torch.float16)[3, 0]) == 1.0
 
 
 @every_dtype
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.75, 2.0**-7, 1 + 2.0**-23])
 def test_a_factor_multiplies_before_the_one_rounding(dtype, factor):
-    step = Rescale(output="scaled", source=INPUT, factor=factor)
-    program = Program(name="test", chunk=8, steps=(step,), output="scaled", implicit_identity=False)
+    step = Rescale(output="scaled", source=MATRIX, factor=factor)
+    program = inverse_program(step, chunk=8, identity=True)
     lower = stress_matrices("half_random", 2, 8).to(dtype)
     product = -lower.double().numpy() * factor
     bits = BITS[dtype]
@@ -94,23 +95,19 @@ def test_a_factor_multiplies_before_the_one_rounding(dtype, factor):
 
 def test_moving_steps_move():
     corner = Constant(name="corner", rows=4, columns=4, ones=((0, 0), (0, 0), (0, 1), (0, 2)))
-    program = Program(
-        name="moves",
-        chunk=4,
-        constants=(corner, Constant(name="zeros", rows=2, columns=2, ones=((0, 0),) * 2)),
-        steps=(
-            Mask(output="masked", source=INPUT, constant="corner"),
-            Slice(output="block", source="masked", rows=(2, 4), columns=(0, 2)),
-            Concat(output="stack", sources=("block", "block"), axis=Axis.BLOCKS),
-            Slice(output="second", source="stack", blocks=(1, 2)),
-            Concat(output="left", sources=("zeros", "second"), axis=Axis.ROWS),
-            Concat(output="right", sources=("zeros", "zeros", "second"), axis=Axis.ROWS),
-            Slice(output="right_half", source="right", rows=(0, 4)),
-            Concat(output="whole", sources=("left", "right_half"), axis=Axis.COLUMNS),
-            Rescale(output="result", source="whole"),
-        ),
-        output="result",
+    zeros = Constant(name="zeros", rows=2, columns=2, ones=((0, 0),) * 2)
+    steps = (
+        Mask(output="masked", source=MATRIX, constant="corner"),
+        Slice(output="block", source="masked", rows=(2, 4), columns=(0, 2)),
+        Concat(output="stack", sources=("block", "block"), axis=Axis.BLOCKS),
+        Slice(output="second", source="stack", blocks=(1, 2)),
+        Concat(output="left", sources=("zeros", "second"), axis=Axis.ROWS),
+        Concat(output="right", sources=("zeros", "zeros", "second"), axis=Axis.ROWS),
+        Slice(output="right_half", source="right", rows=(0, 4)),
+        Concat(output="whole", sources=("left", "right_half"), axis=Axis.COLUMNS),
+        Rescale(output="result", source="whole"),
     )
+    program = inverse_program(*steps, constants=(corner, zeros))
     lower = torch.stack([torch.tril(k + torch.arange(16.0).reshape(4, 4), -1) for k in (0, 100)])
     expected = torch.zeros(2, 4, 4)
     expected[:, 2, 0] = -lower[:, 2, 0]
@@ -122,10 +119,10 @@ def test_moving_steps_move():
 def test_a_mask_clears_infinities():
     clear = Constant(name="clear", rows=4, columns=4, ones=((0, 0),) * 4)
     steps = (
-        MatMul(output="square", left=INPUT, right=INPUT),
+        MatMul(output="square", left=MATRIX, right=MATRIX),
         Mask(output="cleared", source="square", constant="clear"),
     )
-    program = Program(name="test", chunk=4, constants=(clear,), steps=steps, output="cleared")
+    program = inverse_program(*steps, constants=(clear,), output="cleared")
     seen = observed(program, 1e4 * torch.tril(torch.ones(4, 4), -1), torch.float16)
     assert torch.isinf(seen["square"]).any()
     assert torch.equal(seen["cleared"], torch.zeros_like(seen["cleared"]))
@@ -164,7 +161,7 @@ def test_the_input_is_neither_changed_nor_aliased():
 
 
 def test_an_explicit_inverse_gets_no_identity():
-    program = Program(name="test", chunk=4, implicit_identity=False)
+    program = inverse_program(identity=True)
     lower = stress_matrices("half_random", 1, 4)
     assert torch.equal(program.run(lower), -lower)
 

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.calibration.planning.scales import scale_groups
@@ -22,13 +23,14 @@ from qinvert.methods import (
     neumann_doubling,
     newton_schulz,
 )
-from qinvert.numerics import scales
+from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
-from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Add, Concat, Mask, MatMul, Rescale, Slice
+from qinvert.program.ports import MATRIX
+from qinvert.program.steps import Add, Concat, Mask, MatMul, Rescale, Slice
 from qinvert.simulation import simulate_inverse
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 PROGRAMS = {
     "packed": block_merge(16, 2),
@@ -61,7 +63,7 @@ def mixed() -> LayerPlan:
     tensors = {
         name: Quantization(
             format=formats.get(name, INT16),
-            scale=scales.float32(3 / formats.get(name, INT16).largest),
+            scale=float32(3 / formats.get(name, INT16).largest),
         )
         for name in program.tensors
     }
@@ -70,7 +72,7 @@ def mixed() -> LayerPlan:
 
 def observed(plan: LayerPlan, lower: torch.Tensor) -> dict[str, np.ndarray]:
     seen = {}
-    simulate_integers(plan, lower, lambda name, q: seen.update({name: q.numpy()}))
+    simulate_integers(plan, Systems(lower=lower), lambda name, q: seen.update({name: q.numpy()}))
     assert all(np.array_equal(q, np.rint(q)) for q in seen.values())
     return {name: q.astype(np.int64) for name, q in seen.items()}
 
@@ -176,7 +178,7 @@ def check_every_step(plan: LayerPlan, lower: torch.Tensor) -> None:
     seen = observed(plan, lower)
     assert tuple(seen) == plan.program.tensors
     grid = plan.input
-    assert np.array_equal(seen[INPUT], rounded(-lower.numpy(), grid.scale, grid.format))
+    assert np.array_equal(seen[MATRIX], rounded(-lower.numpy(), grid.scale, grid.format))
     for step in plan.program.steps:
         assert np.array_equal(seen[step.output], recomputed(plan, step, seen, len(lower))), step.output
 
@@ -202,7 +204,7 @@ def test_mixtures_of_one_and_two_planes_too(name):
     formats = {g: kinds[int(generator.integers(4))] for g in dict.fromkeys(scale_groups(program).values())}
     tensors = {
         name: Quantization(
-            format=formats[group], scale=scales.float32(plan.tensors[name].limit / formats[group].largest)
+            format=formats[group], scale=float32(plan.tensors[name].limit / formats[group].largest)
         )
         for name, group in scale_groups(program).items()
     }
@@ -245,18 +247,18 @@ def test_factors_between_products_too(requantize, scales):
 @pytest.mark.parametrize("factor", [-1.0, 0.5, 1 / 3, -2.7, 1e-30, 1e15])
 @pytest.mark.parametrize("scale", [1 / 127, 2.0**-9, 0.3, 1e-9])
 def test_factors_too_and_they_saturate(factor, scale):
-    step = Rescale(output="scaled", source=INPUT, factor=scales.float32(factor))
-    program = Program(name="test", chunk=8, steps=(step,), output="scaled")
-    grids = {INPUT: 1 / 100, "scaled": scale}
-    tensors = {n: Quantization(format=INT8, scale=scales.float32(s)) for n, s in grids.items()}
+    step = Rescale(output="scaled", source=MATRIX, factor=float32(factor))
+    program = inverse_program(step, chunk=8)
+    grids = {MATRIX: 1 / 100, "scaled": scale}
+    tensors = {n: Quantization(format=INT8, scale=float32(s)) for n, s in grids.items()}
     plan = LayerPlan(program=program, tensors=tensors, requantize=Requantize.MULTIPLIER)
     check_every_step(plan, stress_matrices("negative_eigenvalues", 5, 8))
 
 
 def test_a_residual_beyond_float32_enters_the_accumulator_exactly():
-    step = MatMul(output="y", left=INPUT, right=INPUT, add=(INPUT,))
-    program = Program(name="test", chunk=4, steps=(step,), output="y")
-    grid = Quantization(format=INT8, scale=scales.float32(1 / 200001))
+    step = MatMul(output="y", left=MATRIX, right=MATRIX, add=(MATRIX,))
+    program = inverse_program(step)
+    grid = Quantization(format=INT8, scale=float32(1 / 200001))
     coarse = Quantization(format=INT8, scale=0.00018142764747608453)
     plan = LayerPlan(program=program, tensors={"M": grid, "y": coarse}, requantize=Requantize.MULTIPLIER)
     m = torch.zeros(1, 4, 4)
@@ -266,15 +268,15 @@ def test_a_residual_beyond_float32_enters_the_accumulator_exactly():
 
 def test_the_result_is_the_dequantized_output_plus_the_identity():
     plan, lower = calibrated("packed"), stress_matrices("half_random", 3, 16)
-    integers = simulate_integers(plan, lower).numpy()
+    integers = simulate_integers(plan, Systems(lower=lower)).numpy()
     expected = integers * np.float32(plan.output.scale) + np.eye(16, dtype=np.float32)
-    assert np.array_equal(simulate_inverse(plan, lower), expected)
+    assert np.array_equal(simulate_inverse(plan, Systems(lower=lower)), expected)
     assert np.array_equal(np.triu(integers), np.zeros_like(integers))
 
 
 def test_an_explicit_inverse_gets_no_identity():
     grid = Quantization(format=INT8, scale=2.0**-7)
-    program = Program(name="test", chunk=4, implicit_identity=False)
+    program = inverse_program(identity=True)
     plan = LayerPlan(program=program, tensors={"M": grid}, requantize=Requantize.DIVIDE)
     lower = torch.tril(torch.full((4, 4), 0.25), -1)
     assert torch.equal(plan.inverse(lower), -lower)

@@ -24,6 +24,7 @@ from qinvert.export.reading import inlined
 from qinvert.profiles import PROFILES
 from qinvert.program.steps import MIN_BETA
 from qinvert.stress import from_keys, stress_keys, stress_matrices
+from qinvert.systems import Systems
 
 BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
 #: Every profile but one is exact under these.
@@ -103,7 +104,9 @@ def test_graphs_from_keys_equal_the_simulator_given_the_l_that_they_build(profil
     if output == "T":
         expected = layer.inverse(lower, data["beta"]).numpy()
     else:
-        integers = simulate_integers(layer, lower, beta=data["beta"] if factored else None).numpy()
+        integers = simulate_integers(
+            layer, Systems(lower=lower, beta=data["beta"] if factored else None)
+        ).numpy()
         expected = integers + int(metadata(model)["qinvert.output_zero_point"])
     assert wrong_share(actual[0], expected) <= SHARE[profile]
     step = 1 if output == "integers" else layer.output.scale * (2 if factored else 1)
@@ -146,7 +149,7 @@ def test_a_layer_without_steps_returns_integers_too():
     lower = torch.tensor([[[0.0, 0.0], [0.5, 0.0]]])
     plan = qinvert.calibrate(lower)
     (s,) = session(build(plan, batch=1, output="integers")).run(None, {"L": lower[None].numpy()})
-    assert np.array_equal(s[0], simulate_integers(plan.layer(), lower).numpy())
+    assert np.array_equal(s[0], simulate_integers(plan.layer(), Systems(lower=lower)).numpy())
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -16,6 +16,7 @@ from qinvert.kernels import Precision, launch, solve_tril
 from qinvert.kernels.generator import float_kernel, integer_kernel
 from qinvert.simulation import simulate_counting
 from qinvert.stress import STRESS, stress_matrices
+from qinvert.systems import Systems
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and launch.missing() is None
@@ -60,7 +61,7 @@ def test_every_layout_equals_the_simulator(chunk, layout, target):
     plan = qinvert.calibrate(lower, method=program, bits=8, target=target, min_sqnr_db=0).layer()
     integer_kernel(plan)  # raises if there is none
     result = solve_tril(rows(lower), plan=plan).cpu().reshape(lower.shape)
-    assert torch.equal(result, simulate_batched(plan, lower))
+    assert torch.equal(result, simulate_batched(plan, Systems(lower=lower)))
 
 
 @pytest.mark.parametrize("scales", ["float", "pow2"])
@@ -73,7 +74,7 @@ def test_every_format_equals_the_simulator(bits, scales):
     # Twice the range that the plan has seen: saturated values count, too.
     for matrices in (lower, 2 * lower):
         result = solve_tril(rows(matrices), plan=plan).reshape(matrices.shape)
-        assert torch.equal(result.cpu(), simulate_batched(plan, matrices))
+        assert torch.equal(result.cpu(), simulate_batched(plan, Systems(lower=matrices)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -81,7 +82,7 @@ def test_every_input_type_equals_the_simulator(dtype):
     lower = everything(16, 2).to(dtype)
     plan = qinvert.calibrate(lower, bits=8, min_sqnr_db=0).layer()
     result = solve_tril(rows(lower), plan=plan).cpu().reshape(lower.shape)
-    assert torch.equal(result, simulate_batched(plan, lower))
+    assert torch.equal(result, simulate_batched(plan, Systems(lower=lower)))
 
 
 @needs_cuda
@@ -95,13 +96,13 @@ def test_large_chunks_equal_the_simulator(bits, chunk, scales):
     integer_kernel(plan)
     for matrices in (lower, 2 * lower):
         result = solve_tril(rows(matrices), plan=plan).reshape(matrices.shape)
-        assert torch.equal(result.cpu(), simulate_batched(plan, matrices))
+        assert torch.equal(result.cpu(), simulate_batched(plan, Systems(lower=matrices)))
 
 
 def test_counts_of_saturated_values_equal_the_simulator(monkeypatch):
     lower = 3 * everything(32, 1)
     plan = qinvert.calibrate(lower / 3, bits="8x2", min_sqnr_db=0).layer()
-    expected = simulate_counting(plan, lower)
+    expected = simulate_counting(plan, Systems(lower=lower))
     result, counts = solve_tril.fused_inverse(plan, lower.to(DEVICE), count=True)
     assert torch.equal(result.cpu(), expected[0])
     assert counts == expected[1]
@@ -153,7 +154,7 @@ def test_odd_batches(count):
     lower = everything(16, 1)[:count]
     plan = qinvert.calibrate(everything(16, 2), bits="8x2", min_sqnr_db=0).layer()
     result = solve_tril(rows(lower), plan=plan).cpu().reshape(lower.shape)
-    assert torch.equal(result, simulate_batched(plan, lower))
+    assert torch.equal(result, simulate_batched(plan, Systems(lower=lower)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -12,6 +12,7 @@ from qinvert.kernels import Precision, dispatch, launch, solve_tril
 from qinvert.kernels.tiles import UnsupportedError
 from qinvert.simulation import simulate_counting
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,7 @@ def test_a_failing_compiler_leaves_the_torch_path(plan, monkeypatch, caplog):
 
 def test_saturations_are_counted_like_values(plan):
     lower = 4 * stress_matrices("correlated_keys", 4, 16, seed=2)
-    inverse, counts = simulate_counting(plan, lower)
+    inverse, counts = simulate_counting(plan, Systems(lower=lower))
     assert torch.equal(inverse, plan.inverse(lower))
     assert counts["M"] > 0
-    assert simulate_counting(plan, 0 * lower)[1] == {}
+    assert simulate_counting(plan, Systems(lower=0 * lower))[1] == {}

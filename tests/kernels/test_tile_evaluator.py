@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.execution.floating import run
 from qinvert.kernels.source import Source, pattern
 from qinvert.kernels.tile_evaluator import TileEvaluator
 from qinvert.kernels.tiles import TILE, TileOps, UnsupportedError
-from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Axis, Concat, Mask, MatMul, Slice
+from qinvert.program.ports import MATRIX
+from qinvert.program.steps import Axis, Concat, Mask, MatMul, Slice
 from qinvert.stress import stress_matrices
 
 
@@ -75,7 +76,7 @@ def test_tiles_compute_what_matrices_do(program):
     lower = stress_matrices("correlated_keys", 1, program.chunk, seed=5)[0].double()
     result = TileEvaluator(program, ExactOps(lower)).run()
     expected = run(program, lower, dtype=torch.float64)
-    if program.implicit_identity:
+    if not program.inverse_ports.holds_identity:
         expected = expected - torch.eye(program.chunk, dtype=torch.float64)
     assert torch.allclose(assembled(result, program.chunk), expected, rtol=1e-9, atol=1e-6)
     # A tile is present exactly where something may stand.
@@ -105,13 +106,13 @@ def shuffled():
     """A product of two blocks that stand beside each other."""
     top = {"rows": (0, 16), "columns": (0, 16)}
     steps = (
-        Slice(output="a", source=INPUT, **top),
-        Slice(output="b", source=INPUT, rows=(16, 32), columns=(0, 16)),
+        Slice(output="a", source=MATRIX, **top),
+        Slice(output="b", source=MATRIX, rows=(16, 32), columns=(0, 16)),
         MatMul(output="c", left="a", right="b"),
         Concat(output="left", sources=("c", "c"), axis=Axis.ROWS),
         Concat(output="whole", sources=("left", "left"), axis=Axis.COLUMNS),
     )
-    return Program(name="shuffled", chunk=32, steps=steps, output="whole")
+    return inverse_program(*steps, name="shuffled", chunk=32, output="whole")
 
 
 def masks(program):

@@ -156,8 +156,10 @@ def test_proved_tensors_stay_below_beta_for_unit_keys(data, chunk, base, tile, c
     for step in program.steps:
         if step.bound is not None:
             assert seen[step.output].abs().max() <= step.bound * beta.max() + 1e-6, step.output
-    assert (torch.tril(seen[program.output][0], -1).abs() <= beta.unsqueeze(-1) + 1e-6).all()
-    assert torch.allclose(seen[program.output][0] + torch.eye(chunk), solved(lower), rtol=0, atol=1e-6)
+    assert (torch.tril(seen[program.inverse_ports.result][0], -1).abs() <= beta.unsqueeze(-1) + 1e-6).all()
+    assert torch.allclose(
+        seen[program.inverse_ports.result][0] + torch.eye(chunk), solved(lower), rtol=0, atol=1e-6
+    )
 
 
 @given(data=st.data(), chunk=st.sampled_from([4, 16, 32]))

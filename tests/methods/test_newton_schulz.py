@@ -6,7 +6,8 @@ import torch
 
 from qinvert.errors import ProgramError
 from qinvert.methods import newton_schulz
-from qinvert.program.steps import INPUT, Rescale
+from qinvert.program.ports import MATRIX
+from qinvert.program.steps import Rescale
 from qinvert.stress import STRESS, stress_matrices
 
 
@@ -62,7 +63,7 @@ def test_iterations_correct_the_rounding_errors_of_those_before(name, solved):
 @pytest.mark.parametrize("name", STRESS)
 def test_no_tensor_outgrows_m_and_t_on_any_stress_set(name):
     seen = ranges_of(newton_schulz(64, 16), stress_matrices(name, 4, 64))
-    assert max(seen.values()) <= 1.01 * max(seen[INPUT], seen["iteration_16/S"])
+    assert max(seen.values()) <= 1.01 * max(seen[MATRIX], seen["iteration_16/S"])
 
 
 def test_no_range_is_claimed():
@@ -80,14 +81,14 @@ def test_default_iterations_and_two_products_for_each_but_the_first(chunk, itera
 
 def test_the_first_iteration_is_one_rescale():
     (step,) = newton_schulz(64, 1).steps
-    assert step == Rescale(output="iteration_1/S", source=INPUT, factor=2.0**-14)
+    assert step == Rescale(output="iteration_1/S", source=MATRIX, factor=2.0**-14)
 
 
 def test_terms_with_the_factor_one_have_no_tensor_of_their_own():
     program = newton_schulz(16, 20)
     assert all(step.factor != 1 for step in program.steps if isinstance(step, Rescale))
     last, before = program.steps[-1], program.steps[-2]
-    assert (last.add, before.add) == (("iteration_20/W", "iteration_19/S"), (INPUT,))
+    assert (last.add, before.add) == (("iteration_20/W", "iteration_19/S"), (MATRIX,))
 
 
 @pytest.mark.parametrize("iterations", [0, 65, -1, 12.0, "12", True])

@@ -59,9 +59,7 @@ def test_products_are_exact_whatever_the_format(formats, shape):
     product = exact.integer_matmul(left.float(), right.float(), bound)
     assert torch.equal(product.to(torch.int64), left @ right)
     rows, columns = left[1].tolist(), right[1].T.tolist()
-    assert product[1].tolist() == [
-        [exact.dot_scalar(row, column) for column in columns] for row in rows
-    ]
+    assert product[1].tolist() == [[exact.dot_scalar(row, column) for column in columns] for row in rows]
 
 
 @pytest.mark.parametrize(("bound", "dtype"), [(2**24 - 1, torch.float32), (2**24, torch.float64)])

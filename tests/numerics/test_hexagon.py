@@ -17,6 +17,7 @@ from qinvert.formats import INT4, INT8
 from qinvert.numerics import hexagon
 from qinvert.numerics.law import Rounding
 from qinvert.stress import STRESS, stress_matrices
+from qinvert.systems import Systems
 
 ACCUMULATORS = st.integers(-(2**22), 2**22)
 MULTIPLIERS = st.floats(2.0**-20, 4.0)
@@ -102,7 +103,7 @@ def test_a_plan_differs_by_little_and_not_by_nothing():
     steps = ((ours - theirs).abs() / layer.output.scale).round()
     assert 0 < float(steps.max()) <= 8
     assert float((steps > 0).double().mean()) < 0.05
-    integers = simulate_integers(layer, lower, rounding=Rounding.HEXAGON)
+    integers = simulate_integers(layer, Systems(lower=lower), rounding=Rounding.HEXAGON)
     assert np.array_equal(integers.numpy(), (theirs - torch.eye(16)).div(layer.output.scale).round().numpy())
 
 

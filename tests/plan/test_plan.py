@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.errors import InputError, PlanError
@@ -15,8 +16,9 @@ from qinvert.methods import block_merge
 from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MatMul, Rescale
+from qinvert.program.steps import MatMul, Rescale
 from qinvert.stress import stress_matrices
 
 
@@ -25,9 +27,9 @@ def grid(steps: int = 127, fmt=INT8) -> Quantization:
 
 
 def square(*add: str) -> Program:
-    copy = Rescale(output="copy", source=INPUT)
-    product = MatMul(output="product", left=INPUT, right="copy", add=add)
-    return Program(name="square", chunk=8, steps=(copy, product), output="product")
+    copy = Rescale(output="copy", source=MATRIX)
+    product = MatMul(output="product", left=MATRIX, right="copy", add=add)
+    return inverse_program(copy, product, name="square", chunk=8)
 
 
 def planned(program: Program, requantize=Requantize.DIVIDE, default=None, **tensors) -> LayerPlan:
@@ -93,7 +95,7 @@ def test_tensors_that_no_move_joins_are_free():
 
 def test_an_int16_product_splits_its_right_operand_and_overflows_only_at_512():
     step = square().steps[1]
-    assert planned(square(), default=grid(fmt=INT16)).accumulator_bound(step) == 8 * 2**15 * 2**7
+    assert planned(square(), default=grid(fmt=INT16)).products[step.output].bound == 8 * 2**15 * 2**7
     wide = block_merge(1024)
     with pytest.raises(PlanError, match=f"can reach {2**31}, an int32 holds less than {2**31}"):
         planned(wide, default=grid(fmt=INT16))
@@ -101,7 +103,7 @@ def test_an_int16_product_splits_its_right_operand_and_overflows_only_at_512():
 
 def test_a_residual_can_overflow_int32_only_as_an_integer_of_the_accumulator():
     fine = grid(2**24)
-    assert planned(square("copy"), M=fine).accumulator_bound(square("copy").steps[1]) == 8 * 128**2
+    assert planned(square("copy"), M=fine).products["product"].bound == 8 * 128**2
     with pytest.raises(PlanError, match=r"can reach .* use a narrower format or a larger scale"):
         planned(square("copy"), Requantize.MULTIPLIER, M=fine)
 
@@ -123,13 +125,13 @@ def test_a_residual_can_overflow_int32_only_as_an_integer_of_the_accumulator():
 )
 def test_the_accumulator_bound_is_the_worst_case_of_all_integers(left, right, add, requantize, bound):
     plan = planned(square(*add), requantize, M=left, copy=right)
-    assert plan.accumulator_bound(plan.program.steps[1]) == bound
+    assert plan.products[plan.program.steps[1].output].bound == bound
 
 
 @given(st.integers(1, 2**22))
 def test_an_identity_on_a_reciprocal_grid_is_that_integer(k):
     plan = planned(square("copy"), M=grid(k))
-    assert plan.residual_factor(plan.program.steps[1], "copy") == k
+    assert plan.products[plan.program.steps[1].output].identity("copy") == k
 
 
 @pytest.mark.parametrize("scale", [2.0, 0.75, float32(0.3), float32(1 / 127 * 1.001), 2.0**30])
@@ -141,9 +143,9 @@ def test_an_identity_that_is_no_integer_is_refused_by_the_multiplier_form_only(s
 
 
 def test_a_residual_that_is_no_operand_is_refused_by_the_multiplier_form_only():
-    other = Rescale(output="other", source=INPUT)
-    product = MatMul(output="product", left=INPUT, right=INPUT, subtract=("other",))
-    program = Program(name="test", chunk=8, steps=(other, product), output="product")
+    other = Rescale(output="other", source=MATRIX)
+    product = MatMul(output="product", left=MATRIX, right=MATRIX, subtract=("other",))
+    program = inverse_program(other, product, chunk=8)
     planned(program, Requantize.DIVIDE)
     with pytest.raises(PlanError, match=r"residual 'other' is no operand.*requantize='divide'"):
         planned(program, Requantize.MULTIPLIER)

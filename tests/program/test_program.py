@@ -4,15 +4,16 @@ import math
 import weakref
 
 import pytest
+from inverse_programs import inverse_program
 
 from qinvert.errors import ProgramError
 from qinvert.execution.tensors import constant_matrix
 from qinvert.methods import neumann_doubling
 from qinvert.numerics.scales import MAX_SCALE, MIN_SCALE
 from qinvert.program.evaluator import Evaluator
+from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.steps import (
-    INPUT,
     MAX_FACTOR,
     MIN_FACTOR,
     Add,
@@ -29,32 +30,36 @@ from qinvert.program.steps import (
 
 
 def program(*steps, constants=(), output=None, chunk=4, **fields) -> Program:
-    output = output or (steps[-1].output if steps else INPUT)
-    return Program(name="test", chunk=chunk, steps=steps, constants=constants, output=output, **fields)
+    output = output or (steps[-1].output if steps else MATRIX)
+    return inverse_program(*steps, chunk=chunk, constants=constants, output=output, **fields)
 
 
 def zeros(rows, columns=4, name="zeros"):
     return Constant(name=name, rows=rows, columns=columns, ones=((0, 0),) * rows)
 
 
-square = MatMul(output="square", left=INPUT, right=INPUT)
-top = Slice(output="top", source=INPUT, rows=(0, 2))
-corner = Slice(output="corner", source=INPUT, rows=(0, 2), columns=(0, 2))
+square = MatMul(output="square", left=MATRIX, right=MATRIX)
+top = Slice(output="top", source=MATRIX, rows=(0, 2))
+corner = Slice(output="corner", source=MATRIX, rows=(0, 2), columns=(0, 2))
 
 WRONG = {
     "unknown name": (
-        [MatMul(output="a", left="b", right=INPUT)],
+        [MatMul(output="a", left="b", right=MATRIX)],
         [],
         r"'a' reads 'b'.*no earlier step writes",
     ),
-    "own name": ([Add(output="a", left=INPUT, right="a")], [], "'a' reads 'a'.*no earlier step writes"),
-    "later name": ([Add(output="a", left=INPUT, right="square"), square], [], "order the steps"),
-    "unknown residual": ([MatMul(output="a", left=INPUT, right=INPUT, subtract=("b",))], [], "reads 'b'"),
+    "own name": ([Add(output="a", left=MATRIX, right="a")], [], "'a' reads 'a'.*no earlier step writes"),
+    "later name": ([Add(output="a", left=MATRIX, right="square"), square], [], "order the steps"),
+    "unknown residual": ([MatMul(output="a", left=MATRIX, right=MATRIX, subtract=("b",))], [], "reads 'b'"),
     "name written twice": ([square, square], [], "step 'square': the name is taken"),
-    "input overwritten": ([Rescale(output=INPUT, source=INPUT)], [], "step 'M': the name is taken"),
-    "name of a constant": ([Rescale(output="zeros", source=INPUT)], [zeros(4)], "'zeros': the name is taken"),
-    "constants share a name": ([], [zeros(4), zeros(2)], "two constants share a name"),
-    "constant named M": ([], [zeros(4, name=INPUT)], "one is called 'M'"),
+    "input overwritten": ([Rescale(output=MATRIX, source=MATRIX)], [], "step 'M': the name is taken"),
+    "name of a constant": (
+        [Rescale(output="zeros", source=MATRIX)],
+        [zeros(4)],
+        "'zeros': the name is taken",
+    ),
+    "constants share a name": ([], [zeros(4), zeros(2)], "two inputs or constants share a name"),
+    "constant named M": ([], [zeros(4, name=MATRIX)], "two inputs or constants share a name"),
     "inner sizes": (
         [top, MatMul(output="a", left="top", right="top")],
         [],
@@ -62,33 +67,33 @@ WRONG = {
     ),
     "numbers of blocks": (
         [
-            Concat(output="two", sources=(INPUT, INPUT), axis=Axis.BLOCKS),
-            MatMul(output="a", left="two", right=INPUT),
+            Concat(output="two", sources=(MATRIX, MATRIX), axis=Axis.BLOCKS),
+            MatMul(output="a", left="two", right=MATRIX),
         ],
         [],
         r"cannot multiply \[2,4,4\] by \[1,4,4\]",
     ),
     "residual of another shape": (
-        [top, MatMul(output="a", left=INPUT, right=INPUT, add=("top",))],
+        [top, MatMul(output="a", left=MATRIX, right=MATRIX, add=("top",))],
         [],
         r"'a': shapes \[1,4,4\] and \[1,2,4\] differ",
     ),
-    "sum of two shapes": ([top, Add(output="a", left="top", right=INPUT)], [], "a sum needs equal ones"),
+    "sum of two shapes": ([top, Add(output="a", left="top", right=MATRIX)], [], "a sum needs equal ones"),
     "constant in a product": (
-        [MatMul(output="a", left=INPUT, right="zeros")],
+        [MatMul(output="a", left=MATRIX, right="zeros")],
         [zeros(4)],
         "constant 'zeros' may only feed a mask or a concat",
     ),
-    "constant in a sum": ([Add(output="a", left="zeros", right=INPUT)], [zeros(4)], "may only feed a mask"),
+    "constant in a sum": ([Add(output="a", left="zeros", right=MATRIX)], [zeros(4)], "may only feed a mask"),
     "constant rescaled": ([Rescale(output="a", source="zeros")], [zeros(4)], "may only feed a mask"),
     "constant sliced": ([Slice(output="a", source="zeros")], [zeros(4)], "may only feed a mask"),
     "mask of another size": (
-        [Mask(output="a", source=INPUT, constant="zeros")],
+        [Mask(output="a", source=MATRIX, constant="zeros")],
         [zeros(2)],
         r"'a': needs a tensor and a constant of its size, got \[1,4,4\] and \[1,2,4\]",
     ),
     "mask that is no constant": (
-        [Mask(output="a", source=INPUT, constant=INPUT)],
+        [Mask(output="a", source=MATRIX, constant=MATRIX)],
         [],
         "needs a tensor and a constant",
     ),
@@ -98,14 +103,14 @@ WRONG = {
         "needs a tensor and a constant",
     ),
     "empty slice": (
-        [Slice(output="a", source=INPUT, rows=(2, 2))],
+        [Slice(output="a", source=MATRIX, rows=(2, 2))],
         [],
         r"range \(2, 2\) is empty or outside",
     ),
-    "reversed slice": ([Slice(output="a", source=INPUT, rows=(3, 1))], [], r"range \(3, 1\) is empty"),
-    "slice beyond the end": ([Slice(output="a", source=INPUT, columns=(2, 5))], [], r"outside \[0, 4\]"),
-    "slice before the start": ([Slice(output="a", source=INPUT, columns=(-1, 2))], [], r"outside \[0, 4\]"),
-    "slice of missing blocks": ([Slice(output="a", source=INPUT, blocks=(0, 2))], [], r"outside \[0, 1\]"),
+    "reversed slice": ([Slice(output="a", source=MATRIX, rows=(3, 1))], [], r"range \(3, 1\) is empty"),
+    "slice beyond the end": ([Slice(output="a", source=MATRIX, columns=(2, 5))], [], r"outside \[0, 4\]"),
+    "slice before the start": ([Slice(output="a", source=MATRIX, columns=(-1, 2))], [], r"outside \[0, 4\]"),
+    "slice of missing blocks": ([Slice(output="a", source=MATRIX, blocks=(0, 2))], [], r"outside \[0, 1\]"),
     "concat of nothing": ([Concat(output="a", sources=(), axis=Axis.ROWS)], [], "at least one tensor source"),
     "concat of constants": (
         [Concat(output="a", sources=("zeros", "zeros"), axis=Axis.ROWS)],
@@ -113,12 +118,12 @@ WRONG = {
         "'a': a concat needs at least one tensor source",
     ),
     "constant stacked": (
-        [Concat(output="a", sources=(INPUT, "zeros"), axis=Axis.BLOCKS)],
+        [Concat(output="a", sources=(MATRIX, "zeros"), axis=Axis.BLOCKS)],
         [zeros(4)],
         "'a': constants cannot be stacked on the batch axis",
     ),
     "concat that does not fit": (
-        [top, Concat(output="a", sources=(INPUT, "top"), axis=Axis.COLUMNS)],
+        [top, Concat(output="a", sources=(MATRIX, "top"), axis=Axis.COLUMNS)],
         [],
         r"cannot join \[1,4,4\], \[1,2,4\] along columns",
     ),
@@ -141,12 +146,12 @@ def test_the_output_must_be_a_tensor(output, got):
 @pytest.mark.parametrize("factor", [0.0, 0.1, math.nan, math.inf, 1e-31, 2.0**60, "1", None, True, 10**400])
 def test_a_factor_is_a_float32_of_reasonable_magnitude(factor):
     with pytest.raises(ProgramError, match=r"step 'a': factor .* is no float32 .*; round it to float32"):
-        Rescale(output="a", source=INPUT, factor=factor)
+        Rescale(output="a", source=MATRIX, factor=factor)
 
 
 @pytest.mark.parametrize("factor", [1, -1.0, 2.0**-20, 3, 2.0**49])
 def test_legal_factors_are_kept_as_floats(factor):
-    step = Rescale(output="a", source=INPUT, factor=factor)
+    step = Rescale(output="a", source=MATRIX, factor=factor)
     assert step.factor == factor
     assert isinstance(step.factor, float)
 
@@ -158,7 +163,7 @@ def test_factors_have_the_limits_of_scales():
 
 def test_an_unknown_axis_is_a_program_error():
     with pytest.raises(ProgramError, match="diagonal"):
-        program(Concat(output="a", sources=(INPUT,), axis="diagonal"))
+        program(Concat(output="a", sources=(MATRIX,), axis="diagonal"))
 
 
 def test_only_zero_constants_may_be_joined():
@@ -187,7 +192,7 @@ def test_a_constant_holds_one_inside_its_ranges():
 @pytest.mark.parametrize("chunk", [2, 4, 64, 1024])
 def test_powers_of_two_are_chunk_sizes(chunk):
     check_chunk(chunk)
-    assert program(chunk=chunk).shapes == {INPUT: Shape(1, chunk, chunk)}
+    assert program(chunk=chunk).shapes == {MATRIX: Shape(1, chunk, chunk)}
 
 
 @pytest.mark.parametrize("chunk", [-2, 0, 1, 3, 48, 2048, 64.0, "64", None, True])
@@ -204,7 +209,7 @@ def test_shapes_follow_the_steps():
         Concat(output="stack", sources=("corner", "corner", "corner"), axis=Axis.BLOCKS),
         Slice(output="pair", source="stack", blocks=(1, 3)),
         MatMul(output="wide", left="corner", right="top", add=("top",)),
-        Slice(output="left", source=INPUT, columns=(2, 4)),
+        Slice(output="left", source=MATRIX, columns=(2, 4)),
         Concat(output="whole", sources=("tall", "left"), axis=Axis.COLUMNS),
         constants=(tall,),
     )
@@ -249,33 +254,33 @@ class Expressions(Evaluator[str]):
 
 
 def test_evaluate_hands_every_step_its_operands_in_order():
-    half = Slice(output="half", source=INPUT, rows=(2, 4))
+    half = Slice(output="half", source=MATRIX, rows=(2, 4))
     steps = (
         top,
         half,
         Concat(output="rows", sources=("zeros", "half"), axis=Axis.ROWS),
         Mask(output="kept", source="rows", constant="mask"),
         Rescale(output="r", source="kept"),
-        MatMul(output="p", left="r", right=INPUT, add=("kept", "r"), subtract=(INPUT,)),
+        MatMul(output="p", left="r", right=MATRIX, add=("kept", "r"), subtract=(MATRIX,)),
         Add(output="s", left="p", right="r"),
     )
     tested = program(*steps, constants=(zeros(2), zeros(4, name="mask")))
     seen = {}
-    result = tested.evaluate(Expressions(), "x", seen.__setitem__)
+    result = tested.evaluate(Expressions(), {MATRIX: "x"}, seen.__setitem__)
     assert list(seen) == ["M", "top", "half", "rows", "kept", "r", "p", "s"]
     assert seen["M"] == "x"
     kept = "mask(rows[zeros*1,slice(x)],mask*1)"
     assert seen["p"] == f"(rescale({kept})@x+{kept}+rescale({kept})-x)"
-    assert result == seen["s"] == f"({seen['p']}+{seen['r']})"
+    assert result["S"] == seen["s"] == f"({seen['p']}+{seen['r']})"
 
 
 def test_constants_repeat_for_the_blocks_of_their_step():
-    stack = Concat(output="stack", sources=(INPUT, INPUT), axis=Axis.BLOCKS)
+    stack = Concat(output="stack", sources=(MATRIX, MATRIX), axis=Axis.BLOCKS)
     masked = Mask(output="masked", source="stack", constant="zeros")
-    one = Mask(output="one", source=INPUT, constant="zeros")
+    one = Mask(output="one", source=MATRIX, constant="zeros")
     seen = {}
     tested = program(stack, masked, one, constants=(zeros(4),))
-    tested.evaluate(Expressions(), "x", seen.__setitem__)
+    tested.evaluate(Expressions(), {MATRIX: "x"}, seen.__setitem__)
     assert seen["masked"] == "mask(blocks[x,x],zeros*2)"
     assert seen["one"] == "mask(x,zeros*1)"
 
@@ -300,31 +305,31 @@ def test_values_are_dropped_once_no_later_step_needs_them():
         references[name] = weakref.ref(value)
         alive[name] = {other for other, reference in references.items() if reference() is not None}
 
-    result = tested.evaluate(Tokens(), Token(), observe)
+    result = tested.evaluate(Tokens(), {MATRIX: Token()}, observe)
     for i, step in enumerate(tested.steps):
-        later = {name for other in tested.steps[i:] for name in other.inputs} | {tested.output}
-        assert later & {INPUT, *(s.output for s in tested.steps[:i])} <= alive[step.output]
-        assert alive[step.output] <= later | {INPUT, step.output}
-    assert references[tested.output]() is result
+        later = {name for other in tested.steps[i:] for name in other.inputs} | {tested.outputs[0].tensor}
+        assert later & {MATRIX, *(s.output for s in tested.steps[:i])} <= alive[step.output]
+        assert alive[step.output] <= later | {MATRIX, step.output}
+    assert references[tested.outputs[0].tensor]() is result["S"]
 
 
 def test_a_program_without_steps_returns_its_input():
-    assert program().evaluate(Expressions(), "x") == "x"
+    assert program().evaluate(Expressions(), {MATRIX: "x"}) == {"S": "x"}
 
 
 @pytest.mark.parametrize("name", ["", "a\ud800", "tab\there", "x" * 201, "\x1b[31m"])
 def test_names_must_be_short_and_printable(name):
     with pytest.raises(ProgramError, match="use 1 to 200, all printable"):
-        program(Rescale(output=name, source=INPUT))
+        program(Rescale(output=name, source=MATRIX))
 
 
 def test_a_slice_needs_a_range():
     with pytest.raises(ProgramError, match="'a': a slice needs a range on at least one axis"):
-        program(Slice(output="a", source=INPUT))
+        program(Slice(output="a", source=MATRIX))
 
 
 def test_tensors_cannot_outgrow_m_without_end():
-    steps = [Concat(output="x0", sources=(INPUT, INPUT), axis=Axis.ROWS)]
+    steps = [Concat(output="x0", sources=(MATRIX, MATRIX), axis=Axis.ROWS)]
     steps += [Concat(output=f"x{i}", sources=(f"x{i - 1}",) * 2, axis=Axis.ROWS) for i in range(1, 40)]
     with pytest.raises(ProgramError, match=r"'x4': shape \[1,128,4\] has more than 16 times"):
         program(*steps)
@@ -333,8 +338,8 @@ def test_tensors_cannot_outgrow_m_without_end():
 
 
 def test_steps_and_residual_terms_have_limits():
-    many = MatMul(output="a", left=INPUT, right=INPUT, add=(INPUT,) * 9)
+    many = MatMul(output="a", left=MATRIX, right=MATRIX, add=(MATRIX,) * 9)
     with pytest.raises(ProgramError, match="more than 8 residual terms"):
         program(many)
     with pytest.raises(ProgramError, match="20001 steps; at most 20000 are legal"):
-        program(*(Rescale(output=f"r{i}", source=INPUT) for i in range(20001)))
+        program(*(Rescale(output=f"r{i}", source=MATRIX) for i in range(20001)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inverse_programs import inverse_program
 
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.errors import PlanError
@@ -22,15 +23,18 @@ from qinvert.methods import (
     neumann_doubling,
     newton_schulz,
 )
-from qinvert.numerics import rounding, scales
+from qinvert.numerics import rounding
 from qinvert.numerics.exact import dot_scalar
-from qinvert.numerics.accumulators import planes as exact_planes
+from qinvert.numerics.exact import planes as exact_planes
+from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
+from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
 from qinvert.proof import intervals
 from qinvert.proof.intervals import join, propagate, split
+from qinvert.systems import Systems
 
 PROGRAMS = (
     block_merge(4, 1),
@@ -58,7 +62,7 @@ ZEROS = Constant(name="zeros", rows=2, columns=4, ones=((0, 0),) * 2)
 @st.composite
 def random_steps(draw) -> Program:
     """Any few steps on 4 x 4 matrices, cancelling and repeating as they like."""
-    names, steps = [INPUT], []
+    names, steps = [MATRIX], []
     for k in range(draw(st.integers(1, 6))):
         left, right = draw(st.sampled_from(names)), draw(st.sampled_from(names))
         residuals = st.lists(st.sampled_from((left, right)), max_size=2).map(tuple)
@@ -80,13 +84,8 @@ def random_steps(draw) -> Program:
                     order[0] = upper.output
                 steps += [upper, lower, Concat(output=f"t{k}", sources=tuple(order), axis=Axis.ROWS)]
         names.append(f"t{k}")
-    return Program(
-        name="random",
-        chunk=4,
-        constants=(LOWER, ZEROS),
-        steps=tuple(steps),
-        output=draw(st.sampled_from(names)),
-    )
+    output = draw(st.sampled_from(names))
+    return inverse_program(*steps, name="random", constants=(LOWER, ZEROS), output=output)
 
 
 @st.composite
@@ -94,7 +93,7 @@ def grids(draw, formats, reciprocal) -> Quantization:
     fmt = draw(st.sampled_from(formats))
     end = 2.0 ** draw(st.floats(-5, 5))
     scale = 1 / max(1, round(fmt.largest / end)) if reciprocal else end / fmt.largest
-    return Quantization(format=fmt, scale=scales.float32(scale))
+    return Quantization(format=fmt, scale=float32(scale))
 
 
 @st.composite
@@ -215,20 +214,22 @@ def proved(plan: LayerPlan, limit: float | None = None):
 def check(plan: LayerPlan, lower: torch.Tensor, ends, facts) -> None:
     """Hold what was proved against every integer of a simulation."""
     seen = {}
-    simulate_integers(plan, lower, lambda name, q: seen.update({name: q.numpy().astype(np.int64)}))
+    simulate_integers(
+        plan, Systems(lower=lower), lambda name, q: seen.update({name: q.numpy().astype(np.int64)})
+    )
     assert tuple(ends) == plan.program.tensors
     for name, (low, high) in ends.items():
         q = seen[name].reshape(low.shape[0], len(lower), *low.shape[1:])
         assert (low[:, None] <= q).all(), name
         assert (q <= high[:, None]).all(), name
-    free = {INPUT: np.rint(-lower.numpy() / np.float32(plan.input.scale))}
+    free = {MATRIX: np.rint(-lower.numpy() / np.float32(plan.input.scale))}
     for step in plan.program.steps:
         if isinstance(step, MatMul):
             found = list(accumulators(plan, step, seen))
             for (total, largest, _), bounds in zip(found, facts.accumulators[step.output], strict=True):
                 assert bounds.low <= total.min(), step
                 assert total.max() <= bounds.high, step
-                assert largest.max() <= bounds.largest <= plan.accumulator_bound(step) < 2**31, step
+                assert largest.max() <= bounds.largest <= plan.products[step.output].bound < 2**31, step
         if isinstance(step, (MatMul, Add, Rescale)):
             free[step.output] = unsaturated(plan, step, seen)
             check_reference(plan.tensors[step.output], free[step.output], seen[step.output])
@@ -245,7 +246,7 @@ def check_reference(grid: Quantization, free: np.ndarray, q: np.ndarray) -> None
 
 
 def single_grid(program: Program, steps=127, fmt=INT8, requantize=Requantize.DIVIDE, **others) -> LayerPlan:
-    grid = Quantization(format=fmt, scale=scales.float32(1 / steps))
+    grid = Quantization(format=fmt, scale=float32(1 / steps))
     tensors = dict.fromkeys(program.tensors, grid) | others
     return LayerPlan(program=program, tensors=tensors, requantize=requantize)
 
@@ -286,13 +287,15 @@ def test_the_first_product_of_the_whole_box_attains_its_bound(limit):
     plan = single_grid(neumann(4, 2))
     ends, facts = proved(plan, limit)
     seen = {}
-    simulate_integers(plan, matrices(plan, limit, 0), lambda name, q: seen.update({name: q.numpy()}))
-    m = seen[INPUT].astype(np.int64)
+    simulate_integers(
+        plan, Systems(lower=matrices(plan, limit, 0)), lambda name, q: seen.update({name: q.numpy()})
+    )
+    m = seen[MATRIX].astype(np.int64)
     (bounds,) = facts.accumulators["power_2"]
     total = m @ m
     assert total.max() == bounds.high == bounds.largest == 2 * (128 if limit is None else 127) ** 2
-    assert np.array_equal(ends[INPUT][0][0], m.min(0))
-    assert np.array_equal(ends[INPUT][1][0], m.max(0))
+    assert np.array_equal(ends[MATRIX][0][0], m.min(0))
+    assert np.array_equal(ends[MATRIX][1][0], m.max(0))
     if limit is not None:
         assert total.min() == bounds.low == -bounds.high
 
@@ -325,15 +328,15 @@ def test_zero_in_zero_out():
 def test_m_saturates_unless_the_limit_lies_on_its_grid(limit, safe):
     plan = single_grid(block_merge(4, 1))
     _, facts = proved(plan, limit)
-    assert (INPUT in facts.cannot_saturate) is safe
+    assert (MATRIX in facts.cannot_saturate) is safe
     # Slices of M hold what M holds; a copy on the same grid clips nothing more.
     assert ("base_2/M" in facts.cannot_saturate) is safe
     assert "base_2/S" in facts.cannot_saturate
 
 
 def test_a_subtracted_term_swaps_its_ends():
-    step = MatMul(output="y", left=INPUT, right=INPUT, subtract=(INPUT,))
-    program = Program(name="test", chunk=4, steps=(Rescale(output="x", source=INPUT), step), output="y")
+    step = MatMul(output="y", left=MATRIX, right=MATRIX, subtract=(MATRIX,))
+    program = inverse_program(Rescale(output="x", source=MATRIX), step)
     for requantize in Requantize:
         plan = single_grid(program, requantize=requantize, x=Quantization(format=INT8, scale=0.5))
         ends, facts = proved(plan)
@@ -369,7 +372,7 @@ def test_products_of_intervals_hold_all_products_of_their_ends(data, symmetric):
         assert np.array_equal(low, exact_low)
 
 
-@pytest.mark.parametrize("scale", [2.0**-15, scales.float32(1 / 32767), scales.float32(0.37)])
+@pytest.mark.parametrize("scale", [2.0**-15, float32(1 / 32767), float32(0.37)])
 def test_both_ways_to_split_16_bits_are_monotone(scale):
     for fmt, way in ((INT8X2, exact_planes), (INT16, rounding.operand_planes)):
         q = torch.arange(fmt.minimum, fmt.maximum + 1, dtype=torch.float32)
@@ -383,7 +386,7 @@ def test_planes_of_an_interval_hold_the_planes_of_its_integers(low, width):
     plan = single_grid(neumann(2, 1), INT8X2.largest, INT8X2)
     q = torch.arange(low, min(low + width, INT8X2.maximum) + 1, dtype=torch.float32).reshape(-1, 1, 1)
     evaluator = intervals.IntervalEvaluator(plan)
-    bounds = evaluator._planes(INPUT, join(q[:1], q[-1:]))
+    bounds = evaluator._planes(MATRIX, join(q[:1], q[-1:]))
     for (interval, scale), (plane, other) in zip(bounds, exact_planes(q, 1.0, INT8X2), strict=True):
         start, stop = split(interval)
         assert scale == other * plan.input.scale
@@ -445,7 +448,7 @@ def test_python_integers_agree():
     facts = propagate(plan)
     seen = {}
     lower = matrices(plan, None, 0)
-    simulate_integers(plan, lower, lambda name, q: seen.update({name: q.long().tolist()}))
+    simulate_integers(plan, Systems(lower=lower), lambda name, q: seen.update({name: q.long().tolist()}))
     for step in plan.program.steps:
         if isinstance(step, MatMul):
             (bounds,) = facts.accumulators[step.output]

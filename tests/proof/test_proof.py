@@ -158,7 +158,7 @@ def test_the_proved_width_never_exceeds_that_of_formats_and_shapes(program, requ
     accumulators = plan.proof().accumulators
     products = [step for step in program.steps if isinstance(step, MatMul)]
     assert list(accumulators) == [step.output for step in products]
-    assert all(accumulators[step.output] <= plan.accumulator_bound(step) < 2**31 for step in products)
+    assert all(accumulators[step.output] <= plan.products[step.output].bound < 2**31 for step in products)
 
 
 @pytest.mark.parametrize("limit", [1e-30, 1e30, math.inf])

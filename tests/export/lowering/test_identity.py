@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.export.exporting import build
@@ -11,9 +12,10 @@ from qinvert.formats import INT8, INT16, IntFormat
 from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.sparsity import strictly_lower
-from qinvert.program.steps import INPUT, Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
+from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
 from qinvert.stress import stress_matrices
 
 PROGRAMS = [
@@ -32,7 +34,7 @@ PROFILES = ("npu-qdq-int8", "npu-qdq-uint8", "qlinear")
 def test_what_counts_as_strictly_lower_is_so_for_every_input(program):
     found, tensors = strictly_lower(program), {}
     program.run(LOWER, torch.float64, observe=tensors.__setitem__, beta=torch.ones(LOWER.shape[:-1]))
-    assert {INPUT, program.output} <= found
+    assert {MATRIX, program.inverse_ports.result} <= found
     for name in found:
         assert not torch.triu(tensors[name]).any(), name
     square = {name for name, shape in program.shapes.items() if shape.rows == shape.columns}
@@ -94,21 +96,21 @@ def everything_reads_an_identity() -> Program:
     half = ((0, 8), (8, 16))
     mask = Constant(name="left_half", rows=16, columns=16, ones=((0, 8),) * 16)
     steps = (
-        MatMul(output="P", left=INPUT, right=INPUT),
-        MatMul(output="S", left=INPUT, right="P", add=("P", INPUT)),
+        MatMul(output="P", left=MATRIX, right=MATRIX),
+        MatMul(output="S", left=MATRIX, right="P", add=("P", MATRIX)),
         MatMul(output="square", left="S", right="S"),
         MatMul(output="twice", left="S", right="S", add=("S", "S")),
-        MatMul(output="less", left="S", right=INPUT, add=(INPUT,), subtract=("S",)),
+        MatMul(output="less", left="S", right=MATRIX, add=(MATRIX,), subtract=("S",)),
         Mask(output="masked", source="S", constant="left_half"),
         Rescale(output="rescaled", source="S", factor=0.5),
         *(Slice(output=f"rows_{i}", source="S", rows=rows) for i, rows in enumerate(half)),
         Concat(output="rows", sources=("rows_0", "rows_1"), axis=Axis.ROWS),
         Slice(output="top", source="S", rows=(0, 8)),
-        Slice(output="bottom", source=INPUT, rows=(8, 16)),
+        Slice(output="bottom", source=MATRIX, rows=(8, 16)),
         # A quarter of the diagonal is in it: neither an identity nor nothing.
         Concat(output="mixed", sources=("top", "bottom"), axis=Axis.ROWS),
         MatMul(output="of_mixed", left="mixed", right="rows", add=("rows",)),
-        Concat(output="stack", sources=("S", INPUT), axis=Axis.BLOCKS),
+        Concat(output="stack", sources=("S", MATRIX), axis=Axis.BLOCKS),
         Slice(output="first", source="stack", blocks=(0, 1)),
         Add(output="a", left="square", right="twice"),
         Add(output="b", left="less", right="masked"),
@@ -117,7 +119,7 @@ def everything_reads_an_identity() -> Program:
         Add(output="e", left="b", right="c"),
         Add(output="result", left="d", right="e"),
     )
-    return Program(name="readers", chunk=16, constants=(mask,), steps=steps, output="result")
+    return inverse_program(*steps, name="readers", chunk=16, constants=(mask,), output="result")
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -4,6 +4,7 @@ import numpy as np
 import onnx.reference
 import pytest
 import torch
+from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.export.exporting import build
@@ -12,8 +13,8 @@ from qinvert.numerics.scales import float32, is_power_of_two
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.profiles import PROFILES
-from qinvert.program.program import Program
-from qinvert.program.steps import INPUT, MatMul, Rescale
+from qinvert.program.ports import MATRIX
+from qinvert.program.steps import MatMul, Rescale
 from qinvert.stress import STRESS, stress_matrices
 
 FACTORS = [-1.0, 0.5, 1 / 3, -2.7, 2.0**-7, 1.0000001]
@@ -21,7 +22,7 @@ LOWER = torch.cat([stress_matrices(n, 60, 16) for n in ("half_random", "negative
 
 
 def planned(steps, scales: dict[str, float], target: str, fmt=INT8) -> qinvert.Plan:
-    program = Program(name="rescaling", chunk=16, steps=steps, output=steps[-1].output)
+    program = inverse_program(*steps, name="rescaling", chunk=16)
     tensors = {
         name: Quantization(format=fmt, scale=float32(scales.get(name, 1 / 63))) for name in program.tensors
     }
@@ -32,7 +33,7 @@ def planned(steps, scales: dict[str, float], target: str, fmt=INT8) -> qinvert.P
 def rescaling(factor: float, scales: dict[str, float], target: str, fmt=None) -> qinvert.Plan:
     # A factor before a product and one at the end.
     steps = (
-        Rescale(output="scaled", source=INPUT, factor=float32(factor)),
+        Rescale(output="scaled", source=MATRIX, factor=float32(factor)),
         MatMul(output="square", left="scaled", right="scaled", add=("scaled",)),
         Rescale(output="negated", source="square", factor=-1.0),
         Rescale(output="result", source="negated", factor=float32(factor)),
@@ -59,7 +60,7 @@ def test_factors_are_bit_exact_in_onnxruntime(factor, profile, scales, tmp_path)
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_a_factor_in_qdq_under_float_scales_differs_by_ties_only(factor, tmp_path):
-    step = Rescale(output="scaled", source=INPUT, factor=float32(factor))
+    step = Rescale(output="scaled", source=MATRIX, factor=float32(factor))
     plan = planned((step,), {"scaled": 0.0123}, "npu-qdq-int8")
     qinvert.export(plan, tmp_path / "t.onnx", batch=20)
     for result in qinvert.verify(tmp_path / "t.onnx", plan, LOWER):

@@ -13,6 +13,7 @@ from qinvert.execution.simulator import simulate_integers
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute, installed, subprocesses
 from qinvert.numerics.law import Rounding
 from qinvert.stress import STRESS, from_keys, stress_matrices
+from qinvert.systems import Systems
 
 SEPARATE = [name for name in RUNTIMES if name != "onnxruntime"]
 #: How each runtime names the products of a quantized graph.
@@ -82,7 +83,7 @@ def test_int4_values_saturate_after_integer_products(name, scales, tmp_path):
     lower = stress_matrices("independent_keys", 16, 32, seed=7)
     method = qinvert.block_merge(32, base=4)
     plan = qinvert.calibrate(lower, method=method, bits=4, target="npu-qdq-int4", scales=scales)
-    result = simulate_integers(plan.layer(), lower)
+    result = simulate_integers(plan.layer(), Systems(lower=lower))
     assert int((result.abs() == 7).sum()) > 0
     qinvert.export(plan, tmp_path / "t.onnx", batch=8)
     result = qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=(name,))[-1]

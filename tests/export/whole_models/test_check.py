@@ -127,7 +127,7 @@ def test_a_function_of_another_plan_is_found(written):
 def test_functions_that_take_beta_are_checked(layer, tmp_path):
     model, _ = layer
     plan = qinvert.calibrate(model, TOKENS, factored=True)
-    assert plan.layer().program.vectors
+    assert plan.layer().program.inverse_ports.factored
     proto = qinvert.export_model(model, plan, TOKENS[:1, :70], tmp_path / "m.onnx", dynamic=False)
     other = qinvert.calibrate(model, TOKENS[:, :70] % 3, factored=True)
     with pytest.raises(VerificationError, match="instead of"):
