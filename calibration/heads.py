@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from typing import Final, TypeAlias
 
 import torch
 
+from qinvert.calibration.planning.rules import Granularity as Granularity
 from qinvert.errors import InputError, PlanError
 from qinvert.plan.plan import LayerPlan, Plan
 
@@ -22,15 +22,6 @@ EntryInverse: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor | None], tor
 
 #: Axis of L that counts heads: ``[batch, heads, chunks, C, C]``, or without the batch.
 HEAD_AXIS: Final = -4
-
-
-class Granularity(StrEnum):
-    """What shares one set of grids."""
-
-    #: All matrices of a layer.
-    TENSOR = "tensor"
-    #: The matrices of one head.
-    HEAD = "head"
 
 
 def head_name(layer: str, head: int) -> str:
