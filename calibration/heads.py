@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from typing import TypeAlias
 
 import torch
 
+from qinvert.calibration.planning.rules import Granularity as Granularity
 from qinvert.errors import InputError, PlanError
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.systems import HEAD_AXIS, Systems
 
 #: ``inverse(name, systems) -> T`` for an entry of a plan.
 EntryInverse: TypeAlias = Callable[[str, Systems], torch.Tensor]
-
-
-class Granularity(StrEnum):
-    """What shares one set of grids."""
-
-    #: All matrices of a layer.
-    TENSOR = "tensor"
-    #: The matrices of one head.
-    HEAD = "head"
 
 
 def head_name(layer: str, head: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Final
 
 import torch
 
-from qinvert.calibration.planning.scales import ScaleRule, choose_scale, scale_groups
+from qinvert.calibration.planning.rules import RangeRule as RangeRule
+from qinvert.calibration.planning.rules import ScaleRule
+from qinvert.calibration.planning.scales import choose_scale, scale_groups
 from qinvert.execution.floating import run_systems
 from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
@@ -23,17 +24,6 @@ PERCENTILE: Final = 0.9999
 TRIED: Final = tuple(math.exp2(-k / 6) for k in range(31))
 #: A group whose values stay this far below its range holds rounding residue.
 VANISHING: Final = 1e-3
-
-
-class RangeRule(StrEnum):
-    """What range a grid covers."""
-
-    #: Every value seen in calibration.
-    MAX = "max"
-    #: All but one in 10,000 of the sample's nonzero magnitudes.
-    PERCENTILE = "percentile"
-    #: The range with the least mean square error on the sample, saturation included.
-    MSE = "mse"
 
 
 def clip_ranges(

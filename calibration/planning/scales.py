@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from enum import StrEnum
 
+from qinvert.calibration.planning.rules import ScaleRule as ScaleRule
 from qinvert.formats import INT8, IntFormat
 from qinvert.numerics import scales
 from qinvert.plan.quantization import Quantization, Requantize
@@ -34,16 +34,6 @@ MAX_RECIPROCAL_COST = 1.12
 CARRIED_COST = 1.06
 #: A reciprocal of an odd integer is preferred while it is at most this much coarser.
 TIE_FREE_COST = 1.02
-
-
-class ScaleRule(StrEnum):
-    """Which scales are allowed."""
-
-    #: Any float32: reciprocals of odd integers where that costs little (no exact ties
-    #: arise on such grids), or where a residual term needs 1.0 on the grid.
-    FLOAT = "float"
-    #: Powers of two: every product and sum is exact in float32, in any order.
-    POW2 = "pow2"
 
 
 def scale_groups(program: Program) -> dict[str, str]:

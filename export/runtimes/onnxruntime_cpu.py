@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import onnx
-from onnx import numpy_helper
+from typing import TYPE_CHECKING, Any
 
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
+
+if TYPE_CHECKING:
+    import onnx
 
 #: Places of the two zero points, which tell the types of a product.
 ZERO_POINTS = {"MatMulInteger": (2, 3), "QLinearMatMul": (2, 5), "MatMulIntegerToFloat": (4, 5)}
@@ -18,6 +18,8 @@ ZERO_POINTS = {"MatMulInteger": (2, 3), "QLinearMatMul": (2, 5), "MatMulIntegerT
 
 def execute(content: bytes, feeds: Sequence[Feed]) -> Iterator[Execution]:
     """Run the graph unoptimized and optimized."""
+    import onnx
+
     for setting in ("unoptimized", "optimized"):
         with TemporaryDirectory() as folder:
             written = Path(folder) / "optimized.onnx"
@@ -70,6 +72,8 @@ def session_options(*, optimized: bool = True, threads: int = 0) -> Any:
 
 def product_types(model: onnx.ModelProto) -> dict[str, str]:
     """Types of the operands of every product in a graph, by node name."""
+    from onnx import numpy_helper
+
     elements = {tensor.name: numpy_helper.to_array(tensor).dtype.name for tensor in model.graph.initializer}
     types = {}
     for node in model.graph.node:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qinvert.numerics.law import Rounding
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 #: Inputs of one call by name.
-Feed: TypeAlias = Mapping[str, npt.NDArray[Any]]
+Feed: TypeAlias = "Mapping[str, npt.NDArray[Any]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

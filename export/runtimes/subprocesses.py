@@ -21,8 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-import numpy as np
-
 from qinvert.errors import ExportError
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
 from qinvert.numerics.law import Rounding
@@ -85,20 +83,32 @@ def _execute(
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "model.onnx").write_bytes(content)
-        stacked = {name: np.stack([feed[name] for feed in feeds]) for name in feeds[0]}
-        np.savez(folder / "feeds.npz", allow_pickle=False, **stacked)
+        _write_job(folder, content, feeds)
         _run([python, str(PROGRAMS / f"{name}_program.py"), str(folder)], folder, name, seconds)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        for i, entry in enumerate(report):
-            with np.load(folder / f"outputs_{i}.npz", allow_pickle=False) as archive:
-                outputs = list(archive["outputs"])
-            yield Execution(
-                setting=entry["setting"],
-                outputs=outputs,
-                products=entry["products"],
-                elsewhere=tuple(entry["elsewhere"]),
-            )
+        yield from _read_executions(folder)
+
+
+def _write_job(folder: Path, content: bytes, feeds: Sequence[Feed]) -> None:
+    import numpy as np
+
+    (folder / "model.onnx").write_bytes(content)
+    stacked = {name: np.stack([feed[name] for feed in feeds]) for name in feeds[0]}
+    np.savez(folder / "feeds.npz", allow_pickle=False, **stacked)
+
+
+def _read_executions(folder: Path) -> Iterator[Execution]:
+    import numpy as np
+
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for i, entry in enumerate(report):
+        with np.load(folder / f"outputs_{i}.npz", allow_pickle=False) as archive:
+            outputs = list(archive["outputs"])
+        yield Execution(
+            setting=entry["setting"],
+            outputs=outputs,
+            products=entry["products"],
+            elsewhere=tuple(entry["elsewhere"]),
+        )
 
 
 def _run(command: list[str], folder: Path, name: str, seconds: float) -> None:

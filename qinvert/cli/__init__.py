@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from importlib.util import find_spec
 
 
 def main() -> None:
@@ -12,17 +13,20 @@ def main() -> None:
     # Tables and errors are ours to print; models should load silently.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        from qinvert.cli.app import cli
-    except ImportError as error:
-        if error.name not in ("click", "rich"):
-            raise
-        print(
-            f"qinvert: the command line needs {error.name}; run: pip install 'qinvert[cli]'", file=sys.stderr
-        )
-        sys.exit(2)
+    require("click")
+    # Loaded with the first table, which would be late to miss it.
+    require("rich")
+    from qinvert.cli.app import cli
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name may hold what the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
     cli()
+
+
+def require(package: str) -> None:
+    """Leave with one line and exit code 2 where a package is not installed."""
+    if find_spec(package) is None:
+        print(f"qinvert: the command line needs {package}; run: pip install 'qinvert[cli]'", file=sys.stderr)
+        sys.exit(2)

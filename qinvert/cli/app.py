@@ -8,22 +8,13 @@ from typing import Any, NoReturn
 
 import click
 
-from qinvert.cli.calibrate import calibrate
-from qinvert.cli.common import printable
-from qinvert.cli.demo import demo
-from qinvert.cli.evaluate import evaluate
-from qinvert.cli.export import export
-from qinvert.cli.export_model import export_model
-from qinvert.cli.graft import graft
-from qinvert.cli.inspect import inspect
-from qinvert.cli.profiles import profiles
-from qinvert.cli.simulate import simulate
-from qinvert.cli.verify import verify
+from qinvert.cli.output import printable
+from qinvert.cli.verbs import LazyVerbs, stand_ins
 from qinvert.errors import QInvertError
 from qinvert.version import __version__
 
 
-class OneLineErrors(click.Group):
+class OneLineErrors(LazyVerbs):
     """Turns every `QInvertError` and every illegal option into one line on stderr and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +50,9 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=OneLineErrors, commands=stand_ins(), context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__)
 def cli() -> None:
     """Triangular inverses of delta-rule linear attention as low-bit integer MatMuls.
@@ -75,7 +68,3 @@ def cli() -> None:
 
     Exit codes: 0 done, 1 a goal was missed, 2 bad input.
     """
-
-
-for verb in (demo, inspect, calibrate, simulate, export, verify, evaluate, export_model, graft, profiles):
-    cli.add_command(verb)

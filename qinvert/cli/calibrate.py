@@ -1,31 +1,24 @@
-"""The verb calibrate, and what a plan says of how it came about."""
+"""The verb calibrate."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Final
 
 import click
 
-from qinvert.calibration.calibrate import BITS, MAX_LOSS_DB
-from qinvert.calibration.calibrate import calibrate as run_calibration
-from qinvert.calibration.data.processes import joined
-from qinvert.calibration.heads import Granularity
-from qinvert.calibration.planning.clipping import RangeRule
-from qinvert.calibration.planning.scales import ScaleRule
-from qinvert.cli.common import (
-    DECIBELS,
-    DataOptions,
-    Output,
-    data_options,
-    open_pair,
-    output_options,
-    with_source,
-)
+from qinvert.calibration.planning.rules import Granularity, RangeRule, ScaleRule
+from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.decibels import DECIBELS
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import layer_to_dict, show_choices
+from qinvert.cli.sources import open_pair, with_source
 from qinvert.methods import METHODS
-from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.profiles import PROFILES
-from qinvert.proof.proof import Proof
+
+#: Those of `qinvert.calibration.calibrate`, which loads torch; a test holds the two equal.
+BITS: Final = ("4", "8", "16", "8x2")
+MAX_LOSS_DB: Final = 1.0
 
 
 @click.command()
@@ -102,6 +95,9 @@ def calibrate(
              qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
              torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
     """
+    from qinvert.calibration.calibrate import calibrate as run_calibration
+    from qinvert.calibration.data.processes import joined
+
     with joined() as shard:
         # One of several processes talks and writes; all of them have the plan.
         first = shard.rank == 0
@@ -130,74 +126,3 @@ def calibrate(
     output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
     if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):
         sys.exit(1)
-
-
-def show_choices(output: Output, plan: Plan) -> None:
-    """Print what calibration chose for each layer, what limits it, and why not something simpler."""
-    rows = []
-    for name, layer in plan.layers.items():
-        facts = layer.provenance
-        binding = facts["binding"]
-        rows.append(
-            [
-                name,
-                layer.program.title,
-                layer.formats,
-                f"{facts['cost']:,}",
-                f"{facts['predicted_sqnr_db']:.1f}",
-                f"{facts['expected_sqnr_db']:.1f}",
-                f"{facts['expected_floor_db']:.1f}",
-                f"{binding['tensor']} {binding['share']:.0%}",
-                "yes" if facts["meets_goal"] else "NO",
-            ]
-        )
-    columns = [
-        "layer",
-        "program",
-        "format",
-        "cost",
-        "predicted",
-        "sqnr_db",
-        "floor_db",
-        "most noise",
-        "meets goal",
-    ]
-    output.table("Plan", columns, rows)
-    for name, layer in plan.layers.items():
-        for rejected in layer.provenance["rejected"]:
-            output.say(f"  {name}: not {rejected}")
-        if layer.provenance["fix"]:
-            output.say(f"  {name}: misses its goal: {layer.provenance['fix']}")
-
-
-def show_candidates(output: Output, layer: LayerPlan) -> None:
-    """Print cost against sqnr of every candidate; a plan that was not calibrated has none."""
-    candidates = layer.provenance.get("candidates")
-    if not isinstance(candidates, list) or not all(isinstance(row, dict) for row in candidates):
-        return
-    keys = ("program", "formats", "cost", "predicted_sqnr_db", "simulated_sqnr_db", "chosen")
-    rows = [[_cell(row.get(key)) for key in keys] for row in candidates]
-    output.table("Candidates, cheapest first", keys, rows)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
-    """Return JSON types of what a plan says of a layer."""
-    return {
-        **layer.provenance,
-        "program": layer.program.title,
-        "formats": layer.formats,
-        "requantize": str(layer.requantize),
-        "accumulator_bound": proof.accumulator_bound,
-        "headroom_bits": proof.headroom_bits,
-        "cannot_saturate": proof.cannot_saturate,
-        "may_saturate": proof.may_saturate,
-        "unproved": proof.unproved,
-    }

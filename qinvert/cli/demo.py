@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from qinvert import recall
-from qinvert.calibration.calibrate import calibrate
-from qinvert.calibration.capture import capture
-from qinvert.calibration.evaluate import compare
-from qinvert.calibration.growth import range_growth
-from qinvert.calibration.simulate import simulate
-from qinvert.cli.calibrate import show_choices
-from qinvert.cli.common import SEQUENCES, Output, decibels, load_model, output_options, with_source
-from qinvert.cli.export import PLAN_FILE, export_all
-from qinvert.cli.inspect import growth_to_dict, show_growth
-from qinvert.export.verification.comparison import Verification
-from qinvert.export.verification.verify import verify
+from qinvert.cli.data_options import SEQUENCES
+from qinvert.cli.decibels import decibels
+from qinvert.cli.graph_folder import PLAN_FILE, export_all
+from qinvert.cli.growth_table import growth_to_dict, show_growth
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import show_choices
+from qinvert.cli.sources import load_model, with_source
 from qinvert.methods.banded_residual import banded_residual
 from qinvert.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from qinvert.export.verification.comparison import Verification
 
 #: Seeds of the two data sets.
 CALIBRATION_SEED, TEST_SEED = 0, 1
@@ -42,6 +41,11 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     \b
     Example: qinvert demo
     """
+    from qinvert import recall
+    from qinvert.calibration.calibrate import calibrate
+    from qinvert.calibration.capture import capture
+    from qinvert.calibration.growth import range_growth
+
     output = Output(as_json=as_json, quiet=quiet)
     model = load_model(recall.NAME)
     seen, unseen = recall.sequences(SEQUENCES, CALIBRATION_SEED), recall.sequences(SEQUENCES, TEST_SEED)
@@ -65,6 +69,8 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
 
 
 def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: torch.Tensor) -> dict[str, Any]:
+    from qinvert.calibration.simulate import simulate
+
     with output.progress("simulating") as progress:
         report = simulate(plan, model, unseen, progress=progress)
     files = export_all(plan, folder)
@@ -92,6 +98,11 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
 def _verify(
     model: Any, plan: Plan, files: dict[str, str], unseen: torch.Tensor
 ) -> dict[str, list[Verification]]:
+    import torch
+
+    from qinvert.calibration.capture import capture
+    from qinvert.export.verification.verify import verify
+
     captured: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layers}
     for name, lower in capture(model, unseen):
         captured[name].append(lower.flatten(0, -3))
@@ -103,15 +114,16 @@ def _verify(
 def _accuracy(
     output: Output, model: Any, plan: Plan, seen: torch.Tensor, unseen: torch.Tensor
 ) -> dict[str, float]:
-    def no_inverse(lower: torch.Tensor) -> torch.Tensor:
-        return torch.eye(lower.shape[-1]).expand(lower.shape)
+    from qinvert import recall
+    from qinvert.calibration.calibrate import calibrate
+    from qinvert.calibration.evaluate import compare
 
     with output.progress("recalling") as progress:
         inverses: dict[str, Any] = {
             "integer": plan,
             "int4": calibrate(model, seen, bits=4, progress=progress),
             "banded residual, int8": calibrate(model, seen, method=banded_residual(64), progress=progress),
-            "T = I": no_inverse,
+            "T = I": _no_inverse,
         }
         results = compare(model, inverses, unseen, score=recall.accuracy, progress=progress)
     scores = {"exact": results["integer"].exact_score or 0.0}
@@ -120,3 +132,9 @@ def _accuracy(
     rows += [[name, f"{scores[name]:.4f}", f"{result.kl:.2g}"] for name, result in results.items()]
     output.table("Recall accuracy of the model", ["inverse", "accuracy", "KL to exact, nats"], rows)
     return scores
+
+
+def _no_inverse(lower: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.eye(lower.shape[-1]).expand(lower.shape)

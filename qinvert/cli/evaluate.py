@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from qinvert import recall
-from qinvert.calibration.evaluate import Evaluation, LayerErrors
-from qinvert.calibration.evaluate import compare as run_comparison
-from qinvert.cli.common import (
-    DataOptions,
-    Output,
-    data_options,
-    decibels,
-    is_matrix_file,
-    load_model,
-    output_options,
-)
+from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.decibels import decibels
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.sources import is_matrix_file, load_model
 from qinvert.errors import InputError
 from qinvert.plan.plan import Plan
 
+if TYPE_CHECKING:
+    from qinvert.calibration.evaluate import Evaluation, LayerErrors
+
 #: What an error of T becomes inside its layer, in the order of `LayerErrors`.
 LAYER_COLUMNS = ("T", "U = T (beta v)", "W = T (beta k e^G)", "output", "final state")
-
-
+#: Title of the table of layers.
 LAYER_TITLE = "Error inside each layer, sqnr_db for the same inputs"
 
 
@@ -47,6 +43,9 @@ def evaluate(
              qinvert evaluate plan.json --model ./my-model --data book.txt --num-samples 32
              qinvert evaluate --compare int8.json int4.json
     """
+    from qinvert import recall
+    from qinvert.calibration.evaluate import compare as run_comparison
+
     output = Output(as_json=as_json, quiet=quiet)
     if len(plan_paths) > 1 and not compare:
         raise InputError(f"{len(plan_paths)} plans were given; add --compare to evaluate them side by side")

@@ -1,36 +1,17 @@
-"""The verb export, and the files of a folder of graphs."""
+"""The verb export."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import TypedDict, Unpack
-
 import click
 
-from qinvert.cli.common import Output, output_options
+from qinvert.cli.graph_folder import ALL_LAYERS, Options, encodings_file, export_all, export_together
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
-from qinvert.export.encodings import STYLES, encodings, to_bytes
-from qinvert.export.exporting import build, serialize
-from qinvert.export.functions import build_layers
+from qinvert.export.encodings import STYLES
 from qinvert.export.interface import GraphInput, GraphOutput
-from qinvert.files import make_folder, write_together
 from qinvert.plan.plan import Plan
-from qinvert.profiles import PROFILES, find_profile
-
-#: Name of the plan beside the graphs.
-PLAN_FILE = "plan.json"
-#: Name of the file that has a function for each layer.
-ALL_LAYERS = "all_layers.onnx"
-
-
-class Options(TypedDict, total=False):
-    """What graphs take and return, as in `qinvert.export`."""
-
-    batch: int
-    input: str
-    output: str
-    key_size: int | None
+from qinvert.profiles import find_profile
 
 
 @click.command()
@@ -38,7 +19,7 @@ class Options(TypedDict, total=False):
 @click.option(
     "-o", "--output", "folder", required=True, type=click.Path(file_okay=False), help="Folder to write."
 )
-@click.option("--profile", help=f"{', '.join(PROFILES)}; the plan's target by default.")
+@profile_option
 @click.option("--layer", "layers", multiple=True, help="Layer to export, repeatable; all by default.")
 @click.option("--batch", default=8, show_default=True, help="Matrices per call of the graph.")
 @click.option(
@@ -101,63 +82,3 @@ def export(
     for file in dict.fromkeys((*files.values(), *written.values())):
         output.say(f"wrote {file}")
     output.result({"files": files, **({"encodings": written} if written else {})})
-
-
-def export_all(
-    plan: Plan,
-    folder: str,
-    profile: str | None = None,
-    layers: tuple[str, ...] = (),
-    style: str | None = None,
-    **options: Unpack[Options],
-) -> dict[str, str]:
-    """Export the named layers (all by default) into ``folder``; return the file of each.
-
-    All graphs are built before the first is written, and all files appear
-    together; with a ``style`` the scales of each graph are among them.
-    """
-    names, target = file_names(plan), Path(folder)
-    contents: dict[Path, bytes] = {}
-    for name in layers or plan.layers:
-        model = build(plan, profile=profile, layer=name, **options)
-        contents[target / names[name]] = serialize(model)
-        if style is not None:
-            contents[target / encodings_file(names[name])] = to_bytes(encodings(model, style))
-    make_folder(folder)
-    write_together({**contents, target / PLAN_FILE: plan.to_bytes()})
-    return {name: str(target / names[name]) for name in layers or plan.layers}
-
-
-def export_together(
-    plan: Plan,
-    folder: str,
-    profile: str | None = None,
-    layers: tuple[str, ...] = (),
-    **options: Unpack[Options],
-) -> dict[str, str]:
-    """Export the named layers (all by default) into one file; return it for each."""
-    names = layers or tuple(plan.layers)
-    model, target = build_layers(plan, profile=profile, layers=names, **options), Path(folder)
-    make_folder(folder)
-    write_together({target / ALL_LAYERS: serialize(model), target / PLAN_FILE: plan.to_bytes()})
-    return dict.fromkeys(names, str(target / ALL_LAYERS))
-
-
-def file_names(plan: Plan) -> dict[str, str]:
-    """Return a safe, unique file name for every layer."""
-    names: dict[str, str] = {}
-    taken = {ALL_LAYERS.removesuffix(".onnx")}
-    for i, layer in enumerate(plan.layers):
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
-        tail = ""
-        # Without regard to case: some file systems have none.
-        while f"{stem}{tail}".casefold() in taken:
-            tail = f"_{int(tail[1:] or i) + 1}"
-        taken.add(f"{stem}{tail}".casefold())
-        names[layer] = f"{stem}{tail}.onnx"
-    return names
-
-
-def encodings_file(graph: str) -> str:
-    """Name of the encodings beside a graph."""
-    return f"{graph.removesuffix('.onnx')}.encodings.json"

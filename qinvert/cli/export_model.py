@@ -1,19 +1,19 @@
-"""Verbs about whole models: export-model, graft."""
+"""The verb export-model: a whole decoder as one graph."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
-import torch
 
-from qinvert.cli.common import Output, load_model, output_options
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.profile_option import profile_option
+from qinvert.cli.sources import load_model
 from qinvert.errors import InputError
-from qinvert.export.whole_models.check import can_run, difference
-from qinvert.export.whole_models.export_model import export_model as write_model
-from qinvert.export.whole_models.export_model import untraced_lengths
 from qinvert.plan.plan import Plan
-from qinvert.profiles import PROFILES
 
-profile_option = click.option("--profile", help=f"{', '.join(PROFILES)}; the plan's target by default.")
+if TYPE_CHECKING:
+    import onnx
 
 
 @click.command("export-model")
@@ -58,15 +58,30 @@ def export_model(
     if not isinstance(source, str):
         raise InputError("the plan does not name its model; pass --model")
     model = load_model(source)
-    example = torch.zeros(1, length or 1, dtype=torch.int64)
     with output.progress("exporting"):
-        written = write_model(
-            model, plan, example, path, profile=profile, dynamic=length is None, opset=opset, check=check
-        )
-    lengths = untraced_lengths(plan) if length is None else (length,)
+        written = write_model(model, plan, path, length, profile=profile, opset=opset, check=check)
     with output.progress("comparing"):
-        errors = {str(n): difference(path, model, plan, n) for n in lengths if check and can_run()}
+        errors = differences(model, plan, path, length) if check else {}
     output.say(f"wrote {path}: {len(written.graph.node)} nodes, {len(written.functions)} layers")
     for n, error in errors.items():
         output.say(f"{n} tokens: logits differ from the simulated plan by {error:.1e} of their norm")
     output.result({"file": path, "nodes": len(written.graph.node), "differences": errors})
+
+
+def write_model(model: Any, plan: Plan, path: str, length: int | None, **options: Any) -> onnx.ModelProto:
+    """Write the graph for sequences of one length, or of any where it is None."""
+    import torch
+
+    from qinvert.export.whole_models.export_model import export_model
+
+    example = torch.zeros(1, length or 1, dtype=torch.int64)
+    return export_model(model, plan, example, path, dynamic=length is None, **options)
+
+
+def differences(model: Any, plan: Plan, path: str, length: int | None) -> dict[str, float]:
+    """Return how far the logits are from those of the simulated plan, by length; none without a runtime."""
+    from qinvert.export.whole_models.check import can_run, difference
+    from qinvert.export.whole_models.export_model import untraced_lengths
+
+    lengths = untraced_lengths(plan) if length is None else (length,)
+    return {str(n): difference(path, model, plan, n) for n in lengths if can_run()}

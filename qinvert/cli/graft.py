@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 
-from qinvert.cli.common import Output, output_options
-from qinvert.cli.export_model import profile_option
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
-from qinvert.export.whole_models.graft import graft as graft_plan
 from qinvert.plan.plan import Plan
 
 
@@ -38,6 +37,8 @@ def graft(
     Example: qinvert graft model.onnx plan.json -o out.onnx
              qinvert graft model.onnx plan.json -o out.onnx --layer /layers.0/attn=model.layers.0.linear_attn
     """
+    from qinvert.export.whole_models.graft import graft as graft_plan
+
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     pairs = [layer.rpartition("=") for layer in layers]

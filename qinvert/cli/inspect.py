@@ -1,16 +1,15 @@
-"""Verbs about plans: inspect, simulate, evaluate."""
+"""The verb inspect: how ranges grow, what is in a plan, and what methods make of the stress set."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from qinvert.calibration.growth import RangeGrowth, range_growth
-from qinvert.calibration.sources import open_source
-from qinvert.calibration.survey import survey
-from qinvert.cli.calibrate import layer_to_dict, show_candidates
-from qinvert.cli.common import DataOptions, Output, data_options, decibels, open_pair, output_options
+from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.decibels import decibels
+from qinvert.cli.growth_table import growth_to_dict, show_growth
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import layer_to_dict, show_candidates
+from qinvert.cli.sources import open_pair
 from qinvert.errors import InputError
 from qinvert.plan.plan import Plan
 
@@ -48,14 +47,24 @@ def inspect(
             raise InputError("a plan holds its numbers; leave out --data")
         show_plan(output, Plan.load(source))
     else:
-        with output.progress("measuring"):
-            growth = range_growth(open_source(*open_pair(source, given)))
-        show_growth(output, growth)
-        output.result({"layers": {name: growth_to_dict(g) for name, g in growth.items()}})
+        measure_growth(output, source, given)
+
+
+def measure_growth(output: Output, source: str, given: DataOptions) -> None:
+    """Print how far powers of M outgrow the inverse, for every layer of a model or file."""
+    from qinvert.calibration.growth import range_growth
+    from qinvert.calibration.sources import open_source
+
+    with output.progress("measuring"):
+        growth = range_growth(open_source(*open_pair(source, given)))
+    show_growth(output, growth)
+    output.result({"layers": {name: growth_to_dict(g) for name, g in growth.items()}})
 
 
 def show_survey(output: Output, chunk: int) -> None:
     """Print sqnr of every method and format on every stress set, one table a format."""
+    from qinvert.calibration.survey import survey
+
     with output.progress("surveying") as progress:
         rows = list(survey(chunk, progress=progress))
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -74,28 +83,6 @@ def show_survey(output: Output, chunk: int) -> None:
         columns = ["set", *map(str, range(1, len(methods))), "auto", "floor"]
         output.table(f"sqnr_db of T on unseen matrices, bits={bits}", columns, cells)
     output.result({"chunk": chunk, "rows": rows})
-
-
-def show_growth(output: Output, growth: dict[str, RangeGrowth]) -> None:
-    """Print the range-growth table."""
-    powers = sorted({k for g in growth.values() for k in g.powers})
-    columns = ["layer", "matrices", *(f"max|M^{k}|" for k in powers), "max|T - I|"]
-    rows = [
-        [
-            name,
-            str(g.matrices),
-            *(f"{g.powers[k]:.3g}" if k in g.powers else "-" for k in powers),
-            f"{g.inverse:.3g}",
-        ]
-        for name, g in growth.items()
-    ]
-    output.table("Range growth: powers of M against the inverse", columns, rows)
-
-
-def growth_to_dict(growth: RangeGrowth) -> dict[str, Any]:
-    """Return JSON types."""
-    powers = {str(k): min(v, 3.4e38) for k, v in growth.powers.items()}
-    return {"matrices": growth.matrices, "powers": powers, "inverse": growth.inverse}
 
 
 def show_plan(output: Output, plan: Plan) -> None:

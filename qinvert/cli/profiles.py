@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qinvert.cli.common import Output, output_options
+from qinvert.cli.output import Output, output_options
 from qinvert.export.runtimes import RUNTIMES, Runtime, installed
 from qinvert.profiles import PROFILES, Profile
 

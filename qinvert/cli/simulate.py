@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from qinvert.calibration.simulate import Report
-from qinvert.calibration.simulate import simulate as run_simulation
-from qinvert.cli.common import (
-    DECIBELS,
-    DataOptions,
-    Output,
-    data_options,
-    decibels,
-    open_for_plan,
-    output_options,
-)
+from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.decibels import DECIBELS, decibels
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.sources import open_for_plan
 from qinvert.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from qinvert.calibration.simulate import Report
 
 
 @click.command()
@@ -42,6 +39,8 @@ def simulate(
     Example: qinvert simulate plan.json --min-sqnr 20
              qinvert simulate plan.json --data L.npz --json
     """
+    from qinvert.calibration.simulate import simulate as run_simulation
+
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     with output.progress("simulating") as progress:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
-from qinvert.cli.common import DECIBELS, DataOptions, Output, decibels, open_for_plan, output_options
-from qinvert.cli.export import ALL_LAYERS, PLAN_FILE, file_names
+from qinvert.cli.data_options import DataOptions
+from qinvert.cli.decibels import DECIBELS, decibels
+from qinvert.cli.graph_folder import PLAN_FILE, exported_graphs
+from qinvert.cli.output import Output, output_options
+from qinvert.cli.sources import open_for_plan
 from qinvert.errors import InputError
-from qinvert.execution.inputs import needed
-from qinvert.export.functions import called_layers
-from qinvert.export.rules.lint import lint
 from qinvert.export.runtimes import RUNTIMES
-from qinvert.export.verification.comparison import Verification
-from qinvert.export.verification.verify import read_interface
-from qinvert.export.verification.verify import verify as verify_layer
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import Plan
+from qinvert.program.program import Program
 from qinvert.program.steps import MAX_BETA
-from qinvert.stress import STRESS, stress_keys, stress_matrices
+
+if TYPE_CHECKING:
+    import torch
+
+    from qinvert.export.verification.comparison import Verification
 
 #: Sequences of the embedded model's task that a goal is measured on.
 GATE_SEQUENCES = 4
@@ -78,14 +78,8 @@ def verify(
     if own is None and min_sqnr is not None:
         # A goal is about the data that the plan is for, not about stress matrices.
         own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
-    results: dict[str, list[Verification]] = {}
-    for label, (name, file) in found.items():
-        given, beta = inputs_for(file, plan, name, own)
-        with output.progress(f"verifying {label}"):
-            results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
-    for file in dict.fromkeys(file for _, file in found.values()):
-        for finding in lint(file):
-            output.say(f"{file.name}: {finding}")
+    results = run_graphs(output, plan, found, own, runtimes)
+    show_findings(output, [file for _, file in found.values()])
     show_verifications(output, results, own_data=own is not None)
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
@@ -94,18 +88,38 @@ def verify(
         sys.exit(1)
 
 
-def exported_graphs(plan: Plan, folder: Path) -> dict[str, tuple[str, Path]]:
-    """Return layer and file of every graph in a folder, by a label for tables."""
-    files = {name: folder / file for name, file in file_names(plan).items()}
-    found = {name: (name, file) for name, file in files.items() if file.is_file()}
-    together = folder / ALL_LAYERS
-    for name in called_layers(together) if together.is_file() else ():
-        found[f"{name} ({ALL_LAYERS})" if name in found else name] = (name, together)
-    return found
+def run_graphs(
+    output: Output,
+    plan: Plan,
+    found: dict[str, tuple[str, Path]],
+    own: tuple[Any, Any] | None,
+    runtimes: tuple[str, ...],
+) -> dict[str, list[Verification]]:
+    """Return what every runtime makes of every graph, by the graph's label."""
+    from qinvert.export.verification.verify import verify as verify_layer
+
+    results: dict[str, list[Verification]] = {}
+    for label, (name, file) in found.items():
+        given, beta = inputs_for(file, plan, name, own)
+        with output.progress(f"verifying {label}"):
+            results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
+    return results
+
+
+def show_findings(output: Output, files: list[Path]) -> None:
+    """Print the rules that graphs break; a file of several layers is read once."""
+    from qinvert.export.rules.lint import lint
+
+    for file in dict.fromkeys(files):
+        for finding in lint(file):
+            output.say(f"{file.name}: {finding}")
 
 
 def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) -> tuple[Any, Any]:
     """Return what to verify a graph with: matrices, or keys if it builds L from them, and beta."""
+    from qinvert.export.verification.verify import read_interface
+    from qinvert.stress import stress_keys
+
     interface = read_interface(file, plan, layer)
     if interface.key_size is None:
         return matrices_for(plan, layer, own)
@@ -119,10 +133,29 @@ def matrices_for(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return matrices to verify a layer with, of a source or the stress sets, and beta if it takes it."""
     program = plan.layer(layer).program
-    if own is None:
-        lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
-        # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
-        return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.inverse_ports.factored else None
+    return given_matrices(program, layer, own) if own is not None else generated_matrices(program)
+
+
+def generated_matrices(program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return matrices of every stress set, and beta if the program takes it."""
+    import torch
+
+    from qinvert.stress import STRESS, stress_matrices
+
+    lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
+    # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
+    return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.inverse_ports.factored else None
+
+
+def given_matrices(
+    program: Program, layer: str, own: tuple[Any, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return all matrices that a source has for a layer, and beta if the program takes it."""
+    import torch
+
+    from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
+    from qinvert.execution.inputs import needed
+
     parts = []
     for name, systems in open_systems(*own):
         if name in (layer, DEFAULT_LAYER):

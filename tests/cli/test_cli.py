@@ -9,7 +9,7 @@ from click.testing import CliRunner
 import qinvert
 from qinvert import recall
 from qinvert.cli.app import cli
-from qinvert.cli.export import file_names
+from qinvert.cli.graph_folder import file_names
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 

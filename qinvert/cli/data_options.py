@@ -1,0 +1,119 @@
+"""The options that say what data a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, Final, TypeVar, cast
+
+import click
+
+from qinvert.calibration.data.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData, with_options
+from qinvert.checks import MAX_SEED
+from qinvert.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Sequences that the embedded model's task generates where no data is given.
+SEQUENCES: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """What ``--data`` and the options beside it say."""
+
+    data: str | None = None
+    sequences: int = SEQUENCES
+    num_samples: int | None = None
+    seq_len: int | None = None
+    column: str | None = None
+    split: str = "train"
+    tokenizer: str | None = None
+    seed: int = 0
+
+    @property
+    def tokens(self) -> TokenData:
+        """Data for a model."""
+        return TokenData(
+            data=self.data,
+            num_samples=self.num_samples,
+            seq_len=self.seq_len,
+            column=self.column,
+            split=self.split,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+        )
+
+    def for_model(self, name: str) -> Any:
+        """Return the data for a model; the embedded one makes its own where none is given.
+
+        Raises
+        ------
+        InputError
+            If another model comes without data.
+        """
+        from qinvert import recall
+
+        if self.data is not None:
+            return self.tokens
+        if name != recall.NAME:
+            raise InputError(
+                "a model needs --data FILE: text, .jsonl, token ids (.npz or .safetensors, array input_ids), "
+                "or the name of a Hugging Face dataset"
+            )
+        self.check_unused()
+        return recall.sequences(self.sequences, self.seed)
+
+    def check_unused(self) -> None:
+        """Refuse options of text and token ids where there are none."""
+        with_options(None, self.num_samples, self.seq_len)
+
+
+def data_options(function: F) -> F:
+    """Add ``--data`` and what goes with it, passed as ``given``."""
+
+    @wraps(function)
+    def bundled(*arguments: Any, **options: Any) -> Any:
+        given = DataOptions(**{field.name: options.pop(field.name) for field in fields(DataOptions)})
+        return function(*arguments, given=given, **options)
+
+    for option in reversed(_DATA_OPTIONS):
+        bundled = option(bundled)
+    return cast("F", bundled)
+
+
+_DATA_OPTIONS = (
+    click.option(
+        "--data",
+        help="For a model: text, .jsonl, token ids (.npz, .safetensors) or a Hugging Face dataset, "
+        "NAME or NAME:CONFIGURATION. Or matrices L (.npz, .safetensors).",
+    ),
+    click.option(
+        "--num-samples",
+        type=click.IntRange(1, MAX_COUNT),
+        help=f"Sequences to draw from --data; {NUM_SAMPLES} of text, all token ids by default.",
+    ),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(1, MAX_COUNT),
+        help=f"Tokens in a sequence; {SEQ_LEN} of text, as they are in token ids by default.",
+    ),
+    click.option("--column", help="Field of .jsonl or dataset rows; text, or else input_ids, by default."),
+    click.option("--split", default="train", show_default=True, help="Split of a Hugging Face dataset."),
+    click.option("--tokenizer", help="Folder of a tokenizer for text; the model's own by default."),
+    click.option(
+        "--sequences",
+        default=SEQUENCES,
+        show_default=True,
+        type=click.IntRange(1, 100_000),
+        help="Sequences that the recall task generates without --data.",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, MAX_SEED),
+        help="Of generated data and samples.",
+    ),
+)

@@ -1,0 +1,102 @@
+"""A folder of graphs and their plan: what its files are called, and how all of them are written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final, TypedDict, Unpack
+
+from qinvert.files import make_folder, write_together
+from qinvert.plan.plan import Plan
+
+#: Name of the plan beside the graphs.
+PLAN_FILE: Final = "plan.json"
+#: Name of the file that has a function for each layer.
+ALL_LAYERS: Final = "all_layers.onnx"
+
+
+class Options(TypedDict, total=False):
+    """What graphs take and return, as in `qinvert.export`."""
+
+    batch: int
+    input: str
+    output: str
+    key_size: int | None
+
+
+def export_all(
+    plan: Plan,
+    folder: str,
+    profile: str | None = None,
+    layers: tuple[str, ...] = (),
+    style: str | None = None,
+    **options: Unpack[Options],
+) -> dict[str, str]:
+    """Export the named layers (all by default) into ``folder``; return the file of each.
+
+    All graphs are built before the first is written, and all files appear
+    together; with a ``style`` the scales of each graph are among them.
+    """
+    from qinvert.export.encodings import encodings, to_bytes
+    from qinvert.export.exporting import build, serialize
+
+    names, target = file_names(plan), Path(folder)
+    contents: dict[Path, bytes] = {}
+    for name in layers or plan.layers:
+        model = build(plan, profile=profile, layer=name, **options)
+        contents[target / names[name]] = serialize(model)
+        if style is not None:
+            contents[target / encodings_file(names[name])] = to_bytes(encodings(model, style))
+    make_folder(folder)
+    write_together({**contents, target / PLAN_FILE: plan.to_bytes()})
+    return {name: str(target / names[name]) for name in layers or plan.layers}
+
+
+def export_together(
+    plan: Plan,
+    folder: str,
+    profile: str | None = None,
+    layers: tuple[str, ...] = (),
+    **options: Unpack[Options],
+) -> dict[str, str]:
+    """Export the named layers (all by default) into one file; return it for each."""
+    from qinvert.export.exporting import serialize
+    from qinvert.export.functions import build_layers
+
+    names = layers or tuple(plan.layers)
+    model, target = build_layers(plan, profile=profile, layers=names, **options), Path(folder)
+    make_folder(folder)
+    write_together({target / ALL_LAYERS: serialize(model), target / PLAN_FILE: plan.to_bytes()})
+    return dict.fromkeys(names, str(target / ALL_LAYERS))
+
+
+def file_names(plan: Plan) -> dict[str, str]:
+    """Return a safe, unique file name for every layer."""
+    names: dict[str, str] = {}
+    taken = {ALL_LAYERS.removesuffix(".onnx")}
+    for i, layer in enumerate(plan.layers):
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
+        tail = ""
+        # Without regard to case: some file systems have none.
+        while f"{stem}{tail}".casefold() in taken:
+            tail = f"_{int(tail[1:] or i) + 1}"
+        taken.add(f"{stem}{tail}".casefold())
+        names[layer] = f"{stem}{tail}.onnx"
+    return names
+
+
+def encodings_file(graph: str) -> str:
+    """Name of the encodings beside a graph."""
+    return f"{graph.removesuffix('.onnx')}.encodings.json"
+
+
+def exported_graphs(plan: Plan, folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return layer and file of every graph in a folder, by a label for tables."""
+    from qinvert.export.functions import called_layers
+
+    files = {name: folder / file for name, file in file_names(plan).items()}
+    found = {name: (name, file) for name, file in files.items() if file.is_file()}
+    together = folder / ALL_LAYERS
+    for name in called_layers(together) if together.is_file() else ():
+        found[f"{name} ({ALL_LAYERS})" if name in found else name] = (name, together)
+    return found

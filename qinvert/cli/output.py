@@ -1,0 +1,79 @@
+"""What verbs print: lines, tables, JSON and progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from qinvert.documents import to_document
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """How a verb talks: results on stdout, progress on stderr."""
+
+    as_json: bool
+    quiet: bool
+
+    def say(self, text: str) -> None:
+        """Print one line for people."""
+        if not self.as_json and not self.quiet:
+            click.echo(printable(text))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table for people; the first column is left-aligned, the others right."""
+        if self.as_json or self.quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        # Text, not str: names may hold what rich takes for markup.
+        table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        # Not a terminal: a fixed width keeps tables whole in files and logs.
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=160)
+        console.print(table)
+
+    def result(self, document: dict[str, Any]) -> None:
+        """Print the machine-readable result."""
+        if self.as_json:
+            click.echo(json.dumps(to_document(document), indent=1, allow_nan=False))
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[str, int], None]]:
+        """Show a spinner with counts on stderr while a library call runs."""
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        if self.as_json or self.quiet or not console.is_terminal:
+            yield lambda _name, _count: None
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(label)
+            yield lambda name, count: bar.update(task, description=f"{label}: {name} {count}")
+
+
+def output_options(function: F) -> F:
+    """Add ``--json`` and ``--quiet``."""
+    function = click.option("--quiet", is_flag=True, help="Print errors only.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with escapes for what would steer a terminal or cannot be encoded."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

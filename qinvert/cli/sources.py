@@ -1,0 +1,65 @@
+"""Models and matrices by the names that are typed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qinvert.cli.data_options import DataOptions
+from qinvert.cli.output import printable
+from qinvert.errors import InputError
+from qinvert.plan.plan import Plan
+
+
+def load_model(name: str) -> Any:
+    """Load a local model folder, or the embedded one by its name ``recall``."""
+    from qinvert import recall
+    from qinvert.pretrained import load_pretrained, require_transformers
+
+    transformers = require_transformers()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return recall.load_model() if name == recall.NAME else load_pretrained(name)
+
+
+def is_matrix_file(source: str) -> bool:
+    """Whether ``source`` names a file of matrices rather than a model."""
+    return Path(source).suffix in (".npz", ".safetensors")
+
+
+def open_pair(source: str, given: DataOptions) -> tuple[Any, Any]:
+    """Return (source, data) for the library from what was typed.
+
+    Raises
+    ------
+    InputError
+        If a model comes without data, or matrices with data.
+    """
+    if is_matrix_file(source):
+        if given.data is not None:
+            raise InputError(f"{source} holds matrices already; leave out --data")
+        given.check_unused()
+        return source, None
+    data = given.for_model(source)
+    return load_model(source), data
+
+
+def open_for_plan(plan: Plan, model: str | None, given: DataOptions) -> tuple[Any, Any]:
+    """Return (source, data) for a verb that has a plan: the model it was made from is the default."""
+    from qinvert.calibration.data.token_batches import holds_tokens
+
+    if given.data is not None and model is None and not holds_tokens(given.data):
+        given.check_unused()
+        return given.data, None
+    source = model if model is not None else plan.provenance.get("source")
+    if not isinstance(source, str):
+        raise InputError("the plan does not name its model; pass --model, or --data with matrices L")
+    if model is None and is_matrix_file(source) and given.data is not None:
+        raise InputError("the plan was made from matrices; pass --model for text or token ids")
+    return open_pair(source, given)
+
+
+def with_source(plan: Plan, source: str) -> Plan:
+    """Return the plan with the model or file it was made from, so that other verbs find it."""
+    return replace(plan, provenance={**plan.provenance, "source": printable(source)})

@@ -1,0 +1,48 @@
+"""Which verbs there are; each is loaded when it is called."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Final
+
+import click
+
+#: Every verb, and the line that `qinvert --help` says of it: the first sentence of its own help.
+VERBS: Final = {
+    "demo": "Calibrate, simulate, export, verify and evaluate the embedded model.",
+    "inspect": "Show how far powers of M outgrow the inverse, or what is in a plan.",
+    "calibrate": "Measure ranges and write an integer plan for every layer.",
+    "simulate": "Run the integer programs bit-exactly and measure the error of T.",
+    "export": "Write one ONNX file a layer, or one for all, and the plan beside them.",
+    "verify": "Run exported graphs and compare every value with the simulator.",
+    "evaluate": "Compare the model under the plan with the model under the exact inverse.",
+    "export-model": "Write a whole decoder as ONNX, each layer's inverse a local function.",
+    "graft": "Replace LinearAttention nodes by chunks with integer inverses.",
+    "profiles": "List the export profiles, and the runtimes that graphs can be verified on.",
+}
+
+
+class LazyVerbs(click.Group):
+    """A group whose commands only stand for verbs: one that is called is loaded in their place.
+
+    Help and completion list the verbs, and would otherwise import all of them
+    and torch with them.
+    """
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found if name is None else load_verb(name), rest
+
+
+def stand_ins() -> list[click.Command]:
+    """Return a command for every verb that has its name and its line of help, and nothing else."""
+    return [click.Command(name, help=line) for name, line in VERBS.items()]
+
+
+def load_verb(name: str) -> click.Command:
+    """Import the verb's module, which bears its name, and return the verb."""
+    name = name.replace("-", "_")
+    verb: click.Command = getattr(import_module(f"qinvert.cli.{name}"), name)
+    return verb
