@@ -222,3 +222,6 @@ class IntegerLowering(GraphLowering):
             for q in (fmt.minimum, fmt.maximum)
         ]
         return self.graph.node("Clip", [wide, *bounds], output, shape, "int8")
+
+
+LOWERING = IntegerLowering

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import GraphInput, Interface
-from qinvert.export.lowering.base import GraphLowering
-from qinvert.export.lowering.integer import IntegerLowering
+from qinvert.export.lowering import find_lowering
 from qinvert.export.lowering.keys import matrix_from_keys
-from qinvert.export.lowering.qdq import QdqLowering
-from qinvert.export.lowering.qlinear import QLinearLowering
 from qinvert.numerics.scales import is_power_of_two
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.profiles import Lowering, Profile
+from qinvert.profiles import Profile
 from qinvert.program.steps import MIN_BETA, Rescale
-
-#: How each kind of graph is written.
-LOWERINGS: Final[dict[Lowering, type[GraphLowering]]] = {
-    Lowering.QDQ: QdqLowering,
-    Lowering.INTEGER: IntegerLowering,
-    Lowering.QLINEAR: QLinearLowering,
-}
 
 
 def lower(plan: QuantizedProgram, profile: Profile, interface: Interface) -> GraphBuilder:
@@ -31,11 +19,11 @@ def lower(plan: QuantizedProgram, profile: Profile, interface: Interface) -> Gra
     Raises
     ------
     ExportError
-        If the profile cannot express the plan.
+        If the profile cannot express the plan, or names a lowering that does not exist.
     """
     _require(profile, plan)
     graph = GraphBuilder()
-    lowering = LOWERINGS[profile.lowering](plan, profile, interface, graph)
+    lowering = find_lowering(profile.lowering)(plan, profile, interface, graph)
     inputs, outputs = interface.inputs(plan), interface.output_names(plan)
     for name, shape in inputs.items():
         graph.input(name, shape)

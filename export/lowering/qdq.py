@@ -187,3 +187,6 @@ class QdqLowering(GraphLowering):
     def _dequantize(self, name: str, values: str, shape: Sizes, grid: Quantization) -> str:
         inputs = [values, self.scale_of(grid), self.zero_point(self.storage(grid))]
         return self.graph.node("DequantizeLinear", inputs, name, shape)
+
+
+LOWERING = QdqLowering

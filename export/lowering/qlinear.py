@@ -27,3 +27,6 @@ class QLinearLowering(IntegerLowering):
         output, shape = self.stored(step.output), self.shape(step.output)
         self.graph.node("QLinearMatMul", inputs, output, shape, "int8")
         return replace(self.value(step.output), ones=ones)
+
+
+LOWERING = QLinearLowering

@@ -19,7 +19,7 @@ from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, 
 from qinvert.export.rules.product_bounds import accumulator_bound, products
 from qinvert.numerics.accumulators import FLOAT32_EXACT
 from qinvert.numerics.scales import MIN_SCALE, is_power_of_two
-from qinvert.profiles import Lowering, Profile
+from qinvert.profiles import Profile
 
 #: Operators that only move values.
 MOVES: Final = ("Concat", "Slice", "Reshape", "Transpose")
@@ -225,7 +225,7 @@ def _is_row_of_blocks(graph: Structure, name: str) -> bool:
 
 @rule("quantized", "put DequantizeLinear before and QuantizeLinear after every operator")
 def _quantized(case: Case) -> Iterator[tuple[str, str]]:
-    if case.profile.lowering is not Lowering.QDQ:
+    if not case.profile.quantized_everywhere:
         return
     sums = _accumulating(case.graph)
     for node in case.graph.nodes:

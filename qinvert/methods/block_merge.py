@@ -57,7 +57,7 @@ def block_merge(
 
     Cost: ``2 log2(C / base)`` products of half blocks (packed, 0.1 M
     multiply-accumulates at C = 64 and base 4), or of dense tiles (masked);
-    2 dense products more for each correction; factored 2 scalings more a merge.
+    2 dense products more for each correction; 2 scalings more for each factored merge.
     Range: for unit keys and ``0 <= beta_i <= 2``, ``|M|, |S|, |Y| <= beta_i``:
     an entry of S or Y is ``beta_i k_i^T (product of contractions) k_j``, where
     decay only shrinks.  Without its factor beta_i that is an entry of K, W, Y

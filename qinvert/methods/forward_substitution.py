@@ -17,7 +17,7 @@ def forward_substitution(chunk: int) -> Program:
     columns of row i are not zero, so the product is ``M[i, :i] S[:i, :i]``.
 
     Cost: ``C - 2`` dependent products of a row by a matrix, ``C^3 / 3``
-    multiply-accumulates, five steps a row.
+    multiply-accumulates, five steps per row.
     Range: for unit keys ``|M|, |S| <= beta_i``; every tensor holds rows of
     the two and nothing else.
     Stability: stable; nothing larger than the inverse is ever rounded.

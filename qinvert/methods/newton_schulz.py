@@ -31,7 +31,7 @@ def newton_schulz(chunk: int, iterations: int | None = None) -> Program:
     sqrt(beta), is at least I / 2, so the error is about ``exp(-2^k / 4C)``:
     1e-7 for the default at C = 64, its square after one iteration more.
 
-    Cost: 2 dense products an iteration but none for the first.
+    Cost: 2 dense products per iteration but none for the first.
     Range: none is proved.  No power of M is ever formed alone, and S and W
     stay near the larger of max|M| and max|T| on every stress set.
     Stability: each iteration corrects the rounding errors of those before.

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Final
 
+from qinvert.checks import check_integer
+from qinvert.errors import ExportError
 from qinvert.formats import INT8, IntFormat
-from qinvert.numerics.accumulators import FLOAT32_EXACT
+from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT
 from qinvert.plan.quantization import Requantize
 
-
-class Lowering(StrEnum):
-    """How products and sums appear in the graph."""
-
-    #: QuantizeLinear and DequantizeLinear around float operators: compilers fuse them.
-    QDQ = "qdq"
-    #: MatMulInteger and int8 tensors: the literal integer program.
-    INTEGER = "integer"
-    #: As INTEGER, with QLinearMatMul where the plan requantizes by one factor.
-    QLINEAR = "qlinear"
+#: Operator sets of ONNX come one by one; far beyond those that exist.
+MAX_OPSET: Final = 99
+#: Names are words on the command line and in file names.
+NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Rules of one export target."""
+    """Rules of one export target.
+
+    Raises
+    ------
+    ExportError
+        At construction, naming the field and what fits.
+    """
 
     #: Name on the command line and in plans.
     name: str
     #: One line for the table of profiles.
     summary: str
-    #: How steps are lowered.
-    lowering: Lowering
+    #: How steps are lowered: the name of a module of `qinvert.export.lowering`, such as ``qdq``.
+    lowering: str
+    #: Whether every tensor between operators must be quantized: compilers of QDQ graphs
+    #: leave an operator in float where one is not.
+    quantized_everywhere: bool
+    #: Whether graphs equal the simulator bit for bit, whatever the scales.  Integer operators
+    #: do; float operators leave the order of their sums open.
+    exact: bool
     #: ONNX operator set of the graph.
     opset: int
     #: Formats that tensors may have.
@@ -49,16 +58,24 @@ class Profile:
     left_operand: IntFormat | None = None
     #: Whether every scale must be a power of two.
     power_of_two_scales: bool = False
-    #: Operators that may, too, build L from keys, in float and before anything is quantized.
+    #: Operators that may also build L from keys, in float and before anything is quantized.
     prologue: frozenset[str] = frozenset({"Exp", "MatMul", "Mul", "Transpose"})
     #: Largest magnitude of an accumulator: what float32 holds exactly, for back ends
     #: that multiply in it.
     accumulator_limit: int = FLOAT32_EXACT
 
-    @property
-    def exact(self) -> bool:
-        """Whether graphs equal the simulator bit for bit, whatever the scales."""
-        return self.lowering is not Lowering.QDQ
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ExportError(f"profile name {self.name!r} is not lower-case words joined by '-'; rename it")
+        if not self.lowering.isidentifier():
+            raise ExportError(
+                f"profile {self.name!r} has the lowering {self.lowering!r}, which does not name a module; "
+                "use one such as 'qdq'"
+            )
+        if not self.formats or not self.operators:
+            raise ExportError(f"profile {self.name!r} needs at least one format and one operator")
+        for name, most in (("opset", MAX_OPSET), ("accumulator_limit", INT32_LIMIT - 1)):
+            check_integer(name, getattr(self, name), 1, most, ExportError, f"; see profile {self.name!r}")
 
     def storage_of(self, fmt: IntFormat) -> IntFormat:
         """Format whose container and zero point graphs have for values of a format."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from qinvert.formats import INT4, INT8, INT8X2
 from qinvert.plan.quantization import Requantize
-from qinvert.profiles._profile import Lowering, Profile
+from qinvert.profiles._profile import Profile
 
 PROFILE = Profile(
     name="int-ops",
     summary="MatMulInteger s8 x s8, then Cast, Mul, Add, QuantizeLinear; data movement on int8",
-    lowering=Lowering.INTEGER,
+    lowering="integer",
+    quantized_everywhere=False,
+    exact=True,
     opset=19,
     formats=(INT8, INT4, INT8X2),
     requantize=Requantize.DIVIDE,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from qinvert.formats import INT8, INT16
 from qinvert.numerics.accumulators import INT32_LIMIT
 from qinvert.plan.quantization import Requantize
-from qinvert.profiles._profile import Lowering, Profile
+from qinvert.profiles._profile import Profile
 from qinvert.profiles.npu_qdq_int8 import PROFILE as INT8_PROFILE
 
 PROFILE = Profile(
     name="npu-qdq-int16",
     summary="int16 tensors; two MatMul int16 x int8 a product, each rounded to int16",
-    lowering=Lowering.QDQ,
+    lowering="qdq",
+    quantized_everywhere=True,
+    exact=False,
     opset=21,
     formats=(INT8, INT16),
     requantize=Requantize.MULTIPLIER,

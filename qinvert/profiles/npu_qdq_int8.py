@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from qinvert.formats import INT8
 from qinvert.plan.quantization import Requantize
-from qinvert.profiles._profile import Lowering, Profile
+from qinvert.profiles._profile import Profile
 
 PROFILE = Profile(
     name="npu-qdq-int8",
     summary="QuantizeLinear/DequantizeLinear around MatMul, Add, Slice, Concat; int8, zero point 0",
-    lowering=Lowering.QDQ,
+    lowering="qdq",
+    quantized_everywhere=True,
+    exact=False,
     opset=19,
     formats=(INT8,),
     requantize=Requantize.MULTIPLIER,

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from qinvert.formats import INT8
 from qinvert.plan.quantization import Requantize
-from qinvert.profiles._profile import Lowering, Profile
+from qinvert.profiles._profile import Profile
 from qinvert.profiles.int_ops import PROFILE as INT_OPS
 
 PROFILE: Profile = replace(
     INT_OPS,
     name="qlinear",
     summary="QLinearMatMul s8 x s8 -> s8 with residual terms inside the product; sums as in int-ops",
-    lowering=Lowering.QLINEAR,
+    lowering="qlinear",
     formats=(INT8,),
     proved=("onnxruntime", "openvino"),
     requantize=Requantize.MULTIPLIER,

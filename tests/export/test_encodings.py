@@ -15,11 +15,11 @@ from qinvert.cli.app import cli
 from qinvert.errors import ExportError
 from qinvert.export.encodings import STYLES, encodings, to_bytes
 from qinvert.export.exporting import build, serialize
-from qinvert.profiles import PROFILES, Lowering
+from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 
 LOWER = stress_matrices("correlated_keys", 8, 16)
-QDQ = [name for name, profile in PROFILES.items() if profile.lowering is Lowering.QDQ]
+QDQ = [name for name, profile in PROFILES.items() if profile.quantized_everywhere]
 
 
 def exported(profile, batch=8):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 import qinvert
 from qinvert import methods
 from qinvert.errors import ProgramError
-from qinvert.methods import METHODS
+from qinvert.methods import METHODS, REGISTRY
 from qinvert.stress import stress_matrices
 
 #: Arguments that make a method exact in real arithmetic, by name; none if the default is.
@@ -26,6 +28,8 @@ def test_every_method_is_found_by_the_name_of_its_programs(name):
     assert methods.find_method(name)(64).name == name
     assert methods.find_method(name) is getattr(methods, name) is getattr(qinvert, name)
     assert name in methods.__all__
+    assert REGISTRY[name].name == name
+    assert REGISTRY[name].build is METHODS[name]
 
 
 @every_method
@@ -64,3 +68,12 @@ def test_an_unknown_method_lists_the_legal_names(name):
     legal = "block_merge, banded_residual, neumann, neumann_doubling, newton_schulz, forward_substitution"
     with pytest.raises(ProgramError, match=rf"unknown method .*; use one of {legal}, column_sweep, auto"):
         methods.find_method(name)
+
+
+def test_building_every_program_loads_no_torch():
+    code = (
+        "import sys; from qinvert.methods import METHODS; [build(8) for build in METHODS.values()];"
+        "print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"

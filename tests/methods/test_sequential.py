@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from qinvert.methods import column_sweep, forward_substitution
+from qinvert.methods import REGISTRY, column_sweep, forward_substitution
 from qinvert.program.steps import MatMul
 from qinvert.stress import MAX_BETA, STRESS, stress_matrices
 
 every_method = pytest.mark.parametrize(
-    "method", [forward_substitution, column_sweep], ids=lambda m: m.__name__
+    "method", [m.build for m in REGISTRY.values() if m.sequential], ids=lambda m: m.__name__
 )
+
+
+def test_the_references_are_marked_as_such():
+    assert [m.build for m in REGISTRY.values() if m.sequential] == [forward_substitution, column_sweep]
+    assert all(m.automatic is None for m in REGISTRY.values() if m.sequential)
 
 
 def arrays_of(program, lower) -> dict[str, np.ndarray]:
