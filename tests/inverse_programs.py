@@ -8,7 +8,7 @@ from qinvert.program.steps import check_chunk
 def inverse_program(
     *steps, chunk=4, name="test", output=None, constants=(), factored=False, identity=False, **fields
 ):
-    """A program that returns ``output``, the last step by default, as S (W if factored, T with its identity)."""
+    """A program that returns ``output``, or its last step, as S, as W if factored, or as T."""
     form = Meaning.FACTORED_INVERSE if factored else Meaning.INVERSE if identity else Meaning.STRICT_INVERSE
     check_chunk(chunk)
     output = output or (steps[-1].output if steps else "M")

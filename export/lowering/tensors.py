@@ -45,8 +45,8 @@ class ProgramTensors(ABC):
         self.batch = interface.batch
         self.graph = graph
         program = plan.program
-        #: Tensors of the inputs: the graph's own inputs may have these names.
-        self.inputs = {port.tensor for port in program.inputs}
+        #: Names of float tensors that the graph takes and returns: integers are called otherwise.
+        self.ends = {*(port.name for port in program.inputs), *interface.output_names(plan).values()}
         #: Tensors of the outputs.
         self.results = {port.tensor for port in program.outputs}
         #: Vector inputs by the name that they have as they multiply rows or columns.
@@ -66,10 +66,10 @@ class ProgramTensors(ABC):
         """Add int8 values on ``grid`` and return what operators read; `spread` them over any batch."""
 
     def stored(self, tensor: str) -> str:
-        """Name of the integer tensor; that of an input has a suffix, for the float one may have its name."""
+        """Name of the integer tensor, with a suffix where a float end of the graph may have that name."""
         if self.returns(tensor):
             return self.returned[tensor]
-        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor in self.inputs else tensor
+        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor in self.ends else tensor
 
     def storage(self, grid: Quantization) -> IntFormat:
         """Format whose container and zero point the graph has for values of a grid."""

@@ -72,7 +72,7 @@ def check_outputs(
     """
     if not 0 < len(outputs) <= MAX_PORTS or len({port.name for port in outputs}) != len(outputs):
         raise ProgramError(
-            f"{name}: {len(outputs)} outputs; a program has 1 to {MAX_PORTS}, each of its own name"
+            f"{name}: {len(outputs)} outputs; use 1 to {MAX_PORTS}, each with a name of its own"
         )
     for port in outputs:
         if port.tensor in vectors:
