@@ -27,7 +27,7 @@ def float32(value: float) -> float:
 
 
 def check_scale(scale: float) -> None:
-    """Refuse a scale that is no float32 in [`MIN_SCALE`, `MAX_SCALE`].
+    """Refuse a scale that is not a float32 in [`MIN_SCALE`, `MAX_SCALE`].
 
     Inside that interval no product of two scales and an accumulator overflows.
 
