@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from os import PathLike
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from qinvert.calibration.data.token_data import with_options
-from qinvert.calibration.heads import Granularity
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
-from qinvert.calibration.planning.clipping import RangeRule
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
-from qinvert.calibration.planning.scales import ScaleRule
+from qinvert.calibration.planning.rules import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
@@ -25,11 +23,6 @@ from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Requantize
 from qinvert.profiles import Profile, default_target, find_profile
 from qinvert.program.program import Program
-
-#: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
-BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
-#: A method may lose this much against the floor before ``auto`` moves on.
-MAX_LOSS_DB: Final = 1.0
 
 E = TypeVar("E", bound=StrEnum)
 

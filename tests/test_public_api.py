@@ -63,7 +63,6 @@ def test_what_is_heavy_is_found():
     assert {"torch", "numpy"} <= loaded("import qinvert; qinvert.exact_inverse")
 
 
-@pytest.mark.skip(reason="qinvert.plan imports torch")
 def test_loading_and_printing_a_plan_loads_nothing_heavy(tmp_path):
     lower = qinvert.stress.stress_matrices("correlated_keys", 8, 16)
     qinvert.calibrate({"layer": lower}).save(tmp_path / "plan.json")

@@ -12,7 +12,7 @@ from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program
 from qinvert.program.steps import MOVES, MatMul
 
-#: Scales stay between these powers of two, inside what `arithmetic.check_scale` takes.
+#: Scales stay between these powers of two, inside what `qinvert.numerics.scales.check_scale` takes.
 SMALLEST = 2.0**-99
 LARGEST = 2.0**49
 #: 1.0 on a grid is at most this many times the grid's largest integer: a graph

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
 
 import click
 
-from qinvert.calibration.planning.rules import Granularity, RangeRule, ScaleRule
+from qinvert.calibration.planning.rules import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS
 from qinvert.cli.output import Output, output_options
@@ -15,10 +14,6 @@ from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
 from qinvert.methods import METHODS
 from qinvert.profiles import PROFILES
-
-#: Those of `qinvert.calibration.calibrate`, which loads torch; a test holds the two equal.
-BITS: Final = ("4", "8", "16", "8x2")
-MAX_LOSS_DB: Final = 1.0
 
 
 @click.command()

@@ -27,7 +27,7 @@ class Requantize(StrEnum):
 class Quantization:
     """Real value = ``(q - format.zero_point) * scale``.
 
-    Invariant: ``scale`` is a float32 of at least `arithmetic.MIN_SCALE`.
+    Invariant: ``scale`` is a float32 of at least `qinvert.numerics.scales.MIN_SCALE`.
     """
 
     #: Integers that are stored.

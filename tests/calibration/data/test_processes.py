@@ -168,9 +168,9 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     script = f"""{SETUP}{CASES}{INTERRUPTION}{FAILURES}
 import pathlib, shutil
-from qinvert.calibration import checkpointing
+from qinvert.calibration.observation import checkpoint
 # Save at every occasion.
-checkpointing.SHARE = 1e9
+checkpoint.SHARE = 1e9
 with joined() as shard:
     assert shard.size == 2
     for name, source in sources(shard.rank):
