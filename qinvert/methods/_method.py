@@ -56,8 +56,8 @@ class Method:
             )
         if getattr(self.build, "__name__", None) != self.name:
             raise ProgramError(f"method {self.name!r} builds by {self.build!r}; give both one name")
-        if self.sequential and self.automatic is not None:
+        if self.sequential and (self.automatic is not None or self.factored is not None):
             raise ProgramError(
                 f"method {self.name!r} is sequential, which the planner never chooses by itself; "
-                "leave out automatic or sequential"
+                "leave out automatic and factored, or sequential"
             )
