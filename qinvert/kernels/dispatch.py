@@ -32,7 +32,7 @@ MAX_KERNELS: Final = 256
 
 _log = logging.getLogger("qinvert")
 _told: set[str] = set()
-_kernels: OrderedDict[tuple[int, bool], tuple[LayerPlan, Generated | UnsupportedError]] = OrderedDict()
+_kernels: OrderedDict[tuple[int, bool, bool], tuple[LayerPlan, Generated | UnsupportedError]] = OrderedDict()
 
 
 def solve_tril(
@@ -178,10 +178,11 @@ def _launched(generated: Generated, *tensors: torch.Tensor | None, **counters: t
 
 def _planned(plan: LayerPlan, count: bool) -> Generated | UnsupportedError:
     # Plans cannot be hashed; the entry keeps its plan alive, and so its id unique.
-    key = (id(plan), count)
+    interpreted = launch.interpreted()
+    key = (id(plan), count, interpreted)
     if key not in _kernels:
         try:
-            _kernels[key] = plan, integer_kernel(plan, count)
+            _kernels[key] = plan, integer_kernel(plan, count, interpreted)
         except UnsupportedError as error:
             _kernels[key] = plan, error
         if len(_kernels) > MAX_KERNELS:
