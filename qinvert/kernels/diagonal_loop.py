@@ -7,98 +7,113 @@ on the diagonal is there once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import Final
 
-from qinvert.kernels.tiles import TILE
+from qinvert.kernels.source import existing, loaded_tile
+from qinvert.kernels.statements import Kind, Statement, expression, variable
+from qinvert.kernels.tiles import TILE, Position
 
-_VARIABLE = re.compile(r"\bv\d+\b")
-_LOAD = re.compile(r"\(row \+ (\d+)\) \* STRIDE \+ column \+ (\d+), v\d+, FULL")
-#: Address and mask of a tile of the diagonal inside the loop.
-_ROLLED_LOAD = f"(row + p * {TILE}) * STRIDE + column + p * {TILE}, live & (row + p * {TILE} < rows), FULL"
-#: A value that its float16 operand holds exactly, as integers do.
-_OPERAND = re.compile(r"^(v\d+)\.to\(tl\.float16\)$")
+#: First row and column of a tile of the diagonal inside the loop over ``p``.
+_FIRST: Final = f"p * {TILE}"
+#: M at that tile.
+_ROLLED_LOAD: Final = loaded_tile(_FIRST, _FIRST, existing(_FIRST))
+#: What has the type of a product's operands.
+_OPERANDS: Final = (Kind.CONVERSION, Kind.OPERAND)
 
 
-def rolled(lines: Sequence[str], later: Sequence[str], count: int) -> list[str]:
+def rolled(statements: Sequence[Statement], later: Sequence[Statement], count: int) -> list[Statement]:
     """Return statements with the work on ``count`` diagonal tiles of integers in a loop.
 
     ``later`` are the statements that follow and read what these write.
 
     The loop carries the float16 operands that later statements read, 4
-    registers a tile and plane; float32 values are taken from them again.
+    registers per tile and plane; float32 values are taken from them again.
     Statements that the tiles do not have in common stay as they are.
     """
-    groups = _diagonals(lines, count)
-    bodies = [_canonical([lines[i] for i in group]) for group in groups]
-    length = 0
-    for statements in zip(*bodies, strict=False):
-        if len(set(statements)) > 1:
-            break
-        length += 1
-    groups = [group[:length] for group in groups]
-    taken = {i for group in groups for i in group}
-    end = max(taken, default=-1)
-    inside = {_name(lines[i]) for i in taken}
-    early = [lines[i] for i in range(end) if i not in taken]
-    if count < 2 or length < 2 or any(v in inside for line in early for v in _uses(line)):
-        return list(lines)
-    late = list(lines[end + 1 :])
-    used = {v for line in (*late, *later) for v in _uses(line)} & inside
-    return [*early, *_loop(lines, groups, bodies[0][:length], used), *late]
+    groups = _diagonals(statements, count)
+    body = _common([_canonical(group) for group in groups])
+    groups = [group[: len(body)] for group in groups]
+    taken = {statement.variable for group in groups for statement in group}
+    end = max((i for i, statement in enumerate(statements) if statement.variable in taken), default=-1)
+    early = [statement for statement in statements[:end] if statement.variable not in taken]
+    if count < 2 or len(body) < 2 or taken & _read(early):
+        return list(statements)
+    late = statements[end + 1 :]
+    used = taken & _read([*late, *later])
+    wanted = [statement for statement in statements if statement.variable in used]
+    return [*early, *_loop(groups, body, wanted), *late]
 
 
-def _name(line: str) -> str:
-    return line.partition(" = ")[0]
+def _read(statements: Sequence[Statement]) -> set[str]:
+    return {name for statement in statements for name in statement.reads}
 
 
-def _uses(line: str) -> list[str]:
-    return _VARIABLE.findall(line.partition(" = ")[2] or line)
-
-
-def _diagonals(lines: Sequence[str], count: int) -> list[list[int]]:
+def _diagonals(statements: Sequence[Statement], count: int) -> list[list[Statement]]:
     """Return the statements that depend on one tile of M, of the diagonal, for every such tile."""
-    sources: dict[str, frozenset[tuple[int, int]]] = {}
-    groups: list[list[int]] = [[] for _ in range(count)]
-    for i, line in enumerate(lines):
-        load = _LOAD.search(line)
-        found = frozenset().union(*(sources.get(v, frozenset()) for v in _uses(line)))
-        if load:
-            found = frozenset([(int(load[1]), int(load[2]))])
-        sources[_name(line)] = found
+    sources: dict[str, frozenset[Position]] = {}
+    groups: list[list[Statement]] = [[] for _ in range(count)]
+    for statement in statements:
+        found = frozenset().union(*(sources.get(name, frozenset()) for name in statement.reads))
+        if statement.position is not None:
+            found = frozenset([statement.position])
+        sources[statement.variable] = found
         if len(found) == 1 and (tile := next(iter(found)))[0] == tile[1]:
-            groups[tile[0] // TILE].append(i)
+            groups[tile[0]].append(statement)
     return groups
 
 
-def _canonical(lines: Sequence[str]) -> list[str]:
-    """Return statements with variables numbered by themselves: ``w0``, ``w1``, ..."""
+def _canonical(statements: Sequence[Statement]) -> list[Statement]:
+    """Return the body of the loop that one tile gives: ``w0 = ...``, ``w1 = ...``, ..."""
     names: dict[str, str] = {}
-    result = []
-    for line in lines:
-        expression = _LOAD.sub(lambda _: _ROLLED_LOAD, line.partition(" = ")[2])
-        expression = _VARIABLE.sub(lambda match: names.get(match[0], match[0]), expression)
-        names[_name(line)] = f"w{len(names)}"
-        result.append(f"{names[_name(line)]} = {expression}")
-    return result
+    body = []
+    for k, statement in enumerate(statements):
+        value = statement.expression.renamed(names) if statement.position is None else _ROLLED_LOAD
+        body.append(Statement(variable=f"w{k}", expression=value, kind=statement.kind, depth=1))
+        names[statement.variable] = f"w{k}"
+    return body
 
 
-def _loop(lines: Sequence[str], groups: list[list[int]], body: Sequence[str], used: set[str]) -> list[str]:
-    places = {_name(lines[i]): (p, k) for p, group in enumerate(groups) for k, i in enumerate(group)}
-    operands = {
-        match[1]: _name(lines[i])
-        for group in groups
-        for i in group
-        if (match := _OPERAND.match(lines[i].partition(" = ")[2]))
-    }
-    wanted = sorted({places[operands.get(v, v)][1] for v in used})
-    carried = [(k, p) for k in wanted for p in range(len(groups))]
-    kinds = {k: "tl.float16" if body[k].endswith(".to(tl.float16)") else "tl.float32" for k in wanted}
-    before = [f"c{k}_{p} = tl.zeros((NB, 16, 16), {kinds[k]})" for k, p in carried]
-    select = [f"    c{k}_{p} = tl.where(p == {p}, w{k}, c{k}_{p})" for k, p in carried]
-    after = []
-    for name in sorted(used, key=lambda v: int(v[1:])):
-        p, k = places[operands.get(name, name)]
-        after.append(f"{name} = c{k}_{p}" + (".to(tl.float32)" if name in operands else ""))
-    loop = f"for p in tl.range(0, {len(groups)}, num_stages=1):"
-    return [*before, loop, *(f"    {line}" for line in body), *select, *after]
+def _common(bodies: Sequence[Sequence[Statement]]) -> list[Statement]:
+    """Return what all bodies start with."""
+    steps = zip(*bodies, strict=False)
+    return [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
+
+
+def _loop(
+    groups: Sequence[Sequence[Statement]], body: Sequence[Statement], wanted: Sequence[Statement]
+) -> list[Statement]:
+    """Return the loop, and behind it the statements that define what ``wanted`` did."""
+    places = {s.variable: (k, p) for p, group in enumerate(groups) for k, s in enumerate(group)}
+    operands = {s.reads[0]: s.variable for group in groups for s in group if s.kind is Kind.CONVERSION}
+    held = {s.variable: places[operands.get(s.variable, s.variable)] for s in wanted}
+    carried = [(k, p) for k in sorted({k for k, _ in held.values()}) for p in range(len(groups))]
+    return [
+        *(_empty(k, p, body[k].kind) for k, p in carried),
+        Statement(expression=expression("for p in tl.range(0, {}, num_stages=1):", len(groups))),
+        *body,
+        *(_selected(k, p) for k, p in carried),
+        *(_resumed(name, *place, converted=name in operands) for name, place in held.items()),
+    ]
+
+
+def _carried(k: int, p: int) -> str:
+    """Return the name of what carries step ``k`` of tile ``p`` out of the loop."""
+    return f"c{k}_{p}"
+
+
+def _empty(k: int, p: int, kind: Kind) -> Statement:
+    dtype = "tl.float16" if kind in _OPERANDS else "tl.float32"
+    return Statement(variable=_carried(k, p), expression=expression("tl.zeros((NB, 16, 16), {})", dtype))
+
+
+def _selected(k: int, p: int) -> Statement:
+    name = _carried(k, p)
+    value = expression("tl.where(p == {}, {}, {})", p, variable(f"w{k}"), variable(name))
+    return Statement(variable=name, expression=value, depth=1)
+
+
+def _resumed(name: str, k: int, p: int, converted: bool) -> Statement:
+    value = expression("{}{}", variable(_carried(k, p)), ".to(tl.float32)" if converted else "")
+    return Statement(variable=name, expression=value)

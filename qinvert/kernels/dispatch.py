@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
@@ -31,9 +31,14 @@ EXACT: Final = {
 #: Kernels of the plans used last.
 MAX_KERNELS: Final = 256
 
+#: A plan, and its kernel or why it has none.
+_Kernel: TypeAlias = tuple[QuantizedProgram, Generated | UnsupportedError]
+
 _log = logging.getLogger("qinvert")
 _told: set[str] = set()
-_kernels: OrderedDict[tuple[int, bool], tuple[QuantizedProgram, Generated | UnsupportedError]] = OrderedDict()
+_kernels: OrderedDict[tuple[int, bool, bool], tuple[QuantizedProgram, Generated | UnsupportedError]] = (
+    OrderedDict()
+)
 
 
 def solve_tril(
@@ -179,10 +184,11 @@ def _launched(generated: Generated, *tensors: torch.Tensor | None, **counters: t
 
 def _planned(plan: QuantizedProgram, count: bool) -> Generated | UnsupportedError:
     # Plans cannot be hashed; the entry keeps its plan alive, and so its id unique.
-    key = (id(plan), count)
+    interpreted = launch.interpreted()
+    key = (id(plan), count, interpreted)
     if key not in _kernels:
         try:
-            _kernels[key] = plan, integer_kernel(plan, count)
+            _kernels[key] = plan, integer_kernel(plan, count, interpreted)
         except UnsupportedError as error:
             _kernels[key] = plan, error
         if len(_kernels) > MAX_KERNELS:

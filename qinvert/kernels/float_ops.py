@@ -7,6 +7,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from qinvert.kernels.source import DIAGONAL, Source, Tile, TritonOps
+from qinvert.kernels.statements import Expression, Kind, expression, summed
 from qinvert.kernels.tiles import Position
 from qinvert.program.sparsity import Support
 from qinvert.program.steps import Add, MatMul, Rescale
@@ -55,7 +56,7 @@ class FloatOps(TritonOps):
         return replace(self._tile(self.where(value.values[0], keep, support)), loaded=value.loaded)
 
     def merge(self, left: Tile, right: Tile) -> Tile:
-        return self._tile(self.source.assign(f"{left.values[0]} + {right.values[0]}"))
+        return self._tile(self.source.assign("{} + {}", left.values[0], right.values[0]))
 
     def matmul(
         self,
@@ -70,7 +71,7 @@ class FloatOps(TritonOps):
         products = {
             (k, g): [a.operands[g[0]], b.operands[g[1]]] for g in groups for k, (a, b) in pairs.items()
         }
-        terms, free = [f"(-{value.values[0]})" for _, value in subtract], set(pairs)
+        terms, free = [expression("(-{})", value.values[0]) for _, value in subtract], set(pairs)
         for name, value in add:
             side, k = (0, position[0]) if name == step.right else (1, position[1])
             operand = name in (step.left, step.right)
@@ -82,24 +83,26 @@ class FloatOps(TritonOps):
                 terms.append(value.values[0])
         return self._tile(self.chain(products.values(), self.total(terms)))
 
-    def _shifted(self, value: Tile) -> str:
+    def _shifted(self, value: Tile) -> Expression:
         # Strictly lower triangular: the diagonal is zero.
-        return self.source.once(f"tl.where({DIAGONAL}, 1.0, {value.operands[0]}).to({self.operand})")
+        shifted = expression("tl.where({}, 1.0, {})", DIAGONAL, value.operands[0])
+        return self.source.once("{}.to({})", shifted, self.operand, kind=Kind.OPERAND)
 
     def add(self, step: Add, terms: Sequence[tuple[str, Tile]]) -> Tile:
-        return self._tile(self.source.assign(" + ".join(value.values[0] for _, value in terms)))
+        return self._tile(self.source.assign("{}", summed([value.values[0] for _, value in terms])))
 
     def rescale(self, step: Rescale, source: Tile) -> Tile:
         if step.factor == 1:
             return source
-        return self._tile(self.source.assign(f"{source.values[0]} * {step.factor!r}"))
+        return self._tile(self.source.assign("{} * {}", source.values[0], step.factor))
 
-    def real(self, value: Tile) -> str:
+    def real(self, value: Tile) -> Expression:
         return value.values[0]
 
-    def _tile(self, value: str) -> Tile:
-        high = self.source.assign(f"{value}.to({self.operand})")
+    def _tile(self, value: Expression) -> Tile:
+        high = self.converted(value)
         if self.precision is not Precision.FP16X3:
             return Tile(values=(value,), operands=(high,))
-        low = self.source.assign(f"({value} - {high}.to(tl.float32)).to({self.operand})")
+        rest = expression("({} - {}.to(tl.float32))", value, high)
+        low = self.source.assign("{}.to({})", rest, self.operand, kind=Kind.OPERAND)
         return Tile(values=(value,), operands=(high, low))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -11,6 +11,7 @@ from qinvert.kernels.diagonal_loop import rolled
 from qinvert.kernels.float_ops import FloatOps, Precision
 from qinvert.kernels.integer_ops import IntegerOps
 from qinvert.kernels.source import DIAGONAL, ZEROS, Source, Tile, TritonOps, inside
+from qinvert.kernels.statements import Expression, Kind, Statement, expression, rendered, summed
 from qinvert.kernels.template import TEMPLATE
 from qinvert.kernels.tile_evaluator import TileEvaluator
 from qinvert.kernels.tiles import TILE, Placed, UnsupportedError
@@ -54,14 +55,16 @@ class Generated:
     fused: bool
 
 
-def integer_kernel(plan: QuantizedProgram, count: bool = False) -> Generated:
+def integer_kernel(plan: QuantizedProgram, count: bool = False, interpreted: bool = False) -> Generated:
     """Return the kernel of a plan: the bits of `qinvert.simulation.simulate_inverse`.
 
     Parameters
     ----------
     plan : QuantizedProgram
     count : bool
-        Count the values of every tensor that stand on the ends of its grid, too.
+        Also count the values of every tensor that stand on the ends of its grid.
+    interpreted : bool
+        For Triton's interpreter, whose fused multiply-adds are not the device's: it divides.
 
     Raises
     ------
@@ -69,17 +72,17 @@ def integer_kernel(plan: QuantizedProgram, count: bool = False) -> Generated:
         If the plan has no fused kernel; the message says why.
     """
     source = Source()
-    ops = IntegerOps(source, plan)
+    ops = IntegerOps(source, plan, interpreted)
     counted: list[str] = []
 
     def tally(name: str, tensor: Placed[Tile]) -> None:
         fmt = plan.tensors[name].format
-        ends = [
-            f"({v} <= {fmt.minimum}.0) | ({v} >= {fmt.maximum}.0)"
-            for v in map(ops.whole, tensor.tiles.values())
+        lowest, highest = float(fmt.minimum), float(fmt.maximum)
+        found = [
+            expression("(({} <= {}) | ({} >= {})).to(tl.int32)", value, lowest, value, highest)
+            for value in map(ops.whole, tensor.tiles.values())
         ]
-        found = " + ".join(f"({end}).to(tl.int32)" for end in ends)
-        source.lines.append(f"count_values(counters + {len(counted)}, {found})")
+        source.call("count_values(counters + {}, {})", len(counted), summed(found))
         counted.append(name)
 
     result = TileEvaluator(plan.program, ops).run(tally if count else None)
@@ -114,39 +117,44 @@ def float_kernel(chunk: int, precision: Precision, exact: bool) -> Generated:
 def _generated(
     program: Program, source: Source, ops: TritonOps, result: Placed[Tile], counted: tuple[str, ...]
 ) -> Generated:
-    products = sum("tl.dot(" in line for line in source.lines)
-    if products > MAX_PRODUCTS:
-        raise UnsupportedError(
-            f"{program.title} takes {products} products of tiles; kernels have at most {MAX_PRODUCTS}"
-        )
-    split = len(source.lines)
-    rows = _rows(program, source, ops, result)
+    _check_products(program, source)
+    body = list(source.statements)
     floating = isinstance(ops, FloatOps)
-    long = split > LONG_KERNEL and not floating
+    long = len(body) > LONG_KERNEL and not floating
     joined = program.chunk <= JOINED_CHUNK and not long
-    for i, names in enumerate(rows):
-        _store(source, i, _joined(source, names) if joined else names)
-    body, tail = source.lines[:split], source.lines[split:]
-    if long and not counted:
-        body = rolled(body, tail, program.chunk // TILE)
-    lines = [*body, *tail] if joined else hoisted(body, tail)
-    names = [f"s{i}" for i in range(len(source.scalars))]
-    loaded = 0 < len(names) <= LOADED_SCALARS
-    if loaded:
-        lines = [*(f"{name} = tl.load(scalars + {i})" for i, name in enumerate(names)), *lines]
-        names = ["scalars"]
-    arguments = "".join(f"{name}, " for name in names)
-    text = TEMPLATE.replace("<arguments>", arguments) + "".join(f"    {line}\n" for line in lines)
+    for i, values in enumerate(_rows(program, source, ops, result)):
+        _store(source, i, _joined(source, values) if joined else values)
+    tail = source.statements[len(body) :]
+    looped = rolled(body, tail, program.chunk // TILE) if long and not counted else body
+    loaded = 0 < len(source.scalars) <= LOADED_SCALARS
     return Generated(
-        text=text,
+        text=_text([*looped, *tail] if joined else hoisted(looped, tail), len(source.scalars), loaded),
         scalars=tuple(source.scalars),
         loaded=loaded,
         counted=counted,
         chunk=program.chunk,
-        group=4 if long or (split <= SHORT_KERNEL and not floating) else 1,
-        registers=_registers(program.chunk, split, floating),
+        group=4 if long or (len(body) <= SHORT_KERNEL and not floating) else 1,
+        registers=_registers(program.chunk, len(body), floating),
         fused=ops.fusable,
     )
+
+
+def _check_products(program: Program, source: Source) -> None:
+    products = sum(statement.kind is Kind.PRODUCT for statement in source.statements)
+    if products > MAX_PRODUCTS:
+        raise UnsupportedError(
+            f"{program.title} takes {products} products of tiles; kernels have at most {MAX_PRODUCTS}"
+        )
+
+
+def _text(statements: Sequence[Statement], scalars: int, loaded: bool) -> str:
+    names = [f"s{i}" for i in range(scalars)]
+    lines = rendered(statements)
+    if loaded:
+        lines = [*(f"{name} = tl.load(scalars + {i})" for i, name in enumerate(names)), *lines]
+        names = ["scalars"]
+    arguments = "".join(f"{name}, " for name in names)
+    return TEMPLATE.replace("<arguments>", arguments) + "".join(f"    {line}\n" for line in lines)
 
 
 def _registers(chunk: int, statements: int, floating: bool) -> int | None:
@@ -156,53 +164,53 @@ def _registers(chunk: int, statements: int, floating: bool) -> int | None:
     return 128 if statements <= SHORT_KERNEL else None
 
 
-def _rows(program: Program, source: Source, ops: TritonOps, result: Placed[Tile]) -> list[list[str]]:
-    """Return the variables that hold T, tile by tile."""
+def _rows(program: Program, source: Source, ops: TritonOps, result: Placed[Tile]) -> list[list[Expression]]:
+    """Return what holds T, tile by tile."""
     count = program.chunk // TILE
     rows = []
     for i in range(count):
-        names = []
+        values = []
         for j in range(count):
             tile = result.tiles.get((i, j))
-            name = source.once(ZEROS) if tile is None else ops.real(tile)
+            value = source.once(ZEROS) if tile is None else ops.real(tile)
             if i == j and not program.inverse_ports.holds_identity:
-                name = source.assign(f"{name} + tl.where({DIAGONAL}, 1.0, 0.0)")
-            names.append(name)
-        rows.append(names)
+                value = source.assign("{} + tl.where({}, 1.0, 0.0)", value, DIAGONAL)
+            values.append(value)
+        rows.append(values)
     return rows
 
 
-def _joined(source: Source, names: list[str]) -> list[str]:
+def _joined(source: Source, values: list[Expression]) -> list[Expression]:
     width = TILE
-    while len(names) > 1:
+    while len(values) > 1:
         width *= 2
-        names = [
-            source.assign(f"tl.reshape(tl.permute(tl.join({a}, {b}), (0, 1, 3, 2)), (NB, 16, {width}))")
-            for a, b in zip(names[::2], names[1::2], strict=True)
-        ]
-    return names
+        pairs = zip(values[::2], values[1::2], strict=True)
+        joins = [expression("tl.permute(tl.join({}, {}), (0, 1, 3, 2))", a, b) for a, b in pairs]
+        values = [source.assign("tl.reshape({}, (NB, 16, {}))", join, width) for join in joins]
+    return values
 
 
-def _store(source: Source, i: int, names: list[str]) -> None:
+def _store(source: Source, i: int, values: list[Expression]) -> None:
     mask = inside(source, i)
-    for j, name in enumerate(names):
-        columns = f"tl.arange(0, CHUNK // {len(names)})[None, None, :] + {j * TILE}"
+    for j, value in enumerate(values):
+        columns = f"tl.arange(0, CHUNK // {len(values)})[None, None, :] + {j * TILE}"
         place = f"T + base + (row + {i * TILE}) * STRIDE + {columns}"
-        source.lines.append(f"store_tile({place}, {name}, {mask}, FULL)")
+        source.call("store_tile({}, {}, {}, FULL)", place, value, mask)
 
 
-def hoisted(body: list[str], tail: list[str]) -> list[str]:
-    """Return ``body`` with every statement of ``tail`` right behind the last one it depends on."""
-    places = {line.partition(" = ")[0]: i for i, line in enumerate(body)}
-    behind: dict[int, list[str]] = {}
-    for line in tail:
-        name, _, expression = line.partition(" = ")
-        used = re.findall(r"\bv\d+\b", expression or line)
-        place = max((places[v] for v in used), default=-1)
-        behind.setdefault(place, []).append(line)
-        if expression:
-            places[name] = place
+def hoisted(body: Sequence[Statement], tail: Sequence[Statement]) -> list[Statement]:
+    """Return ``body`` with every statement of ``tail`` right behind the last one it depends on.
+
+    What reads a variable that is not defined comes first: `rendered` refuses it.
+    """
+    places = {statement.variable: i for i, statement in enumerate(body)}
+    behind: dict[int, list[Statement]] = {}
+    for statement in tail:
+        place = max((places.get(name, -1) for name in statement.reads), default=-1)
+        behind.setdefault(place, []).append(statement)
+        if statement.variable:
+            places[statement.variable] = place
     merged = list(behind.get(-1, ()))
-    for i, line in enumerate(body):
-        merged += [line, *behind.get(i, ())]
+    for i, statement in enumerate(body):
+        merged += [statement, *behind.get(i, ())]
     return merged

@@ -14,6 +14,7 @@ from typing import Final
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.kernels.division import residual_steps
 from qinvert.kernels.source import DIAGONAL, FLOAT16_EXACT, ZEROS, Source, Tile, TritonOps
+from qinvert.kernels.statements import Expression, Kind, expression
 from qinvert.kernels.tiles import Position, UnsupportedError
 from qinvert.numerics.accumulators import FLOAT32_EXACT, plane_scales
 from qinvert.numerics.scales import float32, is_power_of_two
@@ -35,13 +36,15 @@ MAGIC: Final = 1.5 * 2**23
 class IntegerOps(TritonOps):
     """One plan's roundings.
 
+    ``interpreted`` says that an interpreter runs them, which rounds a fused multiply-add twice.
+
     Raises
     ------
     UnsupportedError
         If a product is not exact with float16 operands and float32 accumulators.
     """
 
-    def __init__(self, source: Source, plan: QuantizedProgram) -> None:
+    def __init__(self, source: Source, plan: QuantizedProgram, interpreted: bool = False) -> None:
         super().__init__(source)
         self.plan = plan
         for name, quantization in plan.tensors.items():
@@ -49,8 +52,10 @@ class IntegerOps(TritonOps):
                 raise UnsupportedError(f"{quantization.format} of tensor {name!r} is no float16 operand")
             if not 1 / SCALE_LIMIT <= quantization.scale <= SCALE_LIMIT:
                 raise UnsupportedError(f"the scale of tensor {name!r} is outside [2**-30, 2**30]")
-        #: Residual steps of every division: plans of one structure share a kernel.
-        self.steps = max(residual_steps(q.scale) for q in plan.tensors.values())
+        # As many residual steps for every division: plans of one structure share a kernel.
+        steps = max(residual_steps(q.scale) for q in plan.tensors.values())
+        #: Function of the template that divides.
+        self.division = "divide_slowly" if interpreted else f"divide_{steps}"
         for step in plan.program.steps:
             if isinstance(step, MatMul) and plan.products[step.output].bound >= FLOAT32_EXACT:
                 raise UnsupportedError(f"accumulators of step {step.output!r} can reach 2**24")
@@ -71,7 +76,7 @@ class IntegerOps(TritonOps):
 
     def merge(self, left: Tile, right: Tile) -> Tile:
         pairs = zip(left.values, right.values, strict=True)
-        return self._tile([self.source.assign(f"{a} + {b}") for a, b in pairs])
+        return self._tile([self.source.assign("{} + {}", a, b) for a, b in pairs])
 
     def matmul(
         self,
@@ -90,14 +95,13 @@ class IntegerOps(TritonOps):
             terms += [(sign, *plane) for plane in self._planes(name, values)]
         return self._round(step.output, self._sum(terms))
 
-    def _residual(self, value: Tile) -> tuple[str, ...]:
+    def _residual(self, value: Tile) -> tuple[Expression, ...]:
         """Return a tile's planes where sums of products lie."""
         if not value.loaded:
             return value.values
         # A product with the identity is exact, and cheaper than moving values between threads.
-        identity = self.source.once(
-            f"tl.broadcast_to(tl.where({DIAGONAL}, 1.0, 0.0), (NB, 16, 16)).to({self.operand})"
-        )
+        ones = f"tl.broadcast_to(tl.where({DIAGONAL}, 1.0, 0.0), (NB, 16, 16))"
+        identity = self.source.once("{}.to({})", ones, self.operand, kind=Kind.OPERAND)
         return tuple(self.chain([(operand, identity)], None) for operand in value.operands)
 
     def _multiplied(
@@ -109,9 +113,9 @@ class IntegerOps(TritonOps):
     ) -> Tile:
         products = {k: [a.operands[0], b.operands[0]] for k, (a, b) in pairs.items()}
         residuals, free = [], set(pairs)
-        product = self.plan.products[step.output]
+        meaning = self.plan.products[step.output]
         for sign, name, value in signed:
-            steps = product.identity(name)
+            steps = meaning.identity(name)
             factor = self.source.scalar(float(steps))
             # left @ right + left = left @ (right + I), and I is `steps` on right's grid.
             side, k = (0, position[0]) if name == step.right else (1, position[1])
@@ -120,16 +124,20 @@ class IntegerOps(TritonOps):
                 products[k][side] = self._shifted(pairs[k][side], factor)
             else:
                 minus = "-" if sign == "-" else ""
-                residuals.append(self.source.assign(f"{minus}{self._residual(value)[0]} * {factor}"))
+                residuals.append(self.source.assign("{}{} * {}", minus, self._residual(value)[0], factor))
         accumulator = self.chain(products.values(), self.total(residuals))
-        multiplier = self.source.scalar(product.factor)
-        return self._tile([self._integers(self._limited(f"{accumulator} * {multiplier}", step.output))])
+        multiplier = self.source.scalar(meaning.factor)
+        product = expression("{} * {}", accumulator, multiplier)
+        return self._tile([self._integers(self._limited(product, step.output))])
 
-    def _shifted(self, value: Tile, steps: str) -> str:
-        name = value.values[0]
-        return self.source.once(f"tl.where({DIAGONAL}, {name} + {steps}, {name}).to({self.operand})")
+    def _shifted(self, value: Tile, steps: str) -> Expression:
+        integers = value.values[0]
+        shifted = expression("tl.where({}, {} + {}, {})", DIAGONAL, integers, steps, integers)
+        return self.source.once("{}.to({})", shifted, self.operand, kind=Kind.OPERAND)
 
-    def _accumulators(self, step: MatMul, pairs: Mapping[int, tuple[Tile, Tile]]) -> list[tuple[str, str]]:
+    def _accumulators(
+        self, step: MatMul, pairs: Mapping[int, tuple[Tile, Tile]]
+    ) -> list[tuple[Expression, str]]:
         if not pairs:
             return []
         accumulators = []
@@ -149,34 +157,33 @@ class IntegerOps(TritonOps):
         value = self._sum([("+", *plane) for plane in self._planes(step.source, source)])
         if step.factor != 1:
             factor = self.source.scalar(step.factor)
-            value = self.source.assign(f"{value} * {factor}")
+            value = self.source.assign("{} * {}", value, factor)
         return self._round(step.output, value)
 
-    def real(self, value: Tile) -> str:
+    def real(self, value: Tile) -> Expression:
         planes = self._planes(self.plan.program.inverse_ports.result, value)
         return self._sum([("+", *plane) for plane in planes])
 
-    def whole(self, value: Tile) -> str:
+    def whole(self, value: Tile) -> Expression:
         """Return the integers of a tile, its planes together."""
         if len(value.values) == 1:
             return value.values[0]
         high, low = value.values
-        return self.source.assign(f"{PLANE_RATIO}.0 * {high} + {low}")
+        return self.source.assign("{} * {} + {}", float(PLANE_RATIO), high, low)
 
-    def _planes(self, name: str, value: Tile) -> list[tuple[str, str]]:
+    def _planes(self, name: str, value: Tile) -> list[tuple[Expression, str]]:
         scales = map(self.source.scalar, _plane_scales(self.plan.tensors[name]))
         return list(zip(value.values, scales, strict=True))
 
-    def _sum(self, terms: Sequence[tuple[str, str, str]]) -> str:
+    def _sum(self, terms: Sequence[tuple[str, Expression, str]]) -> Expression:
         # Every product and every sum is rounded: see `fusable`.
         total = None
-        for sign, name, scale in terms:
-            product = f"{name} * {scale}"
-            start = "" if total is None and sign == "+" else f"{total or 0.0} {sign} "
-            total = self.source.assign(start + product)
+        for sign, plane, scale in terms:
+            start = "" if total is None and sign == "+" else expression("{} {} ", total or 0.0, sign)
+            total = self.source.assign("{}{} * {}", start, plane, scale)
         return total or self.source.once(ZEROS)
 
-    def _round(self, name: str, value: str) -> Tile:
+    def _round(self, name: str, value: Expression) -> Tile:
         grid = self.plan.tensors[name]
         fmt = grid.format if grid.format.planes == 1 else INT8
         scales = _plane_scales(grid)
@@ -185,32 +192,31 @@ class IntegerOps(TritonOps):
             for end in (fmt.minimum, fmt.maximum)
         )
         value = self._clamped(value, self.source.scalar(lowest), self.source.scalar(highest))
-        planes: list[str] = []
+        planes: list[Expression] = []
         for i, scale in enumerate(scales):
             unit = self.source.scalar(scale)
             reciprocal = self.source.scalar(float32(1 / scale))
-            quotient = f"divide_{self.steps}({value}, {unit}, {reciprocal})"
+            quotient = expression("{}({}, {}, {})", self.division, value, unit, reciprocal)
             if i > 0:  # half a step of the high plane is 128 of the low one
-                quotient = f"tl.minimum({quotient}, {fmt.maximum}.0)"
-            planes.append(self._integers(self.source.assign(quotient)))
+                quotient = expression("tl.minimum({}, {})", quotient, float(fmt.maximum))
+            planes.append(self._integers(self.source.assign("{}", quotient)))
             if i + 1 < grid.format.planes:
-                value = self.source.assign(f"{value} - {planes[-1]} * {unit}")
+                value = self.source.assign("{} - {} * {}", value, planes[-1], unit)
         return self._tile(planes)
 
-    def _limited(self, steps: str, name: str) -> str:
+    def _limited(self, steps: Expression, name: str) -> Expression:
         # Clamping before rounding is the same, for the bounds are integers.
         fmt = self._format(name)
-        return self._clamped(steps, f"{fmt.minimum}.0", f"{fmt.maximum}.0")
+        return self._clamped(steps, float(fmt.minimum), float(fmt.maximum))
 
-    def _clamped(self, value: str, lowest: str, highest: str) -> str:
-        return self.source.assign(f"tl.minimum(tl.maximum({value}, {lowest}), {highest})")
+    def _clamped(self, value: Expression, lowest: str | float, highest: str | float) -> Expression:
+        return self.source.assign("tl.minimum(tl.maximum({}, {}), {})", value, lowest, highest)
 
-    def _integers(self, steps: str) -> str:
-        return self.source.assign(f"({steps} + {MAGIC}) - {MAGIC}")
+    def _integers(self, steps: Expression) -> Expression:
+        return self.source.assign("({} + {}) - {}", steps, MAGIC, MAGIC)
 
-    def _tile(self, values: Sequence[str]) -> Tile:
-        operands = tuple(self.source.assign(f"{v}.to({self.operand})") for v in values)
-        return Tile(values=tuple(values), operands=operands)
+    def _tile(self, values: Sequence[Expression]) -> Tile:
+        return Tile(values=tuple(values), operands=tuple(map(self.converted, values)))
 
     def _format(self, name: str) -> IntFormat:
         return self.plan.tensors[name].format

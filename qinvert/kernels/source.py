@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from qinvert.kernels.statements import Expression, Kind, Operand, Statement, expression, variable
 from qinvert.kernels.tiles import TILE, Position, TileOps
 from qinvert.program.sparsity import Support
 
@@ -22,12 +23,12 @@ DIAGONAL: Final = "row == column"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Names of the variables that hold one tile."""
+    """The variables that hold one tile."""
 
     #: float32 values of every plane.
-    values: tuple[str, ...]
+    values: tuple[Expression, ...]
     #: The same planes as operands of a product.
-    operands: tuple[str, ...]
+    operands: tuple[Expression, ...]
     #: Comes from memory, in other registers than a product's result, and loses nothing as an operand.
     loaded: bool = False
 
@@ -36,25 +37,36 @@ class Tile:
 class Source:
     """Statements of a kernel under construction."""
 
-    #: Statements, ``v7 = expression`` or a call, in order.
-    lines: list[str] = field(default_factory=list)
+    #: Statements in order.
+    statements: list[Statement] = field(default_factory=list)
     #: float32 scalars that the kernel takes.
     scalars: list[float] = field(default_factory=list)
-    _shared: dict[str, str] = field(default_factory=dict)
+    _shared: dict[Expression, Expression] = field(default_factory=dict)
     _count: int = 0
 
-    def assign(self, expression: str) -> str:
-        """Append ``v = expression`` and return ``v``."""
-        name = f"v{self._count}"
+    def assign(
+        self,
+        template: str,
+        *operands: Operand,
+        kind: Kind = Kind.OTHER,
+        position: Position | None = None,
+    ) -> Expression:
+        """Append ``v = expression(template, *operands)`` and return ``v``."""
+        value, name = expression(template, *operands), f"v{self._count}"
         self._count += 1
-        self.lines.append(f"{name} = {expression}")
-        return name
+        self.statements.append(Statement(variable=name, expression=value, kind=kind, position=position))
+        return variable(name)
 
-    def once(self, expression: str) -> str:
+    def once(self, template: str, *operands: Operand, kind: Kind = Kind.OTHER) -> Expression:
         """`assign`, or the variable that holds the same expression already."""
-        if expression not in self._shared:
-            self._shared[expression] = self.assign(expression)
-        return self._shared[expression]
+        value = expression(template, *operands)
+        if value not in self._shared:
+            self._shared[value] = self.assign("{}", value, kind=kind)
+        return self._shared[value]
+
+    def call(self, template: str, *operands: Operand) -> None:
+        """Append a call that does not return anything."""
+        self.statements.append(Statement(expression=expression(template, *operands)))
 
     def scalar(self, value: float) -> str:
         """Return the kernel argument of a value: plans of one structure share a kernel.
@@ -83,58 +95,73 @@ class TritonOps(TileOps[Tile]):
         """Whether a product may join a sum without a rounding of its own."""
 
     @abstractmethod
-    def real(self, value: Tile) -> str:
+    def real(self, value: Tile) -> Expression:
         """Return the float32 value of a tile of the program's output."""
 
-    def raw(self, position: Position) -> str:
+    def raw(self, position: Position) -> Expression:
         """Return ``M = -L`` of one tile in float32, zero on and above the diagonal."""
         i, j = position
-        place = f"L + base + (row + {i * TILE}) * STRIDE + column + {j * TILE}"
-        value = self.source.assign(f"-load_tile({place}, {inside(self.source, i)}, FULL)")
-        return self.source.assign(f"tl.where(row > column, {value}, 0.0)") if i == j else value
+        tile = loaded_tile(i * TILE, j * TILE, inside(self.source, i))
+        value = self.source.assign("{}", tile, position=position)
+        return self.source.assign("tl.where(row > column, {}, 0.0)", value) if i == j else value
 
-    def where(self, name: str, keep: Support, support: Support) -> str:
+    def where(self, value: Expression, keep: Support, support: Support) -> Expression:
         """Return the variable, cleared where ``keep`` is false."""
-        mask = self.source.once(pattern(keep, support, self.source))
-        return self.source.assign(f"tl.where({mask}, {name}, 0.0)")
+        return self.source.assign("tl.where({}, {}, 0.0)", pattern(keep, support, self.source), value)
 
-    def chain(self, products: Iterable[Sequence[str]], start: str | None) -> str:
+    def converted(self, value: Expression) -> Expression:
+        """Return a value as the operand of a product."""
+        return self.source.assign("{}.to({})", value, self.operand, kind=Kind.CONVERSION)
+
+    def chain(self, products: Iterable[Sequence[Expression]], start: Expression | None) -> Expression:
         """Return ``start + sum(left @ right)`` in float32."""
         total = start
         for left, right in products:
-            accumulator = "" if total is None else f", {total}"
+            accumulator = "" if total is None else expression(", {}", total)
             total = self.source.assign(
-                f"tl.dot({left}, {right}{accumulator}{self.dot_options}, out_dtype=tl.float32)"
+                "tl.dot({}, {}{}{}, out_dtype=tl.float32)",
+                *(left, right, accumulator, self.dot_options),
+                kind=Kind.PRODUCT,
             )
         return total or self.source.once(ZEROS)
 
-    def total(self, terms: Sequence[str]) -> str | None:
+    def total(self, terms: Sequence[Expression]) -> Expression | None:
         """Return the float32 sum of ``terms``, None if there are none."""
         total = None
         for term in terms:
-            total = term if total is None else self.source.assign(f"{total} + {term}")
+            total = term if total is None else self.source.assign("{} + {}", total, term)
         return total
 
 
-def inside(source: Source, i: int) -> str:
-    """Return the mask of the rows of tile row ``i`` that exist."""
-    return source.once(f"live & (row + {i * TILE} < rows)")
+def loaded_tile(row: int | str, column: int | str, mask: Expression) -> Expression:
+    """Return M at 16 x 16 places from ``row`` and ``column`` on."""
+    return expression("-load_tile(L + base + (row + {}) * STRIDE + column + {}, {}, FULL)", row, column, mask)
 
 
-def pattern(keep: Support, support: Support, source: Source) -> str:
-    """Return a Triton expression that is true on ``keep`` and false on the rest of ``support``.
+def existing(row: int | str) -> Expression:
+    """Return the mask of the 16 rows from ``row`` on that exist."""
+    return expression("live & (row + {} < rows)", row)
+
+
+def inside(source: Source, i: int) -> Expression:
+    """Return the variable that masks the rows of tile row ``i`` that exist."""
+    return source.once("{}", existing(i * TILE))
+
+
+def pattern(keep: Support, support: Support, source: Source) -> Expression:
+    """Return a variable that is true on ``keep`` and false on the rest of ``support``.
 
     The masks of block merges are intervals of ``row ^ column``; any other
-    pattern becomes 16 bits a row.
+    pattern becomes 16 bits per row.
     """
     distance = np.bitwise_xor.outer(np.arange(TILE), np.arange(TILE))
     wanted, unwanted = distance[keep], distance[support & ~keep]
     low, high = int(wanted.min()), int(wanted.max())
     if not ((unwanted >= low) & (unwanted <= high)).any():
-        return f"((row ^ column) >= {low}) & ((row ^ column) <= {high})"
+        return source.once("((row ^ column) >= {}) & ((row ^ column) <= {})", low, high)
     bits = source.once("row * 0")
     for i, line in enumerate(keep):
         if line.any():
             number = int(sum(1 << j for j in np.flatnonzero(line)))
-            bits = source.once(f"tl.where(row == {i}, {number}, {bits})")
-    return f"(({bits} >> column) & 1) != 0"
+            bits = source.once("tl.where(row == {}, {}, {})", i, number, bits)
+    return source.once("(({} >> column) & 1) != 0", bits)

@@ -12,7 +12,7 @@ import torch
 
 import qinvert
 from qinvert.execution.simulator import simulate_batched
-from qinvert.kernels import Precision, launch, solve_tril
+from qinvert.kernels import Precision, dispatch, launch, solve_tril
 from qinvert.kernels.generator import float_kernel, integer_kernel
 from qinvert.simulation import simulate_counting
 from qinvert.stress import STRESS, stress_matrices
@@ -103,7 +103,7 @@ def test_counts_of_saturated_values_equal_the_simulator(monkeypatch):
     lower = 3 * everything(32, 1)
     plan = qinvert.calibrate(lower / 3, bits="8x2", min_sqnr_db=0).layer()
     expected = simulate_counting(plan, Systems(lower=lower))
-    result, counts = solve_tril.fused_inverse(plan, lower.to(DEVICE), count=True)
+    result, counts = dispatch.fused_inverse(plan, lower.to(DEVICE), count=True)
     assert torch.equal(result.cpu(), expected[0])
     assert counts == expected[1]
     assert counts
@@ -132,16 +132,20 @@ def test_every_element_is_written_and_no_other(ends, planned):
         if planned
         else None
     )
-    generated = integer_kernel(plan) if planned else float_kernel(chunk, Precision.FP16X3, False)
+    generated = (
+        integer_kernel(plan, interpreted=launch.interpreted())
+        if planned
+        else float_kernel(chunk, Precision.FP16X3, False)
+    )
     memory = torch.full((A.numel() + 2048,), float("nan"), device=DEVICE)
     result = memory[1024:-1024].view(A.shape)
     cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    table = None if ends is None else solve_tril.chunk_table(cu_seqlens, chunk)
+    table = None if ends is None else dispatch.chunk_table(cu_seqlens, chunk)
     launch.launch(generated, A, result, cu_seqlens, table)
     assert torch.isnan(memory[:1024]).all()
     assert torch.isnan(memory[-1024:]).all()
     expected = torch.empty_like(result, device="cpu")
-    solve_tril._solve_batched(
+    dispatch._solve_batched(
         A.cpu(), *(t if t is None else t.cpu() for t in (cu_seqlens, table)), plan, expected
     )
     if planned:
@@ -186,7 +190,7 @@ def test_plans_and_patches_use_the_kernel_by_themselves(monkeypatch, caplog):
 def test_other_plans_fall_back_with_one_line(caplog):
     lower = everything(32, 1)
     plan = qinvert.calibrate(lower, bits=16, min_sqnr_db=0).layer()
-    solve_tril._told.clear()
+    dispatch._told.clear()
     for _ in range(2):
         assert torch.equal(plan.inverse(lower.cuda()).cpu(), plan.inverse(lower))
     assert len(caplog.records) == 1

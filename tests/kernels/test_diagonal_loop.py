@@ -1,50 +1,105 @@
 """What all tiles of the diagonal go through becomes the body of one loop."""
 
-import re
-
 import pytest
 
 from qinvert.kernels.diagonal_loop import rolled
+from qinvert.kernels.source import Source, existing, loaded_tile
+from qinvert.kernels.statements import Kind, rendered
 
 
-def tile(i, first, factor="s0"):
-    """Load a diagonal tile, scale it by a scalar, and keep the operand."""
-    place = f"(row + {16 * i}) * STRIDE + column + {16 * i}, v0, FULL"
-    return [
-        f"v{first} = -load_tile(L + base + {place})",
-        f"v{first + 1} = v{first} * {factor}",
-        f"v{first + 2} = v{first + 1}.to(tl.float16)",
-    ]
+def tile(source, i, factor="s0", column=None):
+    """Load a tile of the diagonal, scale it, and keep the operand; return values and operands."""
+    j = i if column is None else column
+    mask = source.once("{}", existing(0))
+    place = loaded_tile(16 * i, 16 * j, mask)
+    scaled = source.assign("{} * {}", source.assign("{}", place, position=(i, j)), factor)
+    return scaled, source.assign("{}.to(tl.float16)", scaled, kind=Kind.CONVERSION)
+
+
+def loads(lines):
+    return sum("load_tile" in line for line in lines)
+
+
+def unchanged(source, later=()):
+    return rolled(source.statements, later, 2) == source.statements
 
 
 def test_common_statements_are_there_once():
-    lines = ["v0 = live", *tile(0, 1), *tile(1, 4), "v7 = tl.dot(v3, v6)", "v8 = v2 + v7"]
-    result = rolled(lines, ["store(v8, v5)"], 2)
-    assert sum("load_tile" in line for line in result) == 1
-    assert "    w1 = w0 * s0" in result
+    source = Source()
+    (first, a), (second, b) = tile(source, 0), tile(source, 1)
+    total = source.assign("{} + {}", first, source.assign("tl.dot({}, {})", a, b, kind=Kind.PRODUCT))
+    body = list(source.statements)
+    source.call("store({}, {})", total, second)
+    # Rendering refuses what is read before it is defined.
+    lines = rendered(rolled(body, source.statements[len(body) :], 2))
+    assert loads(lines) == 1
+    assert "    w1 = w0 * s0" in lines
     # float32 values come from the operands that the loop carries.
-    assert "v2 = c2_0.to(tl.float32)" in result
-    assert "v5 = c2_1.to(tl.float32)" in result
-    assert result[-2:] == lines[-2:]
-    for i, line in enumerate(result):
-        defined = {other.partition(" = ")[0].strip() for other in result[:i]}
-        assert set(re.findall(r"\bv\d+\b", line.partition(" = ")[2])) <= defined
+    assert "v2 = c2_0.to(tl.float32)" in lines
+    assert "v5 = c2_1.to(tl.float32)" in lines
+    assert "c2_0 = tl.zeros((NB, 16, 16), tl.float16)" in lines
+    assert lines[-2:] == rendered(source.statements)[-3:-1]
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["v0 = live", *tile(0, 1)],
-        ["v0 = live", *tile(0, 1), "v4 = v3 + 1", *tile(1, 5, "v4")],
-    ],
-    ids=["one tile", "one depends on another"],
-)
-def test_other_statements_stay_as_they_are(lines):
-    assert rolled(lines, [], 2) == lines
+def test_the_loop_carries_values_in_their_type():
+    source = Source()
+    for i in range(2):
+        scaled, _ = tile(source, i)
+        doubled = source.assign("{} * 2", scaled)
+        shifted = source.assign("({} + 1).to(tl.float16)", doubled, kind=Kind.OPERAND)
+        source.call("store({}, {})", doubled, shifted)
+    body = [s for s in source.statements if s.variable]
+    later = [s for s in source.statements if not s.variable]
+    lines = rendered([*rolled(body, later, 2), *later])
+    # Nothing converts the one, and the other is not the operand of one variable.
+    assert "c3_1 = tl.zeros((NB, 16, 16), tl.float32)" in lines
+    assert "c4_1 = tl.zeros((NB, 16, 16), tl.float16)" in lines
+    assert lines[-6:-2] == ["v4 = c3_0", "v5 = c4_0", "v9 = c3_1", "v10 = c4_1"]
+    assert not any("c2_" in line for line in lines)
+
+
+def test_one_tile_is_no_loop():
+    source = Source()
+    tile(source, 0)
+    assert rolled(source.statements, (), 1) == source.statements
+    assert unchanged(source)
+
+
+@pytest.mark.parametrize("factors", [("s0", "s0"), ("s0", "s1")])
+def test_tiles_are_rolled_only_if_they_go_through_the_same(factors):
+    source = Source()
+    for i, factor in enumerate(factors):
+        tile(source, i, factor)
+    assert unchanged(source) is (factors[0] != factors[1])
+
+
+def test_tiles_that_depend_on_another_stay_as_they_are():
+    source = Source()
+    _, operand = tile(source, 0)
+    tile(source, 1, source.assign("{} + 1", operand))
+    assert unchanged(source)
+
+
+def test_tiles_beside_the_diagonal_stay_as_they_are():
+    source = Source()
+    tile(source, 0, column=1)
+    tile(source, 1, column=0)
+    assert unchanged(source)
+
+
+def test_what_reads_the_loop_too_early_stays_as_it_is():
+    source = Source()
+    (first, _), (other, _) = tile(source, 0), tile(source, 1, column=0)
+    source.assign("{} + {}", first, other)
+    tile(source, 1)
+    assert unchanged(source)
 
 
 def test_statements_that_differ_follow_the_loop():
-    lines = ["v0 = live", *tile(0, 1), *tile(1, 4), "v7 = v3 * s1", "v8 = v6 * s2"]
-    result = rolled(lines, [], 2)
-    assert result[-2:] == lines[-2:]
-    assert any(line.startswith("for p in") for line in result)
+    source = Source()
+    operands = [tile(source, i)[1] for i in range(2)]
+    for i, operand in enumerate(operands):
+        source.assign("{} * s{}", operand, i)
+    lines = rendered(rolled(source.statements, (), 2))
+    assert lines[-2:] == rendered(source.statements)[-2:]
+    assert any(line.startswith("for p in") for line in lines)

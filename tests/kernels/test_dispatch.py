@@ -108,7 +108,8 @@ def test_the_log_says_once_why_there_is_no_kernel(plan, monkeypatch, caplog):
     monkeypatch.setattr(launch, "missing", lambda: None)
     monkeypatch.setattr(dispatch, "_told", set())
 
-    def refuse(plan, count):
+    def refuse(plan, count, interpreted):
+        assert interpreted
         raise UnsupportedError("a reason of its own")
 
     monkeypatch.setattr(dispatch, "integer_kernel", refuse)

@@ -7,8 +7,12 @@ import pytest
 
 import qinvert
 from qinvert.calibration.planning.scales import scale_groups
+from qinvert.errors import ProgramError
+from qinvert.kernels import generator
 from qinvert.kernels.float_ops import Precision
 from qinvert.kernels.generator import float_kernel, hoisted, integer_kernel
+from qinvert.kernels.source import Source
+from qinvert.kernels.statements import rendered, variable
 from qinvert.kernels.tiles import UnsupportedError
 from qinvert.numerics.scales import float32
 from qinvert.plan.quantization import Quantization
@@ -112,9 +116,43 @@ def test_inputs_that_lose_nothing_need_no_float32_copy():
     assert additions(True) < additions(False)
 
 
+def test_interpreters_divide(plans):
+    plan = plans[8]
+    fused, interpreted = integer_kernel(plan).text, integer_kernel(plan, interpreted=True).text
+    body = fused[fused.index("def kernel") :]
+    assert "divide_slowly(" not in body
+    assert body.count("divide_") == body.count("divide_1(") > 10
+    assert interpreted == fused.replace(body, body.replace("divide_1(", "divide_slowly("))
+
+
+def test_as_many_products_as_the_matrix_unit_does(plans, monkeypatch):
+    text = integer_kernel(plans[8]).text
+    monkeypatch.setattr(generator, "MAX_PRODUCTS", text.count("tl.dot("))
+    assert integer_kernel(plans[8]).text == text
+    monkeypatch.setattr(generator, "MAX_PRODUCTS", text.count("tl.dot(") - 1)
+    with pytest.raises(UnsupportedError, match=f"takes {text.count('tl.dot(')} products of tiles"):
+        integer_kernel(plans[8])
+
+
 def test_stores_move_behind_the_last_value_they_need():
-    body = ["v0 = 1", "v1 = v0 + 1", "v2 = v1 + 1"]
-    tail = ["v3 = v1 * 2", "store(v3)", "store(v0)", "store(0)"]
-    assert hoisted(body, tail) == [
+    source = Source()
+    first = source.assign("1")
+    second = source.assign("{} + 1", first)
+    source.assign("{} + 1", second)
+    body = list(source.statements)
+    twice = source.assign("{} * 2", second)
+    for value in (twice, first, 0):
+        source.call("store({})", value)
+    tail = source.statements[len(body) :]
+    assert rendered(hoisted(body, tail)) == [
         "store(0)", "v0 = 1", "store(v0)", "v1 = v0 + 1", "v3 = v1 * 2", "store(v3)", "v2 = v1 + 1"
     ]  # fmt: skip
+
+
+def test_stores_of_what_is_not_defined_are_refused():
+    source = Source()
+    source.assign("1")
+    body = list(source.statements)
+    source.call("store({})", variable("v7"))
+    with pytest.raises(ProgramError, match=r"store\(v7\)"):
+        rendered(hoisted(body, source.statements[len(body) :]))

@@ -119,13 +119,12 @@ def masks(program):
     return [step for step in program.steps if isinstance(step, Mask)]
 
 
-def evaluated(expression, source):
+def evaluated(mask, source):
     row, column = np.arange(TILE)[:, None], np.arange(TILE)[None, :]
     scope = {"row": row, "column": column, "tl": np}
-    for line in source.lines:
-        name, _, right = line.partition(" = ")
-        scope[name] = eval(right, scope)
-    return np.broadcast_to(eval(expression, scope), (TILE, TILE))
+    for statement in source.statements:
+        scope[statement.variable] = eval(statement.expression.text, scope)
+    return np.broadcast_to(eval(mask.text, scope), (TILE, TILE))
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 1), st.booleans())
@@ -147,6 +146,9 @@ def test_block_masks_are_one_interval(size):
     row, column = np.arange(TILE)[:, None] // size, np.arange(TILE)[None, :] // size
     source = Source()
     for keep in (lower & (row == column), lower & (row % 2 == 1) & (column == row - 1)):
-        assert "^" in pattern(keep, lower, source)
-    assert not source.lines
+        (name,) = pattern(keep, lower, source).reads
+        assert name == source.statements[-1].variable
+        assert "^" in source.statements[-1].text
+    # One statement for each of the two.
+    assert len(source.statements) == 2
     assert math.prod(lower.shape) == TILE**2
