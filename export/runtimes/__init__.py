@@ -14,17 +14,22 @@ from qinvert.errors import ExportError, QInvertError, lookup, reason
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
 from qinvert.export.runtimes.subprocesses import interpreter
 
-__all__ = ["RUNTIMES", "Execution", "Feed", "Runtime", "execute", "installed"]
+__all__ = ["RUNTIMES", "Execution", "Feed", "Runtime", "discover", "execute", "installed"]
 
 
-def _discover() -> dict[str, Runtime]:
+def discover() -> dict[str, Runtime]:
+    """Return the runtime of every module that lies in this package now, by its name.
+
+    A folder that is appended to the package's ``__path__`` adds the modules
+    that it holds.
+    """
     names = sorted(module.name for module in iter_modules(__path__) if not module.ispkg)
     modules = [import_module(f"{__name__}.{name}") for name in names]
     return {module.RUNTIME.name: module.RUNTIME for module in modules if hasattr(module, "RUNTIME")}
 
 
 #: Every runtime by its name.
-RUNTIMES: dict[str, Runtime] = _discover()
+RUNTIMES: dict[str, Runtime] = discover()
 
 
 def installed() -> list[str]:

@@ -49,9 +49,10 @@ class Runtime:
     requirement: str
     #: Steps of the output's grid by which any value may differ: 0 where the runtime
     #: computes what ONNX says, more where a processor has a rounding of its own.
+    #: `qinvert.export.verification.tolerance` says what else follows from it.
     own_steps: int = 0
     #: Type in which the graph's float32 inputs enter the processor: verification gives it
-    #: numbers of that type, so that rounding them is no difference.
+    #: numbers of that type, so that rounding them is not a difference.
     inputs: str = "float32"
     #: Whether float operators behind the integers run in another order: T may then differ by
     #: float32 rounding, which no difference of an integer is as small as.

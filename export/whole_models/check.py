@@ -24,11 +24,11 @@ from qinvert.errors import ExportError, InputError, reason
 from qinvert.export.functions import function_names
 from qinvert.export.graph import DOMAIN
 from qinvert.export.interface import Interface
-from qinvert.export.runtimes import Execution
+from qinvert.export.runtimes import RUNTIMES, Execution
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.export.verification.comparison import compare, judge
 from qinvert.export.verification.references import reference
-from qinvert.export.verification.verify import is_exact
+from qinvert.export.verification.tolerance import tolerance_for
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
@@ -39,7 +39,9 @@ LOGITS: Final = "logits"
 #: Largest difference of logits, of the largest logit, that float32 sums in another order stay
 #: far below; a branch or a mask that a trace froze is wrong by a hundredth and more.
 TOLERANCE: Final = 1e-3
-#: Name of the graph that returns the inverses, too, beside the graph that is written.
+#: Runtime that runs the graph, and whose tolerance its inverses have.
+RUNTIME: Final = "onnxruntime"
+#: Name of the graph that also returns the inverses, beside the graph that is written.
 WATCHED: Final = "watched.onnx"
 
 _AT: Final = "the exported graph is not the model, at input_ids {}"
@@ -108,7 +110,7 @@ class ModelCheck:
             return
         largest = float(expected[attended].abs().amax())
         error = float((found - expected)[attended].abs().amax())
-        # NaN fails, too.
+        # NaN also fails.
         if not error <= self.tolerance * largest:
             raise ExportError(
                 f"{_AT.format(shape)}: logits differ by up to {error:.3g}, the largest is {largest:.3g}, the "
@@ -130,8 +132,9 @@ class ModelCheck:
         systems = Systems(lower=torch.from_numpy(lower), beta=beta)
         wanted = reference(plan, Interface(batch=None), storage, systems)
         execution = Execution(setting=names[entry], outputs=[actual])
-        result = compare("onnxruntime", execution, actual, wanted, is_exact(self.profile, plan))
-        judge("onnxruntime", result, actual, wanted, _UNCHECKED)
+        tolerance = tolerance_for(RUNTIMES[RUNTIME], self.profile, plan, wanted.rounding)
+        result = compare(RUNTIME, execution, actual, wanted, tolerance)
+        judge(result, actual, wanted, tolerance, _UNCHECKED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
