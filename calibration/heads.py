@@ -56,7 +56,8 @@ def is_split(plan: Plan, layer: str) -> bool:
 
 def layer_inverse(plan: LayerPlan, systems: Systems) -> torch.Tensor:
     """``T = (I + L)^-1`` by one program, with beta where it takes beta."""
-    return plan.inverse(systems.lower, systems.beta)
+    factored = plan.program.inverse_ports.factored
+    return plan.inverse(systems.lower, systems.beta) if factored else plan.inverse(systems.lower)
 
 
 def plan_inverse(plan: Plan, layer: str, systems: Systems) -> torch.Tensor:

@@ -6,6 +6,7 @@ from qinvert import recall
 from qinvert.calibration.heads import HEAD_AXIS, head_name, layer_name, split_heads
 from qinvert.errors import InputError, PlanError
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 
 def loud_and_quiet(seed=0):
@@ -50,10 +51,10 @@ def test_a_model_runs_with_a_plan_per_head_and_exports_a_graph_per_head(tmp_path
     assert result.score == 1.0
     captured = dict(qinvert.capture(model, tokens))
     for layer, lower in captured.items():
-        for name, part, _ in split_heads(layer, lower):
+        for name, part in split_heads(layer, Systems(lower=lower)):
             assert layer_name(name) == layer
             qinvert.export(plan, tmp_path / "t.onnx", layer=name, batch=64)
-            matrices = part.reshape(-1, 64, 64)
+            matrices = part.flat().lower
             assert all(r.mismatches == 0 for r in qinvert.verify(tmp_path / "t.onnx", plan, matrices))
 
 

@@ -17,8 +17,8 @@ from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.observation.statistics import LayerObserver, merged
 from qinvert.cli.app import cli
 from qinvert.methods import block_merge, neumann
-from qinvert.plan.serialization import to_bytes
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 PROGRAMS = (block_merge(8, base=2), block_merge(8, base=2, corrections=1), neumann(8, 3))
 CAPACITY = 5
@@ -44,10 +44,10 @@ def test_shared_matrices_end_in_the_state_of_one_observer(counts, processes, see
     whole = LayerObserver(PROGRAMS, CAPACITY, seed)
     parts = [LayerObserver(PROGRAMS, CAPACITY, seed) for _ in range(processes)]
     for i, batch in enumerate(batches):
-        whole.update(batch)
+        whole.update(Systems(lower=batch))
         for rank, part in enumerate(parts):
             if i % processes == rank:
-                part.update(batch)
+                part.update(Systems(lower=batch))
             else:
                 part.skip(len(batch))
     found = merged([part.state() for part in parts], CAPACITY)
@@ -56,7 +56,7 @@ def test_shared_matrices_end_in_the_state_of_one_observer(counts, processes, see
     fresh.restore(found)
     # What is drawn from here on is the same, too.
     for observer in (whole, fresh):
-        observer.update(batches[0])
+        observer.update(Systems(lower=batches[0]))
     assert_same_state(fresh.state(), whole.state())
 
 
@@ -65,8 +65,8 @@ def test_another_seed_or_a_lost_batch_ends_in_another_state():
     observers = [LayerObserver(PROGRAMS, CAPACITY, seed) for seed in (0, 1, 0)]
     for i, batch in enumerate(batches):
         for observer in observers[:2]:
-            observer.update(batch)
-        observers[2].skip(40) if i == 1 else observers[2].update(batch)
+            observer.update(Systems(lower=batch))
+        observers[2].skip(40) if i == 1 else observers[2].update(Systems(lower=batch))
     first, other, lost = (observer.state() for observer in observers)
     assert not torch.equal(first.keys, other.keys)
     assert lost.matrices == first.matrices
@@ -115,6 +115,7 @@ import qinvert
 from qinvert import recall
 from qinvert.calibration.data.processes import joined
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 torch.set_num_threads(1)
 FOLDER = sys.argv[1]
 """
@@ -169,6 +170,7 @@ def two_processes(tmp_path_factory):
     script = f"""{SETUP}{CASES}{INTERRUPTION}{FAILURES}
 import pathlib, shutil
 from qinvert.calibration.observation import checkpoint
+from qinvert.systems import Systems
 # Save at every occasion.
 checkpoint.SHARE = 1e9
 with joined() as shard:
@@ -210,7 +212,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two_processes, space):
         checkpoint=two_processes / "half",
         progress=lambda *args: seen.append(args),
     )
-    assert to_bytes(plan) == (two_processes / "streamed-0.json").read_bytes()
+    assert plan.to_bytes() == (two_processes / "streamed-0.json").read_bytes()
     # Four of five items were in it.
     assert seen == [("a/head_0", 60), ("a/head_1", 60)]
 

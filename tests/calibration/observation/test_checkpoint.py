@@ -15,7 +15,6 @@ import qinvert
 from qinvert import recall
 from qinvert.calibration.observation.checkpoint import HEADER, load
 from qinvert.errors import InputError
-from qinvert.plan.serialization import to_bytes
 from qinvert.stress import stress_matrices
 
 BATCHES = [stress_matrices("wide_gates", 20, 16, seed=i).reshape(2, 2, 5, 16, 16) for i in range(5)]
@@ -45,7 +44,7 @@ def always_due(monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected():
-    return to_bytes(qinvert.calibrate(BATCHES, **OPTIONS))
+    return qinvert.calibrate(BATCHES, **OPTIONS).to_bytes()
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
@@ -54,7 +53,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_plan(tmp_path, expected,
     interrupted(path, count) if count < 5 else qinvert.calibrate(BATCHES, checkpoint=path, **OPTIONS)
     assert path.exists() == (count > 0)
     plan = qinvert.calibrate(BATCHES, checkpoint=path, progress=lambda *x: seen.append(x), **OPTIONS)
-    assert to_bytes(plan) == expected
+    assert plan.to_bytes() == expected
     assert len(seen) == 2 * (5 - count)
     # Nothing but the checkpoint is left.
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
@@ -63,7 +62,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_plan(tmp_path, expected,
 def test_it_may_be_interrupted_again_and_again(tmp_path, expected):
     for count in (1, 2, 2, 4):
         interrupted(tmp_path / "c", count)
-    assert to_bytes(qinvert.calibrate(BATCHES, checkpoint=tmp_path / "c", **OPTIONS)) == expected
+    assert qinvert.calibrate(BATCHES, checkpoint=tmp_path / "c", **OPTIONS).to_bytes() == expected
 
 
 def test_other_goals_plan_from_a_finished_checkpoint(tmp_path):
@@ -72,14 +71,14 @@ def test_other_goals_plan_from_a_finished_checkpoint(tmp_path):
     qinvert.calibrate(BATCHES, **options)
     wide = qinvert.calibrate(BATCHES, bits="8x2", progress=lambda *x: seen.append(x), **options)
     assert seen == []
-    assert to_bytes(wide) == to_bytes(qinvert.calibrate(BATCHES, method="block_merge", bits="8x2"))
+    assert wide.to_bytes() == qinvert.calibrate(BATCHES, method="block_merge", bits="8x2").to_bytes()
 
 
 def test_beta_is_part_of_the_checkpoint(tmp_path):
     items = [(lower.abs(), lower.new_ones(lower.shape[:-1])) for lower in BATCHES]
     interrupted(tmp_path / "c", 3, items, factored=True)
     plan = qinvert.calibrate(items, checkpoint=tmp_path / "c", factored=True, **OPTIONS)
-    assert to_bytes(plan) == to_bytes(qinvert.calibrate(items, factored=True, **OPTIONS))
+    assert plan.to_bytes() == qinvert.calibrate(items, factored=True, **OPTIONS).to_bytes()
 
 
 def test_seen_batches_do_not_go_through_the_model_again(tmp_path):
@@ -93,7 +92,7 @@ def test_seen_batches_do_not_go_through_the_model_again(tmp_path):
     assert len(calls) == 2
     plan = qinvert.calibrate(model, batches, checkpoint=tmp_path / "c", **options)
     assert len(calls) == 3
-    assert to_bytes(plan) == to_bytes(qinvert.calibrate(model, batches, **options))
+    assert plan.to_bytes() == qinvert.calibrate(model, batches, **options).to_bytes()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_a_killed_process_leaves_a_whole_checkpoint_and_no_plan(tmp_path, expect
     assert sorted(os.listdir(tmp_path)) == ["c", "script.py"]
     # The first save is at once, the later ones take a small share of the time.
     assert 1 <= load(path).items <= 3
-    assert to_bytes(qinvert.calibrate(BATCHES, checkpoint=path, **OPTIONS)) == expected
+    assert qinvert.calibrate(BATCHES, checkpoint=path, **OPTIONS).to_bytes() == expected
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -237,6 +236,6 @@ def test_all_kinds_of_batches_are_recognized(tmp_path):
         path = tmp_path / str(i)
         options = {"method": "block_merge", "bits": 8, "checkpoint": path}
         plan = qinvert.calibrate(model, [first], **options)
-        assert to_bytes(qinvert.calibrate(model, [first], **options)) == to_bytes(plan)
+        assert qinvert.calibrate(model, [first], **options).to_bytes() == plan.to_bytes()
         with pytest.raises(InputError, match="other data"):
             qinvert.calibrate(model, [other], **options)

@@ -7,18 +7,21 @@ from qinvert.calibration.planning.clipping import RangeRule, clip_ranges
 from qinvert.formats import INT4, INT8
 from qinvert.methods import block_merge
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 
 def ranges_of(program, lower):
     observer = RangeObserver(program)
-    observer.update(lower)
+    observer.update({"M": -lower})
     return observer.ranges
 
 
 def clipped(lower, rule, fmt=INT8):
     program = block_merge(lower.shape[-1], 4)
     ranges = ranges_of(program, lower)
-    return ranges, clip_ranges(program, ranges, lower, dict.fromkeys(program.tensors, fmt), rule)
+    return ranges, clip_ranges(
+        program, ranges, Systems(lower=lower), dict.fromkeys(program.tensors, fmt), rule
+    )
 
 
 def test_max_keeps_every_range():

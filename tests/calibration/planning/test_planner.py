@@ -19,6 +19,7 @@ from qinvert.formats import INT4, INT8, INT8X2, INT16
 from qinvert.methods import banded_residual, block_merge, neumann
 from qinvert.plan.quantization import Requantize
 from qinvert.stress import STRESS, stress_matrices
+from qinvert.systems import Systems
 
 RULES = GridRules(scales=ScaleRule.FLOAT, ranges=RangeRule.MAX, requantize=Requantize.DIVIDE)
 
@@ -29,8 +30,8 @@ def report_of(plan, lower):
 
 def candidate(program, lower, *ladder):
     observer = LayerObserver([program], 64, 0)
-    observer.update(lower)
-    return Candidate(program, observer.ranges(program), observer.sample.matrices, ladder, RULES)
+    observer.update(Systems(lower=lower))
+    return Candidate(program, observer.ranges(program), observer.sample.systems, ladder, RULES)
 
 
 @pytest.mark.parametrize("bits", [8, 4, "8x2", 16])
@@ -126,7 +127,7 @@ def test_formats_are_raised_grid_by_grid_and_only_as_far_as_needed():
 def test_a_simulation_that_falls_short_of_its_prediction_steps_the_plan_up(monkeypatch):
     lower = stress_matrices("correlated_keys", 32, 32)
     observer = LayerObserver([block_merge(32, 4)], 64, 0)
-    observer.update(lower)
+    observer.update(Systems(lower=lower))
     goals = Goals(min_sqnr_db=45, max_loss_db=1)
     honest = choose(observer, (INT8, INT8X2), RULES, goals)
     original = Candidate.sensitivities.func
@@ -182,7 +183,7 @@ def test_noise_of_two_planes_counts_the_product_that_is_dropped():
     lower = stress_matrices("negative_eigenvalues", 16, 32)
     found = candidate(block_merge(32, 4), lower, INT8X2)
     grids = found.plan(found.uniform(INT8X2)).tensors
-    noise = measure_sensitivities(block_merge(32, 4), [grids], lower)
+    noise = measure_sensitivities(block_merge(32, 4), [grids], Systems(lower=lower))
     wider = candidate(block_merge(32, 4), lower, INT16).sensitivities
     assert noise.sqnr_db(found.uniform(INT8X2)) < wider.sqnr_db(found.uniform(INT16)) - 2
 

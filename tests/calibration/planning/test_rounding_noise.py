@@ -10,20 +10,21 @@ from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.steps import Add, Rescale
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 LOWER = stress_matrices("half_random", 8, 16)
 
 
 def ranges_of(program: Program) -> dict[str, float]:
     observer = RangeObserver(program)
-    observer.update(LOWER)
+    observer.update({"M": -LOWER})
     return observer.ranges
 
 
 def test_the_residual_of_a_correction_gets_the_range_of_rounding_errors():
     program = block_merge(16, 4, corrections=1)
     before = ranges_of(program)
-    after = settle_residues(program, before, LOWER, dict.fromkeys(program.tensors, INT8))
+    after = settle_residues(program, before, Systems(lower=LOWER), dict.fromkeys(program.tensors, INT8))
     assert before["correction_1/R"] < 1e-5
     assert 1e-3 < after["correction_1/R"] < 1
     changed = {name for name in before if before[name] != after[name]}
@@ -43,6 +44,9 @@ def test_factors_count_in_what_the_residue_is_left_of():
     assert ranges["rest"] < 1e-3 * ranges[MATRIX]
     # On its own range the sum would have the integers of M and round nothing.
     settled = settle_residues(
-        program, ranges | {"sum": 1.3 * ranges["sum"]}, LOWER, dict.fromkeys(program.tensors, INT8)
+        program,
+        ranges | {"sum": 1.3 * ranges["sum"]},
+        Systems(lower=LOWER),
+        dict.fromkeys(program.tensors, INT8),
     )
     assert 2 * ranges["rest"] < settled["rest"] < 0.1 * ranges[MATRIX]
