@@ -112,7 +112,7 @@ def test_an_illegal_beta_is_named_by_its_layer():
 def test_a_factored_plan_takes_beta_and_says_so(method):
     plan = qinvert.calibrate({"a": (LOWER, BETA)}, method=method, factored=True)
     assert plan.provenance["factored"] is True
-    assert plan.layer().program.vectors == ("beta",)
+    assert plan.layer().program.inverse_ports.beta == "beta"
     assert plan.layer().program.parameters["factored"] is True
     assert set(plan.layer().tensors) == set(plan.layer().program.tensors)
     assert "beta" in plan.layer().tensors
@@ -371,7 +371,7 @@ def test_captured_beta_belongs_to_the_captured_matrices(model):
 def test_a_factored_plan_runs_a_model(model):
     seen, unseen = recall.sequences(4), recall.sequences(2, seed=3)
     plan = qinvert.calibrate(model, seen, factored=True)
-    assert all(layer.program.vectors for layer in plan.layers.values())
+    assert all(layer.program.inverse_ports.factored for layer in plan.layers.values())
     assert qinvert.simulate(plan, model, unseen).worst_sqnr_db > 25
     result = qinvert.evaluate(model, plan, unseen, score=recall.accuracy)
     assert result.score == 1.0
