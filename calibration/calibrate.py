@@ -8,6 +8,7 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, TypeVar
 
+from qinvert.calibration.choices import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
@@ -15,7 +16,6 @@ from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
-from qinvert.calibration.planning.rules import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat

@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import torch
 
-from qinvert.calibration.planning.rules import Granularity as Granularity
 from qinvert.errors import InputError, PlanError
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.systems import HEAD_AXIS, Systems

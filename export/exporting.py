@@ -9,7 +9,7 @@ import onnx
 
 from qinvert.errors import ExportError
 from qinvert.export.interface import GraphInput, GraphOutput, Interface
-from qinvert.export.lowering.lower import lower
+from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
 from qinvert.files import write_atomically

@@ -14,7 +14,7 @@ from qinvert.errors import ExportError
 from qinvert.export.exporting import ensure, interface_of, profile_for, serialize
 from qinvert.export.graph import DOMAIN, MAX_BYTES, GraphBuilder
 from qinvert.export.interface import Interface
-from qinvert.export.lowering.lower import lower
+from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.reading import inlined, parse_model
 from qinvert.files import read_bytes, write_atomically

@@ -1,7 +1,7 @@
 """Integer formats of a quantized tensor, as data.
 
 A format describes the integers; the scale that turns them into real numbers
-belongs to each tensor (`qinvert.plan.Quantization`).  All formats but
+belongs to each tensor (`qinvert.plan.quantization.Quantization`).  All formats but
 `UINT8` are symmetric: their zero point is 0, because that is the only 8-bit
 form which every NPU compiler in reach multiplies natively.
 """

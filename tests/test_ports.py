@@ -16,7 +16,8 @@ from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.kernels.generator import integer_kernel
 from qinvert.kernels.tiles import UnsupportedError
 from qinvert.numerics.scales import float32
-from qinvert.plan import LayerPlan, Plan, Quantization, Requantize
+from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.ports import Meaning, Port
 from qinvert.program.program import Program
 from qinvert.program.steps import Add, MatMul, Rescale, Shape, Slice

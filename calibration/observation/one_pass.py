@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Final, TypeAlias
 
+from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
-from qinvert.calibration.heads import Granularity, split_heads
+from qinvert.calibration.heads import split_heads
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, check_size, open_groups

@@ -8,8 +8,8 @@ from typing import Final
 
 import torch
 
-from qinvert.calibration.planning.rules import RangeRule as RangeRule
-from qinvert.calibration.planning.rules import ScaleRule
+from qinvert.calibration.choices import RangeRule as RangeRule
+from qinvert.calibration.choices import ScaleRule
 from qinvert.calibration.planning.scales import choose_scale, scale_groups
 from qinvert.execution.floating import run_systems
 from qinvert.formats import IntFormat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from qinvert.calibration.planning.rules import ScaleRule as ScaleRule
+from qinvert.calibration.choices import ScaleRule as ScaleRule
 from qinvert.formats import INT8, IntFormat
 from qinvert.numerics import scales
 from qinvert.plan.quantization import Quantization, Requantize

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from qinvert.calibration.planning.rules import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
+from qinvert.calibration.choices import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS
 from qinvert.cli.output import Output, output_options

@@ -17,7 +17,7 @@ from qinvert.kernels.tile_evaluator import TileEvaluator
 from qinvert.kernels.tiles import TILE, Placed, UnsupportedError
 from qinvert.methods.block_merge import block_merge
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.program import Program
+from qinvert.program.step_list import StepList
 
 #: Products of tiles in one kernel; beyond, compiling takes minutes and registers spill.
 MAX_PRODUCTS: Final = 700
@@ -115,7 +115,7 @@ def float_kernel(chunk: int, precision: Precision, exact: bool) -> Generated:
 
 
 def _generated(
-    program: Program, source: Source, ops: TritonOps, result: Placed[Tile], counted: tuple[str, ...]
+    program: StepList, source: Source, ops: TritonOps, result: Placed[Tile], counted: tuple[str, ...]
 ) -> Generated:
     _check_products(program, source)
     body = list(source.statements)
@@ -139,7 +139,7 @@ def _generated(
     )
 
 
-def _check_products(program: Program, source: Source) -> None:
+def _check_products(program: StepList, source: Source) -> None:
     products = sum(statement.kind is Kind.PRODUCT for statement in source.statements)
     if products > MAX_PRODUCTS:
         raise UnsupportedError(
@@ -164,7 +164,7 @@ def _registers(chunk: int, statements: int, floating: bool) -> int | None:
     return 128 if statements <= SHORT_KERNEL else None
 
 
-def _rows(program: Program, source: Source, ops: TritonOps, result: Placed[Tile]) -> list[list[Expression]]:
+def _rows(program: StepList, source: Source, ops: TritonOps, result: Placed[Tile]) -> list[list[Expression]]:
     """Return what holds T, tile by tile."""
     count = program.chunk // TILE
     rows = []

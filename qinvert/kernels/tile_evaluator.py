@@ -21,8 +21,8 @@ from qinvert.kernels.tiles import (
     tile_of,
 )
 from qinvert.program.evaluator import Evaluator
-from qinvert.program.program import Program
 from qinvert.program.sparsity import Support, constant_support, product_support
+from qinvert.program.step_list import StepList
 from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 
 #: ``observe(name, tensor)``, as in `Program.evaluate`.
@@ -38,7 +38,7 @@ class TileEvaluator(Evaluator[Value[V]]):
         If the program, or one of its steps, has no form on tiles.
     """
 
-    def __init__(self, program: Program, ops: TileOps[V]) -> None:
+    def __init__(self, program: StepList, ops: TileOps[V]) -> None:
         if program.chunk < TILE:
             raise UnsupportedError(f"matrices of {program.chunk} x {program.chunk} are smaller than a tile")
         if not program.is_inverse:

@@ -18,6 +18,7 @@ from qinvert.files import read_bytes, write_atomically
 from qinvert.plan.cost import plan_cost
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.serialization import from_bytes, to_bytes
+from qinvert.program.program import Program
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ M = TypeVar("M")
 class LayerPlan(QuantizedProgram):
     """One layer's integer program, and where its numbers come from."""
 
+    program: Program
     #: Largest magnitude of each tensor seen in calibration.
     ranges: Mapping[str, float] = field(default_factory=dict)
     #: Sample counts, expected sqnr, reasons.

@@ -9,7 +9,7 @@ from enum import StrEnum
 from qinvert.errors import PlanError
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics import scales
-from qinvert.program.program import Program
+from qinvert.program.step_list import StepList
 from qinvert.program.steps import MOVES
 
 
@@ -75,7 +75,7 @@ def requantize_named(name: str) -> Requantize:
         raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None
 
 
-def check_names(program: Program, tensors: Mapping[str, Quantization]) -> None:
+def check_names(program: StepList, tensors: Mapping[str, Quantization]) -> None:
     """Refuse tensors that are not the program's, each on a symmetric grid.
 
     Raises
@@ -113,7 +113,7 @@ def check_single_planes(tensors: Mapping[str, Quantization]) -> None:
             )
 
 
-def check_moves(program: Program, tensors: Mapping[str, Quantization]) -> None:
+def check_moves(program: StepList, tensors: Mapping[str, Quantization]) -> None:
     """Refuse steps that would move integers from one grid to another.
 
     Raises

@@ -16,7 +16,7 @@ from qinvert.plan.quantization import (
     check_single_planes,
     requantize_named,
 )
-from qinvert.program.program import Program
+from qinvert.program.step_list import StepList
 from qinvert.program.steps import MatMul, Scale
 
 
@@ -35,7 +35,7 @@ class QuantizedProgram:
         At construction, naming the tensor and the remedy.
     """
 
-    program: Program
+    program: StepList
     tensors: Mapping[str, Quantization]
     requantize: Requantize
     #: What every MatMul and Scale means in integers, by its output; derived.

@@ -21,7 +21,7 @@ from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT
 from qinvert.numerics.scales import MIN_SCALE
 from qinvert.plan.quantization import Quantization
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.program import Program
+from qinvert.program.step_list import StepList
 from qinvert.program.steps import MIN_BETA, Scale
 from qinvert.proof.intervals import propagate
 
@@ -152,7 +152,7 @@ def prove(
     )
 
 
-def _bounds(program: Program, max_beta: float) -> dict[str, float]:
+def _bounds(program: StepList, max_beta: float) -> dict[str, float]:
     """Return the proved ranges: those of the steps, and of the inputs of an inverse."""
     bounds = {s.output: s.bound for s in program.steps if s.bound is not None}
     if not program.is_inverse:
