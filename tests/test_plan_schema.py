@@ -93,10 +93,21 @@ BESIDE = {
     "Ports of an inverse": ("Program",),
     "Ports of any program": ("Program",),
 }
-KINDS = (
-    "File, Producer, Program, Ports of an inverse, Ports of any program, Port, Constant, Layer, Tensor, "
-    "Provenance of a plan, Provenance of a layer, Binding, Candidate"
-).split(", ")
+KINDS = [
+    "File",
+    "Producer",
+    "Program",
+    "Ports of an inverse",
+    "Ports of any program",
+    "Port",
+    "Constant",
+    "Layer",
+    "Tensor",
+    "Provenance of a plan",
+    "Provenance of a layer",
+    "Binding",
+    "Candidate",
+]
 
 
 @pytest.mark.parametrize("heading", KINDS)
