@@ -22,20 +22,20 @@ HEAD = """# Benchmarks
 Written by `make bench` (`benchmarks/runtimes.py --write`) on {date}.
 {machine}.
 
-Numbers are microseconds per matrix, from float32 M to float32 T, on buffers that exist already. Each is the least
-of many calls; five calls follow one another, and all contenders take turns. In brackets: how many times faster
-than the dense float32 doubling graph on the same runtime. Columns are matrices / threads; `2 x 1` is two calls at
-the same time, each with one thread and half of the matrices. Every profile exports the same program,
-`{program}`. `fp32 row loop` is the row-by-row loop of published model code as an exporter unrolls it; it ran on
-onnxruntime only.
+Numbers are microseconds per matrix, from float32 M to float32 T, on buffers that exist already. Each is
+the least of many calls; five calls follow one another, and all contenders take turns. In brackets: how
+many times faster than the dense float32 doubling graph on the same runtime. Columns are matrices /
+threads; `2 x 1` is two calls at the same time, each with one thread and half of the matrices. Every
+profile exports the same program, `{program}`. `fp32 row loop` is the row-by-row loop of published model
+code as an exporter unrolls it; it ran on onnxruntime only.
 """
 FASTEST = """
-At C = 32 the gain is small: most products are of 16 x 16 blocks, and for each of them the call of a kernel costs
-more than its arithmetic. `solve_triangular` needs half the arithmetic of one dense product, in one pass through
-memory, where doubling needs ten products at C = 64. The products of a merge alone take longer than the whole of
-`solve_triangular` (see below). Graphs of MatMuls are for hardware that runs nothing else. In onnxruntime, Slice,
-Concat and masks run on one thread whatever the setting is. That is why two calls at the same time use two
-threads better than one call does.
+At C = 32 the gain is small: most products are of 16 x 16 blocks, and for each of them the call of a
+kernel costs more than its arithmetic. `solve_triangular` needs half the arithmetic of one dense product,
+in one pass through memory, where doubling needs ten products at C = 64. The products of a merge alone
+take longer than the whole of `solve_triangular` (see below). Graphs of MatMuls are for hardware that runs
+nothing else. In onnxruntime, Slice, Concat and masks run on one thread whatever the setting is. That is
+why two calls at the same time use two threads better than one call does.
 """
 
 

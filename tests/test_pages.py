@@ -198,3 +198,24 @@ def test_those_who_ask_what_a_product_means_are_listed():
                 asking.add(path.removeprefix("qinvert/"))
     told = re.search(r"^Who asks:.*?\n\n", page("architecture.md"), re.MULTILINE | re.DOTALL)[0]
     assert asking == set(quoted(told)) - {"IntegerProduct"}
+
+
+WRITTEN = {
+    "docs/tables.py": "docs/accuracy.md",
+    "docs/runtimes.py": "docs/runtimes.md",
+    "benchmarks/page.py": "docs/benchmarks.md",
+}
+
+
+@pytest.mark.parametrize("script", WRITTEN)
+def test_the_words_of_a_page_that_a_script_writes_are_those_of_the_script(script):
+    # Numbers are measured anew by the script alone; words may change in both at once.
+    text, templates = (ROOT / WRITTEN[script]).read_text(), []
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            value = node.value.value
+            templates += [value] if isinstance(value, str) and "\n" in value else []
+    assert templates
+    for template in templates:
+        for part in re.split(r"\{[^}]*\}", template):
+            assert part.strip() in text
