@@ -97,6 +97,17 @@ def test_modules_and_names_that_are_named_exist(name):
             resolved(dotted)
 
 
+def test_paths_that_moved_are_where_the_changelog_says():
+    moved = rows(sections(prose("CHANGELOG.md"))["Module paths that moved"])
+    for row in moved:
+        for name in quoted(row["is"]):
+            resolved(name)
+        old = quoted(row["was"])[0].split(".")
+        home = ROOT.joinpath(*old[: 3 if old[1] in ("calibration", "export") else 2])
+        assert not home.exists(), old
+        assert not home.with_suffix(".py").exists(), old
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
