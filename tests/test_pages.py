@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pages import FENCED, ROOT, code, page, quoted, rows, sections
 
+from qinvert.errors import MissingDependencyError
 from qinvert.program.ports import Meaning
 from qinvert.program.serialization import OPERATIONS
 
@@ -75,6 +76,8 @@ def resolved(name):
     for count in range(len(parts), 0, -1):
         try:
             value = import_module(".".join(parts[:count]))
+        except MissingDependencyError:
+            return None  # The module is there; what it needs is not installed.
         except ModuleNotFoundError:
             continue
         # Another checkout that is installed here may have modules that this one has not.
