@@ -222,7 +222,7 @@ def main() -> None:
     types = ["types", "precision", "copy", "fla", "ours", "fla / ours", "ours / copy", "relative error"]
     parts = [
         f"Measured on one {card}, torch {torch.__version__}, Triton {triton.__version__}.",
-        "64 x 64, 65,536 matrices, nanoseconds a matrix:",
+        "64 x 64, 65,536 matrices, nanoseconds per matrix:",
         markdown(types, by_type(65536)),
     ]
     print("\n\n".join(parts), flush=True)
@@ -233,10 +233,10 @@ def main() -> None:
         markdown(["what", "ms", "share of chunk_gated_delta_rule"], shares()),
     ]
     print(parts[-1], flush=True)
-    parts += ["float32 to float32, nanoseconds a matrix:", size_table(found)]
+    parts += ["float32 to float32, nanoseconds per matrix:", size_table(found)]
     picture = arguments.page.with_suffix(".png")
     plot(found, card, picture)
-    parts.append(f"![nanoseconds a matrix]({picture.name})")
+    parts.append(f"![nanoseconds per matrix]({picture.name})")
     before, _, rest = arguments.page.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     arguments.page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{after}")

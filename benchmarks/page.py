@@ -22,19 +22,20 @@ HEAD = """# Benchmarks
 Written by `make bench` (`benchmarks/runtimes.py --write`) on {date}.
 {machine}.
 
-Microseconds a matrix, the least of many calls, five in a row and all contenders in turn, on buffers that
-are there already, float32 M to float32 T. In brackets: how many times faster than the dense float32
-doubling graph on the same runtime. Columns are matrices / threads; `2 x 1` is two calls at the same time,
-each with one thread and half of the matrices. Every profile exports the same program, `{program}`. `fp32
-row loop` is the row-by-row loop of published model code as an exporter unrolls it, on onnxruntime only.
+Numbers are microseconds per matrix, from float32 M to float32 T, on buffers that exist already. Each is
+the least of many calls; five calls follow one another, and all contenders take turns. In brackets: how
+many times faster than the dense float32 doubling graph on the same runtime. Columns are matrices /
+threads; `2 x 1` is two calls at the same time, each with one thread and half of the matrices. Every
+profile exports the same program, `{program}`. `fp32 row loop` is the row-by-row loop of published model
+code as an exporter unrolls it; it ran on onnxruntime only.
 """
 FASTEST = """
-At C = 32 the gain is small: most products are 16 x 16 ones, and each costs the call of a kernel more than
-its arithmetic. `solve_triangular` takes half the arithmetic of one dense product, in one pass through
-memory, where doubling takes ten products at C = 64; the products of a merge alone take longer than all of
-it (see below). Graphs of MatMuls are for hardware that runs nothing else. In onnxruntime, Slice, Concat and
-masks run on one thread whatever the setting, which is why two calls at the same time use two threads better
-than one call does.
+At C = 32 the gain is small: most products are of 16 x 16 blocks, and for each of them the call of a
+kernel costs more than its arithmetic. `solve_triangular` needs half the arithmetic of one dense product,
+in one pass through memory, where doubling needs ten products at C = 64. The products of a merge alone
+take longer than the whole of `solve_triangular` (see below). Graphs of MatMuls are for hardware that runs
+nothing else. In onnxruntime, Slice, Concat and masks run on one thread whatever the setting is. That is
+why two calls at the same time use two threads better than one call does.
 """
 
 
@@ -115,7 +116,7 @@ def _fastest(rows: list[Row]) -> str:
 
 
 def _spent(rows: list[Row], spent: Mapping[str, Mapping[str, tuple[int, float]]]) -> str:
-    lines = [["profile", "operator", "nodes", "microseconds a matrix"]]
+    lines = [["profile", "operator", "nodes", "microseconds per matrix"]]
     for profile, found in spent.items():
         counts, values = zip(*found.values(), strict=True)
         lines.append([f"`{profile}`", "all", str(sum(counts)), f"{sum(values):.2f}"])
@@ -135,7 +136,7 @@ def _bounds(rows: list[Row], spent: Mapping[str, Mapping[str, tuple[int, float]]
         products = sum(value for name, (_, value) in found.items() if "MatMul" in name)
         total = sum(value for _, value in found.values())
         lines.append(
-            f"`{profile}`: the products alone take {products:.1f} of {total:.1f} us a matrix, "
+            f"`{profile}`: the products alone take {products:.1f} of {total:.1f} us per matrix, "
             f"solve_triangular takes {solve:.1f} us on one thread.\n"
         )
     return lines

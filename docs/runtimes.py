@@ -31,33 +31,35 @@ CAPTURED = 64
 REASON = 110
 BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
 HEAD = """# Runtimes
-Written by `make docs` (`docs/runtimes.py`). Block merge, C = {chunk}, base 4; "trained layers": {captured} matrices
-captured from each layer of the embedded model, a plan for each; "stress": one plan for {stress} matrices of
-`qinvert.stress`. A cell says how many values differ from the simulator and by how many steps of the output's grid at
-most; T leaves QNN and RKNN as float16, so only differences of at least half a step count there. `verify` accepts what
-the README's Limits say and refuses the rest.
-Products are counted by the types that they run in, as the runtime's own compiled graph names them; for TVM as its
-importer leaves them. Not installed here, so without a row: {missing}.
+Written by `make docs` (`docs/runtimes.py`). The program is block merge with C = {chunk} and base 4. "Trained layers" are
+{captured} matrices captured from each layer of the embedded model, with one plan for each layer; "stress" is one plan for
+{stress} matrices of `qinvert.stress`. A cell says how many values differ from the simulator, and by how many steps of the
+output's grid at most. T leaves QNN and RKNN as float16, so that only differences of at least half a step count there.
+`verify` accepts what [the limits](limits.md) say and refuses the rest.
+Products are counted by the types in which they run, as the runtime's own compiled graph names them, and for TVM as its
+importer leaves them. Runtimes that are not installed here, and so have no row: {missing}.
 
 {versions}
 """
 NOTES = """
-* QNN: context binaries for Hexagon v73, v75 and v79 without CPU fallback, run in the x86 emulator. Hexagon does not round
-  as ONNX says, and for int8 and int4 plans whose products are native it is known bit for bit how (`qinvert.numerics.hexagon`):
-  inputs become float16, are multiplied by a float16 reciprocal of the scale, and ties go away from zero; an accumulator
-  is cut to a multiple of 2^k, the largest power of two below 1/8 step, the middle of what was cut off is added, the
-  factor has 12 significant bits, and ties go up. `verify` simulates that (`simulate --rounding hexagon` does, too), so
-  0 means that every integer is the emulator's. Of int16 by int8 products the last 8 bits of the accumulator are cut off
-  without a middle, -128 units on average; `verify` compares those with ONNX's integers.
-* RKNN: `.rknn` files for RK3588, RK3576 and RK3568, run in the toolkit's simulator. L enters the NPU as float16, so
-  `verify` gives it, and simulates, numbers of that precision. The toolkit multiplies the scale of every symmetric
-  tensor by 128/127, in the compiled file, too; it takes constants of Add and Mul as they are, and rounds those of Concat
-  to that grid. So its program (`export/runtimes/programs/rknn_program.py`) multiplies scales by 127/128 first, but for
-  constants of Add and Mul, and writes those of Concat with their greatest common divisor in the scale. It also gives
-  every reader a DequantizeLinear of its own: the compiler crashes where one serves a float addition and an int8
-  product. Do the same before you load a graph yourself. Products that a float addition follows run in float16.
-* IREE fuses QDQ products to int8; MatMulInteger it extends to int32 first. TVM multiplies what the graph says:
-  float32 for QDQ, int32 for MatMulInteger.
+* QNN compiles context binaries for Hexagon v73, v75 and v79 without CPU fallback; they run in the x86 emulator. Hexagon
+  does not round as ONNX says. For int8 and int4 plans whose products are native its rounding is known bit for bit
+  (`qinvert.numerics.hexagon`). Inputs become float16 and are multiplied by a float16 reciprocal of the scale, and ties go
+  away from zero. An accumulator is cut to a multiple of 2^k, the largest power of two below 1/8 step, and the middle of
+  what was cut off is added. The factor has 12 significant bits, and ties go up. `verify` simulates that, as
+  `simulate --rounding hexagon` does, so 0 means that every integer is the emulator's. Of int16 by int8 products the last
+  8 bits of the accumulator are cut off and no middle is added, which is -128 units on average; `verify` compares those
+  products with ONNX's integers.
+* RKNN compiles `.rknn` files for RK3588, RK3576 and RK3568; they run in the toolkit's simulator. L enters the NPU as
+  float16, so `verify` gives it numbers of that precision, and simulates with the same. The toolkit multiplies the scale of
+  every symmetric tensor by 128/127, also in the compiled file. It takes constants of Add and Mul as they are, and rounds
+  constants of Concat to the new grid. For that reason its program (`export/runtimes/programs/rknn_program.py`) first
+  multiplies all scales by 127/128, except those of constants of Add and Mul, and writes constants of Concat with their
+  greatest common divisor in the scale. It also gives every reader its own DequantizeLinear: the compiler crashes where one
+  DequantizeLinear serves both a float addition and an int8 product. Do the same before you load a graph yourself.
+  Products that a float addition follows run in float16.
+* IREE fuses QDQ products to int8, and extends the operands of MatMulInteger to int32 first. TVM multiplies what the graph
+  says: float32 for QDQ, int32 for MatMulInteger.
 """
 
 

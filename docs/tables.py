@@ -24,45 +24,47 @@ COUNT = 32
 #: Above this, an inverse is exact but for the rounding of float32.
 EXACT_DB = 100.0
 HEAD = """# Accuracy
-Written by `make docs` (`docs/tables.py`). C = {chunk}, one static scale per tensor. Calibrated on {count} matrices
-of each set of `qinvert.stress`, measured on {count} others. `sqnr_db` is signal to error of T below the diagonal,
-against the float64 inverse of the unquantized L; `exact` is above 100 dB. `floor` is the exact inverse on the grids
-of `auto`: what is below it, the algorithm lost.
+Written by `make docs` (`docs/tables.py`). C = {chunk}, one static scale for each tensor. Plans are calibrated on {count}
+matrices of each set of `qinvert.stress` and measured on {count} others. Numbers are `sqnr_db`: the signal-to-noise ratio
+of T below the diagonal, against the float64 inverse of the unquantized L. `exact` means more than 100 dB. `floor` is the
+exact inverse on the grids of `auto`: the distance to it is what the algorithm itself loses.
 """
 METHODS = """
 ## int8, every method
 {table}
-Powers of M carry no bound, so their grids swallow the inverse wherever keys repeat: negative numbers mean that the
-result is worse than T = I. Block merge keeps every range under max(beta). Where its base is small it stays close to
-the floor, but for rows of T that alternate at full strength (`beta_ones`, `half_random`): rounding of the operands
-adds up there. One residual correction measures that rounding exactly in the accumulator and takes it off.
-`outlier` has one entry 20 times above the rest: one scale must cover both, and the floor itself is low.
-`filled_blocks` is one constant, 1.45: whether it lies on a grid decides the floor.
+Powers of M have no bound, so their grids become too coarse for the inverse wherever keys repeat: a negative number means
+that the result is worse than T = I. Block merge keeps every range below max(beta). With a small base it stays close to
+the floor, except where rows of T alternate at full strength (`beta_ones`, `half_random`): there the rounding of the
+operands adds up. One residual correction measures that rounding exactly in the accumulator and takes it off.
+`outlier` has one entry 20 times above the rest: one scale must cover both, and so the floor itself is low.
+`filled_blocks` holds a single constant, 1.45: whether that constant lies on a grid decides the floor.
 """
 FORMATS = """
 ## `auto` by format
 {table}
-Cost is in int8 multiply-accumulates a matrix (`qinvert.plan.cost.plan_cost`); an int8x2 product counts as three int8
-ones, an int16 one as four. int4 lies in int8 containers and costs what int8 costs. Plans of 16 bits are asked for
-60 dB here, the others for 20. `outlier` stays below 60 dB with 16 bits: its largest entry is 20 times the rest.
+Cost is in int8 multiply-accumulates for one matrix (`qinvert.plan.cost.plan_cost`). An int8x2 product counts as three
+int8 products, an int16 product as four. int4 lies in int8 containers and costs what int8 costs. The goal is 60 dB for
+plans of 16 bits and 20 dB for the others. `outlier` stays below 60 dB with 16 bits: its largest entry is 20 times the
+rest.
 """
 PREDICTIONS = """
 ## What the planner predicts
 {table}
-Predicted from the noise that each grid adds by itself, simulated on the same calibration matrices. Over all
-{count} plans of the tables above that are neither exact nor worse than T = I, the prediction is off by at most
-{worst:.1f} dB ({where}), and by {mean:.1f} dB in the mean.
+The prediction adds up the noise that each grid adds by itself; the simulation runs on the same calibration matrices.
+Over all {count} plans of the tables above that are neither exact nor worse than T = I, the prediction is wrong by at most
+{worst:.1f} dB ({where}), and by {mean:.1f} dB on average.
 """
 HEADS = """
 ## Grids per head
 {table}
-`granularity="head"` gives every head grids (and a program) of its own, and a graph of its own. The loudest head sets
-the scales of a shared grid and most of its sqnr; the quiet ones gain.
+`granularity="head"` gives every head its own grids, its own program, and its own graph. The head with the largest values
+sets the scales of a shared grid and most of its sqnr; heads with small values gain from grids of their own.
 """
 RECALL = """
 ## The embedded model
 {table}
-Accuracy of recalled values on 64 unseen sequences. The planner passes over the banded residual: {reason}.
+Accuracy is the share of values that the model recalls correctly on 64 unseen sequences. The planner passes over the
+banded residual: {reason}.
 """
 
 

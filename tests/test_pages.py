@@ -1,0 +1,235 @@
+"""The hand-written pages: what they link to, name and draw is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from pages import FENCED, ROOT, code, page, quoted, rows, sections
+
+from qinvert.errors import MissingDependencyError
+from qinvert.program.ports import Meaning
+from qinvert.program.serialization import OPERATIONS
+
+PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
+#: Where a path may start.
+HOMES = ("", "qinvert", "calibration", "calibration/planning", "export", "export/verification", "docs")
+TERMS = {
+    *("M", "L", "K", "S", "T", "W", "beta", "decay", "chunk", "head", "layer"),
+    *("program", "port", "step", "block", "tile", "merge", "base", "level", "residual term", "correction"),
+    *("support", "format", "stored type", "scale", "zero point", "grid", "quantize", "saturate"),
+    *("accumulator", "plane", "requantize", "divide", "multiplier", "identity", "signal", "noise", "sqnr"),
+    *(
+        "floor",
+        "loss",
+        "range",
+        "growth",
+        "room",
+        "headroom",
+        "group",
+        "candidate",
+        "ladder",
+        "plan",
+        "entry",
+    ),
+    *("profile", "target", "lowering", "runtime", "interval", "proof"),
+}
+
+
+def prose(name):
+    """The text of a page without its code blocks."""
+    return FENCED.sub("", (ROOT / name).read_text())
+
+
+def anchors(name):
+    """What the headings of a page are called in links."""
+    titles = re.findall(r"^#+ (.*)$", prose(name), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (ROOT / name).parent / file if file else ROOT / name
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.resolve().relative_to(ROOT)), target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_are_named_exist(name):
+    for path in re.findall(r"`([\w./-]+\.(?:py|md|npz))`", prose(name)):
+        if "/" in path or path.endswith(".py"):
+            found = [home for home in HOMES if (ROOT / home / path).exists()]
+            assert found or path in ("qinvert/methods/four_terms.py",), path
+
+
+def resolved(name):
+    """What a dotted name stands for: a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            value = import_module(".".join(parts[:count]))
+        except MissingDependencyError:
+            return None  # The module is there; what it needs is not installed.
+        except ModuleNotFoundError:
+            continue
+        # Another checkout that is installed here may have modules that this one has not.
+        assert ROOT in Path(value.__file__).parents, name
+        for attribute in parts[count:]:
+            value = getattr(value, attribute)
+        return value
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_modules_and_names_that_are_named_exist(name):
+    text = sections(prose(name))
+    # The old paths of a release that was never published.
+    text.pop("Module paths that moved", None)
+    # Keys of graphs look like names of modules.
+    keys = r"qinvert\.(?:input|output|version|profile|plan_sha256|layer|program|requantize)\w*"
+    for dotted in re.findall(r"`(qinvert(?:\.\w+)+)", "\n".join(text.values())):
+        if not re.fullmatch(keys, dotted) or dotted in ("qinvert.program", "qinvert.export"):
+            resolved(dotted)
+
+
+def test_paths_that_moved_are_where_the_changelog_says():
+    moved = rows(sections(prose("CHANGELOG.md"))["Module paths that moved"])
+    for row in moved:
+        for name in quoted(row["is"]):
+            resolved(name)
+        old = quoted(row["was"])[0].split(".")
+        home = ROOT.joinpath(*old[: 3 if old[1] in ("calibration", "export") else 2])
+        assert not home.exists(), old
+        assert not home.with_suffix(".py").exists(), old
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def test_the_glossary_says_each_word_once():
+    found = [
+        term
+        for line in page("glossary.md").splitlines()
+        if line.startswith("* **")
+        for term in re.findall(r"\*\*(.+?)\*\*", line)
+    ]
+    assert len(found) == len(set(found))
+    assert set(found) >= TERMS
+    for word in ("Carried", "Widened"):
+        assert f"*{word}*" in page("glossary.md")
+
+
+ARCHITECTURE = sections(page("architecture.md"))
+
+
+def room(name):
+    """The modules of a room or of a single module of the drawing, as parsed files."""
+    found = [ROOT / home / name for home in ("", "qinvert", "calibration", "export")]
+    (place,) = [path for path in found if path.is_dir() and not path.is_symlink()] or [
+        path.with_suffix(".py") for path in found if path.with_suffix(".py").exists()
+    ]
+    links = ("qinvert/calibration/", "qinvert/export/", "qinvert/cli/")
+    files = [place] if place.suffix else place.rglob("*.py")
+    return place, [f for f in files if not str(f.relative_to(ROOT)).startswith(links) or name == "cli"]
+
+
+def dotted(place):
+    """The name of a package or module."""
+    parts = place.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "qinvert" else ("qinvert", *parts))
+
+
+def imports(files):
+    """What modules import while they are loaded."""
+    for file in files:
+        if file == ROOT / "qinvert" / "__init__.py":
+            continue  # It only names what lives above it.
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                yield node.module
+
+
+def uses(user, used):
+    name, (_, files) = dotted(room(used)[0]), room(user)
+    # All packages lie in the lowest one: only what does not lie in a higher one counts.
+    higher = ("qinvert.calibration", "qinvert.export", "qinvert.cli") if used == "qinvert" else ()
+    return any(
+        f"{module}.".startswith(f"{name}.") and not module.startswith(higher or "-")
+        for module in imports(files)
+    )
+
+
+def arrows():
+    (drawing,) = code(page("architecture.md"), "mermaid")
+    for line in drawing.splitlines():
+        names = [name.strip() for name in line.split("-->")]
+        yield from pairwise(names)
+
+
+@pytest.mark.parametrize(("used", "user"), list(arrows()))
+def test_every_arrow_of_the_drawing_is_an_import_and_none_goes_back(used, user):
+    assert uses(user, used)
+    assert not uses(used, user)
+
+
+def test_the_table_of_rooms_names_every_package():
+    named = {quoted(row["room"])[0] for row in rows(ARCHITECTURE["Layers and rooms"])}
+    folders = {
+        str(file.parent.relative_to(ROOT))
+        for home in ("qinvert", "calibration", "export")
+        for file in (ROOT / home).glob("*/__init__.py")
+    }
+    folders |= {"calibration", "export"}
+    inner = {path for path in folders if path.startswith(("calibration/", "export/"))}
+    assert named == folders - inner - {"qinvert/calibration", "qinvert/export", "qinvert/assets"}
+    for path in inner:
+        assert f"`{path.partition('/')[2]}`" in ARCHITECTURE["Layers and rooms"], path
+
+
+def test_the_tables_of_steps_and_meanings_are_those_of_the_code():
+    kinds = rows(ARCHITECTURE["Steps and their interpreters"].partition("\n\n`Program.evaluate")[0])
+    assert [quoted(row["step"])[0] for row in kinds] == [kind.__name__ for kind in OPERATIONS.values()]
+    assert [quoted(row["meaning"])[0] for row in rows(ARCHITECTURE["Ports"])] == list(Meaning)
+
+
+def test_those_who_ask_what_a_product_means_are_listed():
+    asking = set()
+    for home in ("qinvert", "calibration", "export"):
+        for file in (ROOT / home).rglob("*.py"):
+            path = str(file.relative_to(ROOT))
+            if not path.startswith(("qinvert/calibration", "qinvert/export")) and re.search(
+                r"plan\.products\b|import .*\b(integer_product|plane_pairs)\b", file.read_text()
+            ):
+                asking.add(path.removeprefix("qinvert/"))
+    told = re.search(r"^Who asks:.*?\n\n", page("architecture.md"), re.MULTILINE | re.DOTALL)[0]
+    assert asking == set(quoted(told)) - {"IntegerProduct"}
+
+
+WRITTEN = {
+    "docs/tables.py": "docs/accuracy.md",
+    "docs/runtimes.py": "docs/runtimes.md",
+    "benchmarks/page.py": "docs/benchmarks.md",
+}
+
+
+@pytest.mark.parametrize("script", WRITTEN)
+def test_the_words_of_a_page_that_a_script_writes_are_those_of_the_script(script):
+    # Numbers are measured anew by the script alone; words may change in both at once.
+    text, templates = (ROOT / WRITTEN[script]).read_text(), []
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            value = node.value.value
+            templates += [value] if isinstance(value, str) and "\n" in value else []
+    assert templates
+    for template in templates:
+        for part in re.split(r"\{[^}]*\}", template):
+            assert part.strip() in text
