@@ -8,7 +8,7 @@ from typing import cast
 import onnx
 
 from qinvert.errors import ExportError
-from qinvert.export.interface import GraphInput, GraphOutput, Interface
+from qinvert.export.interface import AUTO, GraphInput, GraphOutput, Interface
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
@@ -25,8 +25,8 @@ def export(
     profile: str | None = None,
     layer: str | None = None,
     batch: int = 8,
-    input: str | None = None,  # noqa: A002 - the name in the public contract
-    output: str | None = None,
+    input: str = AUTO,  # noqa: A002 - the name in the public contract
+    output: str = AUTO,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph.
@@ -46,13 +46,16 @@ def export(
         Layer of the plan; may be left out if there is only one.
     batch : int
         Matrices per call.
-    input : {"L", "M", "keys", "ports"}, optional
-        ``"L"`` by default.  ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
+    input : {"auto", "L", "M", "keys", "ports"}
+        ``"auto"`` is ``"L"``, or ``"ports"`` where the program does not compute
+        an inverse: its inputs by their names, float32 ``[1, batch, rows,
+        columns]``.  ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
         ``[1, batch, C, key_size]`` (as it enters the product: normalize
         first), ``beta`` and ``g`` (log decay of each token, <= 0), both ``[1,
         batch, C, 1]``, and builds L in float32: `qinvert.export.lowering.keys`.
-    output : {"T", "integers", "ports"}, optional
-        ``"T"`` by default.  ``"integers"`` returns the integers of the program's result instead, as
+    output : {"auto", "T", "integers", "ports"}
+        ``"auto"`` is ``"T"``, or ``"ports"`` as for ``input``; an output with the
+        name of an input is called ``NAME_out``.  ``"integers"`` returns the integers of the program's result instead, as
         the profile stores them: ``S`` of ``T = I + S``, ``W`` of ``T = I +
         beta W`` for factored plans, or T itself where the program holds the
         identity.  So ``T V = V + scale (S V)`` stays an integer product.  Scale
@@ -86,8 +89,8 @@ def build(
     profile: str | None = None,
     layer: str | None = None,
     batch: int = 8,
-    input: str | None = None,  # noqa: A002 - as in `export`
-    output: str | None = None,
+    input: str = AUTO,  # noqa: A002 - as in `export`
+    output: str = AUTO,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
@@ -111,8 +114,8 @@ def _graph_name(plan: QuantizedProgram) -> str:
 def interface_of(
     plan: QuantizedProgram,
     batch: int | None,
-    source: str | None = None,
-    result: str | None = None,
+    source: str = AUTO,
+    result: str = AUTO,
     key_size: int | None = None,
 ) -> Interface:
     """Return checked options of `export`, with the defaults of an inverse or of other programs.
@@ -123,9 +126,9 @@ def interface_of(
         If one of them is not legal.
     """
     inverse = plan.program.is_inverse
-    if source is None:
+    if source == AUTO:
         source = GraphInput.L if inverse else GraphInput.PORTS
-    if result is None:
+    if result == AUTO:
         result = GraphOutput.T if inverse else GraphOutput.PORTS
     return Interface(
         batch=batch, input=cast("GraphInput", source), output=cast("GraphOutput", result), key_size=key_size

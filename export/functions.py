@@ -13,7 +13,7 @@ import onnx.inliner
 from qinvert.errors import ExportError
 from qinvert.export.exporting import ensure, interface_of, profile_for, serialize
 from qinvert.export.graph import DOMAIN, MAX_BYTES, GraphBuilder
-from qinvert.export.interface import Interface
+from qinvert.export.interface import AUTO, Interface
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.reading import inlined, parse_model
@@ -32,8 +32,8 @@ def export_layers(
     profile: str | None = None,
     layers: Sequence[str] | None = None,
     batch: int | None = 8,
-    input: str | None = None,  # noqa: A002 - as in `qinvert.export`
-    output: str | None = None,
+    input: str = AUTO,  # noqa: A002 - as in `qinvert.export`
+    output: str = AUTO,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Write one model whose graph calls a local function for each layer.
@@ -85,8 +85,8 @@ def build_layers(
     profile: str | None = None,
     layers: Sequence[str] | None = None,
     batch: int | None = 8,
-    input: str | None = None,  # noqa: A002 - as in `qinvert.export`
-    output: str | None = None,
+    input: str = AUTO,  # noqa: A002 - as in `qinvert.export`
+    output: str = AUTO,
     key_size: int | None = None,
 ) -> onnx.ModelProto:
     """Return the model that `export_layers` writes."""

@@ -26,6 +26,8 @@ MAX_KEY_SIZE: Final = 4096
 #: Names of the inputs that L is built from: keys, strengths, log decays.
 KEYS: Final = "k"
 LOG_DECAY: Final = "g"
+#: What a graph takes and returns, where a caller leaves it to the program's ports.
+AUTO: Final = "auto"
 #: Name of a batch that is not fixed.
 ANY_BATCH: Final = "batch"
 

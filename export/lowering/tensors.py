@@ -69,7 +69,8 @@ class ProgramTensors(ABC):
         """Name of the integer tensor, with a suffix where a float end of the graph may have that name."""
         if self.returns(tensor):
             return self.returned[tensor]
-        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if tensor in self.ends else tensor
+        clashes = tensor in self.ends and tensor in self.plan.tensors
+        return f"{tensor}/{self.storage(self.grid(tensor)).element}" if clashes else tensor
 
     def storage(self, grid: Quantization) -> IntFormat:
         """Format whose container and zero point the graph has for values of a grid."""

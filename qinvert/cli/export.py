@@ -9,7 +9,7 @@ from qinvert.cli.output import Output, output_options
 from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
 from qinvert.export.encodings import STYLES
-from qinvert.export.interface import GraphInput, GraphOutput
+from qinvert.export.interface import AUTO, GraphInput, GraphOutput
 from qinvert.plan.plan import Plan
 from qinvert.profiles import find_profile
 
@@ -25,18 +25,18 @@ from qinvert.profiles import find_profile
 @click.option(
     "--input",
     "source",
-    default="L",
+    default=AUTO,
     show_default=True,
-    type=click.Choice([kind.value for kind in GraphInput]),
+    type=click.Choice([AUTO, *(kind.value for kind in GraphInput)]),
     help="M takes -L; keys takes k, beta and g and builds L in float32.",
 )
 @click.option("--key-size", type=int, help="Length of a key, with --input keys.")
 @click.option(
     "--output-type",
     "result",
-    default="T",
+    default=AUTO,
     show_default=True,
-    type=click.Choice([kind.value for kind in GraphOutput]),
+    type=click.Choice([AUTO, *(kind.value for kind in GraphOutput)]),
     help="integers returns what T is made of, as it is stored; its scale is in the metadata.",
 )
 @click.option("--one-file", is_flag=True, help=f"One {ALL_LAYERS} with a local function a layer.")

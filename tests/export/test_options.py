@@ -307,7 +307,7 @@ def test_illegal_layers_are_refused(tmp_path):
 
 def test_two_planes_cannot_be_one_output():
     plan = qinvert.calibrate(stress_matrices("ones", 4, 16), target="int-ops", bits="8x2")
-    with pytest.raises(ExportError, match="int8x2 with 2; use output='T'"):
+    with pytest.raises(ExportError, match="int8x2 with 2 planes; leave output out"):
         build(plan, output="integers")
 
 

@@ -16,6 +16,7 @@ from qinvert.export.verification.tolerance import Tolerance, tolerance_for
 from qinvert.numerics.law import Rounding
 from qinvert.profiles import find_profile
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 CHUNK = 4
 #: Profile, scales and bits.
@@ -169,7 +170,7 @@ def compared(plans, kind, actual):
         unit=np.ones((len(actual), 1, 1), np.float32),
         expected=np.zeros_like(actual),
         truth=torch.ones(actual.shape, dtype=torch.float64),
-        beta=None,
+        systems=Systems(lower=torch.zeros(actual.shape)),
         rounding=Rounding(rounding),
     )
     result = compare("toy", Execution(setting="one", outputs=[actual]), actual, wanted, tolerance)
