@@ -55,8 +55,8 @@ def export(
         batch, C, 1]``, and builds L in float32: `qinvert.export.lowering.keys`.
     output : {"auto", "T", "integers", "ports"}
         ``"auto"`` is ``"T"``, or ``"ports"`` as for ``input``; an output with the
-        name of an input is called ``NAME_out``.  ``"integers"`` returns the integers of the program's result instead, as
-        the profile stores them: ``S`` of ``T = I + S``, ``W`` of ``T = I +
+        name of an input is called ``NAME_out``.  ``"integers"`` returns the
+        integers of the results instead, as the profile stores them: ``S`` of ``T = I + S``, ``W`` of ``T = I +
         beta W`` for factored plans, or T itself where the program holds the
         identity.  So ``T V = V + scale (S V)`` stays an integer product.  Scale
         and zero point are the metadata ``qinvert.output_scale`` and
