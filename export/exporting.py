@@ -58,9 +58,10 @@ def export(
         name of an input is called ``NAME_out``.  ``"integers"`` returns the
         integers of the results instead, as the profile stores them: ``S`` of
         ``T = I + S``, ``W`` of ``T = I + beta W`` for factored plans, or T
-        itself where the program holds the identity.  So ``T V = V + scale (S V)`` stays an integer product.  Scale
-        and zero point are the metadata ``qinvert.output_scale`` and
-        ``qinvert.output_zero_point``: they are static, so no second output carries them.
+        itself where the program holds the identity.  So ``T V = V + scale (S V)``
+        stays an integer product.  Scale and zero point are the metadata
+        ``qinvert.output_scale`` and ``qinvert.output_zero_point``: they are
+        static, so no second output carries them.
     key_size : int, optional
         Length of a key, for ``input="keys"``.
 
