@@ -6,6 +6,7 @@
 
 ``write`` stores a SHA-256 under a name for every graph, simulation, plan, text and so on; the name starts
 with its kind.  What the package refuses is a result, too: its message is hashed as a ``refusal``.
+It takes about five minutes on one core, and fails if the package is edited meanwhile.
 ``compare`` lists the names that differ or are on one side only, and exits with 1 if there are any.
 
 Only public names are used, so that the same script runs before and after modules move.  Everything is
@@ -193,6 +194,11 @@ def record_data(record: Record) -> None:
 # Programs.
 
 
+def takes_beta(program: qinvert.Program) -> bool:
+    """Whether a program is factored: then its data comes with beta."""
+    return "beta" in program.tensors
+
+
 def merges(chunk: int) -> Programs:
     """Return block merges of every layout."""
     return {
@@ -291,7 +297,7 @@ def planned(
     full: bool = False,
 ) -> Iterator[Case]:
     """Calibrate a program once for each kind of grid; every plan comes in both requantize forms, if legal."""
-    source = keyed(program.chunk, 7) if "beta" in program.tensors else calibration_data(program.chunk, hard)
+    source = keyed(program.chunk, 7) if takes_beta(program) else calibration_data(program.chunk, hard)
     for grid, options in grids.items():
         plan = qinvert.calibrate(source, method=program, **options)
         case = Case(name=f"{name}/{grid}", plan=plan, full=full)
@@ -347,7 +353,7 @@ def other_data(case: Case) -> dict[str, torch.Tensor | Pair]:
     if case.name.startswith("heads/"):
         return {"attn": torch.stack([stress(name, 2, case.first.chunk, 8) for name in HEADS])}
     chunk = case.first.chunk
-    source = keyed(chunk, 8) if "beta" in case.first.program.tensors else stress("wide_gates", 3, chunk, 8)
+    source = keyed(chunk, 8) if takes_beta(case.first.program) else stress("wide_gates", 3, chunk, 8)
     return dict.fromkeys(case.plan.layers, source)
 
 
