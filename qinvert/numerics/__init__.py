@@ -1,1 +1,1 @@
-"""Numbers: the one module that rounds, its scalar twins, scales, accumulators, and a processor's own law."""
+"""Numbers: the one module that rounds, its scalar twins, scales, accumulators, and the rounding law of a processor."""

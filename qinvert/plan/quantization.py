@@ -48,7 +48,10 @@ class Quantization:
 
     @property
     def one(self) -> int:
-        """Integer ``k`` with ``float32(1 / k) = scale``, which means 1.0 and may exceed the format; 0 if there is none."""
+        """Integer ``k`` with ``float32(1 / k) = scale``, which means 1.0; 0 if there is none.
+
+        It may lie beyond the ends of the format.
+        """
         integer = round(1 / self.scale)
         return integer if integer and scales.float32(1 / integer) == self.scale else 0
 

@@ -102,8 +102,8 @@ def _from_json(document: Json) -> PlanDocument:
     version = require(document, "schema_version", int)
     if version > SCHEMA_VERSION:
         raise PlanError(
-            f"plan has schema version {version}, but this qinvert {__version__} reads up to {SCHEMA_VERSION}; "
-            "upgrade qinvert"
+            f"plan has schema version {version}, but this qinvert {__version__} reads up to "
+            f"{SCHEMA_VERSION}; upgrade qinvert"
         )
     if version < 1:
         raise PlanError(f"plan has schema version {version}; versions start at 1")

@@ -212,8 +212,8 @@ def _scale_shape(step: Scale, source: Shape, vector: Shape) -> Shape:
     size = source.rows if step.axis == Axis.ROWS else source.columns
     if (source.blocks, size) != vector[:2]:
         raise ProgramError(
-            f"step {step.output!r}: {source} has {source.blocks} blocks of {size} {step.axis}, but the vector "
-            f"is {vector}; scale whole matrices"
+            f"step {step.output!r}: {source} has {source.blocks} blocks of {size} {step.axis}, but the "
+            f"vector is {vector}; scale whole matrices"
         )
     return source
 
