@@ -94,7 +94,7 @@ class DeltaChunks:
         scores = torch.tril(decayed_products(self.q, self.k, cumulative(self.g, self.k)))
         last = total[..., -1:, :]
         reads, writes = self.q * torch.exp(total), self.k * torch.exp(last - total)
-        # One factor per channel, also where channels share it: scans do not tell a size of 1 from others.
+        # One factor per channel, also where channels share it: in a scan, 1 is not a size of its own.
         kept = torch.exp(last[..., 0, :]).expand(*writes.shape[:3], writes.shape[-1])
         state, out = _scan(state, (u, w, reads, scores, writes, kept))
         return ChunkOutputs(u=u, w=w, out=out.movedim(0, 2), state=state)

@@ -66,7 +66,7 @@ def execute(
     dtype: torch.dtype | None = None,
     observe: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every output of a program in floating point, whatever its ports.
+    """Every output of a program in floating point, for any ports.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ Observer: TypeAlias = Callable[[str, torch.Tensor], None]
 
 
 def execute(plan: QuantizedProgram, inputs: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """Every output of a plan's program, whatever its ports, bit for bit as in ONNX.
+    """Every output of a plan's program, for any ports, bit for bit as in ONNX.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Programs on a grid of 16 x 16 tiles.
 
 A matrix unit multiplies tiles of 16 x 16.  Every tensor of a program is laid
-out where its blocks stand in the C x C matrix, cut into such tiles: slices and
+out where its blocks are in the C x C matrix, and cut into such tiles: slices and
 concatenations become bookkeeping, a tile that is known to be zero is neither
 computed nor read, and small blocks share the tiles of the diagonal.
 `TileEvaluator` drives the steps of a `Program` through a `TileOps`, which says

@@ -74,7 +74,7 @@ class Accumulator:
     unit: float
     #: Terms that join it as integers; there are none if the plan divides.
     residuals: tuple[Residual, ...]
-    #: Largest magnitude, from formats and shapes alone.
+    #: Largest magnitude, from formats and shapes only.
     bound: int
 
 

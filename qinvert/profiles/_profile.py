@@ -37,7 +37,7 @@ class Profile:
     #: Whether every tensor between operators must be quantized: compilers of QDQ graphs
     #: leave an operator in float where one is not.
     quantized_everywhere: bool
-    #: Whether graphs equal the simulator bit for bit, whatever the scales.  Integer operators
+    #: Whether graphs equal the simulator bit for bit, for all scales.  Integer operators
     #: do; float operators leave the order of their sums open.
     exact: bool
     #: ONNX operator set of the graph.

@@ -49,7 +49,7 @@ def infer_shapes(
     zeros = {c.name for c in constants if not any(stop > start for start, stop in c.ones)}
     known = {c.name: Shape(1, c.rows, c.columns) for c in constants}
     if len({*shapes, *known}) != len(inputs) + len(constants):
-        raise ProgramError(f"{name}: two inputs or constants share a name; give each one of its own")
+        raise ProgramError(f"{name}: two inputs or constants share a name; give each its own name")
     vectors = vector_inputs(inputs, steps)
     for step in steps:
         _check_names(step, shapes, known)
@@ -71,9 +71,7 @@ def check_outputs(
         With the port and what is there.
     """
     if not 0 < len(outputs) <= MAX_PORTS or len({port.name for port in outputs}) != len(outputs):
-        raise ProgramError(
-            f"{name}: {len(outputs)} outputs; use 1 to {MAX_PORTS}, each with a name of its own"
-        )
+        raise ProgramError(f"{name}: {len(outputs)} outputs; use 1 to {MAX_PORTS}, each with its own name")
     for port in outputs:
         if port.tensor in vectors:
             raise ProgramError(f"{name}: output {port.tensor!r} is a vector input; return a tensor of a step")

@@ -28,7 +28,7 @@ from qinvert.proof.intervals import propagate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """Facts that follow from formats, scales and steps alone.
+    """Facts that follow only from formats, scales and steps.
 
     Every tensor is in one of `cannot_saturate`, `covered`, `may_saturate` and
     `unproved`.

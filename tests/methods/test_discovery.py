@@ -81,7 +81,7 @@ def test_a_method_is_unknown_once_its_folder_is_gone(tmp_path):
         (TOY.replace('name="toy"', 'name="to-y"'), r"method name 'to-y' is not a Python name"),
         (
             TOY.replace('name="toy"', 'name="other"'),
-            r"method 'other' is built by <function toy.*give both one",
+            r"method 'other' is built by <function toy.*give both the same",
         ),
         (TOY.replace("automatic=", "sequential=True, automatic="), r"'toy' is sequential, and the planner"),
     ],
