@@ -2,8 +2,8 @@
 
 ``qinvert.calibrate`` measures the ranges of a model's matrices and returns a
 `Plan`; ``simulate`` runs it bit-exactly, ``export`` writes it as ONNX,
-``verify`` proves it on runtimes, ``patched`` and ``evaluate`` put it into the
-model.
+``verify`` compares it with runtimes, and ``patched`` and ``evaluate`` put it into
+the model.
 
 Names load on first use, so that ``import qinvert`` stays quick.
 """
@@ -100,7 +100,7 @@ _HOMES = {
     "simulate": "calibration.simulate",
     "verify": "export.verification.verify",
 }
-#: Packages that are public by themselves; ``export`` is also a verb.
+#: Packages that are public as a whole; ``export`` can also be called.
 _PACKAGES = ("calibration", "export", "stress")
 
 __all__ = ["__version__", *sorted(_HOMES), *_PACKAGES]
@@ -110,7 +110,9 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"qinvert.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module 'qinvert' has no attribute {name!r}; public are {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'qinvert' has no attribute {name!r}; the public names are {', '.join(__all__)}"
+        )
     value = getattr(import_module(f"qinvert.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

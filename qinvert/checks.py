@@ -1,4 +1,4 @@
-"""Checks of plain arguments: the same words wherever a number is refused."""
+"""Checks of plain arguments, so that every refusal of a number has the same words."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TypeGuard
 
 from qinvert.errors import QInvertError
 
-#: No goal in dB lies beyond: float64 ends at 6,000.
+#: Largest goal in dB: the ratios of float64 numbers end at about 6,000 dB.
 MAX_DECIBELS = 10_000
-#: Largest seed: every random generator in use takes it.
+#: Largest seed that every random generator in use accepts.
 MAX_SEED = 2**63 - 1
 
 
 def check_integer(
     name: str, value: object, low: int, high: int, error: type[QInvertError], hint: str = ""
 ) -> int:
-    """Return ``value`` if it is an integer in ``[low, high]``; a boolean is none.
+    """Return ``value`` if it is an integer in ``[low, high]``; a boolean is not one.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def check_integer(
 
 
 def _is_integer(value: object, low: int, high: int) -> TypeGuard[int]:
-    # Integral: NumPy's integers, too.
+    # Integral also includes NumPy's integers.
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
@@ -50,14 +50,14 @@ def check_power_of_two(
 
 
 def is_float32(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number that float32 holds exactly; a boolean is none."""
+    """Whether ``value`` is a finite number that float32 holds exactly; a boolean is not one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 2**128 and ctypes.c_float(value).value == value
 
 
 def check_seed(seed: object, error: type[QInvertError]) -> int:
-    """Return ``seed`` if random generators take it.
+    """Return ``seed`` if random generators accept it.
 
     Raises
     ------
@@ -73,10 +73,10 @@ def check_decibels(name: str, value: object, error: type[QInvertError]) -> float
     Raises
     ------
     QInvertError
-        Of the class ``error``; NaN would pass every comparison unseen.
+        Of the class ``error``, also for NaN, which no later comparison would notice.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_DECIBELS:
-        raise error(f"{name} {value!r} is no number of decibels; pass for example 20.0")
+        raise error(f"{name} {value!r} is not a number of decibels; pass for example 20.0")
     return float(value)
 
 
@@ -86,8 +86,8 @@ def check_magnitude(name: str, value: object, error: type[QInvertError], hint: s
     Raises
     ------
     QInvertError
-        Of the class ``error``, with ``hint``; NaN would pass every comparison unseen.
+        Of the class ``error``, with ``hint``, also for NaN, which no later comparison would notice.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise error(f"{name} {value!r} is no number of at least 0; {hint}")
+        raise error(f"{name} {value!r} is not a number of at least 0; {hint}")
     return float(value)

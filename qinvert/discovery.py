@@ -1,4 +1,4 @@
-"""Finds what the modules of a package define: methods, profiles and lowerings, one a file."""
+"""Finds what the modules of a package define: methods, profiles and lowerings, one per file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qinvert.errors import QInvertError
 
 
 class Named(Protocol):
-    """What has the name that callers know it by."""
+    """An object with the name by which callers know it."""
 
     @property
     def name(self) -> str: ...
@@ -24,7 +24,7 @@ N = TypeVar("N", bound=Named)
 def modules(package: str, folders: Iterable[str]) -> Iterator[tuple[str, ModuleType]]:
     """Import the modules of a package in the order of their names; yield each with its name.
 
-    Modules whose name starts with an underscore are not a package's entries and are left out.
+    Modules whose name starts with an underscore are not entries of the package and are left out.
 
     Parameters
     ----------
@@ -42,23 +42,23 @@ def modules(package: str, folders: Iterable[str]) -> Iterator[tuple[str, ModuleT
 def definitions(
     package: str, folders: Iterable[str], attribute: str, kind: type[N], error: type[QInvertError]
 ) -> dict[str, N]:
-    """Return what every module of a package calls ``attribute``, by the name that it has there.
+    """Return the objects that the modules of a package define as ``attribute``, each by its own name.
 
     Parameters
     ----------
     package, folders
-        As `modules` takes them.
+        See `modules`.
     attribute : str
-        What each module must define, such as ``PROFILE``.
+        Name that each module must define, such as ``PROFILE``.
     kind : type
-        Of what it must be.
+        Type that the object of this name must have.
     error : type
-        Raised where it is not.
+        Class of the error for a module without such an object.
 
     Raises
     ------
     QInvertError
-        Of the class ``error``, if a module does not define it, or if two define one name.
+        Of the class ``error``, if a module does not define such an object, or if two have the same name.
     """
     found: dict[str, N] = {}
     homes: dict[str, str] = {}

@@ -9,13 +9,13 @@ from typing import Any
 
 
 def to_document(value: Any) -> Any:
-    """Return ``value`` as JSON types: dataclasses become objects, NaN and infinities null.
+    """Return ``value`` as JSON types: dataclasses become objects, and NaN and infinities become null.
 
     Parameters
     ----------
     value
-        A dataclass, mapping, list, tuple, or scalar, nested at will; anything
-        else becomes its text.
+        A dataclass, mapping, list, tuple, or scalar, nested to any depth.
+        Any other value becomes its text.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_document(getattr(value, f.name)) for f in fields(value)}
@@ -29,6 +29,6 @@ def to_document(value: Any) -> Any:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first line is the head."""
+    """Return a Markdown table; the first line is its header."""
     head, *rows = lines
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))

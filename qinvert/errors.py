@@ -25,7 +25,7 @@ class ProgramError(QInvertError):
 
 
 class PlanError(QInvertError):
-    """A plan that is damaged, inconsistent, or lacks what was asked of it."""
+    """A plan that is damaged, inconsistent, or lacks what the caller asked for."""
 
 
 class ExportError(QInvertError):
@@ -41,12 +41,12 @@ class MissingDependencyError(QInvertError, ImportError):
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of a foreign error, or its type where it says nothing."""
+    """Return the first line of a foreign error, or its type if it has no message."""
     return str(error).strip().partition("\n")[0].strip() or type(error).__name__
 
 
 def lookup(table: Mapping[str, T], name: object, kind: str, error: type[QInvertError], more: str = "") -> T:
-    """Return ``table[name]``, or raise ``error`` with the legal names and what ``more`` is legal."""
+    """Return ``table[name]``, or raise ``error`` with the legal names; ``more`` says what else is legal."""
     if isinstance(name, str) and name in table:
         return table[name]
     raise error(f"unknown {kind} {name!r}; use one of {', '.join(table)}{more}")

@@ -30,12 +30,12 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     Raises
     ------
     InputError
-        If one cannot be written; none is renamed then.
+        If a file cannot be written.  Then none of them is renamed.
     """
     with ExitStack() as undo:
         temporaries: dict[Path, str] = {}
         for path, content in contents.items():
-            # Through links to what they name; devices and pipes take the content themselves.
+            # Links are followed to their targets.  Devices and pipes take the content directly.
             target = Path(os.path.realpath(path))
             if target.exists() and not target.is_file() and not target.is_dir():
                 with _refusals(target):
@@ -72,7 +72,7 @@ def _refusals(target: Path) -> Iterator[None]:
 
 
 def make_folder(path: str | PathLike[str]) -> Path:
-    """Create the folder and its parents if need be, and return it.
+    """Create the folder and its parents if they do not exist, and return it.
 
     Raises
     ------

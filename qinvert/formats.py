@@ -2,8 +2,8 @@
 
 A format describes the integers; the scale that turns them into real numbers
 belongs to each tensor (`qinvert.plan.quantization.Quantization`).  All formats but
-`UINT8` are symmetric: their zero point is 0, because that is the only 8-bit
-form which every NPU compiler in reach multiplies natively.
+`UINT8` are symmetric: their zero point is 0, because this is the only 8-bit
+form that every NPU compiler we tried multiplies natively.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Final
 
 from qinvert.errors import PlanError, lookup
 
-#: One step of the high plane is this many steps of the low one: every pair of int8
-#: planes is then another integer.
+#: One step of the high plane is this many steps of the low one.  Each pair of int8
+#: planes then means a different integer.
 PLANE_RATIO: Final = 256
 
 
@@ -53,7 +53,7 @@ class IntFormat:
 
     @property
     def largest(self) -> int:
-        """Largest magnitude on both sides of zero; a range maps onto it."""
+        """Largest magnitude that exists on both sides of zero; a range maps onto it."""
         return min(self.maximum - self.zero_point, self.zero_point - self.minimum)
 
     @property
@@ -72,11 +72,11 @@ class IntFormat:
 
 #: 4-bit values in an int8 container: no runtime multiplies int4 activations.
 INT4 = IntFormat(name="int4", container_bits=8, minimum=-7, maximum=7)
-#: Native on OpenVINO, QNN, RKNN, Vela and TensorRT.
+#: OpenVINO, QNN, RKNN, Vela and TensorRT multiply it natively.
 INT8 = IntFormat(name="int8", container_bits=8, minimum=-128, maximum=127)
-#: The grid of `INT8` shifted by 128: same real values, faster on x86 CPUs.
+#: The grid of `INT8` shifted by 128: the same real values, but faster on x86 CPUs.
 UINT8 = IntFormat(name="uint8", container_bits=8, minimum=0, maximum=255, zero_point=128)
-#: Native only as int16 x int8 (QNN) or on Ethos-U85.
+#: It is native only in products int16 x int8 (QNN), or on Ethos-U85.
 INT16 = IntFormat(name="int16", container_bits=16, minimum=-32768, maximum=32767)
 #: Two int8 planes, ``256 * high + low``: about 15 bits from int8 products only.
 INT8X2 = IntFormat(
@@ -97,6 +97,6 @@ def find_format(name: str) -> IntFormat:
     Raises
     ------
     PlanError
-        If there is none; the message lists the legal names.
+        If there is no such format; the message lists the legal names.
     """
     return lookup(FORMATS, name, "integer format", PlanError)

@@ -75,13 +75,13 @@ def check_matrices(matrices: object, chunk: int | None = None, name: str = "L") 
     size = tensor.shape[-1]
     if chunk is not None and size != chunk:
         raise InputError(
-            f"{name} is {size} x {size}, the plan is for {chunk} x {chunk}; calibrate at that size"
+            f"{name} is {size} x {size}, but the plan is for {chunk} x {chunk}; calibrate at that size"
         )
     try:
         check_chunk(size)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
-    # The ends of every position tell all: NaN passes through max and min.
+    # The maximum and minimum at every position are enough: NaN passes through both.
     flat = tensor.reshape(-1, size, size)
     ends = torch.stack([flat.amax(0), flat.amin(0)])
     if not bool(torch.isfinite(ends).all()):
@@ -101,13 +101,13 @@ def check_beta(beta: object, lower: torch.Tensor, name: str = "beta") -> torch.T
     Raises
     ------
     InputError
-        If there is not one number in [0, 2] for every row of L, or a row
-        whose beta is 0 is not 0.
+        If ``beta`` does not have one number in [0, 2] for every row of L, or
+        if it is 0 for a row of L that is not zero.
     """
     tensor = as_tensor(beta, name).to(lower.device)
     if tensor.shape != lower.shape[:-1]:
         raise InputError(
-            f"{name} has shape {list(tensor.shape)}; L {list(lower.shape)} needs one number a row, "
+            f"{name} has shape {list(tensor.shape)}; L {list(lower.shape)} needs one number per row, "
             f"{list(lower.shape[:-1])}"
         )
     # NaN fails every comparison.
@@ -119,15 +119,15 @@ def check_beta(beta: object, lower: torch.Tensor, name: str = "beta") -> torch.T
 
 
 def row_factors(beta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``max(beta, MIN_BETA)`` ``(..., C, 1)``: what rows are divided by, and multiplied by at the end."""
+    """``max(beta, MIN_BETA)`` ``(..., C, 1)``: rows are divided by it, and multiplied by it at the end."""
     return beta.to(dtype).clamp(min=MIN_BETA).unsqueeze(-1)
 
 
 def divided(lower: torch.Tensor, beta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``K = -L / max(beta, MIN_BETA)``, row by row: one division of ``dtype``, as in the graph.
+    """``K = -L / max(beta, MIN_BETA)``, row by row: one division in ``dtype``, as in the graph.
 
     Exact arithmetic has ``(I + L)^-1 = I + beta W`` for every positive beta:
-    the smallest one is a matter of range, not of accuracy.  A row of zeros
+    MIN_BETA limits the range of K and does not cost accuracy.  A row of zeros
     gives zeros.
     """
     return -lower.to(dtype) / row_factors(beta, dtype)
@@ -149,7 +149,7 @@ def exact_inverse(L: M) -> M:  # noqa: N803 - the field's name of this matrix
     Returns
     -------
     tensor or array
-        float64, of the kind that was given.
+        float64: a tensor for a tensor, an array for an array.
 
     Raises
     ------
@@ -171,9 +171,10 @@ def solve(lower: torch.Tensor) -> torch.Tensor:
 
 
 class SolvedInverse:
-    """``T = (I + L)^-1`` without T: ``T @ b`` solves ``(I + L) x = b`` in L's dtype.
+    """``T = (I + L)^-1`` that is never formed: ``T @ b`` solves ``(I + L) x = b`` in L's dtype.
 
-    What models do that solve; the result equals theirs bit by bit.
+    This is what models do that solve the systems; the result equals theirs bit
+    for bit.
 
     Parameters
     ----------
@@ -194,8 +195,8 @@ class SolvedInverse:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # LAPACK splits every single small matrix over the threads and waits for all of them:
-    # no gain on an idle machine, and hundreds of times slower as soon as one core is busy.
+    # LAPACK splits each small matrix over the threads and waits for all of them.  This gains
+    # nothing on an idle machine, and it is hundreds of times slower as soon as one core is busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,8 +1,8 @@
 """Errors of an approximate inverse, each defined once.
 
-Everywhere E = T_hat - T, with T the float64 inverse of the *unquantized* L.
-The strictly lower part is scored: the identity on the diagonal would hide
-faults.
+E is always T_hat - T, where T is the float64 inverse of the *unquantized* L.
+The sqnr counts only the strictly lower part, because the identity on the
+diagonal would hide errors.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class ErrorStatistics:
     def sqnr_db(self) -> float:
         """``20 log10(||tril(T, -1)|| / ||tril(E, -1)||)`` over all matrices together.
 
-        ``inf`` without an error, ``-inf`` where an estimate was not finite or
-        the signal is zero and the error is not.
+        ``inf`` if there is no error; ``-inf`` if an estimate was not finite, or
+        if the signal is zero and the error is not.
         """
         return -math.inf if self.non_finite else ratio_db(self.signal, self.noise)
 
 
 @dataclass(slots=True)
 class NoiseStatistics:
-    """Streaming sums over vectors that follow from T: what the error of T makes of them."""
+    """Streaming sums over vectors that are computed from T, to measure what its error does to them."""
 
     #: Sum of squares of the exact values.
     signal: float = 0.0
@@ -86,7 +86,7 @@ class NoiseStatistics:
 def ratio_db(signal: float, noise: float) -> float:
     """``10 log10(signal / noise)`` of sums of squares.
 
-    ``inf`` without noise, ``-inf`` where the noise is not finite, or the
+    ``inf`` if there is no noise; ``-inf`` if the noise is not finite, or if the
     signal is zero and the noise is not.
     """
     if not math.isfinite(noise):
@@ -103,16 +103,16 @@ def _largest(old: float, new: float) -> float:
 def floor_inverse(plan: QuantizedProgram, systems: Systems) -> torch.Tensor:
     """Return the best that any algorithm can do on the plan's input and output grids.
 
-    The exact inverse of the quantized L, put onto the output's grid; of the
-    quantized K and beta, put onto W's grid, where the program is factored.
-    What a plan achieves minus this floor is what its *algorithm* loses.
+    It is the exact inverse of the quantized L, put onto the output's grid.  Where
+    the program is factored, it is that of the quantized K and beta, put onto W's
+    grid.  What a plan loses against this floor is what its *algorithm* loses.
 
     Parameters
     ----------
     plan : QuantizedProgram
-        Of an inverse.
+        Plan of a program that computes an inverse.
     systems : Systems
-        Checked, with beta where the program takes it.
+        Checked systems, with beta where the program takes it.
 
     Returns
     -------
@@ -127,9 +127,9 @@ def floor_inverse(plan: QuantizedProgram, systems: Systems) -> torch.Tensor:
     source = inputs[ports.matrix]
     exact = solve(-source if ports.beta is None else -source * inputs[ports.beta])
     if ports.factored:
-        # W = K T, also where the quantized beta is 0.
+        # W = K T also holds where the quantized beta is 0.
         exact = source.to(torch.float64) @ exact
-    # A solve that overflows ends in inf - inf: what is lost there saturates.
+    # A solve that overflows ends in inf - inf, which is NaN; let these values saturate.
     exact = torch.nan_to_num(exact, nan=math.inf)
     if ports.form is Meaning.STRICT_INVERSE:
         exact = torch.tril(exact, -1)

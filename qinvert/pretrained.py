@@ -12,21 +12,21 @@ from qinvert.errors import InputError, MissingDependencyError, reason
 
 
 def load_pretrained(path: str | PathLike[str]) -> Any:
-    """Load a language model, or one of text and images, from a local folder, float32, in eval mode.
+    """Load a model of text, or of text and images, from a local folder, in float32 and eval mode.
 
     Nothing is downloaded and no code from the folder is run.
 
     Raises
     ------
     InputError
-        If the folder holds no model that transformers knows.
+        If the folder does not hold a model that transformers knows.
     MissingDependencyError
-        Without transformers.
+        If transformers is not installed.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"{folder} is no model folder: it has no config.json; pass a local Hugging Face model"
+            f"{folder} is not a model folder: it has no config.json; pass a local Hugging Face model"
         )
     transformers = require_transformers()
     try:
@@ -40,13 +40,13 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
 
 def _loader(transformers: Any, folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    # Some families exist with images only.
+    # Some families exist only as models of text and images.
     text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
 
 
 def require_transformers() -> Any:
-    """Import transformers, or say how to get it."""
+    """Import transformers, or raise an error that says how to install it."""
     try:
         import transformers
     except ImportError:

@@ -1,9 +1,9 @@
-"""The embedded example: a task that hangs on T, and a small model trained on it.
+"""The embedded example: a task that depends on T, and a small model trained on it.
 
 A sequence is 256 pairs of tokens.  A *write* is (key, value); a *read* is
 (key + 64, the latest value of that key).  The model must remember 32 keys
 that are overwritten again and again inside one chunk, so its answers are
-wrong as soon as the triangular inverse is.
+wrong as soon as the triangular inverse is wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ READ_OFFSET: Final = 64
 FIRST_VALUE: Final = 128
 #: Number of values.
 VALUES: Final = 32
-#: Chance that a pair is a read, where the key was written before.
+#: Chance that a pair is a read, if its key was written before.
 READ_CHANCE: Final = 0.4
 #: Exponent that makes low keys frequent: key = floor(32 u^1.5).
 KEY_SKEW: Final = 1.5
@@ -66,12 +66,12 @@ def _sequence(rng: np.random.Generator) -> npt.NDArray[np.int64]:
 
 
 def read_positions(tokens: torch.Tensor) -> torch.Tensor:
-    """Return where a read key stands: the next token is what must be recalled."""
+    """Return where the read keys are; the token after each of them must be recalled."""
     return (tokens >= READ_OFFSET) & (tokens < READ_OFFSET + KEYS)
 
 
 def accuracy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Share of reads whose value is predicted; NaN without reads.
+    """Share of reads whose value is predicted; NaN if there are no reads.
 
     Parameters
     ----------
@@ -84,11 +84,11 @@ def accuracy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
 
 
 def load_model() -> Any:
-    """Load the trained model (0.39 M parameters, two gated-delta layers), float32, in eval mode.
+    """Load the trained model (0.39 M parameters, two gated-delta layers) in float32 and eval mode.
 
     Raises
     ------
     MissingDependencyError
-        Without transformers.
+        If transformers is not installed.
     """
     return load_pretrained(str(files("qinvert") / "assets" / "recall"))

@@ -17,7 +17,7 @@ M = TypeVar("M")
 
 
 def inverse(plan: QuantizedProgram, lower: M, beta: object = None, rounding: str = "onnx") -> M:
-    """``T = (I + L)^-1`` of matrices that may come from anywhere; see `qinvert.LayerPlan.inverse`."""
+    """``T = (I + L)^-1`` of matrices that are not checked yet; see `qinvert.LayerPlan.inverse`."""
     chosen = Rounding.named(rounding)
     factored = plan.program.inverse_ports.factored
     systems = Systems.checked(lower, beta if factored else None, chunk=plan.chunk)
@@ -33,16 +33,16 @@ def simulate_inverse(
 ) -> torch.Tensor:
     """`inverse` of checked systems; float32 on L's device.
 
-    On a CUDA device a fused kernel computes the same bits where there is one,
-    see `qinvert.kernels.solve_tril`; ``observe`` needs every tensor, which a
-    kernel never stores.
+    On a CUDA device a fused kernel computes the same bits if there is one, see
+    `qinvert.kernels.dispatch.fused_inverse`.  With ``observe`` no kernel runs,
+    because kernels do not store every tensor.
 
     Raises
     ------
     InputError
         If L holds a NaN.
     PlanError
-        If that rounding is not known of the plan.
+        If that rounding is not known for the plan.
     """
     if systems.lower.is_cuda and observe is None and rounding is Rounding.ONNX:
         from qinvert.kernels.dispatch import fused_inverse
@@ -55,7 +55,7 @@ def simulate_inverse(
 def simulate_counting(
     plan: QuantizedProgram, systems: Systems, rounding: Rounding = Rounding.ONNX
 ) -> tuple[torch.Tensor, dict[str, int]]:
-    """`simulate_inverse`, and how many values of each tensor stand on the ends of its grid, if any."""
+    """`simulate_inverse`, and the number of values on the ends of its grid for each tensor that has any."""
     if systems.lower.is_cuda and rounding is Rounding.ONNX:
         from qinvert.kernels.dispatch import fused_inverse
 

@@ -1,4 +1,4 @@
-"""Generators of ``L`` by property: what breaks an inverse, by name.
+"""Generators of ``L`` by name, each with a property that can break an inverse.
 
 Every generator takes ``(count, chunk, seed)`` and returns float32 matrices
 ``[count, chunk, chunk]``, strictly lower triangular.  Those built from keys,
@@ -20,7 +20,7 @@ from qinvert.program.steps import check_chunk
 
 Generator = Callable[[int, int, int], torch.Tensor]
 
-#: Most matrices that one call makes.
+#: Largest number of matrices that one call makes.
 MAX_COUNT = 2**24
 #: Length of the synthetic keys.
 KEY_SIZE = 64
@@ -37,10 +37,11 @@ def unit_keys(
 
 
 def stress_keys(count: int, chunk: int, size: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return ``k [N, chunk, size]``, ``beta`` and ``g [N, chunk]`` for `from_keys`, alike and not.
+    """Return ``k [N, chunk, size]``, ``beta`` and ``g [N, chunk]`` for `from_keys`.
 
-    ``count`` matrices for each of four cosines of the keys; decays from none
-    to forgetting everything at once.
+    There are ``count`` matrices for each of four cosines of the keys, from
+    independent to equal ones.  Decays range from none to forgetting everything at
+    once.
     """
     generator = torch.Generator().manual_seed(seed)
     k = torch.cat([unit_keys(count, chunk, cosine, generator, size) for cosine in (0.0, 0.5, 0.97, 1.0)])
@@ -91,7 +92,7 @@ def _filled_blocks(count: int, chunk: int, _seed: int) -> torch.Tensor:
 def _wide_gates(count: int, chunk: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     k = unit_keys(count, chunk, 0.7, generator)
-    # One level of decay a head, log-uniform from -1e-4 to -166, as in trained models.
+    # One level of decay per matrix, log-uniform from -1e-4 to -166, as in heads of trained models.
     level = torch.exp(_uniform((math.log(1e-4), math.log(166.0)), (count, 1), generator))
     beta = _uniform((0.0, 1.0), (count, chunk), generator)
     return from_keys(k, beta, -level * torch.rand(count, chunk, generator=generator))
@@ -100,7 +101,7 @@ def _wide_gates(count: int, chunk: int, seed: int) -> torch.Tensor:
 def _per_channel_decay(count: int, chunk: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     k = unit_keys(count, chunk, 0.7, generator)
-    # One level of decay a channel, log-uniform from -1e-4 to -0.2.
+    # One level of decay per channel, log-uniform from -1e-4 to -0.2.
     level = torch.exp(_uniform((math.log(1e-4), math.log(0.2)), (count, 1, KEY_SIZE), generator))
     beta = _uniform((0.0, 1.0), (count, chunk), generator)
     return from_keys(k, beta, -level * torch.rand(count, chunk, KEY_SIZE, generator=generator))
@@ -120,7 +121,7 @@ def _outlier(count: int, chunk: int, seed: int) -> torch.Tensor:
 
 #: Every generator by name.
 STRESS: dict[str, Generator] = {
-    # Half-sized uniform entries; published tables use it.
+    # Uniform entries up to 0.5, which published tables use.
     "half_random": _scaled_random(0.5),
     # Small entries: every method works.
     "small_random": _scaled_random(0.1),
@@ -140,7 +141,7 @@ STRESS: dict[str, Generator] = {
     "negative_eigenvalues": _keyed(0.3, (0.0, 2.0), (-0.05, 0.0)),
     # From no decay to forgetting everything at once.
     "wide_gates": _wide_gates,
-    # Every channel of the keys forgets at a rate of its own (KDA).
+    # Every channel of the keys forgets at its own rate (KDA).
     "per_channel_decay": _per_channel_decay,
     # The padded tail of a sequence.
     "zero_rows": _zero_rows,

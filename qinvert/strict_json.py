@@ -1,4 +1,4 @@
-"""JSON from files that may come from anywhere: bounded, finite, of the types that were expected."""
+"""Reads JSON from files of any origin: only bounded and finite values of the expected types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 def require(obj: Any, key: str, kind: type[T]) -> T:
     """Return ``obj[key]`` if ``obj`` is an object and the value has the type ``kind``.
 
-    An integer passes for ``float``; a boolean passes for nothing but ``bool``.
+    An integer is accepted for ``float``; a boolean is accepted only for ``bool``.
 
     Raises
     ------
@@ -32,12 +32,12 @@ def require(obj: Any, key: str, kind: type[T]) -> T:
 
 
 def brief(value: Any) -> str:
-    """Return ``repr(value)``, cut where it is long."""
+    """Return ``repr(value)``, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-#: Levels of nesting in a file; ours have 6 and provenance adds some.
+#: Largest depth of nesting in a file.  Plans have 6 levels, and their provenance adds some.
 MAX_DEPTH: Final = 50
 
 
@@ -47,7 +47,7 @@ def parse(content: bytes) -> Json:
     Raises
     ------
     PlanError
-        If it is no JSON object, or one with doubled keys, infinities, huge integers or endless nesting.
+        If it is not a JSON object, or if it has repeated keys, infinities, huge integers or deep nesting.
     """
     try:
         document = json.loads(
@@ -60,18 +60,18 @@ def parse(content: bytes) -> Json:
         _check_depth(document)
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise PlanError("not a plan file: a text in it is no Unicode (lone surrogate)") from None
+        raise PlanError("not a plan file: a text in it is not Unicode (lone surrogate)") from None
     except (ValueError, RecursionError) as error:
         raise PlanError(f"not a plan file ({error}); is it truncated?") from None
     if not isinstance(document, dict):
-        raise PlanError("not a plan file: the top level is no object; pass a file that Plan.save wrote")
+        raise PlanError("not a plan file: the top level is not an object; pass a file that Plan.save wrote")
     return document
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Json:
     document = dict(pairs)
     if len(document) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return document
 
 
@@ -84,7 +84,7 @@ def _check_depth(value: Any, depth: int = 0) -> None:
 
 
 def _refuse_constant(token: str) -> None:
-    raise ValueError(f"{token} is no JSON number")
+    raise ValueError(f"{token} is not a JSON number")
 
 
 def _finite_float(token: str) -> float:
@@ -95,7 +95,7 @@ def _finite_float(token: str) -> float:
 
 
 def _small_int(token: str) -> int:
-    # 64 bits are more than any count or index; longer ones only serve to break readers.
+    # No count or index needs more than 64 bits; longer integers can only break readers.
     if len(token) > 19:
         raise ValueError(f"{token[:40]} is too large")
     return int(token)

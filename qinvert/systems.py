@@ -30,7 +30,7 @@ class Systems:
 
     @staticmethod
     def checked(lower: object, beta: object = None, *, chunk: int | None = None, where: str = "") -> Systems:
-        """Return systems of matrices that may come from anywhere.
+        """Check matrices of any origin and return their systems.
 
         Parameters
         ----------
@@ -39,7 +39,7 @@ class Systems:
         chunk : int, optional
             The C that is expected.
         where : str
-            What messages say behind ``L`` and ``beta``, such as ``" of layer 'x'"``.
+            Text that messages add to ``L`` and ``beta``, such as ``" of layer 'x'"``.
 
         Raises
         ------
@@ -89,11 +89,11 @@ class Systems:
             )
 
     def __getitem__(self, index: slice | torch.Tensor) -> Systems:
-        """Return some of flat systems, by a slice, a mask or indices of the first axis."""
+        """Return a part of flat systems, chosen by a slice, a mask or indices of the first axis."""
         return Systems(lower=self.lower[index], beta=None if self.beta is None else self.beta[index])
 
     def to(self, dtype: torch.dtype) -> Systems:
-        """Return the systems in another type."""
+        """Return the systems in another dtype."""
         beta = None if self.beta is None else self.beta.to(dtype)
         return Systems(lower=self.lower.to(dtype), beta=beta)
 

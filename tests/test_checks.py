@@ -37,7 +37,7 @@ def test_what_is_no_power_of_two_of_the_range_is_named(value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "20", None, True])
 def test_goals_are_finite_numbers(value):
-    with pytest.raises(InputError, match=r"goal .* is no number of decibels"):
+    with pytest.raises(InputError, match=r"goal .* is not a number of decibels"):
         check_decibels("goal", value, InputError)
     assert check_decibels("goal", 20, InputError) == 20.0
 
@@ -63,6 +63,6 @@ def test_what_is_no_float32_is_told(value):
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, "1", None, True])
 def test_magnitudes_are_numbers_of_at_least_0(value):
-    with pytest.raises(PlanError, match=r"limit .* is no number of at least 0; try 1"):
+    with pytest.raises(PlanError, match=r"limit .* is not a number of at least 0; try 1"):
         check_magnitude("limit", value, PlanError, "try 1")
     assert [check_magnitude("limit", v, PlanError, "") for v in (0, 0.5, math.inf)] == [0, 0.5, math.inf]

@@ -50,7 +50,7 @@ def test_the_size_must_be_a_power_of_two_in_reach(size):
 
 
 def test_the_size_must_be_the_one_asked_for():
-    with pytest.raises(InputError, match="L is 8 x 8, the plan is for 16 x 16; calibrate at that size"):
+    with pytest.raises(InputError, match="L is 8 x 8, but the plan is for 16 x 16; calibrate at that size"):
         check_matrices(torch.zeros(8, 8), chunk=16)
 
 

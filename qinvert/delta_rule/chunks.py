@@ -1,4 +1,4 @@
-"""The chunks of a delta rule: the triangular systems, and what their solutions make of values and state."""
+"""The chunks of a delta rule: the triangular systems, and how their solutions act on values and state."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from qinvert.delta_rule.from_keys import cumulative, decayed_products, from_keys
 from qinvert.systems import Systems
 
-#: Whether a model is being traced; torch before 2.7 cannot tell and exports none of ours.
+#: Whether a model is being traced.  torch before 2.7 cannot tell, and cannot export our models.
 _is_exporting: Final[Callable[[], bool]] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class Applied(Protocol):
-    """T, formed or not: what ``T @ b`` needs."""
+    """T as a matrix, or another object that computes ``T @ b``."""
 
     def __matmul__(self, right: torch.Tensor, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkOutputs:
-    """What one application of T leads to."""
+    """The results of one application of T."""
 
     #: ``U = T (beta v)``, ``[B, H, N, C, Dv]``.
     u: torch.Tensor
@@ -48,7 +48,7 @@ class DeltaChunks:
     k: torch.Tensor
     #: Values, ``[B, H, N, C, Dv]``.
     v: torch.Tensor
-    #: Log decay, ``[B, H, N, C]``, or ``[B, H, N, C, Dk]`` with one decay a channel.
+    #: Log decay, ``[B, H, N, C]``, or ``[B, H, N, C, Dk]`` with one decay per channel.
     g: torch.Tensor
     #: ``[B, H, N, C]``.
     beta: torch.Tensor
@@ -94,7 +94,7 @@ class DeltaChunks:
         scores = torch.tril(decayed_products(self.q, self.k, cumulative(self.g, self.k)))
         last = total[..., -1:, :]
         reads, writes = self.q * torch.exp(total), self.k * torch.exp(last - total)
-        # One factor a channel, also where channels share it: a size of 1 is no size of its own in a scan.
+        # One factor per channel, also where channels share it: in a scan, 1 is not a size of its own.
         kept = torch.exp(last[..., 0, :]).expand(*writes.shape[:3], writes.shape[-1])
         state, out = _scan(state, (u, w, reads, scores, writes, kept))
         return ChunkOutputs(u=u, w=w, out=out.movedim(0, 2), state=state)
@@ -111,7 +111,7 @@ def _scan(state: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Ten
     """Last state, and the outputs of all chunks, chunks first."""
     chunks = tuple(part.movedim(2, 0) for part in parts)
     if _is_exporting():
-        # A loop would fix the number of chunks in the graph, at that of the example.
+        # A loop would fix the number of chunks in the graph to that of the example.
         from torch._higher_order_ops.scan import scan
 
         return cast("tuple[torch.Tensor, torch.Tensor]", scan(_step, state, chunks))
@@ -122,5 +122,5 @@ def _scan(state: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Ten
     return state, torch.stack(outputs)
 
 
-#: ``inverse(chunks) -> T``, from all that a chunk knows.
+#: ``inverse(chunks) -> T``, from all that the chunks hold.
 ChunkInverse = Callable[[DeltaChunks], Applied]

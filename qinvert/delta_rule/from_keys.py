@@ -22,7 +22,7 @@ def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Ten
         Keys, as they enter the product (normalize them first).
     beta : torch.Tensor, shape ``(..., C)``
     g : torch.Tensor, shape ``(..., C)`` or ``(..., C, D)``
-        Log decay, ``<= 0``; one per channel makes it
+        Log decay, ``<= 0``; with one per channel, L is
         ``beta_i sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])``.
 
     Returns
@@ -62,14 +62,14 @@ def from_dplr(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor
     RWKV-7, arXiv 2503.14456, section 4; DeltaNet, arXiv 2406.06484, section 3.
     """
     total, axis = cumulative(g, a), a.ndim - 2
-    # Shifted, not G - g: that would round, up and down.
+    # This is a shift and not G - g, which would round up and down.
     before = torch.roll(total, 1, axis)
     before.select(axis, 0).zero_()
     return torch.tril(decayed_products(-a, b, total, before), -1)
 
 
 def cumulative(g: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """``G = cumsum(g)`` along the chunk, for one decay a row or one a channel of ``k``.
+    """``G = cumsum(g)`` along the chunk, for one decay per row or per channel of ``k``.
 
     Raises
     ------
@@ -78,8 +78,8 @@ def cumulative(g: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """
     if g.shape not in (k.shape, k.shape[:-1]):
         raise InputError(
-            f"g has shape {list(g.shape)}; keys {list(k.shape)} take one log decay a row, "
-            f"{list(k.shape[:-1])}, or one a channel"
+            f"g has shape {list(g.shape)}; keys {list(k.shape)} take one log decay per row, "
+            f"{list(k.shape[:-1])}, or one per channel"
         )
     return torch.cumsum(g, k.ndim - 2)
 
@@ -87,7 +87,7 @@ def cumulative(g: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 def decayed_products(
     left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, read: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``sum_d left_i[d] right_j[d] exp(R_i[d] - G_j[d])`` for ``j <= i``; what is above is not defined.
+    """``sum_d left_i[d] right_j[d] exp(R_i[d] - G_j[d])`` for ``j <= i``; the rest is not defined.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def decayed_products(
         G, falling along the chunk.
     read : torch.Tensor, optional
         R, of G's shape, ``G_i <= R_i <= G_{i-1}``; G by default, as for a state that is
-        read after its decay.  With another one the diagonal is not defined either.
+        read after its decay.  With another R the diagonal is also not defined.
     """
     rows = total if read is None else read
     diagonal = 0 if read is None else -1
@@ -113,12 +113,12 @@ def _decays(rows: torch.Tensor, total: torch.Tensor, diagonal: int) -> torch.Ten
 def _by_halves(
     left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, diagonal: int
 ) -> torch.Tensor:
-    """Double the diagonal blocks; what lies below each pair of them is one product over a pivot.
+    """Double the diagonal blocks; the block below each pair of them is one product over a pivot.
 
-    Memory is that of the result: the differences of all pairs would take D times as much.
+    This needs only the memory of the result: the differences of all pairs would take D times as much.
     """
     size = left.shape[-2]
-    # From the odd part of the size, 1 for the sizes of models.
+    # It starts from the odd part of the size, which is 1 for the sizes of models.
     width = size // (size & -size)
     tiles = [_tiles(x, width) for x in (left, right, total, rows)]
     blocks = _direct(tiles[0], tiles[1], tiles[2], tiles[3], diagonal)
@@ -134,7 +134,7 @@ def _by_halves(
 def _below(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Products of the lower half of a block's rows with the upper half of its columns."""
     half = left.shape[-2] // 2
-    # The last G of the upper half lies between all that meet here: both factors are <= 1.
+    # The last G of the upper half lies between all G that meet here: both factors are <= 1.
     pivot = total[..., half - 1 : half, :]
     writers = right[..., :half, :] * torch.exp(pivot - total[..., :half, :])
     readers = left[..., half:, :] * torch.exp(rows[..., half:, :] - pivot)

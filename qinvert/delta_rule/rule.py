@@ -1,7 +1,7 @@
 """The chunked gated delta rule with a pluggable triangular inverse.
 
-Our own implementation, with the signature that Hugging Face models call, so
-that it can stand in for theirs: one decay a head (Gated DeltaNet) or one a
+This is our own implementation, with the signature that Hugging Face models call,
+so that it can replace theirs: one decay per head (Gated DeltaNet) or one per
 channel (Kimi Delta Attention).  All arithmetic is float32.
 
 RWKV-7 and other recurrences with a diagonal plus a low-rank term need the same
@@ -59,14 +59,14 @@ def chunk_gated_delta_rule(
         O = (q exp(G)) S + tril(q k^T exp(G_i - G_j)) V
         S <- exp(G_C) S + (k exp(G_C - G))^T V
 
-    With one decay a channel, ``diag(exp(g_t))`` takes the place of ``exp(g_t)``,
+    With one decay per channel, ``diag(exp(g_t))`` takes the place of ``exp(g_t)``,
     and every product of keys and queries is
     ``sum_d k_i[d] k_j[d] exp(G_i[d] - G_j[d])``.
 
     Parameters
     ----------
     query, key : torch.Tensor, shape ``[B, T, Hk, Dk]``
-        Queries are scaled by ``Dk ** -0.5`` here; heads repeat to ``H`` if fewer.
+        Queries are scaled by ``Dk ** -0.5`` here; heads are repeated to ``H`` if there are fewer.
     value : torch.Tensor, shape ``[B, T, H, Dv]``
     g : torch.Tensor, shape ``[B, T, H]`` or ``[B, T, H, Dk]``
         Log decay of each head, or of each of its channels, ``<= 0``.
@@ -79,9 +79,9 @@ def chunk_gated_delta_rule(
         Normalize queries and keys first.
     inverse : callable
         ``inverse(L) -> T`` over ``[B, H, N, C, C]`` float32; by default T is not
-        formed, U and W come from two solves.
+        formed: U and W come from two solves.
     chunk_inverse : callable, optional
-        ``chunk_inverse(chunks) -> T`` instead, for what needs more than L.
+        ``chunk_inverse(chunks) -> T`` instead, for inverses that need more than L.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def chunk_gated_delta_rule(
     Gated DeltaNet, arXiv 2412.06464, section 3.3; Kimi Linear, arXiv 2510.26692, section 3.
     """
     if cu_seqlens is not None:
-        raise InputError("packed sequences (cu_seqlens) are not supported; pass one sequence a row")
+        raise InputError("packed sequences (cu_seqlens) are not supported; pass one sequence per row")
     _check_shapes(query, key, value, g, beta, chunk_size, initial_state)
     # Autocast would run the float32 products below in 16 bits.
     with torch.autocast(query.device.type, enabled=False):
@@ -162,16 +162,16 @@ def _check_shapes(
         raise InputError(f"chunk_size {chunk_size} is not positive; models use 64")
     wanted = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     if state is not None and state.shape != wanted:
-        raise InputError(f"initial_state has shape {list(state.shape)}, {list(wanted)} fits")
+        raise InputError(f"initial_state has shape {list(state.shape)}; pass {list(wanted)}")
 
 
 def applicable(t: Any, chunks: DeltaChunks) -> Applied:
-    """Return what an inverse returned, in float32 where it is a tensor.
+    """Return the result of an inverse, in float32 if it is a tensor.
 
     Raises
     ------
     InputError
-        If it is no T for these chunks.
+        If it is not a T for these chunks.
     """
     if isinstance(t, SolvedInverse):
         return t
@@ -184,7 +184,7 @@ def applicable(t: Any, chunks: DeltaChunks) -> Applied:
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:
     """``[B, T, H, ...]`` to float32 ``[B, H, T, ...]``."""
-    # As in models, which copy where the type changes only: strides decide in which order norms add up.
+    # Models also copy only where the type changes: strides decide in which order norms add up.
     return x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 

@@ -22,9 +22,9 @@ STORAGE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class FloatEvaluator(TorchEvaluator):
-    """Every step computes in float32 (float64 for float64), then is stored.
+    """Every step computes in float32 (float64 if stored in float64); then its result is stored.
 
-    `stored` rounds to ``dtype``; subclasses round to what they study.
+    `stored` rounds to ``dtype``; subclasses may round in another way.
     """
 
     def __init__(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class FloatEvaluator(TorchEvaluator):
         self.compute = torch.float64 if dtype == torch.float64 else torch.float32
 
     def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return what later steps read of the tensor ``name``."""
+        """Return the values that later steps read of the tensor ``name``."""
         return values.to(self.dtype)
 
     def matmul(
@@ -66,7 +66,7 @@ def execute(
     dtype: torch.dtype | None = None,
     observe: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every output of a program in floating point, whatever its ports.
+    """Every output of a program in floating point, for any ports.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def run(
     Parameters
     ----------
     program : StepList
-        Of an inverse; `execute` takes any other.
+        Program of an inverse; `execute` takes any other.
     L : tensor or array, shape ``(..., C, C)``
         Strictly lower triangular.
     dtype : torch.dtype, optional
@@ -119,8 +119,8 @@ def run(
     Returns
     -------
     tensor or array
-        ``T`` in ``dtype`` (as an array: float32 for bfloat16).  May hold Inf
-        or NaN where the method overflows: that is what a float study shows.
+        ``T`` in ``dtype`` (as an array: float32 for bfloat16).  It may
+        hold Inf or NaN where the method overflows, as float studies show.
 
     Raises
     ------
@@ -152,9 +152,9 @@ def evaluate(
     dtype: torch.dtype,
     observe: Observer | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every output ``[batch, rows, columns]`` from inputs of that form, stored in ``dtype``."""
+    """Every output ``[batch, rows, columns]`` from inputs of the same form, stored in ``dtype``."""
     first = next(iter(inputs.values()))
-    # The storage type is the caller's to choose, not autocast's.
+    # The caller chooses the storage type, so autocast must not change it.
     with torch.autocast(first.device.type, enabled=False):
         return program.evaluate(FloatEvaluator(first.shape[0], dtype, first.device), inputs, observe)
 
@@ -162,5 +162,5 @@ def evaluate(
 def _storage_type(dtype: torch.dtype | None) -> torch.dtype:
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in STORAGE_TYPES:
-        raise InputError(f"dtype {dtype} is no storage type; use float64, float32, float16 or bfloat16")
+        raise InputError(f"dtype {dtype} is not a storage type; use float64, float32, float16 or bfloat16")
     return dtype

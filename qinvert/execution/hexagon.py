@@ -1,4 +1,4 @@
-"""Integer meaning of the steps on Qualcomm's Hexagon, for plans of which it is known."""
+"""Integer meaning of the steps on Qualcomm's Hexagon, for plans for which it is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qinvert.program.steps import Add, Concat, Mask, MatMul, Rescale, Slice
 
 
 class HexagonEvaluator(IntegerEvaluator):
-    """Integer meaning of the steps on Hexagon, of plans that `check_plan` takes."""
+    """Integer meaning of the steps on Hexagon, for plans that `check_plan` accepts."""
 
     def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
         (total,) = totals
@@ -45,6 +45,6 @@ def check_plan(plan: QuantizedProgram) -> None:
             raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")
     for name, grid in plan.tensors.items():
         if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:
-            raise PlanError(f"tensor {name!r} is {grid.format}, Hexagon's int8 rounding is known; {remedy}")
+            raise PlanError(f"tensor {name!r} is {grid.format}, but only int8 is known on Hexagon; {remedy}")
         if not hexagon.SCALES[0] <= grid.scale <= hexagon.SCALES[1]:
             raise PlanError(f"the scale of tensor {name!r}, {grid.scale:g}, is beyond float16; {remedy}")

@@ -1,4 +1,4 @@
-"""From what a caller has to the inputs of a program, and from its outputs back."""
+"""Turns what a caller has into the inputs of a program, and the outputs back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def needed(program: StepList, systems: Systems, name: str = "beta") -> Systems:
     Raises
     ------
     InputError
-        If it is needed and missing.
+        If beta is needed and missing.
     ProgramError
         If the program does not compute an inverse.
     """
@@ -34,10 +34,11 @@ def needed(program: StepList, systems: Systems, name: str = "beta") -> Systems:
 
 
 def program_inputs(program: StepList, systems: Systems, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the real value of every input of an inverse, the batch in one axis.
+    """Return the real value of every input of an inverse, with the batch in one axis.
 
-    ``M = -L``, or ``K = -L / max(beta, MIN_BETA)`` and that divisor where the
-    program is factored, in float32 (float64 for ``dtype`` float64).
+    The value is ``M = -L``.  Where the program is factored, the values are
+    ``K = -L / max(beta, MIN_BETA)`` and that divisor, in float32 (float64 for
+    ``dtype`` float64).
     """
     ports, flat = program.inverse_ports, systems.flat()
     if ports.beta is None:
@@ -80,12 +81,12 @@ def fold(
         A tensor or array ``(..., rows, columns)`` for every input, all with
         the same axes in front.
     dtype : torch.dtype
-        Of the result.
+        dtype of the result.
 
     Raises
     ------
     InputError
-        If an input is missing, surplus, of another shape, or not finite; or if
+        If an input is missing, unknown or not finite, or has another shape; or if
         one that must be strictly lower triangular is not.
     """
     names = [port.name for port in program.inputs]

@@ -43,7 +43,7 @@ class IntegerEvaluator(TorchEvaluator):
         )
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        # One product per element, at most 2^22: exact in float32.
+        # One product per element, at most 2^22, is exact in float32.
         product = self.plan.products[step.output]
         return self._product(product, source, along(step, vector), {}, torch.mul)
 
@@ -81,7 +81,7 @@ class IntegerEvaluator(TorchEvaluator):
         return rounding.operand_planes(value, grid.scale, grid.format)[term.plane][0]
 
     def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
-        """Return the integers of accumulators that are nobody else's, one or two planes of them."""
+        """Return the integers of the accumulators of one or two planes; their memory may be reused."""
         return rounding.requantize_partial(totals, factor, output.scale, output.format, overwrite=True)
 
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:

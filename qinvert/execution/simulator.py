@@ -2,7 +2,7 @@
 
 Values are integer-valued float32 tensors (see `qinvert.numerics.rounding`), so
 the same code runs batched on a CPU or a CUDA device and gives the same bits on
-both: products and accumulators are exact integers whatever the kernel, and
+both: products and accumulators are exact integers in every kernel, and
 the few float32 operations around them are IEEE operations, one at a time.
 """
 
@@ -27,7 +27,7 @@ Observer: TypeAlias = Callable[[str, torch.Tensor], None]
 
 
 def execute(plan: QuantizedProgram, inputs: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """Every output of a plan's program, whatever its ports, bit for bit as ONNX says.
+    """Every output of a plan's program, for any ports, bit for bit as in ONNX.
 
     Parameters
     ----------
@@ -87,12 +87,12 @@ def evaluate(
     observe: Observer | None = None,
     rounding: Rounding = Rounding.ONNX,
 ) -> dict[str, torch.Tensor]:
-    """Integers of every output ``[batch, rows, columns]`` from real inputs of that form.
+    """Integers of every output ``[batch, rows, columns]`` from real inputs of the same form.
 
     Raises
     ------
     PlanError
-        If that rounding is not known of the plan.
+        If that rounding is not known for the plan.
     """
     evaluator, onto_grid = IntegerEvaluator, quantize
     if rounding is Rounding.HEXAGON:
@@ -103,6 +103,6 @@ def evaluate(
         for name, value in inputs.items()
     }
     first = next(iter(integers.values()))
-    # Autocast would run the products of the float32 integers in 16-bit accumulators.
+    # Autocast would compute the products of the float32 integers in 16 bits.
     with torch.autocast(first.device.type, enabled=False):
         return plan.program.evaluate(evaluator(plan, first.shape[0], first.device), integers, observe)

@@ -27,8 +27,8 @@ class TorchEvaluator(Evaluator[torch.Tensor]):
         return matrix.expand(blocks * self.batch, -1, -1)
 
     def mask(self, step: Mask, source: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
-        # where, not a product: inf * 0 would be NaN.
-        # All blocks share one mask, so that of the first is enough.
+        # This is where and not a product, because inf * 0 would be NaN.
+        # All blocks share one mask, so the mask of the first is enough.
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         return torch.where(constant[:1] != 0, source, zero)
 
@@ -51,5 +51,5 @@ def _span(span: Range | None) -> slice:
 
 @lru_cache(maxsize=256)
 def constant_matrix(constant: Constant) -> torch.Tensor:
-    """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``; not to be written to."""
+    """Return the 0/1 matrix of ``constant``, float32 ``[rows, columns]``; callers must not write to it."""
     return torch.from_numpy(constant_support(constant)).to(torch.float32)

@@ -1,8 +1,8 @@
-"""Rolls what all tiles of the diagonal go through into one loop.
+"""Puts the work that all tiles of the diagonal share into one loop.
 
 A processor's instruction cache holds about 8,000 instructions; a kernel of
-two-plane values has more and waits for them.  As the body of a loop the work
-on the diagonal is there once.
+two-plane values has more and waits for them.  In a loop, the instructions for
+the diagonal exist only once.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from qinvert.kernels.tiles import TILE, Position
 _FIRST: Final = f"p * {TILE}"
 #: M at that tile.
 _ROLLED_LOAD: Final = loaded_tile(_FIRST, _FIRST, existing(_FIRST))
-#: What has the type of a product's operands.
+#: Kinds of statements whose value has the type of a product's operands.
 _OPERANDS: Final = (Kind.CONVERSION, Kind.OPERAND)
 
 
 def rolled(statements: Sequence[Statement], later: Sequence[Statement], count: int) -> list[Statement]:
     """Return statements with the work on ``count`` diagonal tiles of integers in a loop.
 
-    ``later`` are the statements that follow and read what these write.
+    ``later`` are the statements that follow and read what these define.
 
     The loop carries the float16 operands that later statements read, 4
-    registers per tile and plane; float32 values are taken from them again.
+    registers per tile and plane; float32 values are converted back from them.
     Statements that the tiles do not have in common stay as they are.
     """
     groups = _diagonals(statements, count)
@@ -51,7 +51,7 @@ def _read(statements: Sequence[Statement]) -> set[str]:
 
 
 def _diagonals(statements: Sequence[Statement], count: int) -> list[list[Statement]]:
-    """Return the statements that depend on one tile of M, of the diagonal, for every such tile."""
+    """Return, for every tile of M on the diagonal, the statements that depend on that tile only."""
     sources: dict[str, frozenset[Position]] = {}
     groups: list[list[Statement]] = [[] for _ in range(count)]
     for statement in statements:
@@ -76,7 +76,7 @@ def _canonical(statements: Sequence[Statement]) -> list[Statement]:
 
 
 def _common(bodies: Sequence[Sequence[Statement]]) -> list[Statement]:
-    """Return what all bodies start with."""
+    """Return the statements with which all bodies start."""
     steps = zip(*bodies, strict=False)
     return [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
 
@@ -84,7 +84,7 @@ def _common(bodies: Sequence[Sequence[Statement]]) -> list[Statement]:
 def _loop(
     groups: Sequence[Sequence[Statement]], body: Sequence[Statement], wanted: Sequence[Statement]
 ) -> list[Statement]:
-    """Return the loop, and behind it the statements that define what ``wanted`` did."""
+    """Return the loop, and after it statements that define the variables of ``wanted``."""
     places = {s.variable: (k, p) for p, group in enumerate(groups) for k, s in enumerate(group)}
     operands = {s.reads[0]: s.variable for group in groups for s in group if s.kind is Kind.CONVERSION}
     held = {s.variable: places[operands.get(s.variable, s.variable)] for s in wanted}
@@ -99,7 +99,7 @@ def _loop(
 
 
 def _carried(k: int, p: int) -> str:
-    """Return the name of what carries step ``k`` of tile ``p`` out of the loop."""
+    """Return the name of the variable that carries step ``k`` of tile ``p`` out of the loop."""
     return f"c{k}_{p}"
 
 

@@ -19,19 +19,19 @@ from qinvert.matrices import FLOATS
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.systems import Systems
 
-#: Sizes of A's matrices in floating point.
+#: Legal sizes of A's matrices in floating point.
 CHUNKS: Final = (16, 32, 64, 128)
-#: Input types that lose nothing as operands: bfloat16's 8 bits fit float16, but for values below 2**-24.
+#: Input types that lose nothing as operands: float16 holds bfloat16's 8 bits, except below 2**-24.
 EXACT: Final = {
     Precision.FP16: (torch.float16, torch.bfloat16),
     Precision.BF16: (torch.bfloat16,),
     Precision.TF32: (torch.float16, torch.bfloat16),
     Precision.IEEE: (torch.float16, torch.bfloat16, torch.float32),
 }
-#: Kernels of the plans used last.
+#: Largest number of kernels that are kept: those of the plans used last.
 MAX_KERNELS: Final = 256
 
-#: A plan, and its kernel or why it has none.
+#: A plan, and its kernel or the reason why it has none.
 _Kernel: TypeAlias = tuple[QuantizedProgram, Generated | UnsupportedError]
 
 _log = logging.getLogger("qinvert")
@@ -52,36 +52,36 @@ def solve_tril(
 ) -> torch.Tensor:
     """``T = (I + tril(A, -1))^-1`` of every chunk.
 
-    Takes and returns what flash-linear-attention's function of this name does.
-    On a CUDA device one fused kernel reads each matrix once and writes it
-    once; where there is none (no Triton, a plan it cannot express) and on
-    other devices the batched torch path runs, on CUDA with one line in the log
-    ``qinvert`` that says why.
+    It takes and returns the same as flash-linear-attention's function of this
+    name.  On a CUDA device one fused kernel reads each matrix once and writes it
+    once.  Where there is no kernel (without Triton, or for a plan that kernels
+    cannot express) and on other devices, the batched torch path runs; on CUDA, one
+    line in the log ``qinvert`` then says why.
 
     Parameters
     ----------
     A : torch.Tensor, shape ``[B, T, H, C]``
         Row t of a sequence is row ``t mod C`` of its chunk's matrix; what
-        stands on or above the diagonal is not read.  C is 16, 32, 64 or 128,
+        is on or above the diagonal is not read.  C is 16, 32, 64 or 128,
         or the plan's.  Finite values of any float type.
     cu_seqlens : torch.Tensor, shape ``[N + 1]``, optional
-        Ends of N sequences that stand one behind the other in a batch of 1;
-        every sequence starts a chunk.
+        Ends of N sequences that follow each other in a batch of 1; every
+        sequence starts a new chunk.
     chunk_indices : torch.Tensor, shape ``[chunks, 2]``, optional
         Sequence and number of every chunk; derived from ``cu_seqlens`` if missing.
     output_dtype : torch.dtype, optional
-        Of the result; None means A's.
+        dtype of the result; None means A's.
     plan : QuantizedProgram, optional
         Run this plan's integers, bit for bit as `LayerPlan.inverse`, instead
         of a block merge in floating point.
     precision : Precision
-        Of the float products.  With ``fp16`` the relative error of random
+        Precision of the float products.  With ``fp16`` the relative error of random
         keys is about 1e-4, with ``fp16x3`` 1e-7.
 
     Returns
     -------
     torch.Tensor, shape ``[B, T, H, C]``
-        Every element is written, zeros above the diagonal included.
+        Every element is written, including zeros above the diagonal.
 
     Raises
     ------
@@ -108,10 +108,10 @@ def solve_tril(
 def fused_inverse(
     plan: QuantizedProgram, lower: torch.Tensor, count: bool = False
 ) -> tuple[torch.Tensor, dict[str, int]] | None:
-    """`LayerPlan.inverse` of checked matrices by its kernel; None, and a line in the log, if it has none.
+    """`LayerPlan.inverse` of checked matrices by the plan's kernel; None, and one log line, if it has none.
 
-    With ``count`` also the number of values on the ends of its grid of every
-    tensor that has any.
+    With ``count`` the result also has the number of values on the ends of its grid
+    for every tensor that has any.
     """
     generated = _kernel(lower, plan, Precision.FP16, count)
     if generated is None:
@@ -137,7 +137,9 @@ def _check(
         raise InputError(f"A is {given}; pass a float tensor [batch, time, heads, C]")
     sizes = CHUNKS if plan is None else (plan.chunk,)
     if A.shape[-1] not in sizes:
-        raise InputError(f"A has matrices of size {A.shape[-1]}; legal are {', '.join(map(str, sizes))}")
+        raise InputError(
+            f"A has matrices of size {A.shape[-1]}; the legal sizes are {', '.join(map(str, sizes))}"
+        )
     if plan is not None and plan.program.inverse_ports.factored:
         raise InputError(f"{plan.program.title} takes beta; call plan.inverse(L, beta)")
     if cu_seqlens is not None:
@@ -183,7 +185,7 @@ def _launched(generated: Generated, *tensors: torch.Tensor | None, **counters: t
 
 
 def _planned(plan: QuantizedProgram, count: bool) -> Generated | UnsupportedError:
-    # Plans cannot be hashed; the entry keeps its plan alive, and so its id unique.
+    # Plans cannot be hashed.  The entry keeps its plan alive, and so the plan's id stays unique.
     interpreted = launch.interpreted()
     key = (id(plan), count, interpreted)
     if key not in _kernels:

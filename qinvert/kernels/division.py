@@ -21,9 +21,9 @@ def residual_steps(scale: float) -> int:
     With ``r = float32(1 / scale)`` the kernel starts from ``q = float32(x r)``,
     within 2 float32 steps of the quotient, and one step is ``q <- fma(fma(-q,
     scale, x), r, q)``.  Two steps give the correctly rounded quotient itself.
-    None is needed for a power of two.  After one, q is within a step of the
-    quotient, so that another integer than the right one can only come out
-    next to a tie: every tie that int8 knows is tried with its neighbours.
+    A power of two needs no step.  After one step, q is within one float32 step of
+    the quotient, so that the integer can be wrong only next to a tie.  Therefore
+    every tie of int8 is tried with its neighbours.
     """
     if scales.is_power_of_two(scale):
         return 0
@@ -40,7 +40,7 @@ def _is_right_after_one_step(scale: np.float32) -> bool:
     residual = (x.astype(np.float64) - quotient.astype(np.float64) * scale).astype(np.float32)
     refined = quotient + residual.astype(np.float64) * reciprocal
     rounded = refined.astype(np.float32)
-    # float64 has rounded the sum already: next to a tie of float32 that could decide.
+    # float64 has already rounded the sum, which could decide next to a tie of float32.
     undecided = np.abs(refined - rounded) * 2 >= np.spacing(rounded) * (1 - 2.0**-24)
     right = np.rint(rounded) == np.rint(x / scale)
     return bool((right & ~undecided).all())

@@ -18,12 +18,12 @@ def chunk_table(cu_seqlens: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 def check_sequences(A: torch.Tensor, cu_seqlens: torch.Tensor) -> None:  # noqa: N803
-    """Refuse sequence lengths that do not go with a tensor ``[1, T, H, C]``.
+    """Refuse ends of sequences that do not fit a tensor ``[1, T, H, C]``.
 
     Raises
     ------
     InputError
-        With the shapes.
+        With what was given.
     """
     integral = not cu_seqlens.is_floating_point() and not cu_seqlens.is_complex()
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or not integral:
@@ -33,7 +33,7 @@ def check_sequences(A: torch.Tensor, cu_seqlens: torch.Tensor) -> None:  # noqa:
         )
     if A.shape[0] != 1:
         raise InputError(
-            f"A has {A.shape[0]} batches; with cu_seqlens the sequences stand in one row, batch 1"
+            f"A has {A.shape[0]} batches; with cu_seqlens all sequences follow each other in batch 1"
         )
 
 
@@ -66,6 +66,6 @@ def gather(A: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:  # noqa: N803
 
 
 def scatter(matrices: torch.Tensor, rows: torch.Tensor, result: torch.Tensor) -> None:
-    """Write what `gather` read from back into ``result [B, T, H, C]``."""
+    """Write matrices to the places of ``result [B, T, H, C]`` from which `gather` reads."""
     values = matrices.transpose(1, 2)[rows >= 0]
     result.view(-1, *result.shape[2:])[rows[rows >= 0]] = values.to(result.dtype)

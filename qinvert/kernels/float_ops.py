@@ -22,7 +22,7 @@ class Precision(StrEnum):
     BF16 = "bf16"
     #: 11 bits with the range of float32.
     TF32 = "tf32"
-    #: Two float16 parts each, three products: about 22 bits in the range of float16.
+    #: Two float16 parts per operand and three products: about 22 bits in the range of float16.
     FP16X3 = "fp16x3"
     #: float32, without the matrix unit.
     IEEE = "ieee"
@@ -66,7 +66,7 @@ class FloatOps(TritonOps):
         add: Sequence[tuple[str, Tile]],
         subtract: Sequence[tuple[str, Tile]],
     ) -> Tile:
-        # Of two parts each, the product of the low ones is below the last bit.
+        # With two parts per operand, the product of the low ones is below the last bit.
         groups = [(0, 0), (0, 1), (1, 0)] if self.precision is Precision.FP16X3 else [(0, 0)]
         products = {
             (k, g): [a.operands[g[0]], b.operands[g[1]]] for g in groups for k, (a, b) in pairs.items()
@@ -84,7 +84,7 @@ class FloatOps(TritonOps):
         return self._tile(self.chain(products.values(), self.total(terms)))
 
     def _shifted(self, value: Tile) -> Expression:
-        # Strictly lower triangular: the diagonal is zero.
+        # The tile is strictly lower triangular: its diagonal is zero.
         shifted = expression("tl.where({}, 1.0, {})", DIAGONAL, value.operands[0])
         return self.source.once("{}.to({})", shifted, self.operand, kind=Kind.OPERAND)
 

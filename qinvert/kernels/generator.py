@@ -19,16 +19,17 @@ from qinvert.methods.block_merge import block_merge
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.step_list import StepList
 
-#: Products of tiles in one kernel; beyond, compiling takes minutes and registers spill.
+#: Largest number of products of tiles in one kernel: with more, compiling takes minutes and
+#: registers spill.
 MAX_PRODUCTS: Final = 700
-#: Integer kernels of more statements roll their common work into a loop, and warps go in step, so
-#: that they share the instructions that they fetch.
+#: Integer kernels of more statements put their common work into a loop, and their warps run in step,
+#: so that they share the instructions that they fetch.
 LONG_KERNEL: Final = 600
 #: Integer kernels of fewer statements fit 128 registers: 16 warps on a multiprocessor.
 SHORT_KERNEL: Final = 450
-#: Up to this many scalars stay in registers once loaded; arguments are fetched anew for every use.
+#: Up to this many scalars stay in registers once loaded; arguments are fetched again for every use.
 LOADED_SCALARS: Final = 12
-#: Rows of tiles are joined and stored together up to this chunk; of larger chunks and long kernels
+#: Rows of tiles are joined and stored together up to this chunk; in larger chunks and long kernels
 #: each tile is stored as soon as it is complete, to free its registers.
 JOINED_CHUNK: Final = 64
 
@@ -41,30 +42,31 @@ class Generated:
     text: str
     #: Values of the scalars, in order.
     scalars: tuple[float, ...]
-    #: The kernel loads its scalars from a tensor; else they are arguments.
+    #: Whether the kernel loads its scalars from a tensor; otherwise they are arguments.
     loaded: bool
     #: Tensors whose saturated values are counted, in the order of the counters.
     counted: tuple[str, ...]
     #: Size C of the matrices.
     chunk: int
-    #: Matrices, and warps, of one program.
+    #: Number of matrices, and of warps, of one Triton program.
     group: int
     #: Registers that a thread may take; None leaves it to the compiler.
     registers: int | None
-    #: Products and sums may be fused: only where no rounding between them is part of the result.
+    #: Whether products and sums may be fused: only if no rounding between them is part of the result.
     fused: bool
 
 
 def integer_kernel(plan: QuantizedProgram, count: bool = False, interpreted: bool = False) -> Generated:
-    """Return the kernel of a plan: the bits of `qinvert.simulation.simulate_inverse`.
+    """Return the kernel of a plan, with the bits of `qinvert.simulation.simulate_inverse`.
 
     Parameters
     ----------
     plan : QuantizedProgram
     count : bool
-        Also count the values of every tensor that stand on the ends of its grid.
+        Also count the values of every tensor that are on the ends of its grid.
     interpreted : bool
-        For Triton's interpreter, whose fused multiply-adds are not the device's: it divides.
+        For Triton's interpreter, whose fused multiply-adds differ from those of a device: the
+        kernel divides instead.
 
     Raises
     ------
@@ -93,7 +95,7 @@ def integer_kernel(plan: QuantizedProgram, count: bool = False, interpreted: boo
 def float_kernel(chunk: int, precision: Precision, exact: bool) -> Generated:
     """Return the kernel of a block merge in floating point.
 
-    Ranges start from base 1, so that no intermediate exceeds what the result needs.
+    Merges start from base 1, so that no intermediate exceeds what the result needs.
 
     Parameters
     ----------
@@ -101,7 +103,7 @@ def float_kernel(chunk: int, precision: Precision, exact: bool) -> Generated:
         C.
     precision : Precision
     exact : bool
-        The input's type loses nothing as an operand of that precision.
+        Whether the input's type loses nothing as an operand of that precision.
 
     Raises
     ------
@@ -165,7 +167,7 @@ def _registers(chunk: int, statements: int, floating: bool) -> int | None:
 
 
 def _rows(program: StepList, source: Source, ops: TritonOps, result: Placed[Tile]) -> list[list[Expression]]:
-    """Return what holds T, tile by tile."""
+    """Return the variables that hold T, tile by tile."""
     count = program.chunk // TILE
     rows = []
     for i in range(count):
@@ -199,9 +201,9 @@ def _store(source: Source, i: int, values: list[Expression]) -> None:
 
 
 def hoisted(body: Sequence[Statement], tail: Sequence[Statement]) -> list[Statement]:
-    """Return ``body`` with every statement of ``tail`` right behind the last one it depends on.
+    """Return ``body`` with every statement of ``tail`` right after the last one on which it depends.
 
-    What reads a variable that is not defined comes first: `rendered` refuses it.
+    A statement that reads an undefined variable comes first: `rendered` refuses it.
     """
     places = {statement.variable: i for i, statement in enumerate(body)}
     behind: dict[int, list[Statement]] = {}

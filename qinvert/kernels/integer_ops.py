@@ -2,7 +2,7 @@
 
 int8 values are exact as float16 operands and their accumulators in float32
 below 2**24, so the matrix unit's float products are integer products.  Around
-them stand the IEEE float32 operations of `qinvert.numerics.rounding`, in its order.
+them are the IEEE float32 operations of `qinvert.numerics.rounding`, in the same order.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.sparsity import Support
 from qinvert.program.steps import Add, MatMul, Rescale
 
-#: Scales outside ``[1 / this, this]`` have no kernel: its divisions must stay far from the ends of float32.
+#: Scales outside ``[1 / this, this]`` have no kernel: divisions must stay far from the ends of float32.
 SCALE_LIMIT: Final = 2.0**30
-#: Steps of the lowest plane above a format's ends at which values are cut before they are
-#: divided: what is cut rounds to the end, and nothing else is.
+#: Before they are divided, values are cut at this many steps of the lowest plane above the ends of
+#: a format.  Every value that is cut would round to that end or saturate there.
 CUT: Final = 0.25
-#: ``(x + MAGIC) - MAGIC`` rounds half to even where ``|x| < 2**22``: two additions at full rate,
-#: a conversion instruction has a fraction of it.
+#: ``(x + MAGIC) - MAGIC`` rounds half to even where ``|x| < 2**22``.  Two additions run at full
+#: rate, and a conversion instruction runs at a fraction of it.
 MAGIC: Final = 1.5 * 2**23
 
 
 class IntegerOps(TritonOps):
-    """One plan's roundings.
+    """The roundings of one plan.
 
-    ``interpreted`` says that an interpreter runs them, which rounds a fused multiply-add twice.
+    ``interpreted`` says that an interpreter runs them; it rounds a fused multiply-add twice.
 
     Raises
     ------
@@ -49,10 +49,10 @@ class IntegerOps(TritonOps):
         self.plan = plan
         for name, quantization in plan.tensors.items():
             if quantization.format.container_bits > INT8.container_bits:
-                raise UnsupportedError(f"{quantization.format} of tensor {name!r} is no float16 operand")
+                raise UnsupportedError(f"{quantization.format} of tensor {name!r} is not a float16 operand")
             if not 1 / SCALE_LIMIT <= quantization.scale <= SCALE_LIMIT:
                 raise UnsupportedError(f"the scale of tensor {name!r} is outside [2**-30, 2**30]")
-        # As many residual steps for every division: plans of one structure share a kernel.
+        # Every division has equally many residual steps, so that plans of one structure share a kernel.
         steps = max(residual_steps(q.scale) for q in plan.tensors.values())
         #: Function of the template that divides.
         self.division = "divide_slowly" if interpreted else f"divide_{steps}"
@@ -62,7 +62,7 @@ class IntegerOps(TritonOps):
 
     @property
     def fusable(self) -> bool:
-        # A product with a power of two is exact, and so is one of two integers: a residual's.
+        # A product with a power of two is exact, and so is the product of two integers of a residual.
         factors = [step.factor for step in self.plan.program.steps if isinstance(step, Rescale)]
         scales = [grid.scale for grid in self.plan.tensors.values()]
         return all(map(is_power_of_two, scales + factors))
@@ -96,7 +96,7 @@ class IntegerOps(TritonOps):
         return self._round(step.output, self._sum(terms))
 
     def _residual(self, value: Tile) -> tuple[Expression, ...]:
-        """Return a tile's planes where sums of products lie."""
+        """Return a tile's planes in the registers in which sums of products are."""
         if not value.loaded:
             return value.values
         # A product with the identity is exact, and cheaper than moving values between threads.
@@ -176,7 +176,7 @@ class IntegerOps(TritonOps):
         return list(zip(value.values, scales, strict=True))
 
     def _sum(self, terms: Sequence[tuple[str, Expression, str]]) -> Expression:
-        # Every product and every sum is rounded: see `fusable`.
+        # Every product and every sum is rounded, see `fusable`.
         total = None
         for sign, plane, scale in terms:
             start = "" if total is None and sign == "+" else expression("{} {} ", total or 0.0, sign)
@@ -205,7 +205,7 @@ class IntegerOps(TritonOps):
         return self._tile(planes)
 
     def _limited(self, steps: Expression, name: str) -> Expression:
-        # Clamping before rounding is the same, for the bounds are integers.
+        # Clamping before rounding gives the same result, because the bounds are integers.
         fmt = self._format(name)
         return self._clamped(steps, float(fmt.minimum), float(fmt.maximum))
 

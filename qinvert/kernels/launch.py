@@ -17,15 +17,15 @@ from qinvert.kernels.tiles import UnsupportedError
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on CPU tensors, as TRITON_INTERPRET=1 asks for."""
+    """Whether Triton runs kernels in Python, on CPU tensors, because TRITON_INTERPRET=1 is set."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing() -> str | None:
-    """Return why no kernel can run here, None if they can."""
+    """Return the reason why no kernel can run here, or None if kernels can run."""
     if torch.version.hip is not None:
-        return "kernels are made for CUDA devices"
-    return None if find_spec("triton") else "triton is not installed; pip install 'qinvert[gpu]'"
+        return "kernels run on CUDA devices only"
+    return None if find_spec("triton") else "triton is not installed; run: pip install 'qinvert[gpu]'"
 
 
 @lru_cache(maxsize=256)
@@ -55,13 +55,13 @@ def launch(
 ) -> Any:
     """Start the kernel on A and ``result``, both contiguous ``[B, T, H, C]``; return its handle.
 
-    ``chunk_indices[i]`` are the sequence and the number in it of chunk i of
-    ``cu_seqlens``; both or none.
+    ``chunk_indices[i]`` has the sequence of chunk i and the chunk's number in that
+    sequence of ``cu_seqlens``.  Both are given, or neither.
 
     Raises
     ------
     UnsupportedError
-        If Triton cannot compile or start it, for want of a C compiler, say.
+        If Triton cannot compile or start it, for example without a C compiler.
     """
     batch, length, heads, chunk = A.shape
     per_sequence = -(-length // chunk)
@@ -94,5 +94,5 @@ def launch(
                 **limits,
             )
     except Exception as error:
-        # Whatever Triton's compilers and tools raise.
+        # Triton's compilers and tools raise errors of many types.
         raise UnsupportedError(f"Triton fails ({reason(error)})") from error

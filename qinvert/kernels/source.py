@@ -29,7 +29,7 @@ class Tile:
     values: tuple[Expression, ...]
     #: The same planes as operands of a product.
     operands: tuple[Expression, ...]
-    #: Comes from memory, in other registers than a product's result, and loses nothing as an operand.
+    #: Whether it was loaded, into other registers than a product's result, and is exact as an operand.
     loaded: bool = False
 
 
@@ -58,7 +58,7 @@ class Source:
         return variable(name)
 
     def once(self, template: str, *operands: Operand, kind: Kind = Kind.OTHER) -> Expression:
-        """`assign`, or the variable that holds the same expression already."""
+        """Like `assign`, but return the variable that already holds the same expression, if any."""
         value = expression(template, *operands)
         if value not in self._shared:
             self._shared[value] = self.assign("{}", value, kind=kind)
@@ -69,7 +69,7 @@ class Source:
         self.statements.append(Statement(expression=expression(template, *operands)))
 
     def scalar(self, value: float) -> str:
-        """Return the kernel argument of a value: plans of one structure share a kernel.
+        """Return the kernel argument of a value, so that plans of one structure share a kernel.
 
         Equal values share an argument, and with it a register.
         """
@@ -126,7 +126,7 @@ class TritonOps(TileOps[Tile]):
         return total or self.source.once(ZEROS)
 
     def total(self, terms: Sequence[Expression]) -> Expression | None:
-        """Return the float32 sum of ``terms``, None if there are none."""
+        """Return the float32 sum of ``terms``, or None if there are none."""
         total = None
         for term in terms:
             total = term if total is None else self.source.assign("{} + {}", total, term)

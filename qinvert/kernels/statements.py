@@ -1,7 +1,7 @@
 """Statements of a kernel as data: what each defines, reads and does.
 
-Text comes last: `rendered` writes the statements down once they are in their
-final order, and nothing reads that text back.
+Text comes last: `rendered` writes the statements when they are in their final
+order, and no code reads that text back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Expression:
 
     #: The text, with ``{}`` in the place of every variable.
     template: str
-    #: Names of those variables in order; one that is read twice is there twice.
+    #: Names of those variables in order; one that is read twice occurs twice.
     reads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,12 +45,12 @@ class Expression:
         return Expression(template=self.template, reads=tuple(names.get(name, name) for name in self.reads))
 
 
-#: What stands in an expression: another one, the name of a scalar, a type, or a number.
+#: A part of an expression: another expression, the name of a scalar, a type, or a number.
 Operand: TypeAlias = Expression | str | float
 
 
 def expression(template: str, *operands: Operand) -> Expression:
-    """Return ``template`` with an operand in the place of every ``{}``; it reads what they read."""
+    """Return ``template`` with an operand in the place of every ``{}``; it reads all that they read."""
     parts = [part if isinstance(part, Expression) else Expression(template=str(part)) for part in operands]
     return Expression(
         template=template.format(*(part.template for part in parts)),
@@ -59,7 +59,7 @@ def expression(template: str, *operands: Operand) -> Expression:
 
 
 def variable(name: str) -> Expression:
-    """Return the expression that is a variable."""
+    """Return the expression that is one variable."""
     return Expression(template="{}", reads=(name,))
 
 
@@ -69,7 +69,7 @@ def summed(terms: Sequence[Expression]) -> Expression:
 
 
 class Kind(Enum):
-    """What a statement does, as far as anything depends on it."""
+    """What a statement does, as far as other code needs to know."""
 
     #: Multiplies two tiles.
     PRODUCT = auto()

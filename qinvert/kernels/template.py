@@ -4,7 +4,7 @@ from typing import Final
 
 #: Head of every kernel, up to the statements of its program.  A correctly rounded reciprocal and
 #: two residual steps give the correctly rounded quotient (P. Markstein, IBM J. Res. Dev. 34, 1990)
-#: without the branches of a division instruction; `qinvert.kernels.division` finds where fewer do.
+#: without the branches of a division instruction; `qinvert.kernels.division` finds where fewer are enough.
 #: `divide_slowly` is for interpreters, which round a fused multiply-add twice.
 TEMPLATE: Final = """\
 import triton

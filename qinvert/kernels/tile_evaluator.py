@@ -1,4 +1,4 @@
-"""Drives the steps of a program tile by tile."""
+"""Evaluates the steps of a program tile by tile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TileEvaluator(Evaluator[Value[V]]):
     Raises
     ------
     UnsupportedError
-        If the program, or one of its steps, has no form on tiles.
+        If the program, or one of its steps, cannot be expressed on tiles.
     """
 
     def __init__(self, program: StepList, ops: TileOps[V]) -> None:
@@ -86,7 +86,7 @@ class TileEvaluator(Evaluator[Value[V]]):
         tiles = {}
         for p in occupied(support):
             value = self.ops.matmul(step, p, _pairs(a, b, p), _terms(added, p), _terms(taken, p))
-            # Blocks that share a tile also multiply beside their homes.
+            # Blocks that share a tile also have products outside their homes.
             tiles[p] = self._masked(value, tile_of(support, p), tile_of(product | support, p))
         return Placed(rows=a.rows, columns=b.columns, homes=homes, support=support, tiles=tiles)
 
@@ -157,7 +157,7 @@ class TileEvaluator(Evaluator[Value[V]]):
         tiles: dict[Position, V] = {}
         for part in parts:
             if (support & part.support).any():
-                raise UnsupportedError(f"step {step.output!r} joins blocks of one place")
+                raise UnsupportedError(f"step {step.output!r} joins blocks that overlap")
             support = support | part.support
             for position, value in part.tiles.items():
                 other = tiles.get(position)
@@ -177,7 +177,7 @@ class TileEvaluator(Evaluator[Value[V]]):
 
 
 def placed(value: Value[V]) -> Placed[V]:
-    """Return a value that is no constant: shape laws let those feed masks and concats only."""
+    """Return a value that is not a constant: shape laws allow constants only in masks and concats."""
     assert isinstance(value, Placed)
     return value
 
@@ -199,4 +199,4 @@ def _terms(named: Sequence[tuple[str, Placed[V]]], position: Position) -> list[t
 
 def _check_homes(output: str, name: str, homes: tuple[Position, ...], term: Placed[V]) -> None:
     if term.homes != homes:
-        raise UnsupportedError(f"step {output!r} adds {name!r}, whose blocks stand elsewhere")
+        raise UnsupportedError(f"step {output!r} adds {name!r}, whose blocks are at other places")

@@ -1,7 +1,7 @@
 """Programs on a grid of 16 x 16 tiles.
 
 A matrix unit multiplies tiles of 16 x 16.  Every tensor of a program is laid
-out where its blocks stand in the C x C matrix, cut into such tiles: slices and
+out where its blocks are in the C x C matrix, and cut into such tiles: slices and
 concatenations become bookkeeping, a tile that is known to be zero is neither
 computed nor read, and small blocks share the tiles of the diagonal.
 `TileEvaluator` drives the steps of a `Program` through a `TileOps`, which says
@@ -46,7 +46,7 @@ class TileOps(ABC, Generic[V]):
 
     @abstractmethod
     def merge(self, left: V, right: V) -> V:
-        """Return the sum of two tiles of which at least one is zero at every element."""
+        """Return the sum of two tiles; at every element at least one of them is zero."""
 
     @abstractmethod
     def matmul(
@@ -72,7 +72,7 @@ class TileOps(ABC, Generic[V]):
 
 
 class LoadedTiles(Mapping[Position, V]):
-    """Tiles of M, each loaded when it is first used: what is not used yet takes no registers."""
+    """Tiles of M, each loaded when it is first used, so that an unused tile takes no registers."""
 
     def __init__(self, ops: TileOps[V], positions: Sequence[Position]) -> None:
         self._ops = ops
@@ -120,7 +120,7 @@ class Placed(Generic[V]):
         return frame(self.support.shape[0], self.homes, self.rows, self.columns)
 
 
-#: Value of a step; a constant stays what it is until a mask or a concat uses it.
+#: Value of a step; a constant stays a constant until a mask or a concat uses it.
 Value: TypeAlias = Placed[V] | Constant
 
 
@@ -151,7 +151,7 @@ def joined_homes(step: Concat, sources: Sequence[Value[V]]) -> tuple[tuple[Posit
     Raises
     ------
     UnsupportedError
-        If the sources are no neighbours in the matrix.
+        If the sources are not neighbours in the matrix.
     """
     down = step.axis == Axis.ROWS
     offset, homes = 0, None
@@ -159,7 +159,7 @@ def joined_homes(step: Concat, sources: Sequence[Value[V]]) -> tuple[tuple[Posit
         if isinstance(source, Placed):
             moved = tuple((r - offset, c) if down else (r, c - offset) for r, c in source.homes)
             if homes not in (None, moved):
-                raise UnsupportedError(f"step {step.output!r} joins blocks that are no neighbours")
+                raise UnsupportedError(f"step {step.output!r} joins blocks that are not neighbours")
             homes = moved
         offset += source.rows if down else source.columns
     if homes is None:

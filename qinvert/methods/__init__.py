@@ -24,13 +24,13 @@ REGISTRY: dict[str, Method] = {}
 def discover() -> dict[str, Method]:
     """Fill `METHODS` and `REGISTRY` from the modules of this package, and return the latter.
 
-    Runs once by itself; call it again after a folder was added to the
+    It runs once on import; call it again after a folder was added to the
     package's ``__path__``.  If it fails, both tables stay as they were.
 
     Raises
     ------
     ProgramError
-        If a module defines no ``METHOD``, or two define one of the same name.
+        If a module does not define ``METHOD``, or if two methods have the same name.
     """
     found = definitions(__name__, __path__, "METHOD", Method, ProgramError)
     methods = sorted(found.values(), key=lambda method: (method.sequential, method.rank, method.name))
@@ -49,7 +49,7 @@ def find_method(name: str) -> Callable[..., Program]:
     Raises
     ------
     ProgramError
-        If there is none; the message lists the legal names.
+        If there is no such method; the message lists the legal names.
     """
     return registered(name).build
 
@@ -60,13 +60,13 @@ def registered(name: str) -> Method:
     Raises
     ------
     ProgramError
-        If there is none; the message lists the legal names.
+        If there is no such method; the message lists the legal names.
     """
     return lookup(REGISTRY, name, "method", ProgramError, f", {AUTO}, or a Program")
 
 
 def in_automatic_order() -> list[Method]:
-    """Return every method, those first whose candidates the planner meets first."""
+    """Return every method, in the order in which the planner meets their candidates."""
     return sorted(REGISTRY.values(), key=lambda method: (method.automatic_rank, method.name))
 
 

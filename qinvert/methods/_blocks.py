@@ -6,8 +6,8 @@ from enum import StrEnum
 
 from qinvert.program.steps import Constant
 
-#: |M|, |S| and |Y| of a block merge stay below this multiple of max(beta); |K|, |W| and |Y|
-#: of a factored one below it as it is.
+#: |M|, |S| and |Y| of a block merge are at most this multiple of max(beta); |K|, |W| and |Y|
+#: of a factored one are at most this number itself.
 PROVED = 1.0
 
 

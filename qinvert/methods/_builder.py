@@ -29,7 +29,7 @@ class Builder:
     chunk : int
         Size C of the matrices.
     factored : bool
-        Whether the program takes beta as an input of its own.
+        Whether the program takes beta as a separate input.
     """
 
     def __init__(self, chunk: int, factored: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The factored form of `qinvert.methods.block_merge`, which says what it computes."""
+"""The factored form of `qinvert.methods.block_merge`; the documentation there says what it computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def factored_merge(chunk: int, base: int, corrections: int) -> Program:
         rows = builder.scale(f"{name}/S", total, builder.beta, Axis.ROWS, bound=PROVED)
         half_product = builder.matmul(f"{name}/Y", masked, rows, add=(masked,), bound=PROVED)
         columns = builder.scale(f"{name}/V", total, builder.beta, Axis.COLUMNS, bound=PROVED)
-        # W is no operand of V Y: it joins by itself, so that every term can stay an integer.
+        # W is not an operand of V Y.  A separate step adds it, so that every term can stay an integer.
         corner = builder.matmul(f"{name}/W21", columns, half_product, add=(half_product,), bound=PROVED)
         total = builder.add(f"{name}/W", total, corner, bound=PROVED)
         size *= 2

@@ -11,13 +11,13 @@ from qinvert.program.program import Program
 
 #: Programs for matrices of the size ``chunk``, in the order in which the planner meets them.
 Candidates: TypeAlias = Callable[[int], tuple[Program, ...]]
-#: As `Candidates`, of the factored form: ``(chunk, free_residuals)``.  A residual term is free
+#: Like `Candidates`, but of the factored form: ``(chunk, free_residuals)``.  A residual term is free
 #: if it is not an operand of its product; without ``free_residuals`` no program may have one.
 FactoredCandidates: TypeAlias = Callable[[int, bool], tuple[Program, ...]]
 
-#: What callers write where any method will do.
+#: What callers write if the planner may choose the method.
 AUTO: Final = "auto"
-#: Methods that say nothing about their rank come after those that do, by name.
+#: Rank of methods that do not give one: they come last, in the order of their names.
 LAST: Final = 100
 
 
@@ -35,18 +35,20 @@ class Method:
     name: str
     #: ``build(chunk, ...)``; every argument but the first has a default.
     build: Callable[..., Program]
-    #: What the planner chooses from where this method is named.
+    #: Programs from which the planner chooses if a caller names this method.
     candidates: Candidates
-    #: What it adds to the choice where no method is named; None if nothing.
+    #: Programs that it adds to the choice if no method is named; None if it adds nothing.
     automatic: Candidates | None = None
-    #: What it adds where programs must take beta as an input of their own, whether this
-    #: method is named or none is; None if it has no such form.
+    #: Programs that it adds if they must take beta as a separate input, whether this
+    #: method is named or no method is; None if it has no such form.
     factored: FactoredCandidates | None = None
-    #: Every product waits for the one before: a reference, and no candidate where none is named.
+    #: Whether every product waits for the one before.  Such a method is a reference: it is not a
+    #: candidate if no method is named.
     sequential: bool = False
-    #: Place in lists of methods, ascending; sequential ones come last, equal ones by name.
+    #: Place in lists of methods, ascending.  Sequential methods come last; equal ranks are in the
+    #: order of names.
     rank: int = LAST
-    #: Place of `automatic` and `factored` among those of other methods, likewise.
+    #: Place of `automatic` and `factored` among those of other methods, in the same way.
     automatic_rank: int = LAST
 
     def __post_init__(self) -> None:
@@ -55,9 +57,9 @@ class Method:
                 f"method name {self.name!r} is not a Python name other than {AUTO!r}; rename it"
             )
         if getattr(self.build, "__name__", None) != self.name:
-            raise ProgramError(f"method {self.name!r} builds by {self.build!r}; give both one name")
+            raise ProgramError(f"method {self.name!r} is built by {self.build!r}; give both the same name")
         if self.sequential and (self.automatic is not None or self.factored is not None):
             raise ProgramError(
-                f"method {self.name!r} is sequential, which the planner never chooses by itself; "
+                f"method {self.name!r} is sequential, and the planner never chooses such a method unasked; "
                 "leave out automatic and factored, or sequential"
             )

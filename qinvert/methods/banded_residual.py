@@ -1,4 +1,4 @@
-"""The exact inverse on a band, continued by powers of what it leaves over."""
+"""The exact inverse on a band, continued by powers of what it leaves behind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LARGEST_HALF = 65504
 def banded_residual(chunk: int, order: int | None = None, steps: int | None = None) -> Program:
     """``T = T0 (I + E + ... + E^(steps - 1))``, ``T0 = band(I + M + ... + M^order)``, ``E = I - (I - M) T0``.
 
-    The band keeps the main diagonal and ``order`` diagonals below it.  There
-    ``T0 = I + S0`` is the exact inverse, and it is built inside the band, by
+    The band keeps the main diagonal and ``order`` diagonals below it.  On
+    the band ``T0 = I + S0`` is the exact inverse.  It is built inside the band, by
     Horner's rule with ``B = band(M)``, ``order - 1`` times:
 
         S0 <- band(B S0 + B).
@@ -31,17 +31,17 @@ def banded_residual(chunk: int, order: int | None = None, steps: int | None = No
         R(2n) = R(n) + E^n + R(n) E^n,    R(2n + 1) = E + E R(2n),
         S = S0 + R(steps) + S0 R(steps).
 
-    Exact for ``i - j < steps (order + 1)``: for the whole chunk once
-    ``steps (order + 1) >= chunk``.
+    The result is exact for ``i - j < steps (order + 1)``, and so for the whole
+    chunk if ``steps (order + 1) >= chunk``.
 
-    Cost: ``order + 1`` dense products, and two for each doubling but the
+    Cost: ``order + 1`` dense products, and two for each doubling except the
     first; 8 at C = 64 with order 3 and 8 steps.
     Range: for unit keys ``|S0|, |E| <= beta_i``.  S0 is a part of the inverse;
     for ``i - j > order``, ``E[i, j] = sum_k M[i, k] T0[k, j]`` over rows k of
     the band is an entry of the half-product Y of `block_merge`, split after
     row ``j + order``.  Powers of E have no such bound.
-    Stability: the band bounds the first approximation, whatever the input;
-    the powers of E grow more slowly than those of M, but they do grow.
+    Stability: the band bounds the first approximation for every input.  The
+    powers of E grow more slowly than those of M, but they also grow.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def banded_residual(chunk: int, order: int | None = None, steps: int | None = No
     ----------
     arXiv 2606.06034, the series with structural mask and parallel residual
     correction.  Its settings are order 3 and 8 steps at C = 64 (as here),
-    order 4 and 3 steps at C = 32 (4 here, exact on more diagonals).
+    order 4 and 3 steps at C = 32 (here 4 steps, exact on more diagonals).
     """
     check_chunk(chunk)
     order = _default_order(chunk) if order is None else order
@@ -138,7 +138,7 @@ def _band_mask(chunk: int, order: int) -> Constant:
 
 
 def _candidates(chunk: int) -> tuple[Program, ...]:
-    # Steps from half of what is exact: fewer leave most diagonals to the band alone.
+    # At least half of the steps of an exact result: with fewer, most diagonals have only the band.
     orders = [order for order in (1, 3, 7) if order < chunk]
     return tuple(
         banded_residual(chunk, order, steps)

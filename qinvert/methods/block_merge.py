@@ -11,7 +11,7 @@ from qinvert.methods._method import Method
 from qinvert.program.program import Program
 from qinvert.program.steps import Axis, Constant, check_chunk
 
-#: Tiles in which candidates merge by masked products: fewer, wider steps than blocks alone.
+#: Tiles in which candidates merge by masked products: these steps are fewer and wider than for blocks.
 TILE = 16
 
 
@@ -33,17 +33,17 @@ def block_merge(
 
     Blocks of size ``base`` start from the Neumann series by doubling inside
     the block; with base 1 the first merge is M itself (method MBH), with base
-    16 this is method MXR.  Inside tiles larger than ``base`` the merges of one
-    level run as one masked product each, ``S <- S + Y + S Y`` with
-    ``Y = m S + m``, m the masked M.
+    16 this is method MXR.  Inside tiles larger than ``base`` all merges of
+    one level are two masked products together, ``Y = m S + m`` and then
+    ``S <- S + Y + S Y``, where m is the masked M.
 
-    Each of the ``corrections`` measures what rounding left behind, on a fine
-    scale of its own, and takes it off: with ``R = I - (I - M)(I + S)``,
+    Each of the ``corrections`` measures the error that rounding left, on a fine
+    scale of its own, and removes it: with ``R = I - (I - M)(I + S)``,
 
         R = M S + M - S,      S <- S + (S R + R).
 
     In integers R is exact up to its one rounding, so one correction brings
-    int8 onto the floor that the quantized M and the output grid leave.
+    int8 to the floor, which only the quantized M and the output grid set.
 
     The *factored* form keeps beta out of the matrices: with B = diag(beta),
     ``M = B K`` and ``T = I + B W``, so ``W = K T``, and a merge is
@@ -51,13 +51,13 @@ def block_merge(
 
         S = B W,   Y = m S + m,   V = W B,   W <- W + (V Y + Y),   m the masked K.
 
-    Rows with a small beta use the whole grid then: int8 gains 3.3 dB for keys of
+    Then rows with a small beta also use the whole grid: int8 gains 3.3 dB for keys of
     cosine 0.5 and beta uniform in [0, 1].  A correction has ``R = K S + K - W``
-    and ``W <- W + (V R + R)``; what it leaves is the rounding of S.
+    and ``W <- W + (V R + R)``; the error that remains is the rounding of S.
 
     Cost: ``2 log2(C / base)`` products of half blocks (packed, 0.1 M
     multiply-accumulates at C = 64 and base 4), or of dense tiles (masked);
-    2 dense products more for each correction; 2 scalings more for each factored merge.
+    each correction adds 2 dense products, and each factored merge 2 scalings.
     Range: for unit keys and ``0 <= beta_i <= 2``, ``|M|, |S|, |Y| <= beta_i``:
     an entry of S or Y is ``beta_i k_i^T (product of contractions) k_j``, where
     decay only shrinks.  Without its factor beta_i that is an entry of K, W, Y
@@ -82,8 +82,8 @@ def block_merge(
     corrections : int
         Residual corrections at the end, 0 to 4.
     factored : bool
-        Take beta as an input of its own; only masked, with base 1 or 2, which
-        are the defaults then.
+        Take beta as a separate input.  The layout is then masked, and the base is
+        1 or 2, by default 2.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def _merge_packed(builder: Builder, total: str, chunk: int, half: int) -> str:
     second = builder.slice(f"{name}/S22", total, blocks=(merges, 2 * merges), bound=PROVED)
     half_product = builder.matmul(f"{name}/Y", lower, first, add=(lower,), bound=PROVED)
     corner = builder.matmul(f"{name}/S21", second, half_product, add=(half_product,), bound=PROVED)
-    # Rows first, then columns: the other order miscompiles on QNN.
+    # Rows first, then columns: QNN compiles the other order wrongly.
     left = builder.concat(f"{name}/left", [first, corner], Axis.ROWS, bound=PROVED)
     right = builder.concat(f"{name}/right", [zeros(half), second], Axis.ROWS, bound=PROVED)
     return builder.concat(f"{name}/S", [left, right], Axis.COLUMNS, bound=PROVED)

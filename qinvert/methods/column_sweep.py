@@ -10,20 +10,20 @@ from qinvert.program.steps import Constant, check_chunk
 
 
 def column_sweep(chunk: int) -> Program:
-    """``T = (I + M_(C-2)) ... (I + M_1) (I + M_0)``, with M_j column j of M alone.
+    """``T = (I + M_(C-2)) ... (I + M_1) (I + M_0)``, where M_j has only column j of M.
 
     ``I - M = (I - M_0) (I - M_1) ... (I - M_(C-2))``, and ``M_j^2 = 0`` makes
     each factor's inverse ``I + M_j``.  With ``T = I + S``, for j = 1, 2, ...:
 
         S <- M_j S + M_j + S.
 
-    For comparison: every product waits for the one before, though each is a
-    dense one.
+    This method is for comparison: every product is dense and waits for the one
+    before.
 
     Cost: ``C - 2`` dependent dense products.
-    Range: for unit keys ``|M|, |S| <= beta_i``: after column j, row i of S is
-    that of the inverse for ``i <= j + 1``, and below it the half-product
-    ``M21 T11`` of `block_merge`, split after row j.
+    Range: for unit keys ``|M|, |S| <= beta_i``.  After column j, the rows
+    ``i <= j + 1`` of S are those of the inverse, and the rows below are those of
+    the half-product ``M21 T11`` of `block_merge`, split after row j.
     Stability: stable; nothing larger than the inverse is ever rounded.
 
     Parameters

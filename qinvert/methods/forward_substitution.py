@@ -12,14 +12,14 @@ from qinvert.program.steps import Axis, Constant, check_chunk
 def forward_substitution(chunk: int) -> Program:
     """``S[i, :] = M[i, :] + M[i, :i] S[:i, :]``, row after row.
 
-    What models and kernels run today, for comparison: every row waits for all
-    rows above it, and no product has more than one row.  Only the first i
+    This is what models and kernels run today, and it is for comparison: every row
+    waits for all rows above it, and no product has more than one row.  Only the first i
     columns of row i are not zero, so the product is ``M[i, :i] S[:i, :i]``.
 
     Cost: ``C - 2`` dependent products of a row by a matrix, ``C^3 / 3``
     multiply-accumulates, five steps per row.
-    Range: for unit keys ``|M|, |S| <= beta_i``; every tensor holds rows of
-    the two and nothing else.
+    Range: for unit keys ``|M|, |S| <= beta_i``; every tensor holds only
+    rows of these two.
     Stability: stable; nothing larger than the inverse is ever rounded.
 
     Parameters

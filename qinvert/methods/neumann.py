@@ -19,9 +19,8 @@ def neumann(chunk: int, order: int | None = None) -> Program:
     Cost: ``order - 1`` dense products, depth ``order - 1``.
     Range: none is guaranteed; ``max|M^k|`` grows like binomial(C, k) in the
     worst case and reaches 1e4 to 1e10 on trained models.
-    Stability: truncation drops everything ``order + 1`` or more steps away
-    from the diagonal along any path; cancellation between large powers does
-    the rest.
+    Stability: truncation drops the powers above ``order``, and where large
+    powers cancel, their rounding errors remain.
 
     Parameters
     ----------
@@ -54,7 +53,7 @@ METHOD = Method(
     name="neumann",
     build=neumann,
     candidates=lambda chunk: (neumann(chunk),),
-    # Short ones alone: longer ones cost more than exact methods.
+    # Only short series: longer ones cost more than exact methods.
     automatic=lambda chunk: tuple(neumann(chunk, order) for order in (1, 2, 3) if order < chunk),
     rank=3,
     automatic_rank=1,

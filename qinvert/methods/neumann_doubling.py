@@ -17,7 +17,7 @@ def neumann_doubling(chunk: int) -> Program:
     Cost: ``2 (log2 C - 1)`` dense products, depth ``2 (log2 C - 1)`` at most.
     Range: none is guaranteed; the squares explode like the powers of
     `neumann`, and partial sums are as large as the powers they hold.
-    Stability: unstable, the error grows exponentially with C.
+    Stability: unstable; the error grows exponentially with C.
 
     Parameters
     ----------

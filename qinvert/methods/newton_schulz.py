@@ -29,9 +29,9 @@ def newton_schulz(chunk: int, iterations: int | None = None) -> Program:
     After k iterations ``I - A X = (I - A / 2C)^(2^k)``, about ``exp(-2^k A / 2C)``.
     For unit keys and ``beta <= 1`` the symmetric part of A, balanced by
     sqrt(beta), is at least I / 2, so the error is about ``exp(-2^k / 4C)``:
-    1e-7 for the default at C = 64, its square after one iteration more.
+    1e-7 for the default at C = 64, and its square after one more iteration.
 
-    Cost: 2 dense products per iteration but none for the first.
+    Cost: 2 dense products per iteration, except for the first, which has none.
     Range: none is proved.  No power of M is ever formed alone, and S and W
     stay near the larger of max|M| and max|T| on every stress set.
     Stability: each iteration corrects the rounding errors of those before.

@@ -1,1 +1,1 @@
-"""Numbers: the one module that rounds, its scalar twins, scales, accumulators, and a processor's own law."""
+"""Numbers: the module that rounds, its scalar twins, scales, accumulators, and the law of a processor."""

@@ -1,4 +1,4 @@
-"""Planes of operands, and accumulators of their products: how many there are, and how far they reach."""
+"""Planes of operands, and accumulators of their products: how many there are, and how large they can be."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def plane_scales(fmt: IntFormat, scale: float, right: bool) -> tuple[float, ...]
 def partial_products(left_planes: int, right_planes: int) -> list[list[tuple[int, int]]]:
     """Return the plane pairs of a product, grouped by weight, heaviest first.
 
-    Pairs of one group share an accumulator.  Of two operands with two planes
-    the product of the low ones is dropped: it stays below one step of a
+    Pairs of one group share an accumulator.  If both operands have two
+    planes, the product of the low ones is dropped: it stays below one step of a
     16-bit result.
     """
     groups: dict[int, list[tuple[int, int]]] = {}
@@ -55,6 +55,6 @@ def check_accumulator(bound: int) -> None:
     """
     if bound >= INT32_LIMIT:
         raise PlanError(
-            f"an accumulator can reach {bound}, an int32 holds less than {INT32_LIMIT}; "
+            f"an accumulator can reach {bound}, but an int32 holds less than {INT32_LIMIT}; "
             "use a narrower format or a larger scale"
         )

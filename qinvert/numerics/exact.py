@@ -1,7 +1,7 @@
 """What is exact on torch tensors: planes of integers, and products of integers.
 
-Values wider than int8 enter int8 products as planes; those that must be
-rounded for it are split by `qinvert.numerics.rounding.operand_planes`.
+Values wider than int8 enter int8 products as planes; those that must first be
+rounded are split by `qinvert.numerics.rounding.operand_planes`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Te
 
 
 def dot_scalar(left: list[int], right: list[int]) -> int:
-    """``sum_k left[k] * right[k]`` in Python integers, which never wrap."""
+    """``sum_k left[k] * right[k]`` in Python integers, which never overflow."""
     return sum(a * b for a, b in zip(left, right, strict=True))
 
 
@@ -42,8 +42,8 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int, magnitud
     torch.Tensor
         Integer-valued float32 if ``bound < 2**24`` (every partial sum is then
         exact, in any order and with any fused kernel) and ``magnitude <= 256``
-        (operands are then exact as TF32 and bfloat16, too, which torch may
-        convert them to), else float64.
+        (operands are then also exact as TF32 and bfloat16, to which torch
+        may convert them), else float64.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""How Qualcomm's Hexagon rounds int8 graphs: not as ONNX says, and here bit for bit.
+"""How Qualcomm's Hexagon rounds int8 graphs, bit for bit: differently from ONNX.
 
 The laws were found by comparing the emulator of QAIRT 2.51 (onnxruntime-qnn
 2.7; v73, v75 and v79 agree) operator by operator: products with 33 factors
 from 3e-4 to 2.3, inputs on float and power-of-two scales, sums of all pairs
-of int8.  `qinvert.verify` holds every value of that emulator to them.
+of int8.  `qinvert.verify` compares every value of that emulator with them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qinvert.formats import IntFormat
 
 #: Significant bits of the factor that an accumulator is multiplied by.
 FACTOR_BITS: Final = 12
-#: An accumulator is cut to multiples of this many bits below what one step of the result is.
+#: Bits of an accumulator that are kept below one step of the result; those below are cut off.
 GUARD_BITS: Final = 3
 #: Scales whose reciprocal is a normal float16, with room for the quotient.
 SCALES: Final = (2.0**-14, 2.0**14)
@@ -43,7 +43,7 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     scale : float
         In [2^-14, 2^14].
     fmt : IntFormat
-        Of one plane and 8 bits.
+        Format of one plane and 8 bits.
     """
     quotient = (x.to(torch.float16) * float(np.float16(1 / scale))).to(torch.float32)
     rounded = torch.floor(quotient.abs() + 0.5).copysign(quotient)
@@ -68,19 +68,19 @@ def requantize_scalar(accumulator: int, multiplier: float, fmt: IntFormat) -> in
 def requantize(accumulator: torch.Tensor, multiplier: float, fmt: IntFormat) -> torch.Tensor:
     """``sat(floor((floor(acc / 2^k) + 1/2) 2^k f + 1/2))``, as integer-valued float32.
 
-    ``f`` is the multiplier to 12 significant bits and ``2^k`` the largest
-    power of two below ``1 / (8 f)``: what is cut off counts as its middle.  So
-    ties go up, and a result is within 1/16 and 2^-12 of itself of the half
-    step that rounding to nearest allows.
+    ``f`` is the multiplier to 12 significant bits, and ``2^k`` the largest
+    power of two below ``1 / (8 f)``.  The part that is cut off counts as half of
+    ``2^k``.  So ties go up, and the error of a result exceeds the half step of
+    rounding to nearest by at most 1/16 of a step and 2^-12 of the result.
 
     Parameters
     ----------
     accumulator : torch.Tensor
         Exact integers, float32 or float64, residual terms already added.
     multiplier : float
-        `LayerPlan.multiplier`.
+        `qinvert.plan.integer_product.IntegerProduct.factor`.
     fmt : IntFormat
-        Of the result, of one plane and 8 bits.
+        Format of the result, of one plane and 8 bits.
     """
     factor, bits = factor_of(multiplier)
     unit = 2.0**bits
@@ -100,11 +100,11 @@ def add(terms: list[tuple[torch.Tensor, float]], scale: float, fmt: IntFormat) -
     Parameters
     ----------
     terms : list of (torch.Tensor, float)
-        Integers and their scales, powers of two like ``scale``: of others the
-        emulator's fixed-point factors are not known.
+        Integers and their scales, which are powers of two like ``scale``.  For
+        other scales the emulator's fixed-point factors are not known.
     scale, fmt
-        Of the result, of one plane and 8 bits.
+        Grid of the result, with a format of one plane and 8 bits.
     """
-    # Integers of 8 bits times powers of two within 2^-14 and 2^14: exact in float64.
+    # Integers of 8 bits times powers of two between 2^-14 and 2^14 are exact in float64.
     total = torch.stack([q.to(torch.float64) * unit for q, unit in terms]).sum(0)
     return torch.floor(total / scale + 0.5).clamp(fmt.minimum, fmt.maximum).to(torch.float32)

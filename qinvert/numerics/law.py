@@ -10,9 +10,9 @@ from qinvert.errors import PlanError, lookup
 class Rounding(StrEnum):
     """Whose integers a simulation returns."""
 
-    #: Those that ONNX says: float32 operations, half to even.
+    #: Those of ONNX: float32 operations that round half to even.
     ONNX = "onnx"
-    #: Those of Qualcomm's Hexagon, of int8 plans; see `qinvert.numerics.hexagon`.
+    #: Those of Qualcomm's Hexagon, for int8 plans; see `qinvert.numerics.hexagon`.
     HEXAGON = "hexagon"
 
     @staticmethod
@@ -22,6 +22,6 @@ class Rounding(StrEnum):
         Raises
         ------
         PlanError
-            If there is none.
+            If there is no such member.
         """
         return lookup({str(rounding): rounding for rounding in Rounding}, name, "rounding", PlanError)

@@ -1,15 +1,15 @@
 """The only module that rounds to integers.
 
-Every primitive comes twice: a scalar twin over Python integers and
-`numpy.float32`, written to be read, and the vectorised form over
-`torch.Tensor` that the simulator runs.  Tests hold the two, and onnxruntime,
-to the same values.
+Every primitive exists twice: as a scalar twin over Python integers and
+`numpy.float32`, which is written to be read (`qinvert.numerics.scalar`), and as
+the vectorised form over `torch.Tensor` that the simulator runs.  Tests compare
+the two with each other and with onnxruntime.
 
 Quantized values travel as *integer-valued float32 tensors*: every integer of
 up to 16 bits is exact in float32, and so is an int8 accumulator
 (``K * 127**2 < 2**24`` for ``K <= 1040``), so matrix products run on the
 fastest kernels without losing a bit.  What never rounds is in
-`qinvert.numerics.accumulators`.
+`qinvert.numerics.exact` and `qinvert.numerics.accumulators`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     scale : float
         A float32 value.
     fmt : IntFormat
-        Where to saturate.
+        Its ends are where values saturate.
 
     Returns
     -------
     torch.Tensor
-        Integer-valued float32; bit-exact with ONNX QuantizeLinear, or with two
-        of them around a Sub for two planes.
+        Integer-valued float32; bit-exact with ONNX QuantizeLinear, or for
+        two planes with two of them around a Sub.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
         If ``x`` holds a NaN.  Infinities saturate.
     """
     x = x.to(torch.float32)
-    # max() of a NaN is NaN, in one pass.
+    # max() of values with a NaN is NaN, and it takes one pass.
     if x.numel() and math.isnan(float(x.max())):
         raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
     return _round(x, scale, fmt)
@@ -64,7 +64,7 @@ def _round(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
 
 def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
     # A scalar divisor on the host lets CUDA multiply by its reciprocal instead,
-    # which is off by one step now and then: divide by a tensor on the device.
+    # which is sometimes off by one step.  So the divisor is a tensor on the device.
     return x / _on_device(scale, x)
 
 
@@ -73,7 +73,7 @@ def _on_device(scale: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
-    # In place: every caller hands over a fresh tensor, and the passes over memory count.
+    # This works in place: every caller passes a new tensor, and passes over memory take time.
     steps = steps.round_()
     if fmt.zero_point:
         steps += fmt.zero_point
@@ -84,7 +84,7 @@ def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[
     """Return `planes` of the right operand of a product, int16 split into two int8 planes.
 
     No runtime multiplies int16 by int16: the graph rounds the dequantized
-    operand to int8 and its rest to int8 again, and so does this.
+    operand to int8, and then the rest to int8.  This function does the same.
     """
     if fmt.container_bits > INT8.container_bits:
         q, fmt = _round(dequantize(q, scale, fmt), scale, INT8X2), INT8X2
@@ -94,7 +94,7 @@ def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[
 def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     """``float32(q - zero_point) * scale``, summed over planes in float32.
 
-    Bit-exact with ONNX DequantizeLinear, and with an Add of two for two planes.
+    Bit-exact with ONNX DequantizeLinear, and for two planes with an Add of two.
     """
     (first, first_scale), *rest = planes(q.to(torch.float32), scale, fmt)
     value = first * first_scale
@@ -114,8 +114,8 @@ def requantize_divide(
 ) -> torch.Tensor:
     """``sat(round_half_even((float32(acc) * unit + sum_i float32(q_i) * s_i) / scale))``.
 
-    What MatMulInteger, Cast, Mul, Add and QuantizeLinear compute one after the
-    other: each product and each sum is rounded to float32, from left to right.
+    This is what MatMulInteger, Cast, Mul, Add and QuantizeLinear compute one after
+    the other: each product and each sum is rounded to float32, from left to right.
 
     Parameters
     ----------
@@ -127,13 +127,13 @@ def requantize_divide(
         Lighter accumulators, then residual planes, with their scales; a
         negative scale subtracts.
     scale, fmt
-        Of the result.
+        Grid of the result.
     overwrite : bool
-        ``accumulator`` is nobody else's: its memory may hold the result.
+        Whether the memory of ``accumulator`` may hold the result.
     """
     x = _scaled(accumulator, unit, overwrite)
     for q, addend_scale in addends:
-        # Not add with alpha: that may round product and sum at once.
+        # This is not add with alpha, which may round the product and the sum at once.
         x += q.to(torch.float32) * addend_scale
     if fmt.planes > 1:
         return _round(x, scale, fmt)
@@ -141,7 +141,7 @@ def requantize_divide(
 
 
 def _scaled(accumulator: torch.Tensor, factor: float, overwrite: bool) -> torch.Tensor:
-    # Fresh memory costs more than the product: on a CPU every page of it is a fault.
+    # New memory costs more than the product: on a CPU every new page is a page fault.
     if overwrite and accumulator.dtype == torch.float32:
         return accumulator.mul_(factor)
     return accumulator.to(torch.float32) * factor
@@ -152,7 +152,7 @@ def requantize_scaled(
 ) -> torch.Tensor:
     """``sat(round_half_even(float32(float32(q * unit) * factor) / scale))``.
 
-    What Cast, Mul, Mul and QuantizeLinear compute one after the other.
+    This is what Cast, Mul, Mul and QuantizeLinear compute one after the other.
 
     Parameters
     ----------
@@ -161,9 +161,9 @@ def requantize_scaled(
     unit : float
         Scale of the source.
     factor : float
-        What the real value is multiplied by.
+        Number by which the real value is multiplied.
     scale, fmt
-        Of the result.
+        Grid of the result.
     """
     return _round(q.to(torch.float32) * unit * factor, scale, fmt)
 
@@ -173,19 +173,19 @@ def requantize_partial(
 ) -> torch.Tensor:
     """``sat(sum_i sat(round_half_even(float32(acc_i) * f_i)))``, ``f_i`` the factor of plane i.
 
-    What QLinearMatMul computes of one accumulator, and one such product for
-    each plane of a right operand with a quantized Add of both.
+    For one accumulator this is what QLinearMatMul computes.  For a right operand
+    of two planes it is one such product per plane, and a quantized Add of both.
 
     Parameters
     ----------
     accumulators : list of torch.Tensor
-        One, or that of the high plane and that of the low one.
+        One accumulator, or that of the high plane and that of the low one.
     factor : float
-        `multiplier` of the scales, the low plane's.
+        `multiplier` of the three scales, which is the factor of the low plane.
     scale, fmt
-        Of the result.
+        Grid of the result.
     overwrite : bool
-        The accumulators are nobody else's: their memory may hold the result.
+        Whether the memory of the accumulators may hold the result.
     """
     first, *rest = (
         requantize_multiplier(accumulator, weighted, fmt, overwrite=overwrite)
@@ -210,8 +210,8 @@ def requantize_multiplier(
     factor : float
         `multiplier` of the three scales.
     fmt : IntFormat
-        Of the result.
+        Format of the result.
     overwrite : bool
-        ``accumulator`` is nobody else's: its memory may hold the result.
+        Whether the memory of ``accumulator`` may hold the result.
     """
     return _saturate(_scaled(accumulator, factor, overwrite), fmt)

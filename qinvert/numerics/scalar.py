@@ -22,7 +22,7 @@ def quantize_scalar(x: float, scale: float, fmt: IntFormat) -> int:
     Raises
     ------
     InputError
-        If ``x`` is NaN: it has no integer.
+        If ``x`` is NaN, for which there is no integer.
     """
     if math.isnan(x):
         raise InputError("cannot quantize NaN; look for the NaN upstream of the inverse")
@@ -42,7 +42,7 @@ def _round_scalar(x: np.float32, scale: float, fmt: IntFormat) -> int:
 def _saturate_scalar(steps: float, fmt: IntFormat) -> int:
     if math.isinf(steps):
         return fmt.maximum if steps > 0 else fmt.minimum
-    # Python's round is half-to-even on floats and exact.
+    # Python's round is exact on floats and rounds half to even.
     return max(fmt.minimum, min(fmt.maximum, round(steps) + fmt.zero_point))
 
 

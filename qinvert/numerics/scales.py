@@ -3,7 +3,7 @@
 Python's floats are float64.  One operation on float32 numbers in float64,
 rounded to float32 afterwards, is the float32 operation: a product of two
 24-bit mantissas is exact in 53 bits, and a quotient that is rounded twice
-ends where it would if rounded once, because 53 >= 2 * 24 + 2.  So building a
+is the same as if it were rounded once, because 53 >= 2 * 24 + 2.  So building a
 program needs no array library.
 """
 
@@ -15,7 +15,7 @@ from typing import Final
 
 from qinvert.errors import PlanError
 
-#: A scale below this comes near the smallest normal float32 once multiplied.
+#: A product with a scale below this comes near the smallest normal float32.
 MIN_SCALE: Final = 1e-30
 #: Two scales above this, times an accumulator, come near the largest float32.
 MAX_SCALE: Final = 1e15
@@ -54,12 +54,12 @@ def product_scale(left: float, right: float) -> float:
 
 
 def multiplier(left: float, right: float, output: float) -> float:
-    """``float32(float32(left * right) / output)``, the factor QLinearMatMul applies.
+    """``float32(float32(left * right) / output)``, the factor that QLinearMatMul applies.
 
     Raises
     ------
     PlanError
-        If it overflows: zero times it would be NaN.
+        If it overflows, because zero times infinity would be NaN.
     """
     factor = float32(product_scale(left, right) / float32(output))
     if math.isinf(factor):

@@ -1,10 +1,10 @@
-"""What a product means in integers: the one reading of it, as data.
+"""What a product means in integers, as data that all interpreters share.
 
 A step ``left @ right + residuals`` (or the elementwise product of a `Scale`)
-becomes accumulators of int8 products.  Which planes meet in which accumulator,
-what one step of an accumulator is worth, how residual terms join, and how the
-accumulators become integers again is decided here.  Simulator, intervals,
-kernels, lowering, cost and the planner's noise model ask it.
+becomes accumulators of int8 products.  This module decides which planes meet in
+which accumulator, the real value of one step of an accumulator, how residual
+terms join, and how the accumulators become integers again.  The simulator, the
+intervals, kernels, lowering, cost and the planner's noise model all use it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qinvert.program.steps import MatMul, Scale
 
 
 class PlanePair(NamedTuple):
-    """Which plane of the left operand meets which one of the right, high planes first."""
+    """A plane of the left operand, and the plane of the right one that it meets; 0 is the highest."""
 
     left: int
     right: int
@@ -33,15 +33,15 @@ class PlanePair(NamedTuple):
 class PlanePairs:
     """The products of planes of two operands."""
 
-    #: Pairs of one weight share an accumulator; heaviest first.
+    #: Pairs of equal weight share an accumulator; the heaviest come first.
     groups: tuple[tuple[PlanePair, ...], ...]
-    #: Whether the product of the low planes of both operands is left out: it stays below one step
+    #: Whether the product of the low planes of both operands is left out.  It stays below one step
     #: of a 16-bit result.
     drops_low: bool
 
     @property
     def count(self) -> int:
-        """Products of planes that are computed."""
+        """Number of products of planes that are computed."""
         return sum(map(len, self.groups))
 
 
@@ -60,7 +60,7 @@ class Residual:
     tensor: str
     #: Its plane as a right operand; None for the integers as they are stored.
     plane: int | None
-    #: Accumulator steps that one of its steps is worth, negative where it is subtracted.
+    #: Number of accumulator steps in one step of the tensor; negative if it is subtracted.
     factor: int
 
 
@@ -72,18 +72,18 @@ class Accumulator:
     pairs: tuple[PlanePair, ...]
     #: Real value of one step.
     unit: float
-    #: Terms that join it as integers; none where the plan divides.
+    #: Terms that join it as integers; there are none if the plan divides.
     residuals: tuple[Residual, ...]
-    #: Largest magnitude, from formats and shapes alone.
+    #: Largest magnitude, from formats and shapes only.
     bound: int
 
 
 class Addend(NamedTuple):
-    """A plane of a residual term that joins as a float32 product, where the plan divides."""
+    """A plane of a residual term, which joins as a float32 product if the plan divides."""
 
     tensor: str
     plane: int
-    #: Real value of one step, negative where it is subtracted.
+    #: Real value of one step; negative if it is subtracted.
     scale: float
 
 
@@ -92,7 +92,7 @@ class IntegerProduct:
     """A product of a plan, as every interpreter of integers reads it.
 
     With `Requantize.MULTIPLIER` each accumulator, its residuals included, is
-    multiplied by its one of `factors`, rounded, and the results are added.
+    multiplied by its own factor of `factors` and rounded; the results are added.
     With `Requantize.DIVIDE` the accumulators times their units and the
     `addends` are summed in float32, from left to right, and divided by the
     output's scale.
@@ -103,7 +103,7 @@ class IntegerProduct:
     right: Quantization
     output: Quantization
     requantize: Requantize
-    #: Heaviest first.
+    #: The heaviest come first.
     accumulators: tuple[Accumulator, ...]
     #: In the order in which they are added; empty with `Requantize.MULTIPLIER`.
     addends: tuple[Addend, ...]
@@ -137,12 +137,12 @@ class IntegerProduct:
 
     @property
     def cost(self) -> int:
-        """int8 products that the product costs: three for int8x2, four halves for int16."""
+        """Number of int8 products that cost as much: three for int8x2, four for int16."""
         count = sum(len(accumulator.pairs) for accumulator in self.accumulators)
         return count * self.left.format.container_bits // 8
 
     def identity(self, term: str) -> int:
-        """Integer that means 1.0 on the grid of the operand that the residual ``term`` is not.
+        """Integer that means 1.0 on the grid of the operand that multiplies the residual ``term``.
 
         ``left @ right + right = (left + I) @ right``: on left's grid the
         identity is the integer ``k`` with ``float32(1 / k) = scale(left)``, so
@@ -151,13 +151,13 @@ class IntegerProduct:
         Raises
         ------
         PlanError
-            If the term is neither operand, or the other operand's scale is
+            If the term is not an operand, or if the other operand's scale is
             not a float32 reciprocal of an integer.
         """
         partner, grid = self._partner(term)
         if not grid.one:
             raise PlanError(
-                f"step {self.step.output!r}: 1.0 is no integer on the grid of {partner!r} "
+                f"step {self.step.output!r}: 1.0 is not an integer on the grid of {partner!r} "
                 f"(scale {grid.scale!r}); use a scale 1/k or requantize='divide'"
             )
         return grid.one
@@ -181,7 +181,7 @@ class IntegerProduct:
         left, right = _operands(self.step)
         if term not in (left, right):
             raise PlanError(
-                f"step {self.step.output!r}: residual {term!r} is no operand of the product; "
+                f"step {self.step.output!r}: residual {term!r} is not an operand of the product; "
                 "plan it with requantize='divide'"
             )
         return (left, self.left) if term == right else (right, self.right)
@@ -195,12 +195,12 @@ def integer_product(
     Parameters
     ----------
     step : MatMul or Scale
-        A `Scale` has its vector for the right operand, and a depth of 1.
+        The right operand of a `Scale` is its vector, and its depth is 1.
     grids : mapping
         Quantization of every tensor that the step names.
     requantize : Requantize
     depth : int
-        Columns of the left operand: products that one element sums.
+        Columns of the left operand: the number of products in one element's sum.
 
     Raises
     ------
@@ -255,7 +255,7 @@ def _residuals(product: IntegerProduct, terms: list[tuple[int, str]]) -> dict[in
 
 
 def _left_factors(product: IntegerProduct, name: str) -> list[int]:
-    # Names the term that is no operand before anything is split.
+    # This refuses a term that is not an operand, with its name, before anything is split.
     product.identity(name)
     return product.identity_planes()
 
@@ -280,7 +280,7 @@ def _accumulator(
 
 
 def _reach(term: Residual, fmt: IntFormat) -> int:
-    """Largest magnitude of what the term adds for each of its factor."""
+    """Largest magnitude of the integers that the factor of the term multiplies."""
     return fmt.magnitude if term.plane is None else operand_magnitudes(fmt, right=True)[term.plane]
 
 

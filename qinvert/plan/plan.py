@@ -48,20 +48,21 @@ class LayerPlan(QuantizedProgram):
         beta : tensor or array, shape ``(..., C)``, optional
             In [0, 2]; a factored program needs it, others ignore it.
         rounding : {"onnx", "hexagon"}
-            Whose integers: those that ONNX says, or those that Qualcomm's
-            Hexagon makes of an int8 graph, see `qinvert.numerics.hexagon`.
+            Whose rounding to simulate: that of ONNX, or that of Qualcomm's
+            Hexagon for int8 graphs, see `qinvert.numerics.hexagon`.
 
         Returns
         -------
         tensor or array
-            float32, dequantized, of the kind that was given; on L's device.
+            float32, dequantized, on L's device: a tensor for a tensor, an array
+            for an array.
 
         Raises
         ------
         InputError
             See `qinvert.matrices.check_matrices` and `check_beta`.
         PlanError
-            If that rounding is unknown, or not known of such a plan.
+            If that rounding is unknown, or not known for such a plan.
         ProgramError
             If the program does not compute an inverse.
         """
@@ -76,11 +77,20 @@ class LayerPlan(QuantizedProgram):
         return execute(self, inputs)
 
     def cost(self) -> int:
-        """Work of one matrix in int8 multiply-accumulates; see `qinvert.plan.cost.plan_cost`."""
+        """Work for one matrix in int8 multiply-accumulates; see `qinvert.plan.cost.plan_cost`."""
         return plan_cost(self)
 
-    def proof(self, limit: float | None = None, max_beta: float = 1.0) -> Proof:
-        """What holds for every input, derived from the plan; see `qinvert.proof.prove`."""
+    def proof(self, limit: float | Mapping[str, float] | None = None, max_beta: float = 1.0) -> Proof:
+        """What holds for every input, derived from the plan; see `qinvert.proof.prove`.
+
+        Parameters
+        ----------
+        limit : float or mapping, optional
+            Guaranteed largest magnitude of the inputs, in real units: one number,
+            such as the largest |M|, or numbers by the names of inputs.
+        max_beta : float
+            Guaranteed largest beta.
+        """
         from qinvert.proof.proof import prove
 
         return prove(self, limit, max_beta)
@@ -104,21 +114,21 @@ class Plan:
             raise PlanError("a plan needs at least one layer; calibrate on data that has matrices")
         for name in self.layers:
             if name.encode(errors="replace").decode() != name:
-                raise PlanError(f"layer name {name!r} is no Unicode text (lone surrogate); rename the layer")
+                raise PlanError(f"layer name {name!r} is not Unicode text (lone surrogate); rename the layer")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def layer(self, name: str | None = None) -> LayerPlan:
-        """Return the layer of that name; None is the only layer.
+        """Return the layer of that name; None stands for the only layer.
 
         Raises
         ------
         PlanError
-            If there is no such layer, or several and no name.
+            If there is no such layer, or if there are several and no name is given.
         """
         if name is None and len(self.layers) == 1:
             return next(iter(self.layers.values()))
         if not isinstance(name, str) or name not in self.layers:
-            given = "no layer named" if name is None else f"unknown layer {name!r}"
+            given = "no layer is named" if name is None else f"unknown layer {name!r}"
             raise PlanError(f"{given}; the plan has {_names(self.layers)}")
         return self.layers[name]
 
@@ -133,7 +143,7 @@ class Plan:
         Raises
         ------
         PlanError
-            If it is not a plan, of a newer schema, or inconsistent.
+            If it is not a plan, has a newer schema, or is inconsistent.
         """
         document = from_bytes(content)
         layers = {}
@@ -146,7 +156,7 @@ class Plan:
 
     @property
     def sha256(self) -> str:
-        """Hash of the plan's file content; identifies it in exported graphs."""
+        """Hash of the plan's file content, which identifies the plan in exported graphs."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -160,7 +170,7 @@ class Plan:
         Raises
         ------
         PlanError
-            If the file is missing, damaged, inconsistent, or of a newer schema.
+            If the file is missing, damaged or inconsistent, or has a newer schema.
         """
         try:
             return Plan.from_bytes(read_bytes(path))

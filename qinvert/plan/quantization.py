@@ -14,12 +14,14 @@ from qinvert.program.steps import MOVES
 
 
 class Requantize(StrEnum):
-    """How an accumulator becomes an integer again; both are one float32 rounding chain."""
+    """How an accumulator becomes an integer again: two chains of float32 roundings."""
 
-    #: Residuals join as float32, then divide by the scale: MatMulInteger, Cast, Mul, Add, QuantizeLinear.
+    #: Residual terms join as float32, and the sum is divided by the output's scale: MatMulInteger,
+    #: Cast, Mul, Add, QuantizeLinear.
     DIVIDE = "divide"
-    #: Residuals join as integers, then one float32 factor: QLinearMatMul and fused QDQ MatMul.
-    #: Two partial products (int16) are rounded one by one, then added.
+    #: Residual terms join as integers, and the sum is multiplied by one float32 factor:
+    #: QLinearMatMul and fused QDQ MatMul.  Two partial products (int16) are rounded one by one,
+    #: and then added.
     MULTIPLIER = "multiplier"
 
 
@@ -30,7 +32,7 @@ class Quantization:
     Invariant: ``scale`` is a float32 of at least `qinvert.numerics.scales.MIN_SCALE`.
     """
 
-    #: Integers that are stored.
+    #: Which integers are stored.
     format: IntFormat
     #: Real value of one step.
     scale: float
@@ -41,12 +43,15 @@ class Quantization:
 
     @property
     def limit(self) -> float:
-        """Largest magnitude that both signs can represent."""
+        """Largest magnitude that the grid has with both signs."""
         return self.format.largest * self.scale
 
     @property
     def one(self) -> int:
-        """Integer ``k`` with ``float32(1 / k) = scale``, that means 1.0; any format's; 0 if none."""
+        """Integer ``k`` with ``float32(1 / k) = scale``, which means 1.0; 0 if there is none.
+
+        It may lie beyond the ends of the format.
+        """
         integer = round(1 / self.scale)
         return integer if integer and scales.float32(1 / integer) == self.scale else 0
 
@@ -67,7 +72,7 @@ def requantize_named(name: str) -> Requantize:
     Raises
     ------
     PlanError
-        If there is none; the message lists the legal names.
+        If there is no such member; the message lists the legal names.
     """
     try:
         return Requantize(name)
@@ -76,7 +81,7 @@ def requantize_named(name: str) -> Requantize:
 
 
 def check_names(program: StepList, tensors: Mapping[str, Quantization]) -> None:
-    """Refuse tensors that are not the program's, each on a symmetric grid.
+    """Refuse tensors that are not those of the program, or that are not on a symmetric grid.
 
     Raises
     ------
@@ -91,7 +96,7 @@ def check_names(program: StepList, tensors: Mapping[str, Quantization]) -> None:
     for name, quantization in tensors.items():
         if quantization.format.zero_point:
             raise PlanError(
-                f"tensor {name!r}: format {quantization.format} has a zero point, plans are symmetric; "
+                f"tensor {name!r}: format {quantization.format} has a zero point, but plans are symmetric; "
                 "use int4, int8, int8x2 or int16 (profiles shift the grid on export)"
             )
 

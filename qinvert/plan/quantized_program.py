@@ -1,4 +1,4 @@
-"""A program with a grid for every tensor: what simulator, kernels, proof and lowering take."""
+"""A program with a grid for every tensor: what the simulator, kernels, proof and lowering take."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class QuantizedProgram:
     program: StepList
     tensors: Mapping[str, Quantization]
     requantize: Requantize
-    #: What every MatMul and Scale means in integers, by its output; derived.
+    #: What every MatMul and Scale means in integers, by its output.  It is derived.
     products: Mapping[str, IntegerProduct] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requantize", requantize_named(self.requantize))
         check_names(self.program, self.tensors)
-        # In the program's order: equal plans must give equal files.
+        # Tensors keep the program's order, because equal plans must give equal files.
         ordered = {name: self.tensors[name] for name in self.program.tensors}
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         check_moves(self.program, self.tensors)
@@ -54,7 +54,7 @@ class QuantizedProgram:
         for product in self.products.values():
             check_accumulator(product.bound)
             if self.requantize is Requantize.MULTIPLIER:
-                # Refuses factors that overflow.
+                # This refuses factors that overflow.
                 _ = product.factor
 
     def _read_products(self) -> dict[str, IntegerProduct]:

@@ -1,9 +1,10 @@
 """Plans as JSON files.
 
-Scales are written as decimal float64 of a float32, which round-trips bit for
-bit.  Layers that share a program refer to one copy of it.  Nothing in a file
+Scales are float32 numbers, written as decimal float64 numbers, so that reading
+returns the same bits.  Layers that share a program refer to one copy of it.  Nothing in a file
 is executed; everything is checked by the same constructors that calibration
-uses.  A file has the oldest schema that can hold it: docs/plan-schema.md.
+uses.  A file has the oldest schema that can hold it, see
+docs/plan-schema.md.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from qinvert.version import __version__
 
 #: Newest version of the file layout; readers take this one and all older ones.
 SCHEMA_VERSION: Final = 2
-#: The version of plans whose programs all compute an inverse: older releases read them.
+#: Version of plans whose programs all compute an inverse; older releases can read them.
 INVERSE_SCHEMA: Final = 1
 
 
 class PlannedLayer(Protocol):
-    """What a file holds of one layer."""
+    """What a file stores of one layer."""
 
     @property
     def program(self) -> Program: ...
@@ -57,7 +58,7 @@ def to_bytes(layers: Mapping[str, PlannedLayer], target: str, provenance: Mappin
     Raises
     ------
     PlanError
-        If the provenance holds what JSON cannot.
+        If the provenance holds a value that JSON cannot express.
     """
     programs: list[Json] = []
     entries: Json = {}
@@ -79,7 +80,7 @@ def to_bytes(layers: Mapping[str, PlannedLayer], target: str, provenance: Mappin
         text = json.dumps(document, indent=1, allow_nan=False)
         json.dumps(document, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise PlanError(f"the plan's provenance is no JSON ({error}); use texts, numbers, lists") from None
+        raise PlanError(f"the plan's provenance is not JSON ({error}); use texts, numbers, lists") from None
     return (text + "\n").encode()
 
 
@@ -89,7 +90,7 @@ def from_bytes(content: bytes) -> PlanDocument:
     Raises
     ------
     PlanError
-        If it is not a plan, of a newer schema, or inconsistent.
+        If it is not a plan, has a newer schema, or is inconsistent.
     """
     try:
         return _from_json(parse(content))
@@ -101,8 +102,8 @@ def _from_json(document: Json) -> PlanDocument:
     version = require(document, "schema_version", int)
     if version > SCHEMA_VERSION:
         raise PlanError(
-            f"plan has schema version {version}, this qinvert {__version__} reads up to {SCHEMA_VERSION}; "
-            "upgrade qinvert"
+            f"plan has schema version {version}, but this qinvert {__version__} reads up to "
+            f"{SCHEMA_VERSION}; upgrade qinvert"
         )
     if version < 1:
         raise PlanError(f"plan has schema version {version}; versions start at 1")
@@ -111,7 +112,7 @@ def _from_json(document: Json) -> PlanDocument:
     for name, layer in require(document, "layers", dict).items():
         index = require(layer, "program", int)
         if not 0 <= index < len(programs):
-            raise PlanError(f"layer {name!r} names program {index}, the plan has {len(programs)}")
+            raise PlanError(f"layer {name!r} names program {index}, but the plan has {len(programs)}")
         layers[name] = _layer_from_json(layer, name, programs[index])
     return PlanDocument(
         layers=layers,

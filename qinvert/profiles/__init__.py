@@ -1,8 +1,8 @@
-"""Export profiles as data: what one family of compilers takes.
+"""Export profiles as data: each says what one family of compilers accepts.
 
 Each module of this package defines one `Profile`; a new file is a new
 profile.  Calibration reads from it which formats and which requantize form to
-plan for, export reads how to lower and what rules to hold graphs to, and the
+plan for, export reads how to lower and which rules graphs must follow, and the
 command line prints the table.
 """
 
@@ -18,20 +18,20 @@ __all__ = ["PROFILES", "Profile", "default_target", "discover", "find_profile"]
 #: Every profile by its name.
 PROFILES: dict[str, Profile] = {}
 
-#: Where no target is given: the first of these that takes the format.
+#: Targets for callers that name none: the first of these that takes the format.
 DEFAULT_TARGETS = ("npu-qdq-int8", "npu-qdq-int4", "npu-qdq-int16", "int-ops")
 
 
 def discover() -> dict[str, Profile]:
     """Fill `PROFILES` from the modules of this package, and return it.
 
-    Runs once by itself; call it again after a folder was added to the
+    It runs once on import; call it again after a folder was added to the
     package's ``__path__``.  If it fails, the table stays as it was.
 
     Raises
     ------
     ExportError
-        If a module defines no ``PROFILE``, or two define one of the same name.
+        If a module does not define ``PROFILE``, or if two profiles have the same name.
     """
     found = definitions(__name__, __path__, "PROFILE", Profile, ExportError)
     PROFILES.clear()
@@ -40,7 +40,7 @@ def discover() -> dict[str, Profile]:
 
 
 def default_target(fmt: IntFormat) -> str:
-    """Return the target of plans of that format, if a caller names none."""
+    """Return the target of plans of that format for callers that do not name one."""
     return next(name for name in DEFAULT_TARGETS if fmt in PROFILES[name].formats)
 
 
@@ -50,7 +50,7 @@ def find_profile(name: str) -> Profile:
     Raises
     ------
     ExportError
-        If there is none; the message lists the legal names.
+        If there is no such profile; the message lists the legal names.
     """
     return lookup(PROFILES, name, "profile", ExportError)
 

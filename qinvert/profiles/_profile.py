@@ -12,7 +12,7 @@ from qinvert.formats import INT8, IntFormat
 from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT
 from qinvert.plan.quantization import Requantize
 
-#: Operator sets of ONNX come one by one; far beyond those that exist.
+#: Largest operator set that is accepted; ONNX numbers its sets one by one and is far below.
 MAX_OPSET: Final = 99
 #: Names are words on the command line and in file names.
 NAME: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -37,7 +37,7 @@ class Profile:
     #: Whether every tensor between operators must be quantized: compilers of QDQ graphs
     #: leave an operator in float where one is not.
     quantized_everywhere: bool
-    #: Whether graphs equal the simulator bit for bit, whatever the scales.  Integer operators
+    #: Whether graphs equal the simulator bit for bit, for all scales.  Integer operators
     #: do; float operators leave the order of their sums open.
     exact: bool
     #: ONNX operator set of the graph.
@@ -50,18 +50,18 @@ class Profile:
     operators: frozenset[str]
     #: Runtimes on which graphs of this profile were compared with the simulator.
     proved: tuple[str, ...]
-    #: What to know before using it.
+    #: What a user must know before using it.
     caveats: str
     #: How tensors of the int8 grid are stored: `INT8`, or `UINT8`, the same real values shifted by 128.
     storage: IntFormat = INT8
-    #: How MatMulInteger takes its left operand, if not as stored.
+    #: Format in which MatMulInteger takes its left operand; None for the stored one.
     left_operand: IntFormat | None = None
     #: Whether every scale must be a power of two.
     power_of_two_scales: bool = False
-    #: Operators that may also build L from keys, in float and before anything is quantized.
+    #: Operators that are also allowed where L is built from keys, in float and before anything is quantized.
     prologue: frozenset[str] = frozenset({"Exp", "MatMul", "Mul", "Transpose"})
-    #: Largest magnitude of an accumulator: what float32 holds exactly, for back ends
-    #: that multiply in it.
+    #: Largest magnitude of an accumulator.  The default is what float32 holds exactly, for back
+    #: ends that multiply in float32.
     accumulator_limit: int = FLOAT32_EXACT
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Profile:
             check_integer(name, getattr(self, name), 1, most, ExportError, f"; see profile {self.name!r}")
 
     def storage_of(self, fmt: IntFormat) -> IntFormat:
-        """Format whose container and zero point graphs have for values of a format."""
+        """Return the format whose container and zero point graphs use for values of ``fmt``."""
         return self.storage if fmt.container_bits == INT8.container_bits else fmt
 
     @property

@@ -10,7 +10,7 @@ from qinvert.profiles.npu_qdq_int8 import PROFILE as INT8_PROFILE
 
 PROFILE = Profile(
     name="npu-qdq-int16",
-    summary="int16 tensors; two MatMul int16 x int8 a product, each rounded to int16",
+    summary="int16 tensors; two MatMul int16 x int8 per product, each rounded to int16",
     lowering="qdq",
     quantized_everywhere=True,
     exact=False,

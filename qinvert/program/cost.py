@@ -14,22 +14,22 @@ from qinvert.program.steps import MatMul, Step
 class Cost:
     """Work per input matrix."""
 
-    #: Multiply-accumulates of all products, dense.
+    #: Multiply-accumulates of all products, as if operands were dense.
     macs: int
-    #: Products; a stack of blocks counts once.
+    #: Number of products; a stack of blocks counts once.
     matmuls: int
     #: Longest chain of products that wait for each other.
     depth: int
-    #: Steps of any kind.
+    #: Number of steps of any kind.
     steps: int
-    #: Elements that all steps read and write; constants are not counted.
+    #: Number of elements that all steps read and write; constants are not counted.
     elements: int
-    #: The same in bytes of the format they are stored in.
+    #: The same in bytes of the format in which they are stored.
     bytes: int
 
     @property
     def nodes(self) -> int:
-        """Operations of a graph of the program: ``steps``, because constants are no steps.
+        """Operations of a graph of the program: ``steps``, because constants are not steps.
 
         What a lowering wraps around them (quantize, cast, add) depends on the
         export profile and is not counted.
@@ -50,13 +50,13 @@ def program_cost(program: StepList, bytes_per_element: int = 1) -> Cost:
     ----------
     program : StepList
     bytes_per_element : int
-        Of every stored tensor: 1 for int8, 2 for int16 and 16-bit floats,
+        Width of every stored tensor: 1 for int8, 2 for int16 and 16-bit floats,
         4 for float32, 8 for float64.
 
     Raises
     ------
     ProgramError
-        If ``bytes_per_element`` is no power of two up to 8.
+        If ``bytes_per_element`` is not a power of two up to 8.
     """
     check_power_of_two("bytes_per_element", bytes_per_element, 1, 8, ProgramError, "; int8 takes 1")
     elements = sum(_elements(program, step) for step in program.steps)
@@ -71,7 +71,7 @@ def program_cost(program: StepList, bytes_per_element: int = 1) -> Cost:
 
 
 def multiply_accumulates(program: StepList, step: Step) -> int:
-    """Return the multiply-accumulates of one step for one matrix, 0 for all but products."""
+    """Return the multiply-accumulates of one step for one matrix, which are 0 for all steps but products."""
     if not isinstance(step, MatMul):
         return 0
     left, output = program.shapes[step.left], program.shapes[step.output]

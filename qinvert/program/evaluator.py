@@ -14,8 +14,10 @@ V = TypeVar("V")
 class Evaluator(ABC, Generic[V]):
     """One meaning of a program: a value type ``V`` and one method per kind of step.
 
-    Laws: methods are pure, ``mask``, ``slice`` and ``concat`` return values of
-    their sources unchanged, and ``matmul`` rounds at most once.
+    Laws: methods are pure, and ``mask``, ``slice`` and ``concat`` return values
+    of their sources unchanged.  ``matmul`` rounds at most once, except for int16
+    products that are requantized by one factor: these round the accumulator of
+    each plane, and then their sum.
     """
 
     @abstractmethod
@@ -52,7 +54,7 @@ class Evaluator(ABC, Generic[V]):
 
 
 def apply_step(evaluator: Evaluator[V], step: Step, values: Mapping[str, V]) -> V:
-    """Return what ``evaluator`` makes of one step, whose inputs are among ``values``."""
+    """Return the result of one step under ``evaluator``; ``values`` holds its inputs."""
     match step:
         case MatMul():
             add = [values[name] for name in step.add]

@@ -10,16 +10,16 @@ from typing import Final
 from qinvert.errors import ProgramError
 from qinvert.program.steps import MAX_CHUNK, MAX_NAME, Shape
 
-#: Most inputs, and most outputs, of a program; the whole chunk step has six and two.
+#: Largest number of inputs, and of outputs, of a program; the whole chunk step has six and two.
 MAX_PORTS: Final = 64
-#: Most elements of a port, those of the largest M.
+#: Largest number of elements of a port: that of the largest M.
 MAX_ELEMENTS: Final = MAX_CHUNK**2
 
 
 class Meaning(StrEnum):
-    """What a port holds, as far as anything but the program itself needs to know."""
+    """What a port holds, as far as code outside the program needs to know."""
 
-    #: Any matrix; what it is, the program's documentation says.
+    #: Any matrix; the program's documentation says what it is.
     TENSOR = "tensor"
     #: ``M = -L``, strictly lower triangular, ``[C, C]``.
     MATRIX = "matrix"
@@ -66,7 +66,7 @@ class Port:
         if blocks != 1 or rows < 1 or columns < 1 or math.prod(self.shape) > MAX_ELEMENTS:
             raise ProgramError(
                 f"port {self.name!r} has the shape {self.shape}; a port is one block of at most "
-                f"{MAX_ELEMENTS} elements, cut or stack blocks by steps of the program"
+                f"{MAX_ELEMENTS} elements; cut or stack blocks by steps of the program"
             )
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Port:
 class InversePorts:
     """The tensors behind the ports of a program that computes an inverse."""
 
-    #: Tensor of M, or of K where beta is an input of its own.
+    #: Tensor of M, or of K where beta is a separate input.
     matrix: str
     #: Tensor of beta; None where the program does not take it.
     beta: str | None
@@ -93,7 +93,7 @@ class InversePorts:
 
     @property
     def holds_identity(self) -> bool:
-        """Whether the result is T itself: nothing has to be added to it."""
+        """Whether the result is T itself, so that nothing must be added to it."""
         return self.form is Meaning.INVERSE
 
 

@@ -52,7 +52,7 @@ class Program(StepList):
         return execute(self, inputs, dtype=dtype, observe=observe)
 
     def cost(self, bytes_per_element: int = 1) -> Cost:
-        """Work, depth and traffic of one matrix; see `qinvert.program.cost.program_cost`."""
+        """Work, depth and traffic for one matrix; see `qinvert.program.cost.program_cost`."""
         return program_cost(self, bytes_per_element)
 
     def __str__(self) -> str:

@@ -60,7 +60,7 @@ def program_to_json(program: StepList) -> Json:
 
 
 def _inverse_to_json(ports: InversePorts) -> Json:
-    # The ports of an inverse as all schemas have them: what older versions can run, they can read.
+    # The ports of an inverse are written as in all schemas: older versions can read what they can run.
     return {
         "output": ports.result,
         _HOLDS_NO_IDENTITY: not ports.holds_identity,
@@ -121,7 +121,7 @@ def _inverse_from_json(obj: Any, chunk: int) -> tuple[tuple[Port, ...], tuple[Po
     strict = require(obj, _HOLDS_NO_IDENTITY, bool)
     if vectors not in ((), (BETA,)) or (vectors and not strict):
         raise PlanError(
-            f"{_VECTORS!r} is {list(vectors)}; a program takes none, or {BETA!r} and then holds no identity"
+            f"{_VECTORS!r} is {list(vectors)}; a program takes none, or {BETA!r} with an implicit identity"
         )
     form = Meaning.FACTORED_INVERSE if vectors else Meaning.STRICT_INVERSE if strict else Meaning.INVERSE
     output = inverse_output(chunk, require(obj, "output", str), form)

@@ -34,7 +34,7 @@ def infer_shapes(
     Parameters
     ----------
     name : str
-        Of the program, for messages.
+        Name of the program, for messages.
     inputs, constants, steps
         See `qinvert.program.step_list.StepList`.
 
@@ -49,7 +49,7 @@ def infer_shapes(
     zeros = {c.name for c in constants if not any(stop > start for start, stop in c.ones)}
     known = {c.name: Shape(1, c.rows, c.columns) for c in constants}
     if len({*shapes, *known}) != len(inputs) + len(constants):
-        raise ProgramError(f"{name}: two inputs or constants share a name; give each one of its own")
+        raise ProgramError(f"{name}: two inputs or constants share a name; give each its own name")
     vectors = vector_inputs(inputs, steps)
     for step in steps:
         _check_names(step, shapes, known)
@@ -63,7 +63,7 @@ def infer_shapes(
 def check_outputs(
     name: str, outputs: Sequence[Port], shapes: Mapping[str, Shape], vectors: Collection[str]
 ) -> None:
-    """Refuse outputs that no step writes, that are vectors, or of another shape than their port.
+    """Refuse outputs that no step writes, that are vectors, or that do not have the shape of their port.
 
     Raises
     ------
@@ -71,9 +71,7 @@ def check_outputs(
         With the port and what is there.
     """
     if not 0 < len(outputs) <= MAX_PORTS or len({port.name for port in outputs}) != len(outputs):
-        raise ProgramError(
-            f"{name}: {len(outputs)} outputs; use 1 to {MAX_PORTS}, each with a name of its own"
-        )
+        raise ProgramError(f"{name}: {len(outputs)} outputs; use 1 to {MAX_PORTS}, each with its own name")
     for port in outputs:
         if port.tensor in vectors:
             raise ProgramError(f"{name}: output {port.tensor!r} is a vector input; return a tensor of a step")
@@ -96,7 +94,7 @@ def _check_names(step: Step, shapes: Mapping[str, Shape], constants: Mapping[str
 
 
 def vector_inputs(inputs: Sequence[Port], steps: Sequence[Step]) -> set[str]:
-    """Return the names of the inputs that scales multiply by, those of beta in any case."""
+    """Return the names of the inputs by which scales multiply, and always that of beta."""
     scaled = {step.vector for step in steps if isinstance(step, Scale)}
     return {port.name for port in inputs if port.meaning is Meaning.BETA} | scaled
 
@@ -107,19 +105,19 @@ def _check_readers(step: Step, inputs: Sequence[Port], vectors: Collection[str])
             f"step {step.output!r}: {step.vector!r} is not a vector input of the program; "
             "scale by an input with one column"
         )
-    # Graphs hold a vector twice, along rows and along columns, and nowhere as it is.
+    # Graphs hold a vector twice, along rows and along columns, and not as it was given.
     for name in (step.source,) if isinstance(step, Scale) else step.inputs:
         if name in vectors:
             raise ProgramError(
                 f"step {step.output!r} reads the vector input {name!r}; a scale multiplies a tensor "
-                "by it, no other step may read it"
+                "by it, and no other step may read it"
             )
 
 
 def _check_limits(
     name: str, inputs: Sequence[Port], constants: Sequence[Constant], steps: Sequence[Step]
 ) -> None:
-    # Plans come from files: what a reader allocates must be bounded before it is allocated.
+    # Plans come from files, so every size must be checked before memory is allocated for it.
     if not 0 < len(inputs) <= MAX_PORTS:
         raise ProgramError(f"{name}: {len(inputs)} inputs; a program has 1 to {MAX_PORTS}")
     if len(steps) > MAX_STEPS:
@@ -206,14 +204,14 @@ def _scale_shape(step: Scale, source: Shape, vector: Shape) -> Shape:
         raise ProgramError(f"step {step.output!r}: axis {step.axis!r} cannot be scaled; use rows or columns")
     if vector.columns != 1:
         raise ProgramError(
-            f"step {step.output!r}: {step.vector!r} is not a vector input, it has the shape {vector}; "
+            f"step {step.output!r}: {step.vector!r} is not a vector input: it has the shape {vector}; "
             "scale by an input with one column"
         )
     size = source.rows if step.axis == Axis.ROWS else source.columns
     if (source.blocks, size) != vector[:2]:
         raise ProgramError(
-            f"step {step.output!r}: {source} has {source.blocks} blocks of {size} {step.axis}, the vector is "
-            f"{vector}; scale whole matrices"
+            f"step {step.output!r}: {source} has {source.blocks} blocks of {size} {step.axis}, but the "
+            f"vector is {vector}; scale whole matrices"
         )
     return source
 

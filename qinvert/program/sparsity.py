@@ -1,7 +1,7 @@
 """Where the tensors of a program may differ from zero, whatever L is.
 
 A graph stores ``A + I`` where A is strictly lower triangular, so that ``A B +
-B = (A + I) B`` needs no term of its own; a kernel neither reads nor computes
+B = (A + I) B`` needs no separate term; a kernel neither reads nor computes
 what is known to be zero.
 """
 
@@ -23,7 +23,7 @@ Support = npt.NDArray[np.bool_]
 
 @lru_cache(maxsize=256)
 def constant_support(constant: Constant) -> Support:
-    """Return the ones of a constant, ``[rows, columns]``; not to be written to."""
+    """Return the ones of a constant, ``[rows, columns]``; callers must not write to them."""
     columns = np.arange(constant.columns)
     starts, stops = np.array(constant.ones).T[..., None]
     support: Support = (columns >= starts) & (columns < stops)
@@ -32,7 +32,7 @@ def constant_support(constant: Constant) -> Support:
 
 def product_support(left: Support, right: Support) -> Support:
     """Return where ``left @ right`` may differ from zero."""
-    # In float32: products of booleans are slow.
+    # This runs in float32, because products of booleans are slow.
     product: Support = left.astype(np.float32) @ right.astype(np.float32) > 0
     return product
 
@@ -44,7 +44,7 @@ def cut(step: Slice, pattern: Support) -> Support:
 
 
 class SupportEvaluator(Evaluator[Support]):
-    """Meaning of the steps on supports; a result holds more than it must, never less."""
+    """Meaning of the steps on supports; a result may be larger than necessary, but never smaller."""
 
     def constant(self, constant: Constant, blocks: int) -> Support:
         return constant_support(constant)

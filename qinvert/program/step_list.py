@@ -39,7 +39,7 @@ class StepList:
     constants: tuple[Constant, ...] = ()
     #: In execution order.
     steps: tuple[Step, ...] = ()
-    #: Shape of every tensor, derived.
+    #: Shape of every tensor.  It is derived.
     shapes: Mapping[str, Shape] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class StepList:
 
     @property
     def vector_inputs(self) -> set[str]:
-        """Inputs that scales multiply by and nothing else reads, beta among them."""
+        """Inputs by which scales multiply and which nothing else reads, including beta."""
         return vector_inputs(self.inputs, self.steps)
 
     @property
@@ -93,7 +93,7 @@ class StepList:
         evaluator : Evaluator
             Gives the steps their meaning.
         inputs : mapping
-            Value of every input port.
+            Value of every input port, by its name.
         observe : callable, optional
             Called as ``observe(name, value)`` for the inputs and after every
             step.  A value is dropped as soon as no later step needs it.

@@ -15,22 +15,22 @@ from typing import Final, NamedTuple, TypeAlias
 from qinvert.checks import check_power_of_two, is_float32
 from qinvert.errors import ProgramError
 
-#: The rule is stable up to this beta; beyond it no range is bounded.
+#: The delta rule is stable up to this beta; above it no range has a bound.
 MAX_BETA: Final = 2.0
 #: A smaller beta counts as this one: half precision holds it, and K = M / beta stays finite.
 MIN_BETA: Final = 2.0**-14
-#: Chunk sizes that block structure and the runtimes support.
+#: Largest chunk size that block structure and the runtimes support.
 MAX_CHUNK: Final = 1024
-#: A tensor holds at most this many times the elements of the largest port; the methods here need 1.
+#: A tensor holds at most this many times the elements of the largest port; built-in methods need 1.
 MAX_EXPANSION: Final = 16
-#: Residual terms of one product; the methods here need 2.
+#: Largest number of residual terms of one product; built-in methods need 2.
 MAX_RESIDUALS: Final = 8
-#: Steps of a program; the methods here need about 1,000 at most.
+#: Largest number of steps of a program; built-in methods need at most 5,112.
 MAX_STEPS: Final = 20_000
-#: ``|factor|`` of a `Rescale`, as of any scale: graphs write it as a scale of its own.
+#: Limits of ``|factor|`` of a `Rescale`: those of any scale, because graphs write it as a separate scale.
 MIN_FACTOR: Final = 1e-30
 MAX_FACTOR: Final = 1e15
-#: Length of a name: graphs and tables must stay readable.
+#: Largest length of a name, so that graphs and tables stay readable.
 MAX_NAME: Final = 200
 
 Range: TypeAlias = tuple[int, int]
@@ -55,7 +55,7 @@ class Axis(StrEnum):
 
     #: Stack on the batch axis.
     BLOCKS = "blocks"
-    #: One above the other.
+    #: One block above the other.
     ROWS = "rows"
     #: Side by side.
     COLUMNS = "columns"
@@ -82,7 +82,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatMul:
-    """``output = left @ right + sum(add) - sum(subtract)``, one rounding at the end.
+    """``output = left @ right + sum(add) - sum(subtract)``, rounded at the end.
 
     The residual terms join in the accumulator's precision.  Each of them is
     ``left`` or ``right`` itself or any tensor of the result's shape.
@@ -94,7 +94,7 @@ class MatMul:
     add: tuple[str, ...] = ()
     subtract: tuple[str, ...] = ()
     #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.  In a
-    #: program that takes beta only a `Scale` has that factor: elsewhere ``max|output| <= bound``.
+    #: program that takes beta, only a `Scale` has that factor; for other steps ``max|output| <= bound``.
     bound: float | None = None
 
     @property
@@ -129,7 +129,7 @@ class Rescale:
     def __post_init__(self) -> None:
         if not is_float32(self.factor) or not MIN_FACTOR <= abs(self.factor) <= MAX_FACTOR:
             raise ProgramError(
-                f"step {self.output!r}: factor {self.factor!r} is no float32 of magnitude "
+                f"step {self.output!r}: factor {self.factor!r} is not a float32 of magnitude "
                 f"{MIN_FACTOR:g} to {MAX_FACTOR:g}; round it to float32, or leave a zero term out"
             )
         object.__setattr__(self, "factor", float(self.factor))
@@ -145,7 +145,7 @@ class Scale:
 
     output: str
     source: str
-    #: An input of the program with one column, which nothing but scales may read.
+    #: An input of the program with one column, which only scales may read.
     vector: str
     #: `Axis.ROWS` or `Axis.COLUMNS`.
     axis: Axis
@@ -158,7 +158,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """``output = source * constant``: keeps or clears elements, never rounds."""
+    """``output = source * constant``: it keeps or clears elements and never rounds."""
 
     output: str
     source: str
@@ -188,7 +188,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Concat:
-    """``output = sources`` joined along ``axis``; all share the output's scale."""
+    """``output = sources`` joined along ``axis``; all of them have the output's scale."""
 
     output: str
     sources: tuple[str, ...]

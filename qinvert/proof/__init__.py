@@ -1,4 +1,4 @@
-"""What holds of a plan for every input: intervals of integers, and the facts that follow from them."""
+"""What holds for a plan with every input: intervals of integers, and the facts that follow from them."""
 
 from __future__ import annotations
 

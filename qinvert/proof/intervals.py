@@ -3,15 +3,15 @@
     low <= q <= high for M   =>   low <= q <= high, elementwise, for every tensor
 
 whatever the input is.  The steps run on pairs of ends: an interval is a batch
-of two matrices, its low and its high end, so slices, masks and concats are
-those of any execution.  Requantization is monotone in the accumulator and in
-every term; its ends pass through the same `qinvert.numerics.rounding` functions that
-the simulator calls.  Only products need interval arithmetic of their own.
-Zeros above the diagonal are the interval ``[0, 0]``, so triangular structure
-shortens the sums by itself.
+of two matrices, its low and its high end, so slices, masks and concats are the
+same as in any execution.  Requantization is monotone in the accumulator and in
+every term, so its ends pass through the functions of
+`qinvert.numerics.rounding` that the simulator also calls.  Only products need
+interval arithmetic of their own.  Zeros above the diagonal are the interval
+``[0, 0]``, so sums are shorter where a matrix is triangular.
 
-Every operand is taken as independent of every other one: intervals are sound
-for all inputs, and loose where terms cancel.
+Every operand is taken as independent of all others: intervals are correct for
+all inputs, but they are wider than necessary where terms cancel.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Intervals:
 
     #: Accumulators of every MatMul and Scale, one per group of plane pairs, heaviest first.
     accumulators: Mapping[str, tuple[Accumulator, ...]]
-    #: Tensors that saturate for no input: M, or results whose rounding stays inside the
-    #: format.  What an earlier step clipped stays clipped.
+    #: Tensors that do not saturate for any input: M, or results whose rounding stays inside
+    #: the format.  What an earlier step clipped stays clipped.
     cannot_saturate: tuple[str, ...]
 
 
@@ -81,10 +81,11 @@ def propagate(
     ----------
     plan : QuantizedProgram
     limit : float or mapping, optional
-        In real units: of M, such as max(beta); of K where an inverse is
-        factored, with beta in [0, 2]; of every input by its name where the
-        program has others.  None promises nothing: the quantization of inputs
-        saturates, so that their whole grids are propagated.
+        Largest magnitude in real units: of M, such as max(beta); of K where an
+        inverse is factored, with beta in [0, 2]; of every input where the program
+        has others.  A mapping gives limits by the names of inputs.  None promises
+        nothing: inputs saturate when they are quantized, so that their whole grids
+        are propagated.
     observe : callable, optional
         ``observe(name, low, high)`` receives the interval of every input and
         of every step's output.
@@ -92,7 +93,7 @@ def propagate(
     Raises
     ------
     PlanError
-        If a limit is not a number of at least 0, or of no input.
+        If a limit is not a number of at least 0, or does not belong to an input.
     """
     limits = _limits(plan, limit)
     evaluator = IntervalEvaluator(plan)
@@ -144,7 +145,7 @@ def split(interval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def join(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Return the interval between two ends: a batch of two, blocks slowest."""
+    """Return the interval between two ends: a batch of two, with the block index slowest."""
     return torch.stack([low, high], 1).flatten(0, 1)
 
 
@@ -215,7 +216,7 @@ class IntervalEvaluator(TorchEvaluator):
         """Return the interval of an input with ``|x| <= limit``."""
         _, rows, columns = port.shape
         if port.meaning is Meaning.BETA:
-            # As rows are divided by it, see `qinvert.matrices.row_factors`.
+            # These are the limits of the divisor of rows, see `qinvert.matrices.row_factors`.
             largest = math.inf if limit == math.inf else MAX_BETA
             low, high = (torch.full((1, rows, columns), end) for end in (MIN_BETA, largest))
             return self._quantized(port.tensor, join(low, high))

@@ -28,7 +28,7 @@ from qinvert.proof.intervals import propagate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """Facts that follow from formats, scales and steps alone.
+    """Facts that follow only from formats, scales and steps.
 
     Every tensor is in one of `cannot_saturate`, `covered`, `may_saturate` and
     `unproved`.
@@ -42,13 +42,13 @@ class Proof:
     bounded: int
     #: Tensors whose intervals show that no input saturates them.
     cannot_saturate: tuple[str, ...]
-    #: Others whose grid covers their proved range in exact arithmetic.
+    #: Other tensors whose grid covers their proved range in exact arithmetic.
     covered: tuple[str, ...]
-    #: Others whose grid ends before their proved range does, with its end.
+    #: Other tensors whose grid ends before their proved range, each with the end of its grid.
     may_saturate: dict[str, float]
-    #: The rest has no proved range: calibration alone says how large it gets.
+    #: The other tensors.  They have no proved range: only calibration says how large they get.
     unproved: tuple[str, ...]
-    #: Assumed largest |M|, or of every input; None for any.
+    #: Assumed largest |M|, or largest magnitude of inputs by name; None for any M.
     limit: float | Mapping[str, float] | None
     #: Assumed largest beta.
     max_beta: float
@@ -65,7 +65,7 @@ class Proof:
 
     @property
     def headroom_bits(self) -> dict[str, int]:
-        """Step -> how often its accumulators may double before int32 wraps."""
+        """Step -> how often its accumulators may double before int32 overflows."""
         width = (INT32_LIMIT - 1).bit_length()
         return {name: width - bound.bit_length() for name, bound in self.accumulators.items()}
 
@@ -119,16 +119,17 @@ def prove(
     Parameters
     ----------
     plan : QuantizedProgram
-    limit : float, optional
+    limit : float or mapping, optional
         Guaranteed largest |M|, in real units (|K| where the program is
-        factored).  None promises nothing: M saturates where it is quantized.
+        factored), or largest magnitudes by the names of inputs.  None promises
+        nothing: inputs saturate when they are quantized.
     max_beta : float
         Guaranteed largest beta, for the range bounds; they hold for unit keys.
 
     Raises
     ------
     PlanError
-        If ``limit`` or ``max_beta`` is no number of at least 0.
+        If ``limit`` or ``max_beta`` is not a number of at least 0.
     """
     check_magnitude("max_beta", max_beta, PlanError, "pass the largest beta, 1.0 or 2.0 for most models")
     intervals = propagate(plan, limit)
@@ -170,5 +171,5 @@ def _bounds(program: StepList, max_beta: float) -> dict[str, float]:
 
 
 def _covers(grid: Quantization, bound: float) -> bool:
-    # Half a step beyond the limit still rounds onto it.
+    # A value half a step beyond the limit still rounds onto it.
     return grid.limit + grid.scale / 2 >= bound

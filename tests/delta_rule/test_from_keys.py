@@ -154,5 +154,5 @@ def test_a_removal_key_without_decay_is_a_delta_rule():
 @pytest.mark.parametrize("shape", [(2, 8, 3), (2, 7), (8,), (2, 8, 1)])
 def test_a_decay_of_another_shape_is_refused(shape):
     k = torch.ones(2, 8, 4)
-    with pytest.raises(InputError, match="one log decay a row"):
+    with pytest.raises(InputError, match="one log decay per row"):
         from_keys(k, torch.ones(2, 8), torch.zeros(shape))

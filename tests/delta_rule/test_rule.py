@@ -239,7 +239,7 @@ def test_the_exact_inverse_keeps_the_type(chunk):
 
 
 def test_packed_sequences_are_refused():
-    with pytest.raises(InputError, match=r"cu_seqlens.*pass one sequence a row"):
+    with pytest.raises(InputError, match=r"cu_seqlens.*pass one sequence per row"):
         chunk_gated_delta_rule(**inputs(4), cu_seqlens=torch.tensor([0, 2, 4]))
 
 

@@ -79,7 +79,7 @@ def calibrated(chunk: int, requantize=Requantize.MULTIPLIER, top=1.0, **options)
         (
             (Slice(output="half", source=MATRIX, rows=(0, 2)), dataclasses.replace(ROWS, source="half")),
             {},
-            r"\[1,2,4\] has 1 blocks of 2 rows, the vector is \[1,4,1\]; scale whole matrices",
+            r"\[1,2,4\] has 1 blocks of 2 rows, but the vector is \[1,4,1\]; scale whole matrices",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_beta_is_checked():
     plan = calibrated(8)
     for wrong, words in [
         (None, "divides the rows of L by beta, which is missing"),
-        (beta[:2], r"beta has shape \[2, 8\]; L \[3, 8, 8\] needs one number a row, \[3, 8\]"),
+        (beta[:2], r"beta has shape \[2, 8\]; L \[3, 8, 8\] needs one number per row, \[3, 8\]"),
         (beta.unsqueeze(-1), r"beta has shape \[3, 8, 1\]"),
         (beta - 0.5, r"not in \[0, 2\]"),
         (beta + 1.5, r"not in \[0, 2\]"),

@@ -168,12 +168,12 @@ def test_an_explicit_inverse_gets_no_identity():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool, "float32", np.float32])
 def test_other_storage_types_are_refused(dtype):
-    with pytest.raises(InputError, match="is no storage type; use float64, float32, float16 or bfloat16"):
+    with pytest.raises(InputError, match="is not a storage type; use float64, float32, float16 or bfloat16"):
         PROGRAMS[0].run(torch.zeros(8, 8), dtype=dtype)
 
 
 def test_another_size_is_refused():
-    with pytest.raises(InputError, match="L is 16 x 16, the plan is for 8 x 8"):
+    with pytest.raises(InputError, match="L is 16 x 16, but the plan is for 8 x 8"):
         PROGRAMS[0].run(torch.zeros(16, 16))
 
 

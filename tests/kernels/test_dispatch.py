@@ -94,7 +94,7 @@ def test_illegal_arguments_are_refused(change, words):
 
 
 def test_a_plan_fixes_chunk_and_beta(plan):
-    with pytest.raises(InputError, match="legal are 16"):
+    with pytest.raises(InputError, match="the legal sizes are 16"):
         solve_tril(torch.zeros(1, 64, 1, 64), plan=plan)
     lower = stress_matrices("correlated_keys", 8, 16, seed=1)
     factored = qinvert.calibrate([(lower, torch.ones(8, 16))], bits=8, factored=True).layer()

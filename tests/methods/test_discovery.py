@@ -79,8 +79,11 @@ def test_a_method_is_unknown_once_its_folder_is_gone(tmp_path):
         ("from qinvert.methods.neumann import METHOD", r"neumann and .*\.toy both define 'neumann'; rename"),
         (TOY.replace('name="toy"', 'name="auto"'), r"method name 'auto' is not a Python name other than"),
         (TOY.replace('name="toy"', 'name="to-y"'), r"method name 'to-y' is not a Python name"),
-        (TOY.replace('name="toy"', 'name="other"'), r"method 'other' builds by <function toy.*give both one"),
-        (TOY.replace("automatic=", "sequential=True, automatic="), r"'toy' is sequential, which the planner"),
+        (
+            TOY.replace('name="toy"', 'name="other"'),
+            r"method 'other' is built by <function toy.*give both the same",
+        ),
+        (TOY.replace("automatic=", "sequential=True, automatic="), r"'toy' is sequential, and the planner"),
     ],
 )
 def test_a_module_that_is_no_method_is_refused_and_changes_nothing(source, message, tmp_path):

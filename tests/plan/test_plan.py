@@ -97,7 +97,7 @@ def test_an_int16_product_splits_its_right_operand_and_overflows_only_at_512():
     step = square().steps[1]
     assert planned(square(), default=grid(fmt=INT16)).products[step.output].bound == 8 * 2**15 * 2**7
     wide = block_merge(1024)
-    with pytest.raises(PlanError, match=f"can reach {2**31}, an int32 holds less than {2**31}"):
+    with pytest.raises(PlanError, match=f"can reach {2**31}, but an int32 holds less than {2**31}"):
         planned(wide, default=grid(fmt=INT16))
 
 
@@ -138,7 +138,7 @@ def test_an_identity_on_a_reciprocal_grid_is_that_integer(k):
 def test_an_identity_that_is_no_integer_is_refused_by_the_multiplier_form_only(scale):
     coarse = Quantization(format=INT8, scale=scale)
     planned(square("copy"), Requantize.DIVIDE, M=coarse)
-    with pytest.raises(PlanError, match=r"1\.0 is no integer on the grid of 'M' .*use a scale 1/k or"):
+    with pytest.raises(PlanError, match=r"1\.0 is not an integer on the grid of 'M' .*use a scale 1/k or"):
         planned(square("copy"), Requantize.MULTIPLIER, M=coarse)
 
 
@@ -147,7 +147,7 @@ def test_a_residual_that_is_no_operand_is_refused_by_the_multiplier_form_only():
     product = MatMul(output="product", left=MATRIX, right=MATRIX, subtract=("other",))
     program = inverse_program(other, product, chunk=8)
     planned(program, Requantize.DIVIDE)
-    with pytest.raises(PlanError, match=r"residual 'other' is no operand.*requantize='divide'"):
+    with pytest.raises(PlanError, match=r"residual 'other' is not an operand.*requantize='divide'"):
         planned(program, Requantize.MULTIPLIER)
 
 
@@ -179,7 +179,7 @@ def test_the_inverse_comes_as_float32_in_the_container_that_was_given(calibrated
 
 
 def test_the_inverse_refuses_other_sizes(calibrated):
-    with pytest.raises(InputError, match="L is 16 x 16, the plan is for 8 x 8"):
+    with pytest.raises(InputError, match="L is 16 x 16, but the plan is for 8 x 8"):
         calibrated.inverse(torch.zeros(16, 16))
 
 
@@ -189,7 +189,7 @@ def test_the_only_layer_needs_no_name(calibrated):
     assert str(plan) == f"a: {calibrated}"
 
 
-@pytest.mark.parametrize(("name", "given"), [(None, "no layer named"), ("x", "unknown layer 'x'")])
+@pytest.mark.parametrize(("name", "given"), [(None, "no layer is named"), ("x", "unknown layer 'x'")])
 def test_an_unknown_layer_lists_the_first_ones(calibrated, name, given):
     plan = Plan(layers={f"layer_{i}": calibrated for i in range(10)}, target="npu-qdq-int8")
     with pytest.raises(PlanError, match=f"{given}; the plan has layer_0, .*, layer_7 and 2 more$"):

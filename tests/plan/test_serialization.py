@@ -176,10 +176,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, place):
         (b"", "not a plan file .* is it truncated"),
         (b"\xff\xfe\xfa\x00", "not a plan file"),
         (b"\x80\x04\x95.", "not a plan file"),
-        (b"[]", "the top level is no object"),
-        (b'"plan"', "the top level is no object"),
+        (b"[]", "the top level is not an object"),
+        (b'"plan"', "the top level is not an object"),
         (b"{}", "'schema_version' must be a int, got None"),
-        (b'{"schema_version": NaN}', "NaN is no JSON number"),
+        (b'{"schema_version": NaN}', "NaN is not a JSON number"),
         (b'{"schema_version": 1}', "'programs' must be a list, got None"),
         (b'{"schema_version": ' + b"9" * 5000 + b"}", "not a plan file"),
     ],
@@ -199,11 +199,11 @@ def test_a_truncated_plan_is_refused(load_bytes, share):
 STEP = ("programs", 0, "steps", 0)
 TENSOR = ("layers", LAYER, "tensors", "M")
 WRONG = [
-    (("schema_version",), 3, "schema version 3, this qinvert .* reads up to 2; upgrade qinvert"),
+    (("schema_version",), 3, "schema version 3, but this qinvert .* reads up to 2; upgrade qinvert"),
     (("schema_version",), 0, "versions start at 1"),
     (("schema_version",), True, "'schema_version' must be a int, got True"),
     (("layers",), {}, "needs at least one layer"),
-    (("programs",), [], "names program 0, the plan has 0"),
+    (("programs",), [], "names program 0, but the plan has 0"),
     (("programs", 0, "chunk"), 12, "chunk 12 is not a power of two"),
     (("programs", 0, "chunk"), 16, "inner sizes must agree"),
     (("programs", 0, "parameters"), {"base": 1.5}, "must map names to integers or strings"),
@@ -222,7 +222,7 @@ WRONG = [
     ((*STEP,), {"operation": "concat", "output": "x", "sources": ["M"], "axis": 7}, "axis 7 is unknown"),
     ((*STEP,), {"operation": "concat", "output": "x", "sources": ["M"], "axis": []}, "axis .* is unknown"),
     (("layers", LAYER), [], "layer 'layer'|'program' must be a int"),
-    (("layers", LAYER, "program"), 1, "layer 'layer' names program 1, the plan has 1"),
+    (("layers", LAYER, "program"), 1, "layer 'layer' names program 1, but the plan has 1"),
     (("layers", LAYER, "program"), -1, "names program -1"),
     (("layers", LAYER, "program"), False, "'program' must be a int, got False"),
     (("layers", LAYER, "requantize"), "shift", "requantize 'shift' is unknown; use divide or multiplier"),
@@ -328,7 +328,7 @@ def test_random_bytes_give_a_plan_error_or_a_plan(load_bytes, position, length, 
 
 def test_a_lone_surrogate_is_refused(load_bytes):
     content = calibrated().to_bytes().replace(b'"layer"', b'"lay\\ud800er"')
-    with pytest.raises(PlanError, match="no Unicode"):
+    with pytest.raises(PlanError, match="is not Unicode"):
         load_bytes(content)
     with pytest.raises(PlanError, match="rename the layer"):
         Plan(layers={"\ud800": calibrated().layer()}, target="int-ops")

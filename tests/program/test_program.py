@@ -145,7 +145,7 @@ def test_the_output_must_be_a_tensor(output, got):
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, math.nan, math.inf, 1e-31, 2.0**60, "1", None, True, 10**400])
 def test_a_factor_is_a_float32_of_reasonable_magnitude(factor):
-    with pytest.raises(ProgramError, match=r"step 'a': factor .* is no float32 .*; round it to float32"):
+    with pytest.raises(ProgramError, match=r"step 'a': factor .* is not a float32 .*; round it to float32"):
         Rescale(output="a", source=MATRIX, factor=factor)
 
 

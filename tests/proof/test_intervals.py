@@ -461,5 +461,5 @@ def test_python_integers_agree():
 
 @pytest.mark.parametrize("limit", [-1.0, math.nan, "1", True])
 def test_a_limit_is_a_magnitude(limit):
-    with pytest.raises(PlanError, match=r"limit .* is no number of at least 0; pass the largest"):
+    with pytest.raises(PlanError, match=r"limit .* is not a number of at least 0; pass the largest"):
         propagate(single_grid(neumann(4, 2)), limit)

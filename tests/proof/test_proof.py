@@ -168,7 +168,7 @@ def test_any_limit_gives_a_proof(limit):
 
 @pytest.mark.parametrize("max_beta", [-1, math.nan, "2", None, True])
 def test_beta_is_a_magnitude(max_beta):
-    with pytest.raises(PlanError, match=r"max_beta .* is no number of at least 0; pass the largest beta"):
+    with pytest.raises(PlanError, match=r"max_beta .* is not a number of at least 0; pass the largest beta"):
         planned(block_merge(8, 4)).proof(max_beta=max_beta)
 
 
