@@ -15,11 +15,11 @@ from pages import ROOT, code, page, quoted, rows, sections
 
 import qinvert
 from qinvert import formats, methods, profiles
-from qinvert.calibration.planning import rules
+from qinvert.calibration import choices
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.export import lowering, runtimes
 from qinvert.formats import FORMATS
-from qinvert.program import Evaluator
+from qinvert.program.evaluator import Evaluator
 from qinvert.program.steps import MOVES
 from qinvert.stress import stress_matrices
 
@@ -113,7 +113,7 @@ def test_the_interpreter_counts_what_the_cost_counts():
 def test_the_format_is_planned_saved_and_verified(tmp_path, monkeypatch):
     for module, table, path in (
         (formats, "FORMATS", "qinvert/formats.py"),
-        (rules, "BITS", "calibration/planning/rules.py"),
+        (choices, "BITS", "calibration/choices.py"),
     ):
         # Entries that the example adds are gone after the test.
         for name in ("int6", "6"):
@@ -136,7 +136,7 @@ def test_the_format_is_planned_saved_and_verified(tmp_path, monkeypatch):
         assert all(result.max_steps <= 1 for result in verified(found[6], tmp_path))
     monkeypatch.undo()
     assert "int6" not in FORMATS
-    assert "6" not in rules.BITS
+    assert "6" not in choices.BITS
     assert "npu-qdq-int6" not in profiles.PROFILES
 
 

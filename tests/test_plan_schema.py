@@ -15,7 +15,8 @@ from test_ports import planned, step_like
 
 import qinvert
 from qinvert.formats import FORMATS
-from qinvert.plan import Plan, Requantize
+from qinvert.plan.plan import Plan
+from qinvert.plan.quantization import Requantize
 from qinvert.plan.serialization import SCHEMA_VERSION
 from qinvert.program.ports import Meaning
 from qinvert.program.program import Program

@@ -70,9 +70,9 @@ def test_float64_takes_over_where_float32_stops_being_exact(bound, dtype):
 def test_int16_products_need_the_float64_path():
     left = torch.tensor([[32767.0, 1.0]])
     right = torch.tensor([[32767.0], [1.0]])
-    exact = 32767 * 32767 + 1
-    assert int(exact.integer_matmul(left, right, 2 * 32768**2 - 1)) == exact
-    assert int(left @ right) != exact
+    expected = 32767 * 32767 + 1
+    assert int(exact.integer_matmul(left, right, 2 * 32768**2 - 1)) == expected
+    assert int(left @ right) != expected
 
 
 def test_an_int8_accumulator_is_exact_in_float32_up_to_its_worst_case():
