@@ -5,12 +5,12 @@
     python benchmarks/fingerprint.py compare before.json after.json
 
 ``write`` stores a SHA-256 under a name for every graph, simulation, plan, text and so on; the name starts
-with its kind.  What the package refuses is a result, too: its message is hashed as a ``refusal``.
+with its kind.  What the package refuses is also a result: its message is hashed as a ``refusal``.
 ``compare`` lists the names that differ or are on one side only, and exits with 1 if there are any.
 
 Only public names are used, so that the same script runs before and after modules move.  Everything is
-seeded and runs on one thread.  Scales come from float arithmetic, and files name the package's version:
-compare two runs of one machine, one environment and one version.
+seeded and runs on one thread.  Scales come from float arithmetic, and files name the package's version, so
+compare only runs of one machine, one environment and one version.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Record:
         self.hashes[name] = hashlib.sha256(content).hexdigest()
 
     def attempt(self, name: str, call: Callable[[], bytes | str]) -> bool:
-        """Store what a call returns, or what it says when it refuses; return whether it did not."""
+        """Store what a call returns, or its message when it refuses; return whether it succeeded."""
         try:
             content = call()
         except qinvert.QInvertError as error:
@@ -251,7 +251,7 @@ def _record_floats(record: Record, name: str, program: qinvert.Program) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """Plan every program on every format; the dear ones on fewer."""
+    """Plan every program on every format; the expensive ones on fewer."""
     for name, program in (defaults(16) | merges(16) | series(16)).items():
         widest = name in WIDEST
         yield from planned(f"C16/{name}", program, GRIDS | MIXED if widest else some(*MAIN), full=widest)
@@ -312,7 +312,7 @@ def _other_form(case: Case) -> Iterator[Case]:
 
 
 def chosen() -> Iterator[Case]:
-    """Plan what calibration chooses by itself, one layer, several, and a plan a head."""
+    """Plan what calibration chooses by itself, for one layer, for several, and per head."""
     for method in ("auto", *METHODS):
         plan = qinvert.calibrate(calibration_data(16, True), method=method)
         yield Case(name=f"chosen/{method}", plan=plan)
@@ -402,7 +402,7 @@ def record_graphs(record: Record, case: Case) -> None:
         for options in interfaces(case):
             done = _record_graph(record, case, layer, profile, options)
             if not done and options["output"] == "T":
-                break  # its formats or scales are none of the profile's, whatever the options
+                break  # the profile does not take its formats or scales, whatever the options are
 
 
 def _record_graph(record: Record, case: Case, layer: str, profile: str, options: dict[str, Any]) -> bool:
@@ -414,7 +414,7 @@ def _record_graph(record: Record, case: Case, layer: str, profile: str, options:
 
 
 def record_findings(record: Record, case: Case) -> None:
-    """Hash what lint says of a plan's first graph, under its own profile, of some under all others."""
+    """Hash what lint says of a plan's first graph, under its own profile, and of some graphs under all others."""
     first = next(iter(case.plan.layers))
 
     def write(path: Path) -> None:
@@ -512,7 +512,7 @@ def write(path: Path) -> int:
     hashes = fingerprint()
     if sources() != before:
         # Modules load on first use, and the command line runs in processes of its own.
-        raise RuntimeError("the package was edited meanwhile: the results are of no one state; run it again")
+        raise RuntimeError("the package was edited meanwhile, so the results are of different states; run it again")
     path.write_text(json.dumps(hashes, indent=0, sort_keys=True) + "\n")
     seconds, cpu = time.perf_counter() - start, time.process_time()
     print(

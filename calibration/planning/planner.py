@@ -21,7 +21,7 @@ from qinvert.plan.quantization import Requantize
 from qinvert.program.program import Program
 from qinvert.systems import Systems
 
-#: Programs whose powers outgrow both M and T by more are passed over: unseen data
+#: Programs whose powers outgrow both M and T by more than this are passed over: unseen data
 #: would decide whether they saturate.
 MAX_GROWTH: Final = 1.0
 #: Candidates that are simulated where none reaches the goals.
@@ -109,7 +109,7 @@ class Candidate:
         )
 
     def cheapest(self, goals: Goals, extra_db: float = 0.0) -> Prediction:
-        """Raise formats, the most noise per cost first, until the goals should be met.
+        """Raise formats until the goals should be met, first those that take off the most noise per cost.
 
         Parameters
         ----------
@@ -168,7 +168,7 @@ class Prediction:
 
     @property
     def binding(self) -> tuple[str, float]:
-        """The grid that adds most of the noise, and its share."""
+        """The grid that adds the most noise, and its share."""
         return next(iter(self.candidate.sensitivities.shares(self.formats).items()))
 
     def __str__(self) -> str:
@@ -197,7 +197,7 @@ class Choice:
     goals: Goals
     #: Every prediction, cheapest first.
     predictions: tuple[Prediction, ...]
-    #: Candidates that were passed over unseen, with the reason.
+    #: Candidates that were passed over without a prediction, with the reason.
     passed_over: tuple[str, ...]
 
     @property

@@ -96,7 +96,7 @@ Variant = tuple[str, Mapping[str, Quantization]]
 
 
 class _VariantEvaluator(FloatEvaluator):
-    """Float64 steps over copies of the sample, one copy a variant, the last one exact."""
+    """Runs steps in float64 on copies of the sample: one copy per variant, and one that stays exact."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class _VariantEvaluator(FloatEvaluator):
         return (product - output.scale * torch.round(product / output.scale)).flatten(0, 1)
 
     def _copy(self, values: torch.Tensor, i: int) -> torch.Tensor:
-        """Return zeros but for variant ``i``."""
+        """Return zeros except for variant ``i``."""
         blocks = values.reshape(-1, self.count, *values.shape[-2:])
         whole = blocks.new_zeros(len(blocks), self.batch // self.count, *blocks.shape[1:])
         whole[:, i] = blocks
@@ -179,14 +179,14 @@ class _VariantEvaluator(FloatEvaluator):
 
     def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round the copies whose variant is the grid of ``name``."""
-        # In place: what a float step computed is fresh memory.
+        # This is done in place, because a float step writes into fresh memory.
         for i, grid in self.rounded[name]:
             self._copies(values)[:, i] = self._rounded(self._copies(values)[:, i], grid)
         return values
 
     def _rounded(self, values: torch.Tensor, grid: Quantization) -> torch.Tensor:
         if float(values.abs().max()) < VANISHING * grid.scale:
-            # A residue: next to zero here, of many steps once its operands are rounded.
+            # A residue is almost zero here, but has many steps once its operands are rounded.
             noise = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) - 0.5
             return values + grid.scale * torch.where(values != 0, noise.to(values.device), 0.0)
         return on_grid(values, grid)
@@ -207,7 +207,7 @@ def measure_sensitivities(
     grids : sequence of mappings
         A quantization of every tensor, once per format.
     sample : Systems
-        Flat, with beta where the program takes it; noise is measured on the
+        Flat systems, with beta where the program takes it; noise is measured on the
         first `MATRICES`.
     truth : torch.Tensor, shape ``[n, C, C]``, optional
         Exact inverses of the sample, where a caller has them already.
@@ -277,7 +277,7 @@ def _unseen_saturation(
     Rare large values are part of the signal; what saturation takes from them must be noise.
     """
     output = grid[ports.result]
-    # Of a factored program the output is T - I over beta, whose rare values are those of keys alone.
+    # The output of a factored program is T - I over beta; its rare values are those of keys alone.
     if ports.factored:
         return 0.0
     excess = (exact.abs() - output.scale * output.format.largest).clamp(min=0).square().sum((1, 2))
