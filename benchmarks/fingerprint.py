@@ -414,7 +414,7 @@ def _record_graph(record: Record, case: Case, layer: str, profile: str, options:
 
 
 def record_findings(record: Record, case: Case) -> None:
-    """Hash what lint says of a plan's first graph, under its own profile, and of some graphs under all others."""
+    """Hash what lint says of a plan's first graph: under its own profile, and for some under all others."""
     first = next(iter(case.plan.layers))
 
     def write(path: Path) -> None:
@@ -512,7 +512,9 @@ def write(path: Path) -> int:
     hashes = fingerprint()
     if sources() != before:
         # Modules load on first use, and the command line runs in processes of its own.
-        raise RuntimeError("the package was edited meanwhile, so the results are of different states; run it again")
+        raise RuntimeError(
+            "the package was edited meanwhile: the results do not belong together; run it again"
+        )
     path.write_text(json.dumps(hashes, indent=0, sort_keys=True) + "\n")
     seconds, cpu = time.perf_counter() - start, time.process_time()
     print(

@@ -15,7 +15,11 @@ from qinvert.plan.plan import Plan
 @click.argument("plan_path", metavar="PLAN")
 @click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="File to write.")
 @click.option(
-    "--layer", "layers", multiple=True, metavar="NODE=LAYER", help="Layer of a node, repeatable; by default in order."
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="NODE=LAYER",
+    help="Layer of a node, repeatable; by default in order.",
 )
 @profile_option
 @output_options

@@ -49,7 +49,7 @@ def simulate(
     show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
-        output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, the goal is {min_sqnr:.1f} dB")
+        output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, the goal is {min_sqnr:.1f}")
         sys.exit(1)
 
 

@@ -84,7 +84,7 @@ def verify(
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
-        output.say(f"missed: the worst runtime has {worst:.1f} dB, the goal is {min_sqnr:.1f} dB")
+        output.say(f"missed: the worst runtime has {worst:.1f} dB, the goal is {min_sqnr:.1f}")
         sys.exit(1)
 
 
@@ -124,7 +124,7 @@ def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) 
     if interface.key_size is None:
         return matrices_for(plan, layer, own)
     if own is not None:
-        raise InputError(f"{file} takes keys, but the data has matrices; verify a graph of --input L with them")
+        raise InputError(f"{file} takes keys, but the data has matrices; verify a graph of --input L")
     return stress_keys(STRESS_KEYS, plan.layer(layer).chunk, interface.key_size), None
 
 

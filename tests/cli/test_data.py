@@ -60,7 +60,7 @@ def test_data_that_cannot_be_read_is_one_line(byte_model, text, tmp_path):
     assert "text, .jsonl, token ids" in refused("calibrate", byte_model, *out)
     assert "no such file" in refused("calibrate", byte_model, "--data", "nowhere.txt", *out)
     (tmp_path / "image").write_bytes(b"\x89PNG\r\n")
-    assert "no UTF-8 text" in refused("calibrate", byte_model, "--data", tmp_path / "image", *out)
+    assert "not UTF-8 text" in refused("calibrate", byte_model, "--data", tmp_path / "image", *out)
     assert "cannot load a tokenizer" in refused(
         "calibrate", byte_model, "--data", text, "--tokenizer", tmp_path, *out
     )
