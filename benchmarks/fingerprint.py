@@ -58,7 +58,7 @@ LIMITS: Final = ((None, 1.0), (1.0, 1.0), (0.25, 2.0))
 STYLES: Final = ("aimet-2.0.0", "aimet-1.0.0", "ort")
 #: Programs whose graphs are exported with every input and output, on every kind of grid.
 WIDEST: Final = ("block_merge", "merge-tile", "merge-masked-corrected", "factored", "banded_residual")
-#: Plans of several layers that the command line writes; one process each, and a style of encodings.
+#: Plans of several layers that the command line writes, each in its own process, with a style of encodings.
 IN_FOLDERS: Final = (
     "layers/npu-qdq-int8",
     "layers/npu-qdq-uint8",

@@ -145,7 +145,7 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
     if not layers:
         raise InputError(
-            f"{type(model).__name__} has no delta-rule layer; supported are the Hugging Face models "
+            f"{type(model).__name__} has no delta-rule layer; the supported Hugging Face models are "
             f"{', '.join(FAMILIES)}; for other models, pass the matrices L themselves"
         )
     return layers

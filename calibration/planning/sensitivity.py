@@ -138,7 +138,7 @@ class _VariantEvaluator(FloatEvaluator):
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         total = source * along(step, vector)
         for i in self._dropping(step.output, step.source, step.vector):
-            # As in a product.
+            # The same as in a product.
             low = along(step, self._low(step.vector, vector, i))
             total = total - self._copy(self._low(step.source, source, i) * low, i)
         return self.stored(step.output, total)

@@ -136,7 +136,7 @@ class _Graph:
 
     @property
     def batch(self) -> int:
-        """Matrices per call; `Interface.of` takes no graph that leaves them open."""
+        """Matrices per call; `Interface.of` does not take a graph that leaves them open."""
         assert self.interface.batch is not None
         return self.interface.batch
 

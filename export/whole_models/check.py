@@ -142,7 +142,7 @@ class _Call:
     """What one call of a local function took and returned."""
 
     lower: Array
-    #: Empty where the program takes no beta.
+    #: Empty where the program does not take beta.
     beta: Array
     result: Array
 

@@ -42,7 +42,7 @@ def require_onnx_ir() -> ModuleType:
     Raises
     ------
     MissingDependencyError
-        Without onnxscript, which PyTorch's exporter needs, or onnx_ir, which comes with it.
+        If onnxscript, which PyTorch's exporter needs, or onnx_ir, which comes with it, is not installed.
     """
     try:
         import onnx_ir
