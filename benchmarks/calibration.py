@@ -46,7 +46,7 @@ def stream(batches: int) -> Iterator[torch.Tensor]:
 def peak_after(batches: int) -> int:
     """Calibrate on a stream in a fresh process and return its peak resident memory, KiB."""
     command = [sys.executable, __file__, "--peak", str(batches)]
-    # Freed memory goes back at once: what the allocator keeps at its own discretion varies by 10 %.
+    # Freed memory is returned at once, because what the allocator would keep varies by 10 %.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "100000"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout)

@@ -95,8 +95,8 @@ def float_graph(program: Program, batch: int) -> onnx.ModelProto:
 def row_loop(chunk: int, batch: int) -> onnx.ModelProto:
     """Return the inverse row after row, ``A[i, :i] += A[i, :i] A[:i, :i]`` from ``A = M``.
 
-    What tracing a Python loop over rows with assignments into slices gives:
-    every assignment copies the whole stack, because ONNX tensors are values.
+    This is what tracing a Python loop over rows with assignments into slices gives.
+    Every assignment copies the whole stack, because ONNX tensors are values.
     """
     graph, shape = GraphBuilder(), [1, batch, chunk, chunk]
     rows_first = [chunk, 1, batch, chunk]

@@ -76,7 +76,7 @@ def library() -> Callable[..., torch.Tensor] | None:
 
 
 def microseconds(call: Contender) -> float:
-    """Median time of a call."""
+    """Median time of one call."""
     return 1000 * do_bench(call, warmup=5, rep=25, return_mode="median")
 
 
@@ -106,7 +106,7 @@ def contenders(lower: torch.Tensor, known: dict[str, LayerPlan]) -> Iterator[tup
 
 
 def by_size(chunks: list[int], batches: list[int]) -> dict[tuple[int, int], dict[str, float]]:
-    """Nanoseconds a matrix of every contender by (chunk, batch)."""
+    """Nanoseconds per matrix of every contender by (chunk, batch)."""
     found: dict[tuple[int, int], dict[str, float]] = {}
     for chunk in chunks:
         known = plans(chunk)
@@ -120,7 +120,7 @@ def by_size(chunks: list[int], batches: list[int]) -> dict[tuple[int, int], dict
 
 
 def by_type(batch: int) -> Table:
-    """Nanoseconds a matrix of 64 x 64 and ratios, by types of input and output."""
+    """Nanoseconds per matrix of 64 x 64 and ratios, by types of input and output."""
     lower = matrices(batch, 64)
     truth = qinvert.exact_inverse(lower[:512])
     return [row for source, target in TYPES for row in _by_precision(lower.to(source), target, truth)]
@@ -179,7 +179,7 @@ def markdown(header: list[str], table: Table) -> str:
 
 
 def size_table(found: dict[tuple[int, int], dict[str, float]]) -> str:
-    """Nanoseconds a matrix by contender and size."""
+    """Nanoseconds per matrix by contender and size."""
     names = list(dict.fromkeys(name for times in found.values() for name in times))
     lines = [
         [str(chunk), f"{batch:,}", *(f"{times[n]:.2f}" if n in times else "" for n in names)]
@@ -189,7 +189,7 @@ def size_table(found: dict[tuple[int, int], dict[str, float]]) -> str:
 
 
 def plot(found: dict[tuple[int, int], dict[str, float]], card: str, path: Path) -> None:
-    """Nanoseconds a matrix over the chunk at the largest batch of each."""
+    """Nanoseconds per matrix over the chunk, at the largest batch of each."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -229,7 +229,7 @@ def main() -> None:
     found = by_size(arguments.chunks, arguments.batches)
     parts += [
         "Forward passes of flash-linear-attention, 65,536 tokens, 16 heads of 128, bfloat16:",
-        # Last: it puts our function in place of theirs.
+        # This comes last, because it replaces their function by ours.
         markdown(["what", "ms", "share of chunk_gated_delta_rule"], shares()),
     ]
     print(parts[-1], flush=True)

@@ -47,7 +47,7 @@ def export_seconds(profile: str) -> tuple[float, int, int]:
 
 
 def spent(profile: str, batch: int) -> dict[str, tuple[int, float]]:
-    """Return nodes and microseconds a matrix by operator, onnxruntime on one thread."""
+    """Return nodes and microseconds per matrix by operator, for onnxruntime on one thread."""
     lower = stress_matrices("correlated_keys", batch, 64, seed=1)
     found = operator_seconds(serialize(graph(64, batch, profile)), {MATRIX: -lower[None].numpy()})
     return {operator: (count, 1e6 * value / batch) for operator, (count, value) in found.items()}
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """Return every setting; with several threads the largest batch is also cut into one share a thread."""
+    """Return every setting; with several threads the largest batch is also cut into one share per thread."""
     found = []
     for chunk in arguments.chunks:
         for threads in arguments.threads:

@@ -58,23 +58,23 @@ def calibrate(
 ) -> Plan:
     """Measure the ranges of every tensor and return an integer plan per layer.
 
-    One pass over ``source``; memory does not grow with it.  Under torchrun, with
-    torch's process group initialized, every process must call this with the
-    same arguments: each runs its share of the batches, and all return the plan
-    that one process would make.
+    This takes one pass over ``source``, and memory does not grow with its length.
+    Under torchrun, with torch's process group initialized, every process must
+    call this with the same arguments.  Each process runs its share of the
+    batches, and all return the plan that one process would make.
 
     Parameters
     ----------
     source, data
         Where L comes from; see `qinvert.calibration.sources.open_source`.
     method : str or Program
-        ``"auto"`` predicts the noise and cost of every candidate and takes
-        the cheapest that should reach both goals, checked by simulation on a
-        sample of each layer; a method's name leaves only its arguments to
-        choose, a program leaves none.
+        ``"auto"`` predicts the noise and cost of every candidate.  It takes the
+        cheapest one that should reach both goals, and checks it by simulation on
+        a sample of each layer.  With the name of a method only its arguments are
+        chosen, with a program nothing is.
     bits : {"auto", 4, 8, 16, "8x2"}
         Format of every tensor; ``"auto"`` starts from 8 bits and widens the
-        grids that add most noise for their cost, as far as the target allows.
+        grids that add the most noise for their cost, as far as the target allows.
     target : str, optional
         Export profile to plan for, see `qinvert.profiles`; by default
         ``npu-qdq-int8``, or the first profile that takes ``bits``.
@@ -84,33 +84,33 @@ def calibrate(
         How far below the floor of its own grids a plan of 8 bits or less may
         stay before ``auto`` prefers a costlier one.
     scales : {"auto", "float", "pow2"}
-        Any float32, or powers of two only; ``"auto"`` is float unless the
-        target takes powers of two only.
+        Which scales are allowed: any float32, or powers of two only.
+        ``"auto"`` means float, unless the target takes powers of two only.
     ranges : {"auto", "max", "percentile", "mse"}
         What a grid covers: all values seen, all but one in 10,000, or the
-        range with the least mean square error; what is beyond saturates.
-        ``"auto"`` is ``"mse"`` for int4, whose steps cost more than what
+        range with the least mean square error.  Values beyond it saturate.
+        ``"auto"`` means ``"mse"`` for int4, whose steps cost more than what
         saturates, and ``"max"`` for wider grids.
     granularity : {"tensor", "head"}
-        One set of grids a layer, or one a head (the plan then has an entry
-        ``LAYER/head_H`` for each); L must have the axes
-        ``(..., heads, chunks, C, C)`` for that.
+        One set of grids per layer, or one per head.  With one per head the plan
+        has an entry ``LAYER/head_H`` for each head, and L must have the axes
+        ``(..., heads, chunks, C, C)``.
     factored : bool
-        Plan the form that takes beta as an input of its own, see
-        `qinvert.block_merge`; the source must provide it, as models do.
+        Plan the form that takes beta as a separate input, see
+        `qinvert.block_merge`.  The source must provide beta, as models do.
     seed : int
-        Of the sample, and of the choice of sequences.
+        Seed of the sample and of the choice of sequences.
     num_samples, seq_len : int, optional
-        Of ``data``: how many sequences to read, and of how many tokens; see
-        `qinvert.TokenData`.
+        How many sequences of ``data`` to read, and how many tokens each of
+        them has; see `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
     checkpoint : path, optional
-        Where to save statistics now and then, and at the end.  If the file
-        exists, calibration goes on from there, to the same plan: the same
-        data must be passed again, from its start, but what was seen does not
-        go through the model.  Other goals, bits and scales plan from the same
-        file.
+        File in which statistics are saved from time to time, and at the end.
+        If it exists, calibration continues from it, and ends in the same plan.
+        The same data must be passed again, from its start, but the batches that
+        were seen do not go through the model again.  Goals, bits and scales may
+        be other ones than in the first run.
 
     Returns
     -------
@@ -121,13 +121,13 @@ def calibrate(
     Raises
     ------
     InputError
-        If the source or one of its matrices is not legal, or lacks beta; if
-        the checkpoint is of other data or options.
+        If the source or one of its matrices is not legal or lacks beta, or if
+        the checkpoint was made from other data or options.
     PlanError
         If an option is not legal, or the target does not take the format.
     ProgramError
-        If the method is unknown, has no factored form, or its chunk size is
-        not the data's.
+        If the method is unknown, has no factored form, or has another chunk
+        size than the data.
     """
     options = _options(bits, target, scales, ranges, min_sqnr_db, max_loss_db)
     check_seed(seed, PlanError)
@@ -178,8 +178,8 @@ def _programs(method: str | Program, chunk: int, factored: bool, requantize: Req
     if isinstance(method, Program):
         if method.chunk != chunk:
             raise ProgramError(
-                f"{method.title} is for {method.chunk} x {method.chunk} matrices, the data has "
-                f"{chunk} x {chunk}; build the program for that chunk"
+                f"{method.title} is for {method.chunk} x {method.chunk} matrices, but the data has "
+                f"{chunk} x {chunk}; build the program for that chunk size"
             )
         if factored and not method.inverse_ports.factored:
             raise ProgramError(f"{method.title} does not take beta; build it with factored=True")

@@ -58,7 +58,7 @@ def capture(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream ``(layer, L)`` from the model's forward passes over ``data``.
 
-    Holds the matrices of one batch at a time.
+    Only the matrices of one batch are held at a time.
 
     Parameters
     ----------
@@ -96,18 +96,18 @@ def capture_details(
     details : collection of str
         What to keep beside L, see `Detail`.
     share : float
-        Share of the chunks to keep, at least one of each batch: the same
-        positions in all sequences, heads and layers of it.
+        Share of the chunks to keep, at least one per batch.  The same positions
+        are kept in all sequences, heads and layers of a batch.
     seed : int
-        Of the choice of chunks and of sequences.
+        Seed of the choice of chunks and of sequences.
     num_samples, seq_len : int, optional
-        Of ``data``: how many sequences to read, and of how many tokens; see
-        `qinvert.TokenData`.
+        How many sequences of ``data`` to read, and how many tokens each of
+        them has; see `qinvert.TokenData`.
 
     Raises
     ------
     InputError
-        If an option is not legal, or the model or a batch is not, see
+        If an option, the model or a batch is not legal, see
         `qinvert.patched`.
     """
     wanted = frozenset(_detail(name) for name in details)
@@ -139,11 +139,11 @@ class ChunkSample:
         check_seed(self.seed, InputError)
 
     def positions(self, batch: int, count: int) -> torch.Tensor | None:
-        """Return what to keep of ``count`` chunks of a batch, ascending; None for all."""
+        """Return the positions to keep among ``count`` chunks of a batch, ascending; None means all."""
         if self.share == 1:
             return None
         kept = max(1, round(self.share * count))
-        # A stream per batch: the choice does not depend on the batches before.
+        # Each batch has its own random stream, so that the choice does not depend on the batches before.
         generator = np.random.default_rng((self.seed, batch))
         return torch.from_numpy(np.sort(generator.choice(count, kept, replace=False)))
 

@@ -1,4 +1,4 @@
-"""What a caller may choose about grids; it loads nothing heavy, so that help on it comes at once."""
+"""What a caller may choose about grids; this module loads nothing heavy, so that help appears at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 
-#: The only format, by what ``bits`` may be; "auto" is a choice among the target's.
+#: The format for each value of ``bits``; the value "auto" chooses among the formats of the target.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0

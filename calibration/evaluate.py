@@ -23,7 +23,7 @@ from qinvert.plan.plan import LayerPlan, Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerErrors:
-    """Where the error of one layer's T goes, as ``20 log10(||x|| / ||x_hat - x||)``, dB.
+    """What the error of one layer's T becomes inside the layer, as ``20 log10(||x|| / ||x_hat - x||)``, dB.
 
     Both sides have the same inputs: those that reach the layer under the plan.
     """
@@ -62,7 +62,7 @@ class Evaluation:
     layers: dict[str, LayerErrors] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON types."""
+        """Return the numbers as JSON types."""
         document: dict[str, Any] = to_document(self)
         return document
 
@@ -93,10 +93,11 @@ def evaluate(
     data
         Text or tokens, see `qinvert.calibration.data.token_batches.token_batches`.
     score : callable, optional
-        ``score(logits, tokens) -> float``, both on the logits' device, averaged over sequences.
+        ``score(logits, tokens) -> float``.  Both arguments are on the logits' device; the
+        scores are averaged over sequences.
     num_samples, seq_len : int, optional
-        Of ``data``: how many sequences to read, and of how many tokens; see
-        `qinvert.TokenData`.
+        How many sequences of ``data`` to read, and how many tokens each of
+        them has; see `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress("tokens", seen)`` after every batch.
 
@@ -119,7 +120,7 @@ def compare(
     seq_len: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
-    """`evaluate` several plans in one pass over the data.
+    """Evaluate several plans as `evaluate` does, in one pass over the data.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Range growth: how far powers of M run away from the inverse."""
+"""Range growth: how far powers of M outgrow the inverse."""
 
 from __future__ import annotations
 

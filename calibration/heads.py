@@ -1,8 +1,8 @@
 """Grids per head: every head of a layer becomes a layer of the plan.
 
 A plan with granularity "head" has entries ``LAYER/head_0``, ``LAYER/head_1``
-and so on, each with a program, formats and scales of its own, and each
-exported as a graph of its own: per-tensor scales are all that compilers take.
+and so on.  Each has its own program, formats and scales, and is exported as
+its own graph, because compilers take only one scale per tensor.
 """
 
 from __future__ import annotations
@@ -82,5 +82,7 @@ def by_entry(plan: Plan, layer: str, systems: Systems, inverse: EntryInverse) ->
         return inverse(layer, systems)
     parts = list(split_heads(layer, systems))
     if head_name(layer, len(parts)) in plan.layers or parts[-1][0] not in plan.layers:
-        raise PlanError(f"layer {layer!r} has {len(parts)} heads, the plan another number; calibrate again")
+        raise PlanError(
+            f"layer {layer!r} has {len(parts)} heads, but the plan has another number; calibrate again"
+        )
     return torch.stack([inverse(*part) for part in parts], dim=HEAD_AXIS)

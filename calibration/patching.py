@@ -30,7 +30,7 @@ from qinvert.plan.plan import LayerPlan, Plan
 #: ``inverse(layer, chunks) -> T``.
 LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied]
 
-#: Module globals that models call in prefill: one decay a head, one a channel.
+#: Module globals that models call in prefill: with one decay per head, and with one per channel.
 GLOBAL_NAMES: Final = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 #: Attribute of a layer in older transformers.
 ATTRIBUTE_NAME: Final = "chunk_gated_delta_rule"
@@ -54,7 +54,7 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.layers: list[tuple[str, LayerInverse]] = []
-        #: What an inverse raised last: that is its caller's business, not the model's.
+        #: What an inverse raised last: it reaches the caller as it is, and not as an error of the model.
         self.failure: Exception | None = None
 
 
@@ -72,8 +72,8 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
     inverse : Plan, LayerPlan or callable
         A plan simulates each layer's integer program; a callable maps
         ``L [batch, heads, chunks, C, C]`` to T.  `qinvert.exact_inverse` does
-        not form T but solves for what T is multiplied with, in float32, as
-        models do: where they do, nothing changes, not even a rounding.
+        not form T but solves for what T is multiplied with, in float32.  Many
+        models do the same; for these nothing changes, not even a rounding.
 
     Yields
     ------
@@ -97,7 +97,7 @@ def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Lay
     Raises
     ------
     InputError
-        If it is no inverse.
+        If it is not an inverse.
     PlanError
         If the plan lacks a layer of the model.
     """
@@ -139,14 +139,14 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         If it has none.
     """
     if not isinstance(model, torch.nn.Module):
-        raise InputError(f"{type(model).__name__} is no model; pass a torch.nn.Module")
+        raise InputError(f"{type(model).__name__} is not a model; pass a torch.nn.Module")
     layers = {
         name: m for name, m in model.named_modules() if _called(m) is not None or hasattr(m, ATTRIBUTE_NAME)
     }
     if not layers:
         raise InputError(
-            f"{type(model).__name__} has no delta-rule layer; supported are the Hugging Face models "
-            f"{', '.join(FAMILIES)}; of others, pass the matrices L themselves"
+            f"{type(model).__name__} has no delta-rule layer; the supported Hugging Face models are "
+            f"{', '.join(FAMILIES)}; for other models, pass the matrices L themselves"
         )
     return layers
 
@@ -164,7 +164,7 @@ def _called(layer: torch.nn.Module) -> tuple[Any, str] | None:
 
 @contextmanager
 def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[None]:
-    """`patched` with an inverse that is told the layer's name."""
+    """Do what `patched` does, with an inverse that is also told the layer's name."""
     layers = delta_layers(model)
     if model in _patched_models:
         raise InputError("this model is patched already; leave the outer `with patched(...)` first")
@@ -189,7 +189,7 @@ def _track(layer: torch.nn.Module, name: str, inverse: LayerInverse, undo: ExitS
         _running.layers.pop()
 
     undo.callback(layer.register_forward_pre_hook(enter).remove)
-    # always_call: after an exception in forward the entry must go, too.
+    # always_call: the entry must also be removed after an exception in forward.
     undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
 
 
@@ -247,8 +247,8 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     tokens, size = inputs.get("input_ids"), vocabulary_size(model)
     if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
         raise InputError(
-            f"token ids go from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary has "
-            f"{size}; tokenize for this model"
+            f"token ids go from {int(tokens.min())} to {int(tokens.max())}, but the model's vocabulary has "
+            f"{size} tokens; tokenize for this model"
         )
     with torch.no_grad(), _refusals(inputs):
         logits: torch.Tensor = model(**inputs).logits
@@ -258,14 +258,14 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 def vocabulary_size(model: torch.nn.Module) -> int | None:
     """Return the number of tokens that the model knows, None where its configuration does not say."""
     config = getattr(model, "config", None)
-    # Models of text and images keep the numbers of their text part apart.
+    # Models of text and images have a separate configuration for their text part.
     size = getattr(getattr(config, "text_config", config), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
 @contextmanager
 def _refusals(inputs: dict[str, Any]) -> Iterator[None]:
-    # What a model raises on inputs that do not fit it is of any type.
+    # A model may raise any type of exception on inputs that do not fit it.
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -47,7 +47,7 @@ class LayerReport:
     noise: float
     #: Values of T that are NaN or Inf.
     non_finite: int
-    #: Values on the ends of their grid, per tensor that has any.
+    #: Number of values at the ends of their grid, for each tensor that has any.
     saturations: dict[str, int]
 
     @property
@@ -162,10 +162,10 @@ def simulate(
         Layers are matched by name; a source with one unnamed layer goes with
         a plan of one layer.
     num_samples, seq_len : int, optional
-        Of ``data``: how many sequences to read, and of how many tokens; see
-        `qinvert.TokenData`.
+        How many sequences of ``data`` to read, and how many tokens each of
+        them has; see `qinvert.TokenData`.
     rounding : {"onnx", "hexagon"}
-        Whose integers, see `LayerPlan.inverse`.
+        Whose rounding the integers follow, see `LayerPlan.inverse`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
 
@@ -176,7 +176,7 @@ def simulate(
         the beta that it takes.
     PlanError
         If the source has a layer that the plan does not know, or the rounding
-        is not known of a plan like this.
+        is not known for a plan like this.
     """
     chosen = Rounding.named(rounding)
     running: dict[str, LayerSimulation] = {}

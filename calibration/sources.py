@@ -37,18 +37,18 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
     source
         One of: a Hugging Face model (then ``data`` holds text or tokens, see
         `qinvert.calibration.data.token_batches.token_batches`); ``{layer: L}``; a tensor
-        or array L; a path to .npz or .safetensors with one array a layer; an
-        object with ``get_next()`` that returns such a dict or None at the
-        end; an iterable of L, of such dicts or of pairs ``(layer, L)``.  Instead of L a pair
-        ``(L, beta)`` is legal, beta of shape ``(..., C)``; in a file the
-        array ``NAME.beta`` goes with ``NAME``.
+        or array L; a path to .npz or .safetensors with one array per layer; an
+        object with ``get_next()`` that returns such a dict, or None at the
+        end; an iterable of L, of such dicts or of pairs ``(layer, L)``.  Instead
+        of L a pair ``(L, beta)`` is also legal, with beta of shape ``(..., C)``.
+        In a file the array ``NAME.beta`` belongs to ``NAME``.
     data : optional
         Only for models.
 
     Raises
     ------
     InputError
-        If the source is of no such kind, is empty, or holds a matrix that is
+        If the source is none of these, is empty, or holds a matrix that is
         not legal (while streaming).
     """
     return ((layer, systems.lower) for layer, systems in open_systems(source, data))
@@ -126,7 +126,7 @@ def _with_beta(arrays: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _is_pair(item: Any) -> bool:
     if not isinstance(item, tuple) or len(item) != 2:
         return False
-    # Two matrices have as many axes; a beta has one less than its L.
+    # Two matrices have the same number of axes; a beta has one less than its L.
     lower, beta = (getattr(part, "ndim", None) for part in item)
     return lower is not None and beta == lower - 1
 
@@ -166,7 +166,7 @@ def check_size(size: int, chunk: int, layer: str) -> None:
     Raises
     ------
     InputError
-        With both sizes.
+        If the sizes differ; the message has both.
     """
     if size != chunk:
         raise InputError(

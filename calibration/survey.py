@@ -27,7 +27,7 @@ class SurveyRow:
     name: str
     #: Title of the program, or ``auto``.
     method: str
-    #: As `qinvert.calibrate` takes it.
+    #: Bits, as `qinvert.calibrate` takes them.
     bits: str
     #: Target of the plan.
     target: str
@@ -35,15 +35,15 @@ class SurveyRow:
     program: str
     #: Formats of the plan.
     formats: str
-    #: int8 multiply-accumulates a matrix.
+    #: int8 multiply-accumulates per matrix.
     cost: int
-    #: By the planner, on the calibration half.
+    #: Sqnr that the planner predicts, on the calibration half.
     predicted_sqnr_db: float
-    #: By simulation, on the calibration half.
+    #: Sqnr by simulation, on the calibration half.
     calibrated_sqnr_db: float
-    #: By simulation, on the other half.
+    #: Sqnr by simulation, on the other half.
     sqnr_db: float
-    #: The exact inverse on the same grids, on the other half.
+    #: Sqnr of the exact inverse on the same grids, on the other half.
     floor_db: float
     #: Values of T that are NaN or Inf.
     non_finite: int

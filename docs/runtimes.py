@@ -83,7 +83,7 @@ class Cell:
 def profile_rows(
     profile: str, scales: str, data: dict[str, dict[str, torch.Tensor]], folder: Path
 ) -> Iterator[list[str]]:
-    """Yield the rows of one profile: one a setting of a runtime."""
+    """Yield the rows of one profile: one per setting of a runtime."""
     found = {name: columns(profile, scales, layers, folder) for name, layers in data.items()}
     trained, stress = found["trained"], found["stress"]
     for setting in dict.fromkeys((*trained, *stress)):
@@ -113,7 +113,7 @@ def columns(profile: str, scales: str, layers: dict[str, torch.Tensor], folder: 
 
 
 def cells(runtime: str, plan: qinvert.Plan, layers: dict[str, torch.Tensor], file: Path) -> dict[str, Cell]:
-    """Return what one runtime makes of a plan; all layers together."""
+    """Return what one runtime makes of a plan, for all layers together."""
     results: dict[str, list[Verification]] = defaultdict(list)
     for name, lower in layers.items():
         qinvert.export(plan, file, layer=name, batch=8)

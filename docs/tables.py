@@ -21,7 +21,7 @@ from qinvert.stress import from_keys
 
 #: Matrices of each stress set to calibrate on, and as many others to measure on.
 COUNT = 32
-#: Above this, an inverse is exact but for the rounding of float32.
+#: Above this, an inverse is exact except for the rounding of float32.
 EXACT_DB = 100.0
 HEAD = """# Accuracy
 Written by `make docs` (`docs/tables.py`). C = {chunk}, one static scale for each tensor. Plans are calibrated on {count}

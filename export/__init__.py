@@ -21,7 +21,7 @@ if __name__ != "qinvert.export":
 def __getattr__(name: str) -> Any:
     # Loaded on first use, as the verbs of the package above.
     if name not in ("Finding", "lint"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are Finding and lint")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; use Finding or lint")
     from qinvert.export.rules import lint
 
     return getattr(lint, name)

@@ -1,11 +1,11 @@
 """The scales of a QDQ graph as the JSON files that other toolchains read.
 
 Tools that drop QuantizeLinear and DequantizeLinear from a graph want the
-scales in a file, by the names of the float tensors that remain: an entry is
-named after what QuantizeLinear reads, and after what DequantizeLinear makes
-of a constant or returns from the graph.  Where a graph splits a 16-bit operand
-into two planes, the planes have entries of their own, but without its nodes
-the split is lost.
+scales in a file, by the names of the float tensors that remain.  These are the
+tensors that QuantizeLinear reads, and those that DequantizeLinear makes of a
+constant or returns from the graph.  Where a graph splits a 16-bit operand into
+two planes, the planes have their own entries, but the split itself is lost
+with its nodes.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _quantizer_args(found: Mapping[str, Encoding]) -> dict[str, Any]:
 
 
 def _ort(found: Mapping[str, Encoding]) -> dict[str, Any]:
-    # One type goes with the quantizer's activation_type; its reader takes no types from JSON.
+    # A single type belongs into the quantizer's activation_type; its reader does not take types from JSON.
     mixed = len({encoding.grid.element for encoding in found.values()}) > 1
     return {name: [_override(encoding.grid, mixed)] for name, encoding in found.items()}
 

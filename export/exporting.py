@@ -33,13 +33,13 @@ def export(
 
     The graph maps ``L`` float32 ``[1, batch, C, C]`` to ``T`` float32 of the
     same shape.  Fold batch, heads and chunks of a model into the second axis.
-    The graph of a factored plan takes ``beta`` ``[1, batch, C, 1]``, too.
+    The graph of a factored plan also takes ``beta`` ``[1, batch, C, 1]``.
 
     Parameters
     ----------
     plan : Plan
     path : path
-        Of the .onnx file; written atomically.
+        Path of the .onnx file, which is written atomically.
     profile : str, optional
         Export profile, see `qinvert.profiles`; the plan's target if left out.
     layer : str, optional
@@ -47,21 +47,21 @@ def export(
     batch : int
         Matrices per call.
     input : {"auto", "L", "M", "keys", "ports"}
-        ``"auto"`` is ``"L"``, or ``"ports"`` where the program does not compute
-        an inverse: its inputs by their names, float32 ``[1, batch, rows,
-        columns]``.  ``"M"`` takes -L and saves the sign flip.  ``"keys"`` takes ``k``
-        ``[1, batch, C, key_size]`` (as it enters the product: normalize
-        first), ``beta`` and ``g`` (log decay of each token, <= 0), both ``[1,
-        batch, C, 1]``, and builds L in float32: `qinvert.export.lowering.keys`.
+        ``"auto"`` means ``"L"``, or ``"ports"`` where the program does not compute
+        an inverse.  ``"ports"`` takes the program's inputs by their names, float32
+        ``[1, batch, rows, columns]``.  ``"M"`` takes -L and saves the sign flip.
+        ``"keys"`` takes ``k`` ``[1, batch, C, key_size]`` (as it enters the product:
+        normalize it first), ``beta`` and ``g`` (log decay of each token, <= 0), both
+        ``[1, batch, C, 1]``, and builds L in float32: `qinvert.export.lowering.keys`.
     output : {"auto", "T", "integers", "ports"}
-        ``"auto"`` is ``"T"``, or ``"ports"`` as for ``input``; an output with the
-        name of an input is called ``NAME_out``.  ``"integers"`` returns the
-        integers of the results instead, as the profile stores them: ``S`` of
-        ``T = I + S``, ``W`` of ``T = I + beta W`` for factored plans, or T
-        itself where the program holds the identity.  So ``T V = V + scale (S V)``
-        stays an integer product.  Scale and zero point are the metadata
-        ``qinvert.output_scale`` and ``qinvert.output_zero_point``: they are
-        static, so no second output carries them.
+        ``"auto"`` means ``"T"``, or ``"ports"`` as for ``input``; an output with
+        the name of an input is called ``NAME_out``.  ``"integers"`` returns the
+        integers of the program's result instead, as the profile stores them:
+        ``S`` of ``T = I + S``, ``W`` of ``T = I + beta W`` for factored plans, or
+        T itself where the program holds the identity.  So ``T V = V + scale (S V)``
+        stays an integer product.  Scale and zero point are static, so they are not
+        a second output, but the metadata ``qinvert.output_scale`` and
+        ``qinvert.output_zero_point``.
     key_size : int, optional
         Length of a key, for ``input="keys"``.
 
@@ -142,7 +142,7 @@ def profile_for(plan: Plan, name: str | None) -> Profile:
     Raises
     ------
     ExportError
-        If there is none of that name.
+        If there is no profile of that name.
     """
     return find_profile(plan.target if name is None else name)
 
@@ -159,7 +159,7 @@ def ensure(profile: Profile, model: onnx.ModelProto) -> None:
     Raises
     ------
     ExportError
-        With the first finding.
+        If there is a finding; the message has the first one.
     """
     findings = find_faults(model, profile)
     if findings:

@@ -42,18 +42,18 @@ def export_layers(
     the domain ``qinvert``; the graph has the inputs and outputs ``LAYER/L``,
     ``LAYER/T`` and so on.  A function needs no constants from outside: its
     scales are Constant nodes, which `onnx.inliner.inline_local_functions`
-    leaves as constants of the inlined graph.  onnxruntime inlines by itself,
-    OpenVINO reads no local functions.
+    leaves as constants of the inlined graph.  onnxruntime inlines by itself;
+    OpenVINO does not read local functions.
 
     Parameters
     ----------
     plan : Plan
     path : path
-        Of the .onnx file; written atomically.
+        Path of the .onnx file, which is written atomically.
     profile : str, optional
         Export profile; the plan's target if left out.
     layers : sequence of str, optional
-        In this order; all layers of the plan if left out.
+        Layers to export, in this order; all layers of the plan if left out.
     batch : int or None
         Matrices per call.  None leaves the batch open: for onnxruntime, or to
         be called by a larger model; compilers for NPUs want a number.
@@ -101,14 +101,14 @@ def build_layers(
         if sum(function.ByteSize() for function in functions) > MAX_BYTES:
             raise ExportError(
                 f"the constants of the layers exceed {MAX_BYTES >> 20} MiB; export a smaller batch or one "
-                "file a layer"
+                "file per layer"
             )
         _append_call(graph, functions[-1], layer_plan, chosen, interface, layer)
     metadata = provenance(plan, chosen) | {"qinvert.layers": str(len(names))}
     doc = f"T = (I + L)^-1 of {len(names)} layers"
     model = graph.model("triangular_inverses", chosen.opset, metadata, doc, functions)
     if batch is not None:
-        # The rules are those of compilers, which take no open batch.
+        # The rules are those of compilers, which do not take an open batch.
         ensure(chosen, inlined(model))
     return model
 
@@ -159,7 +159,7 @@ def single_layer(model: onnx.ModelProto, layer: str | None) -> onnx.ModelProto:
     name = layer if layer is not None or len(calls) != 1 else next(iter(calls))
     functions = {function.name: function for function in model.functions}
     if name not in calls or calls[name].op_type not in functions:
-        raise ExportError(f"the model calls no layer {name!r}; it has {', '.join(calls) or 'none'}")
+        raise ExportError(f"the model does not call layer {name!r}; it has {', '.join(calls) or 'none'}")
     call, function = calls[name], functions[calls[name].op_type]
     single = onnx.ModelProto()
     single.CopyFrom(model)
@@ -186,7 +186,7 @@ def called_layers(path: str | PathLike[str]) -> list[str]:
     Raises
     ------
     ExportError
-        If it is no ONNX model.
+        If it is not an ONNX model.
     """
     model = parse_model(read_bytes(path), path)
     return [node.name for node in model.graph.node if node.domain == DOMAIN]
@@ -214,5 +214,5 @@ def _checked(plan: Plan, layers: Sequence[str] | None) -> list[str]:
     for name in names:
         plan.layer(name)
     if not names or len(set(names)) < len(names):
-        raise ExportError(f"layers {names} are none, or name one twice; leave them out for all")
+        raise ExportError(f"layers {names} are empty or name one twice; leave them out for all")
     return names

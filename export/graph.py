@@ -17,7 +17,7 @@ Sizes: TypeAlias = list[int | str]
 
 #: IR version that every runtime of the last two years reads.
 IR_VERSION = 9
-#: The first one whose functions declare the types of their tensors.
+#: The first IR version whose functions declare the types of their tensors.
 FUNCTION_IR_VERSION = 10
 #: Domain of the functions.
 DOMAIN = "qinvert"
@@ -187,7 +187,7 @@ class GraphBuilder:
         return function
 
     def _live_nodes(self) -> list[onnx.NodeProto]:
-        """Nodes that an output depends on: runtimes compute the others, too."""
+        """Nodes that an output depends on; runtimes would also compute the others."""
         wanted = {output.name for output in self._outputs}
         live = []
         for node in reversed(self._nodes):

@@ -91,7 +91,7 @@ class Interface:
             if ports != (self.output is GraphOutput.PORTS):
                 raise ExportError(
                     f"input {str(self.input)!r} does not go with output {str(self.output)!r}; inverses "
-                    "return 'T', other programs their 'ports', both 'integers'"
+                    "return 'T', other programs return their 'ports', and both can return 'integers'"
                 )
 
     @staticmethod
@@ -244,7 +244,7 @@ class Interface:
 def _check_planes(fmt: IntFormat) -> None:
     if fmt.planes > 1:
         raise ExportError(
-            f"output='integers' needs one tensor, the plan's result is {fmt} with {fmt.planes} planes; "
+            f"output='integers' needs one tensor, but the plan's result is {fmt} with {fmt.planes} planes; "
             "leave output out or calibrate with other bits"
         )
 

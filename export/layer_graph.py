@@ -35,13 +35,13 @@ def lower(plan: QuantizedProgram, profile: Profile, interface: Interface) -> Gra
 
 
 def _inverse_inputs(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -> dict[str, str]:
-    """Append what makes M, or K and its divisor, of the graph's inputs; return both by port."""
+    """Append the nodes that make M, or K and its divisor, of the graph's inputs; return both by port."""
     ports, tensor = plan.program.inverse_ports, _matrix(graph, plan, interface)
     if ports.beta is None:
         return {ports.matrix: tensor}
-    # As `qinvert.matrices.divided`: one float32 maximum, one float32 division.  Where L
-    # comes from keys it was a product with beta just before; what the simulator is
-    # given are L and beta, and a beta below the smallest one must scale K as it does there.
+    # As in `qinvert.matrices.divided`: one float32 maximum and one float32 division.  L from
+    # keys was multiplied by beta just before.  It is divided all the same: the simulator is
+    # given L and beta, and a beta below the smallest one must scale K as it does there.
     column = interface.inputs(plan)[ports.beta]
     given = [ports.beta, graph.scalar("smallest_beta", MIN_BETA)]
     factors = graph.node("Max", given, "beta/floored", column)
@@ -52,7 +52,7 @@ def _inverse_inputs(graph: GraphBuilder, plan: QuantizedProgram, interface: Inte
 
 
 def _matrix(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -> str:
-    """Append what makes M of the graph's inputs, and return its name."""
+    """Append the nodes that make M of the graph's inputs, and return its name."""
     if interface.input is GraphInput.M:
         return "M"
     if interface.input is GraphInput.KEYS:

@@ -33,24 +33,24 @@ class TriangularQuantizer(ExportQuantizer):
             config = OnnxConfig(dynamic=True, quantizer=quantizer)
             exported = OnnxExporter().export(model, inputs, config=config)
 
-    The exporter calls `quantize` on the finished graph; what the graph calls
-    is decided while it is traced, hence the ``with`` block.
+    The exporter calls `quantize` on the finished graph.  The ``with`` block is
+    needed because the graph gets its calls of functions while it is traced.
 
     Parameters
     ----------
     plan : Plan, optional
-        Made for the model; by default made in `tracing` from the calibration data.
+        Plan of the model; by default it is made in `tracing` from the calibration data.
     calibration_dataset : iterable of dict, optional
         Keyword arguments of the model, as for other quantizers of transformers.
     profile : str, optional
         Export profile of the functions; the plan's target if left out.
     options
-        Of `qinvert.calibrate`, where there is no plan.
+        Options of `qinvert.calibrate`, where there is no plan.
 
     Raises
     ------
     ExportError
-        With neither a plan nor data, or with options beside a plan.
+        If there is neither a plan nor data, or if options come with a plan.
     """
 
     supported_formats: tuple[Any, ...] = (ExportFormat.ONNX,)
@@ -68,7 +68,9 @@ class TriangularQuantizer(ExportQuantizer):
         if plan is None and calibration_dataset is None:
             raise ExportError("pass a plan, or a calibration_dataset to make one from")
         if plan is not None and options:
-            raise ExportError(f"{', '.join(options)}: for calibration, but the plan is made already")
+            raise ExportError(
+                f"{', '.join(options)} are options of calibration, but a plan was passed; leave them out"
+            )
         self.plan = plan
         self._profile = profile
         self._options = options

@@ -25,7 +25,7 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
     Raises
     ------
     ExportError
-        If it is no ONNX model, or one with external data or subgraphs.
+        If it is not an ONNX model, or one with external data or subgraphs.
     """
     model = parse_model(content, path)
     check_model(model, path)
@@ -44,7 +44,7 @@ def parse_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
     Raises
     ------
     ExportError
-        If it is no ONNX model.
+        If it is not an ONNX model.
     """
     try:
         return onnx.load_model_from_string(content)
@@ -53,14 +53,14 @@ def parse_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, path: str | PathLike[str]) -> None:
-    """Refuse what onnx finds no legal model; ``path`` is for the message."""
+    """Refuse a model that onnx finds illegal; ``path`` is for the message."""
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # as above
         raise _no_model(path, error) from None
     entries = [*model.metadata_props, *(p for function in model.functions for p in function.metadata_props)]
     if not all(isinstance(text, str) for entry in entries for text in (entry.key, entry.value)):
-        raise ExportError(f"{path}: its metadata is no UTF-8 text; export it again")
+        raise ExportError(f"{path}: its metadata is not UTF-8 text; export it again")
 
 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -81,18 +81,18 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check_calls(model: onnx.ModelProto) -> None:
-    # Functions that call functions double at every level: a small file, an endless graph.
+    # Functions that call functions double at every level, so that a small file may be an endless graph.
     sizes = {(f.domain, f.name): len(f.node) for f in model.functions}
     for function in model.functions:
         if any((node.domain, node.op_type) in sizes for node in function.node):
             raise ExportError(f"function {function.name!r} calls another one; inline the model first")
     total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
     if total > MAX_NODES:
-        raise ExportError(f"the model has {total} nodes once it is inlined, at most {MAX_NODES} are read")
+        raise ExportError(f"the model has {total} nodes once it is inlined, but at most {MAX_NODES} are read")
 
 
 def _no_model(path: str | PathLike[str], error: Exception) -> ExportError:
-    return ExportError(f"{path} is no ONNX model ({reason(error)}); export it again")
+    return ExportError(f"{path} is not an ONNX model ({reason(error)}); export it again")
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -39,7 +39,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_npz(file: Path) -> dict[str, Any]:
-    """Return the arrays of a file that `numpy.savez` wrote, whatever its name.
+    """Return the arrays of a file that `numpy.savez` wrote, whatever its name is.
 
     Raises
     ------
@@ -62,5 +62,5 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {file} without safetensors; run: pip install 'qinvert[hf]'") from None
     try:
         return dict(load_file(file))
-    except Exception as error:  # the reader has error types of its own, and torch's
+    except Exception as error:  # the reader raises its own types and those of torch
         raise InputError(f"cannot read {file}: {reason(error)}; write it with safetensors") from None

@@ -15,7 +15,7 @@ Piece: TypeAlias = str | Sequence[int]
 #: One document, in pieces.
 Document: TypeAlias = Iterable[Piece]
 
-#: Fields of rows that are read where none is named, best first.
+#: Fields of a row that are tried, in this order, where none is named.
 COLUMNS: Final = ("text", "input_ids")
 #: Characters of a text file that are held at once.
 PIECE: Final = 1 << 16
@@ -27,8 +27,8 @@ def file_documents(path: Path, column: str | None) -> Iterator[Document]:
     Raises
     ------
     InputError
-        While streaming: if the file cannot be read, is not UTF-8, or a line
-        is no row with the wanted field.
+        While streaming, if the file cannot be read or is not UTF-8, or if a
+        line is not a row with the wanted field.
     """
     return _json_rows(path, column) if path.suffix == ".jsonl" else iter([_text(path)])
 
@@ -41,14 +41,14 @@ def dataset_documents(name: str, split: str, column: str | None) -> Iterator[Doc
     InputError
         If there is no such dataset, split or field.
     MissingDependencyError
-        Without the package datasets.
+        If the package datasets is not installed.
     """
     try:
         import datasets
     except ImportError:
         raise MissingDependencyError(
-            f"{name!r} is no file, and as the name of a Hugging Face dataset it needs the package datasets, "
-            "which is not installed; check the path, or run: pip install datasets"
+            f"{name!r} is not a file, and loading a Hugging Face dataset of that name needs the package "
+            "datasets, which is not installed; check the path, or run: pip install datasets"
         ) from None
     folder = Path(name).is_dir()
     path, _, configuration = (name, "", "") if folder else name.partition(":")
@@ -68,7 +68,7 @@ def row_document(row: Any, column: str | None, where: str) -> Document:
     Raises
     ------
     InputError
-        If the field is lacking, or neither text nor token ids.
+        If the field is missing, or holds neither text nor token ids.
     """
     if isinstance(row, str):
         return (row,)
@@ -96,14 +96,14 @@ def _readable(path: Path) -> Iterator[None]:
         raise InputError(f"cannot read {path}: {error.strerror or reason(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is no UTF-8 text ({error.reason} at a byte {error.object[error.start]:#04x}); "
+            f"{path} is not UTF-8 text ({error.reason} at the byte {error.object[error.start]:#04x}); "
             "pass text, .jsonl, or token ids in .npz or .safetensors"
         ) from None
 
 
 def _text(path: Path) -> Iterator[str]:
     with _readable(path), path.open(encoding="utf-8-sig") as file:
-        # To the end of a line, so that few words are cut; a line without an end is.
+        # A piece ends with a line, so that few words are cut; only a line without an end is cut.
         while piece := file.read(PIECE) + file.readline(PIECE):
             yield piece
 
@@ -120,6 +120,6 @@ def _row(line: str, path: Path, number: int) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} line {number} is no JSON ({reason(error)}); write one object a line, "
+            f"{path} line {number} is not JSON ({reason(error)}); write one object per line, "
             'for example {"text": "..."}'
         ) from None

@@ -12,16 +12,16 @@ from qinvert.calibration.data.tokenizers import Ids, Tokenizer, as_ids
 
 
 def packed(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer], seq_len: int) -> Iterator[Ids]:
-    """Stream sequences of ``seq_len`` tokens: all documents one after the other, cut.
+    """Join all documents one after the other, and cut them into sequences of ``seq_len`` tokens.
 
     What is left at the end is dropped, unless it is all there is.
 
     Parameters
     ----------
     documents : iterable
-        Texts, and token ids that stay as they are.
+        Texts, which are tokenized, or token ids, which stay as they are.
     tokenizer : callable
-        Called for the tokenizer once a text needs it.
+        Returns the tokenizer; called only where a text needs it.
     seq_len : int
 
     Raises
@@ -54,9 +54,9 @@ def _encoded(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer]) 
 
 
 def draw(sequences: Iterable[Ids], count: int, seed: int) -> list[Ids]:
-    """Return ``count`` of the sequences, each with the same chance, in their order; or all.
+    """Return ``count`` of the sequences in their order, each with the same chance; or all if there are fewer.
 
-    One pass that holds no more than it returns.
+    This takes one pass, and holds no more sequences than it returns.
 
     References
     ----------

@@ -22,7 +22,7 @@ class _OtherProcessError(InputError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Message:
-    """What processes hand to each other: always at the same step of the same job."""
+    """What processes send to each other; all of them must be at the same step of the same job."""
 
     step: str
     content: Any = None
@@ -34,8 +34,8 @@ class _Message:
 class Shard:
     """Place of a process among those that share the data.
 
-    Every process reads all of it, in rounds of as many items as there are
-    processes, and takes one item of each round.
+    Every process reads all data in rounds.  A round has as many items as
+    there are processes, and each process takes one of them.
     """
 
     rank: int = 0
@@ -46,16 +46,16 @@ class Shard:
 
     @classmethod
     def current(cls) -> Shard:
-        """Return the place of this process in torch's process group, alone where there is none."""
+        """Return the place of this process in torch's process group; without a group it is alone."""
         dist = torch.distributed
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        # Statistics lie in ordinary memory, whatever the model's tensors travel by.
+        # Statistics are CPU tensors, whatever backend moves the model's tensors.
         group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), group=group)
 
     def slices(self, items: Iterable[T]) -> Iterator[T | None]:
-        """Yield this process's item of every round; None where the last round ends before it."""
+        """Yield this process's item of every round; None where the last round has no item for it."""
         iterator = iter(items)
         while taken := list(islice(iterator, self.size)):
             yield taken[self.rank] if self.rank < len(taken) else None
@@ -76,14 +76,14 @@ class Shard:
                 raise _OtherProcessError(f"process {rank} of {self.size} failed: {message.failure}")
             if message.step != step:
                 raise _OtherProcessError(
-                    f"process {rank} is at {message.step}, process {self.rank} at {step}; "
+                    f"process {rank} is at {message.step}, but process {self.rank} is at {step}; "
                     "pass the same data and options to every process"
                 )
         return [message.content for message in messages]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let a failure inside the block end the other processes, too, instead of leaving them waiting."""
+        """Let a failure inside the block also end the other processes, instead of leaving them waiting."""
         try:
             yield
         except _OtherProcessError:

@@ -23,7 +23,7 @@ from qinvert.errors import InputError
 BATCH_SIZE: Final = 8
 #: Files of arrays; any other file is text.
 ARRAY_FILES: Final = (".npz", ".safetensors")
-#: Ends of names that are files rather than datasets.
+#: Endings of names that mean files and not datasets.
 FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
 
 Batches = Iterator[dict[str, Any]]
@@ -39,27 +39,28 @@ def token_batches(
     data
         Token ids ``[count, length]`` as a tensor or array; a path to .npz or
         .safetensors with an array ``input_ids`` (or a single array); a path
-        to .jsonl, a row a line, or to any other file, which is text; the name of a
-        Hugging Face dataset; an iterable, or an object with ``get_next()``,
-        of texts, of rows, or of batches, each token ids or a dict of keyword
-        arguments with ``input_ids`` (a DataLoader, for example); or any of
-        these as `TokenData`, which says how to read it.
+        to .jsonl with one row per line, or to any other file, which is read as
+        text; the name of a Hugging Face dataset; an iterable, or an object with
+        ``get_next()``, of texts, of rows, or of batches; or any of these as
+        `TokenData`, which says how to read it.  A batch is token ids, or a dict
+        of keyword arguments with ``input_ids`` (from a DataLoader, for example).
 
-        Text and rows are packed into sequences of ``seq_len`` tokens, all documents one
-        after the other, of which ``num_samples`` are drawn, each with the
-        same chance.  Of arrays ``num_samples`` rows are drawn, of batches
-        the first are taken; with ``seq_len`` each row is cut first.
+        Text and rows are joined, all documents one after the other, and cut
+        into sequences of ``seq_len`` tokens.  ``num_samples`` of these are drawn,
+        each with the same chance.  From an array ``num_samples`` rows are drawn,
+        from batches the first rows are taken; with ``seq_len`` each row is cut
+        first.
     model : torch.nn.Module, optional
-        Its tokenizer goes with texts, see `qinvert.calibration.data.tokenizers.find_tokenizer`.
+        Its tokenizer is used for texts, see `qinvert.calibration.data.tokenizers.find_tokenizer`.
     batch_size : int
         Sequences per batch where ``data`` does not come in batches.
 
     Raises
     ------
     InputError
-        If ``data`` is of no such kind, cannot be read, or holds no tokens.
+        If ``data`` is none of these, cannot be read, or holds no tokens.
     MissingDependencyError
-        If it takes a package that is not installed.
+        If ``data`` needs a package that is not installed.
     """
     empty = True
     given = data if isinstance(data, TokenData) else TokenData(data=data)
@@ -159,7 +160,7 @@ class _Reading:
                 yield batch
                 left = None if left is None else left - count
                 continue
-            # Not one batch more is asked for: there may be no end of them.
+            # No further batch is asked for, because the stream may be endless.
             yield {name: _first(value, count, left) for name, value in batch.items()}
             return
 
@@ -177,7 +178,7 @@ class _Reading:
 
 
 def _first(value: Any, count: int, kept: int) -> Any:
-    """Return the first sequences of what has one entry for each."""
+    """Return the entries of the first ``kept`` sequences, if the value has one entry per sequence."""
     per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
     return value[:kept] if per_sequence else value
 
@@ -195,11 +196,11 @@ def _only_tokens(arrays: Mapping[str, Any], path: Any) -> Any:
         return arrays["input_ids"]
     if len(arrays) == 1:
         return next(iter(arrays.values()))
-    raise InputError(f"{path} holds {', '.join(arrays)}; name the token ids input_ids")
+    raise InputError(f"{path} holds {', '.join(arrays)}; name the array of token ids input_ids")
 
 
 def is_integer(array: Any) -> bool:
-    """Whether a tensor or array holds integers; booleans are none."""
+    """Whether a tensor or array holds integers; booleans do not count as integers."""
     if isinstance(array, torch.Tensor):
         return not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
     return np.asarray(array).dtype.kind in "iu"
@@ -209,7 +210,7 @@ def _token_ids(item: Any) -> torch.Tensor:
     try:
         tokens = item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
     except (TypeError, ValueError) as error:
-        raise InputError(f"token ids are no integer array ({error}); pass [count, length]") from None
+        raise InputError(f"token ids are not an integer array ({error}); pass [count, length]") from None
     tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or not is_integer(tokens) or tokens.numel() == 0:
         raise InputError(

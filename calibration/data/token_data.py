@@ -1,4 +1,4 @@
-"""What a caller says of data that a model is to read, beside the data itself."""
+"""How a model is to read its data: what a caller says beside the data itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_COUNT: Final = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenData:
-    """Data for a model, and how to read it; stands wherever ``data`` is taken.
+    """Data for a model, and how to read it; it may be passed wherever ``data`` may.
 
     What ``data`` may be is listed at `qinvert.calibration.data.token_batches.token_batches`.
 
@@ -29,18 +29,18 @@ class TokenData:
     """
 
     data: Any
-    #: Read at most this many sequences; `NUM_SAMPLES` of text, all of what is tokenized already.
+    #: Read at most this many sequences; by default `NUM_SAMPLES` of text, and all token ids.
     num_samples: int | None = None
-    #: Tokens in a sequence; `SEQ_LEN` for text, the given length for what is tokenized already.
+    #: Tokens per sequence; by default `SEQ_LEN` for text, and the given length for token ids.
     seq_len: int | None = None
-    #: Where rows have fields, the one to read: text or token ids.  ``"text"``, or else
-    #: ``"input_ids"``, by default.
+    #: Field of a row that holds text or token ids; by default ``"text"``, or else
+    #: ``"input_ids"``.
     column: str | None = None
     #: Split of a Hugging Face dataset.
     split: str = "train"
     #: A tokenizer of transformers, its folder, or a callable from text to token ids; the model's by default.
     tokenizer: Any = None
-    #: Of the choice of sequences.
+    #: Seed of the choice of sequences.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,11 +51,11 @@ class TokenData:
         for name in ("column", "split"):
             value = getattr(self, name)
             if not isinstance(value, str | None) or value == "":
-                raise InputError(f"{name} {value!r} is no name; pass for example {name}='text'")
+                raise InputError(f"{name} {value!r} is not a name; pass for example {name}='text'")
 
 
 def with_options(data: Any, num_samples: int | None, seq_len: int | None, seed: int = 0) -> Any:
-    """Return ``data`` with the options that are not None; a `TokenData` has a seed of its own.
+    """Return ``data`` with the options that are not None; a `TokenData` keeps its own seed.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def with_options(data: Any, num_samples: int | None, seq_len: int | None, seed: 
     if data is None:
         if given:
             raise InputError(
-                f"{' and '.join(given)} of what? pass text or token ids as data=... (--data), "
+                f"there is no data for {' and '.join(given)}; pass text or token ids as data=... (--data), "
                 "or leave this out"
             )
         return None

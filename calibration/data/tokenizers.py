@@ -28,7 +28,7 @@ TOKENIZER_FILES: Final = (
     "vocab.json",
     "vocab.txt",
 )
-#: A vocabulary of all bytes and at most four special tokens.
+#: Sizes of a vocabulary that holds all bytes and at most four special tokens.
 BYTE_VOCABULARY: Final = range(256, 261)
 
 
@@ -58,12 +58,12 @@ def as_ids(row: Any, what: str) -> Ids:
     Raises
     ------
     InputError
-        If it is none; the message begins with ``what``.
+        If it is not such a row; the message begins with ``what``.
     """
     try:
         ids = np.asarray(row)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{what} no row of token ids ({reason(error)})") from None
+        raise InputError(f"{what} something that is not a row of token ids ({reason(error)})") from None
     if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
         raise InputError(
             f"{what} {type(row).__name__} of dtype {ids.dtype} and shape {list(ids.shape)}; "
@@ -77,7 +77,7 @@ def _bytes(text: str) -> Ids:
     return np.frombuffer(text.encode(errors="replace"), dtype=np.uint8).astype(np.int64)
 
 
-#: Token ids are the bytes of UTF-8; an empty line between documents.
+#: Token ids are the bytes of UTF-8, with an empty line between documents.
 BYTES: Final = Tokenizer(encode=_bytes, separator=_bytes("\n\n"))
 
 
@@ -89,16 +89,16 @@ def find_tokenizer(model: torch.nn.Module | None, given: Any = None) -> Tokenize
     Parameters
     ----------
     model : torch.nn.Module, optional
-        Knows the folder, or the name in the cache, that it was loaded from.
+        It knows the folder that it was loaded from, or its name in the cache.
     given : optional
         A tokenizer of transformers, its folder, or a callable from text to token ids.
 
     Raises
     ------
     InputError
-        If there is none, or it cannot be loaded.
+        If there is no tokenizer, or it cannot be loaded.
     MissingDependencyError
-        If it takes transformers, which are not installed.
+        If transformers is needed, but not installed.
     """
     match given:
         case None:
@@ -110,7 +110,7 @@ def find_tokenizer(model: torch.nn.Module | None, given: Any = None) -> Tokenize
         case _ if callable(given):
             return Tokenizer(encode=given, separator=np.empty(0, np.int64))
     raise InputError(
-        f"{type(given).__name__} is no tokenizer; pass one of transformers, its folder, "
+        f"{type(given).__name__} is not a tokenizer; pass a tokenizer of transformers, its folder, "
         "or a callable from text to token ids"
     )
 
@@ -120,7 +120,7 @@ def _of_model(model: torch.nn.Module | None) -> Tokenizer:
         raise InputError("text needs a tokenizer; pass tokenizer=... (--tokenizer), or token ids")
     name = str(getattr(model, "name_or_path", ""))
     folder, size = Path(name), vocabulary_size(model)
-    # Loaded by a name, the files lie in the cache of transformers.
+    # A model that was loaded by its name has its files in the cache of transformers.
     if name and (_has_tokenizer(folder) or (not folder.is_dir() and size not in BYTE_VOCABULARY)):
         return _load(name)
     if size in BYTE_VOCABULARY:

@@ -1,8 +1,8 @@
-"""Interrupted calibrations go on where they were, to the plan of an uninterrupted one.
+"""Interrupted calibrations continue where they stopped, and end in the plan of an uninterrupted one.
 
 A checkpoint holds the statistics of all layers after a number of batches, and
-a hash of those batches: on resuming they are read again, to be recognized, but
-do not go through the model.
+a hash of those batches.  On resuming, the same batches are read again and
+compared with the hash, but they do not go through the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 SCHEMA_VERSION: Final = 1
 #: Name of the array that holds everything but the samples, as JSON.
 HEADER: Final = "checkpoint"
-#: No data holds more.
+#: Largest number of matrices that a checkpoint may count; no data holds more.
 MAX_MATRICES: Final = 2**62
 #: Saving may take this share of the time.
 SHARE: Final = 0.05
@@ -58,7 +58,7 @@ class Saved:
 
     #: Batches, or items of a source of matrices, that were observed.
     items: int
-    #: Hash of those.
+    #: Hash of these batches or items.
     digest: str
     #: Options that decide what is drawn and counted.
     options: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Saved:
 
 
 class Trail:
-    """Counts and hashes what is read from a source; passes over what a checkpoint has seen."""
+    """Counts and hashes what is read from a source; skips what a checkpoint has seen."""
 
     def __init__(self, saved: Saved | None = None) -> None:
         self.items = 0
@@ -84,7 +84,7 @@ class Trail:
         Raises
         ------
         InputError
-            If those that it has seen were others.
+            If the items that it has seen were other ones.
         """
         seen = 0 if self._saved is None else self._saved.items
         for item in items:
@@ -128,7 +128,7 @@ def _add(digest: Any, item: Any) -> None:
 
 
 class Checkpoint:
-    """A file that a running calibration saves to now and then.
+    """A file in which a running calibration saves its statistics from time to time.
 
     Parameters
     ----------
@@ -142,14 +142,14 @@ class Checkpoint:
     Raises
     ------
     InputError
-        If the file is no checkpoint, or one with other options.
+        If the file is not a checkpoint, or one with other options.
     """
 
     def __init__(self, path: str | PathLike[str], options: Mapping[str, Any], shard: Shard) -> None:
         self.path = path
         self._options = options
         found = shard.gather("the checkpoint", load(path) if shard.rank == 0 else None)
-        #: What the file held at the start, None if there was none.
+        #: What the file held at the start, None if it did not exist.
         self.saved = found[0]
         self.trail = Trail(self.saved)
         self._next = 0.0
@@ -162,7 +162,7 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        """Whether to save: at once, then so that saving takes at most `SHARE` of the time."""
+        """Whether to save now: at first always, later so that saving takes at most `SHARE` of the time."""
         return time.monotonic() >= self._next
 
     def save(self, layers: Mapping[str, SavedLayer]) -> None:
@@ -206,22 +206,22 @@ def _header(layer: SavedLayer) -> dict[str, Any]:
 
 
 def load(path: str | PathLike[str]) -> Saved | None:
-    """Read a checkpoint; None if there is none yet.
+    """Read a checkpoint; None if the file does not exist yet.
 
     Raises
     ------
     InputError
-        If the file is no checkpoint, or damaged.
+        If the file is not a checkpoint, or damaged.
     """
     if not Path(path).exists():
         return None
     try:
         return _read(read_npz(Path(path)))
     except QInvertError as error:
-        raise InputError(f"{os.fspath(path)} is no checkpoint: {error}; delete it to start anew") from None
+        raise InputError(f"{os.fspath(path)} is not a checkpoint: {error}; delete it to start anew") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
-            f"{os.fspath(path)} is no checkpoint: {reason(error)}; delete it to start anew"
+            f"{os.fspath(path)} is not a checkpoint: {reason(error)}; delete it to start anew"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""One pass over a source: an observer for every layer, whichever processes share the work."""
+"""One pass over a source: an observer for every layer, whether one process or several do the work."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Observation:
 
     Matrices are counted over all processes, batch by batch in the order of
     the data.  What is drawn for a matrix depends on its number alone, and
-    every statistic is a maximum, a count, or the choice of the largest draws:
-    any split of the data ends in the same statistics.
+    every statistic is a maximum, a count, or the choice of the largest draws.
+    For that reason any split of the data leads to the same statistics.
     """
 
     def __init__(self, programs: Programs, seed: int, shard: Shard, checkpoint: Checkpoint | None) -> None:
@@ -42,7 +42,7 @@ class Observation:
         self._checkpoint = checkpoint
 
     def update(self, group: Sequence[Item]) -> list[str]:
-        """Add what this process has of a round; return the names of all layers in it."""
+        """Add this process's part of a round; return the names of all layers in the round."""
         mine = [(layer, systems.count, systems.chunk) for layer, systems in group]
         due = self._checkpoint is not None and self._checkpoint.due
         gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(group), []
@@ -54,13 +54,13 @@ class Observation:
                 else:
                     observer.skip(count)
                 seen.append(layer)
-        # Clocks differ: the first process decides.
+        # Clocks differ, so the first process decides.
         if gathered[0][0]:
             self._save(self._merged())
         return seen
 
     def resume(self, saved: Saved) -> None:
-        """Go on from a checkpoint, whose statistics the first process takes over."""
+        """Continue from a checkpoint, whose statistics the first process takes over."""
         for layer, part in saved.layers.items():
             observer = self._observer(layer, part.chunk)
             observer.check(part.programs, part.state)
@@ -120,15 +120,15 @@ def observe(
     """Return an observer for every layer of ``source``, or for every head.
 
     Under torchrun each process observes its share of the batches, and all
-    return the observers of the whole.  With ``checkpoint``, statistics are
-    saved there now and then, and at the end; where the file exists, what it
-    has seen is not observed again.
+    return observers of all batches.  With ``checkpoint``, statistics are
+    saved in that file from time to time, and at the end.  If the file exists,
+    the batches that it has seen are not observed again.
 
     Raises
     ------
     InputError
-        If the source or one of its matrices is not legal, or lacks beta; or
-        if another process fails; or if the checkpoint is of other data or options.
+        If the source or one of its matrices is not legal or lacks beta, if another
+        process fails, or if the checkpoint was made from other data or options.
     """
     shard = Shard.current()
     with shard.together():
@@ -141,7 +141,7 @@ def observe(
             for layer in observation.update(list(_split(group, granularity))):
                 if progress is not None:
                     progress(layer, observation.layers[layer].matrices)
-            # Free before the model runs on the next batch.
+            # Free the batch before the model runs on the next one.
             group.clear()
         observation.finish()
     return observation.layers

@@ -17,7 +17,7 @@ from qinvert.program.program import Program
 from qinvert.program.steps import MOVES
 from qinvert.systems import Systems
 
-#: Matrices of a layer that candidates surely run on.
+#: Candidates run on every one of this many first matrices of a layer.
 FIRST: Final = 64
 
 
@@ -25,8 +25,8 @@ class RangeObserver:
     """``max|x|`` of every tensor of a program, over all matrices seen.
 
     Programs run in float32 on unquantized input.  A value that overflows
-    makes the range infinite.  Slices, masks and concats count with the range
-    of their sources, whose grid they share.
+    makes the range infinite.  Slices, masks and concats get the range of
+    their sources, whose grid they share.
     """
 
     def __init__(self, program: Program) -> None:
@@ -48,15 +48,15 @@ class RangeObserver:
             return
         ends = torch.aminmax(tensor)
         largest = max(abs(float(ends.min)), abs(float(ends.max)))
-        # max() of a NaN would lose it; powers give NaN as inf - inf.
+        # max() would lose a NaN; powers give NaN as inf - inf.
         self.ranges[name] = max(self.ranges[name], math.inf if math.isnan(largest) else largest)
 
 
 class MatrixSample:
     """A uniform random sample of matrices of one layer, at most ``capacity``.
 
-    Reservoir sampling by random keys: each matrix draws a key, the largest
-    keys stay.
+    Reservoir sampling by random keys: each matrix draws a key, and the
+    matrices with the largest keys stay.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -88,7 +88,7 @@ class MatrixSample:
         self._keys = keys[order]
 
     def skip(self, count: int) -> None:
-        """Pass over the draws of ``count`` matrices."""
+        """Skip the draws of ``count`` matrices."""
         skip_draws(self._generator, count)
 
     def replace(self, keys: torch.Tensor, sample: Sequence[torch.Tensor]) -> None:
@@ -111,9 +111,9 @@ class MatrixSample:
 
 
 def skip_draws(generator: np.random.Generator, count: int) -> None:
-    """Bring a generator where ``count`` draws of ``random`` would."""
+    """Advance a generator as far as ``count`` draws of ``random`` would."""
     stream = generator.bit_generator
-    assert isinstance(stream, np.random.PCG64)  # what default_rng makes; one step a draw
+    assert isinstance(stream, np.random.PCG64)  # what default_rng makes; one step per draw
     stream.advance(count)
 
 
@@ -138,7 +138,7 @@ class LayerState:
 def merged(states: Sequence[LayerState], capacity: int) -> LayerState:
     """Return the state of one observer that saw all matrices, from observers that shared them.
 
-    Maxima, counts, and the largest keys: exact, whatever the split.
+    Only maxima, counts and the largest keys are merged, so the result is exact for every split.
     """
     sample = MatrixSample(capacity, seed=0)
     for state in states:
@@ -162,9 +162,9 @@ def _largest(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class LayerObserver:
     """Everything that is remembered of one layer: ranges per candidate and a sample.
 
-    The ranges of the inputs are those of every matrix.  The programs run on the first
-    `FIRST` matrices and on a thinning random share of the later ones
-    (``FIRST / i`` of matrix i), which keeps the cost below that of the model.
+    The ranges of the inputs are those of all matrices.  The programs run on the first
+    `FIRST` matrices and on a decreasing random share of the later ones (on matrix i with
+    the probability ``FIRST / i``), which keeps the cost below that of the model.
     """
 
     def __init__(self, programs: Sequence[Program], capacity: int, seed: int) -> None:
@@ -227,7 +227,7 @@ class LayerObserver:
             )
 
     def restore(self, state: LayerState) -> None:
-        """Go on from a state of an observer with the same programs, capacity and seed."""
+        """Continue from a state of an observer with the same programs, capacity and seed."""
         self.skip(state.matrices - self.matrices)
         self.observed = state.observed
         self._largest = dict(state.largest)

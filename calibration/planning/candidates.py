@@ -17,12 +17,12 @@ from qinvert.systems import Systems
 def candidate_programs(
     method: str, chunk: int, factored: bool = False, requantize: Requantize = Requantize.DIVIDE
 ) -> list[Program]:
-    """Return what ``method`` leaves to choose from for matrices of that size.
+    """Return the programs among which ``method`` leaves a choice, for matrices of that size.
 
-    Every method brings its own, see `qinvert.methods.Method`; ``"auto"`` is
-    what methods bring where none is named, in their order.  Residual terms
-    that are not operands of their product need a target that takes the divide
-    form: where it does not, the factored candidates have none.
+    Every method has its own candidates, see `qinvert.methods.Method`.  ``"auto"``
+    takes those that the methods offer where no method is named, in their order.
+    Residual terms that are not operands of their product need a target that takes
+    the divide form; for other targets the factored candidates do not have such terms.
 
     Raises
     ------

@@ -36,7 +36,7 @@ def clip_ranges(
     """Return ``ranges`` narrowed by ``rule``, group by group.
 
     Values beyond the range saturate.  Statistics are those of the sample, a
-    uniform random choice of all matrices; ranges that overflowed stay.
+    uniform random choice of all matrices; ranges that overflowed do not change.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def clip_ranges(
     ranges : mapping
         Range per tensor, with whatever room calibration adds.
     sample : Systems
-        Flat, with beta where the program takes it.
+        Flat systems, with beta where the program takes it.
     formats : mapping
         Format of every tensor.
     rule : RangeRule
@@ -65,7 +65,7 @@ def _group_values(program: Program, groups: Mapping[str, str], sample: Systems) 
     moved = {s.output for s in program.steps if isinstance(s, MOVES)}
 
     def observe(name: str, tensor: torch.Tensor) -> None:
-        # Moves only repeat what other tensors of their group hold.
+        # Steps that only move values repeat what other tensors of their group hold.
         if name not in moved:
             magnitudes = tensor.abs().flatten()
             parts[groups[name]].append(magnitudes[magnitudes > 0])
@@ -75,7 +75,7 @@ def _group_values(program: Program, groups: Mapping[str, str], sample: Systems) 
 
 
 def _clip(magnitudes: torch.Tensor, largest: float, fmt: IntFormat, rule: RangeRule) -> float:
-    # A residue shows its range only once its operands are rounded: nothing to clip here.
+    # A residue shows its range only once its operands are rounded, so there is nothing to clip here.
     vanishes = magnitudes.numel() == 0 or float(magnitudes.max()) < VANISHING * largest
     if vanishes or not math.isfinite(largest):
         return largest

@@ -66,7 +66,7 @@ def choose_grids(
     ranges : mapping
         max|x| per tensor that calibration saw.
     sample : Systems
-        Flat, with beta where the program takes it.
+        Flat systems, with beta where the program takes it.
     formats : mapping
         Format of every tensor, the same for tensors that share a grid.
     rules : GridRules
@@ -113,8 +113,8 @@ def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     """Return ``ranges`` with room for what unseen data may hold."""
     # A tensor under the input's bound can hold the input's largest entry, wherever that
     # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
-    # A tensor without a bound can exceed what was seen: powers by any factor, partial sums
-    # hold M, so that room beyond M and T would only make them coarser.
+    # A tensor without a bound can exceed what was seen.  Powers can do so by any factor.
+    # Partial sums hold M, so that room beyond M and T would only make them coarser.
     # Vectors are inputs: all of their values were seen, and scaled entries have them as a factor.
     ports = program.inverse_ports
     source = ranges[ports.matrix]

@@ -17,11 +17,10 @@ from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan.plan import LayerPlan
-from qinvert.plan.quantization import Requantize
 from qinvert.program.program import Program
 from qinvert.systems import Systems
 
-#: Programs whose powers outgrow both M and T by more are passed over: unseen data
+#: Programs whose powers outgrow both M and T by more than this are passed over: unseen data
 #: would decide whether they saturate.
 MAX_GROWTH: Final = 1.0
 #: Candidates that are simulated where none reaches the goals.
@@ -66,13 +65,13 @@ class Candidate:
     def sensitivities(self) -> Sensitivities:
         """Noise of every grid under every format of the ladder."""
         grids = {fmt: self._grids(self.uniform(fmt)) for fmt in self.ladder}
-        partial = [
-            fmt.name
-            for fmt, found in grids.items()
-            if found.requantize is Requantize.MULTIPLIER and fmt.container_bits > INT8.container_bits
-        ]
-        tensors = [found.tensors for found in grids.values()]
-        return measure_sensitivities(self.program, tensors, self._sample, self.truth, partial=partial)
+        return measure_sensitivities(
+            self.program,
+            [found.tensors for found in grids.values()],
+            self._sample,
+            self.truth,
+            requantize={fmt.name: found.requantize for fmt, found in grids.items()},
+        )
 
     def uniform(self, fmt: IntFormat) -> dict[str, IntFormat]:
         """One format for every group of tensors that share a grid."""
@@ -109,7 +108,7 @@ class Candidate:
         )
 
     def cheapest(self, goals: Goals, extra_db: float = 0.0) -> Prediction:
-        """Raise formats, the most noise per cost first, until the goals should be met.
+        """Raise formats until the goals should be met, first those that take off the most noise per cost.
 
         Parameters
         ----------
@@ -168,7 +167,7 @@ class Prediction:
 
     @property
     def binding(self) -> tuple[str, float]:
-        """The grid that adds most of the noise, and its share."""
+        """The grid that adds the most noise, and its share."""
         return next(iter(self.candidate.sensitivities.shares(self.formats).items()))
 
     def __str__(self) -> str:
@@ -197,7 +196,7 @@ class Choice:
     goals: Goals
     #: Every prediction, cheapest first.
     predictions: tuple[Prediction, ...]
-    #: Candidates that were passed over unseen, with the reason.
+    #: Candidates that were passed over without a prediction, with the reason.
     passed_over: tuple[str, ...]
 
     @property

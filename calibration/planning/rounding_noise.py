@@ -23,12 +23,12 @@ from qinvert.systems import Systems
 
 #: Room above the largest residue seen on the sample.
 MARGIN: Final = 4.0
-#: Residue is what a float run leaves this far below M.
+#: A tensor that stays this far below M in a float run holds a residue.
 SMALL: Final = 0.01
 
 
 class _ResidueEvaluator(FloatEvaluator):
-    """Steps in float64 on quantized inputs; widens ranges that turn out too small."""
+    """Runs steps in float64 on quantized inputs, and widens ranges that turn out too small."""
 
     def __init__(
         self, batch: int, device: torch.device, tensors: dict[str, Quantization], free: set[str]
@@ -67,7 +67,7 @@ def settle_residues(
     ranges : mapping
         max|x| per tensor of float runs over all data.
     sample : Systems
-        Flat, with beta where the program takes it.
+        Flat systems, with beta where the program takes it.
     formats : mapping
         Format of every tensor.
     """

@@ -21,8 +21,8 @@ MAX_IDENTITY_BLOCKS = 16
 #: What an int16 range maps onto.  The integers above it are headroom: the int8 planes of a
 #: right operand end at 32639, and one partial product may exceed the sum of both.
 WIDE_LARGEST = 32256
-#: Ranges of the operands of an int16 product, times each other, over that of the result: where
-#: more cancels, one partial product saturates on the grid of the sum.
+#: Largest product of the ranges of both operands of an int16 product, over the range of the
+#: result: where more cancels, one partial product saturates on the grid of the sum.
 MAX_CANCELLATION = 16.0
 #: A range may be raised against cancellation up to this share of M's and of the result's: its
 #: grid then adds at most 1/16 of the noise power that theirs do.
@@ -72,11 +72,11 @@ def allows_multiplier(
 ) -> bool:
     """Whether residual terms can be integers of the accumulator.
 
-    Each must be an operand of its product, and 1.0 must lie on the other
-    operand's grid: the other range must not exceed its largest integer, and
-    all formats must be of one plane, and int16 products must not cancel (see
+    Each term must be an operand of its product, and 1.0 must lie on the grid of
+    the other operand, whose range must not exceed its largest integer.  All
+    formats must have one plane, and int16 products must not cancel (see
     `hold_partial_products`).  Matrices that would lose resolution on such a grid,
-    because they are very small or larger than a few units, are refused, too.
+    because they are very small or larger than a few units, are also refused.
     """
     operands = all(
         term in (step.left, step.right)
@@ -102,12 +102,12 @@ def allows_multiplier(
 def hold_partial_products(
     program: Program, ranges: Mapping[str, float], formats: Mapping[str, IntFormat]
 ) -> dict[str, float]:
-    """Return ``ranges``, raised where partial products of int16 would saturate and resolution is to spare."""
+    """Return ``ranges``, raised where partial products of int16 would saturate and resolution allows it."""
     groups = scale_groups(program)
     raised, shared = dict(ranges), group_ranges(program, ranges)
     ports = program.inverse_ports
     limit = RAISED_SHARE * min(shared[ports.matrix], shared[ports.result])
-    # A product that is raised is an operand of later ones: shared grows while it is read.
+    # A product that is raised is an operand of later ones, so shared grows while it is read.
     for step, floor in _partial_products(program, shared, formats):
         if shared[step.output] < floor <= limit:
             group = {name for name in shared if groups[name] == groups[step.output]}

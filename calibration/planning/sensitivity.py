@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +17,7 @@ from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import planes
 from qinvert.plan.integer_product import PlanePairs, plane_pairs
-from qinvert.plan.quantization import Quantization
+from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.ports import InversePorts
 from qinvert.program.program import Program
 from qinvert.program.steps import MatMul, Scale
@@ -96,7 +96,7 @@ Variant = tuple[str, Mapping[str, Quantization]]
 
 
 class _VariantEvaluator(FloatEvaluator):
-    """Float64 steps over copies of the sample, one copy a variant, the last one exact."""
+    """Runs steps in float64 on copies of the sample: one copy per variant, and one that stays exact."""
 
     def __init__(
         self,
@@ -104,11 +104,11 @@ class _VariantEvaluator(FloatEvaluator):
         variants: Sequence[Variant],
         count: int,
         device: torch.device,
-        partial: Collection[str],
+        requantize: Mapping[str, Requantize],
     ) -> None:
         super().__init__((len(variants) + 1) * count, torch.float64, device)
         self.count = count
-        self.partial = partial
+        self.requantize = requantize
         self.generator = torch.Generator(device="cpu").manual_seed(SEED)
         groups = scale_groups(program)
         self.rounded: dict[str, list[tuple[int, Quantization]]] = {name: [] for name in groups}
@@ -130,7 +130,7 @@ class _VariantEvaluator(FloatEvaluator):
             # The product of the low planes is left out.
             dropped = self._low(step.left, left, i) @ self._low(step.right, right, i)
             subtract = [*subtract, self._copy(dropped, i)]
-        for i in self._partial(step.output):
+        for i in self._rounding_planes(step):
             # The products of both planes of an int16 operand are rounded, not their sum.
             subtract = [*subtract, self._copy(self._rounding_of_high(step, left, right, i), i)]
         return super().matmul(step, left, right, add, subtract)
@@ -138,7 +138,7 @@ class _VariantEvaluator(FloatEvaluator):
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         total = source * along(step, vector)
         for i in self._dropping(step.output, step.source, step.vector):
-            # As in a product.
+            # The same as in a product.
             low = along(step, self._low(step.vector, vector, i))
             total = total - self._copy(self._low(step.source, source, i) * low, i)
         return self.stored(step.output, total)
@@ -149,8 +149,12 @@ class _VariantEvaluator(FloatEvaluator):
     def _pairs(self, i: int, left: str, right: str) -> PlanePairs:
         return plane_pairs(self.grids[i][left].format, self.grids[i][right].format)
 
-    def _partial(self, name: str) -> list[int]:
-        return [i for i, grid in self.rounded[name] if grid.format.name in self.partial]
+    def _rounding_planes(self, step: MatMul) -> list[int]:
+        return [
+            i
+            for i, grid in self.rounded[step.output]
+            if self._pairs(i, step.left, step.right).rounded_apart(self.requantize[grid.format.name])
+        ]
 
     def _rounding_of_high(
         self, step: MatMul, left: torch.Tensor, right: torch.Tensor, i: int
@@ -162,7 +166,7 @@ class _VariantEvaluator(FloatEvaluator):
         return (product - output.scale * torch.round(product / output.scale)).flatten(0, 1)
 
     def _copy(self, values: torch.Tensor, i: int) -> torch.Tensor:
-        """Return zeros but for variant ``i``."""
+        """Return zeros except for variant ``i``."""
         blocks = values.reshape(-1, self.count, *values.shape[-2:])
         whole = blocks.new_zeros(len(blocks), self.batch // self.count, *blocks.shape[1:])
         whole[:, i] = blocks
@@ -179,14 +183,14 @@ class _VariantEvaluator(FloatEvaluator):
 
     def stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Round the copies whose variant is the grid of ``name``."""
-        # In place: what a float step computed is fresh memory.
+        # This is done in place, because a float step writes into fresh memory.
         for i, grid in self.rounded[name]:
             self._copies(values)[:, i] = self._rounded(self._copies(values)[:, i], grid)
         return values
 
     def _rounded(self, values: torch.Tensor, grid: Quantization) -> torch.Tensor:
         if float(values.abs().max()) < VANISHING * grid.scale:
-            # A residue: next to zero here, of many steps once its operands are rounded.
+            # A residue is almost zero here, but has many steps once its operands are rounded.
             noise = torch.rand(values.shape, generator=self.generator, dtype=torch.float64) - 0.5
             return values + grid.scale * torch.where(values != 0, noise.to(values.device), 0.0)
         return on_grid(values, grid)
@@ -197,7 +201,7 @@ def measure_sensitivities(
     grids: Sequence[Mapping[str, Quantization]],
     sample: Systems,
     truth: torch.Tensor | None = None,
-    partial: Collection[str] = (),
+    requantize: Mapping[str, Requantize] | None = None,
 ) -> Sensitivities:
     """Round every group of tensors by itself and measure the error of the result.
 
@@ -207,12 +211,12 @@ def measure_sensitivities(
     grids : sequence of mappings
         A quantization of every tensor, once per format.
     sample : Systems
-        Flat, with beta where the program takes it; noise is measured on the
+        Flat systems, with beta where the program takes it; noise is measured on the
         first `MATRICES`.
     truth : torch.Tensor, shape ``[n, C, C]``, optional
         Exact inverses of the sample, where a caller has them already.
-    partial : collection of str
-        Names of formats whose products are rounded plane by plane.
+    requantize : mapping, optional
+        Form of `Requantize` by the name of a format; all plans divide by default.
     """
     ports = program.inverse_ports
     exact = torch.tril(sample.inverse() if truth is None else truth, -1)
@@ -223,7 +227,8 @@ def measure_sensitivities(
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
     groups = scale_groups(program)
     variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
-    evaluator = _VariantEvaluator(program, variants, sample.count, sample.lower.device, partial)
+    forms = requantize or {_format_of(grid, ports): Requantize.DIVIDE for grid in grids}
+    evaluator = _VariantEvaluator(program, variants, sample.count, sample.lower.device, forms)
     exact_inputs = program_inputs(program, sample, torch.float64)
     inputs = {
         name: evaluator.stored(name, value.repeat(len(variants) + 1, 1, 1))
@@ -277,7 +282,7 @@ def _unseen_saturation(
     Rare large values are part of the signal; what saturation takes from them must be noise.
     """
     output = grid[ports.result]
-    # Of a factored program the output is T - I over beta, whose rare values are those of keys alone.
+    # The output of a factored program is T - I over beta; its rare values are those of keys alone.
     if ports.factored:
         return 0.0
     excess = (exact.abs() - output.scale * output.format.largest).clamp(min=0).square().sum((1, 2))

@@ -38,7 +38,7 @@ def find_lowering(name: str) -> type[GraphLowering]:
     Raises
     ------
     ExportError
-        If there is none; the message lists the legal names.
+        If there is no such lowering; the message lists the legal names.
     """
     more = f", or add a module to {__name__} that defines LOWERING"
     return lookup(discover(), name, "lowering", ExportError, more)

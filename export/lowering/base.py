@@ -38,7 +38,7 @@ class Value:
     constant: Constant | None = None
     #: Graph tensor of the low plane, if there are two.
     low: str = ""
-    #: Where the integers are 1.0 more than the tensor's, ``[rows, columns]`` of a block; None is nowhere.
+    #: Where the integers are 1.0 more than the tensor's, ``[rows, columns]`` of a block; None means nowhere.
     ones: Support | None = field(default=None, compare=False)
 
     @property
@@ -78,7 +78,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
 
     @abstractmethod
     def source(self, tensor: str, name: str) -> Value:
-        """Quantize the float tensor ``name``, which holds the input ``tensor``, and return that."""
+        """Quantize the float tensor ``name``, which holds the input ``tensor``, and return the result."""
 
     @abstractmethod
     def finish(self, name: str, result: Value) -> str:
@@ -127,7 +127,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         return ones if ones is not None and ones.any() else None
 
     def movable(self, step: Concat | Slice, value: Value) -> Value:
-        """Return what a step moves: integers that the graph returns are those of the program."""
+        """Return what a step moves; integers that the graph returns must be those of the program."""
         return self.plain(value) if self.returns(step.output) else value
 
     def plain(self, value: Value) -> Value:
@@ -184,13 +184,13 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         return self.repeated(value.tensor, matrix, self.plan.program.shapes[step.output].blocks, grid)
 
     def widened(self, step: MatMul, left: Value, right: Value) -> Operands:
-        """Return operands whose plain product holds the residual terms, too.
+        """Return operands whose plain product also holds the residual terms.
 
         ``A B + B = (A + I) B`` where A can carry an identity, and ``(A + I) (B
-        + I) = (A B + A + B) + I`` where both can.  Else ``A B + B = [A, kI] [B;
-        B]`` and ``A B + A = [A, A] [B; kI]``, with ``k = 1 / scale`` split
-        into as many identity blocks of at most 127 as it takes.  The sum
-        happens in the accumulator either way: exact, int8 only.
+        + I) = (A B + A + B) + I`` where both can.  Otherwise ``A B + B = [A, kI]
+        [B; B]`` and ``A B + A = [A, A] [B; kI]``, with ``k = 1 / scale`` split
+        into as many identity blocks of at most 127 as are needed.  In each case
+        the sum happens in the accumulator: it is exact, and uses int8 only.
         """
         shift_left, shift_right = self._takes_identity(step)
         lefts = [(self.plus_identity(left) if shift_left else self.plain(left)).name]
@@ -221,7 +221,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
             partner = step.left if term == step.right else step.right
             raise ExportError(
                 f"step {step.output!r}: 1.0 is {len(blocks)} times the largest integer of {partner!r}; "
-                f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product, plan with "
+                f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product; plan with "
                 "requantize='divide'"
             )
         return blocks
@@ -231,7 +231,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         return self.diagonal(tensor, np.eye(size, dtype=np.bool_), value, "identity")
 
     def wide(self, name: str, tensor: str, parts: list[str], axis: int) -> str:
-        """Join operands of the shape of ``tensor``; one alone stays as it is."""
+        """Join operands of the shape of ``tensor``; a single operand stays as it is."""
         if len(parts) == 1:
             return parts[0]
         shape, sizes = self.shape(tensor), self.plan.program.shapes[tensor]

@@ -65,7 +65,7 @@ class IntegerLowering(GraphLowering):
         reals: list[str] = []
         for i, part in enumerate(accumulators):
             stem = f"{name}/{i}" if several else name
-            # Pairs of one weight share an accumulator: one product of twice the depth.
+            # Pairs of the same weight share an accumulator, in one product of twice the depth.
             lefts = [left.planes[pair.left] for pair in part.pairs]
             rights = [right.planes[pair.right] for pair in part.pairs]
             operands = (

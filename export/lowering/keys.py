@@ -18,11 +18,11 @@ FROM_KEYS: Final = "M/from_keys"
 def matrix_from_keys(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -> str:
     """Append ``M[i, j] = -beta_i <k_i, k_j> exp(sum_{j < m <= i} g_m)``, ``j < i``, and return its name.
 
-    The formula of `qinvert.stress.from_keys`, whose ``G_i - G_j`` with ``G =
-    cumsum(g)`` is this sum.  Here it is one product with constant 0/1
-    matrices, ``(lower diag(g)) strictly_lower``: CumSum is wrong in some compilers, terms
-    of one sign cannot cancel as a difference of long sums does, and on and
-    above the diagonal the sum is empty, so that no exponential overflows
+    This is the formula of `qinvert.stress.from_keys`, whose ``G_i - G_j`` with
+    ``G = cumsum(g)`` is this sum.  Here it is one product with constant 0/1
+    matrices, ``(lower diag(g)) strictly_lower``.  CumSum is wrong in some
+    compilers.  Terms of one sign cannot cancel as a difference of long sums does.
+    On and above the diagonal the sum is empty, so that no exponential overflows
     before the mask.  The constant is the right operand, as weights are.
     """
     square, (keys, column) = interface.square(plan), list(interface.inputs(plan).values())[:2]

@@ -33,7 +33,7 @@ class QdqLowering(GraphLowering):
         return self._finished(tensor, name)
 
     def finish(self, name: str, result: Value) -> str:
-        # A dequantize node of its own: the output's name is the caller's.
+        # The output has its own DequantizeLinear, because the caller chose its name.
         integers = self.graph.source(result.name)  # of the DequantizeLinear
         return self._dequantize(name, integers, self.shape(result.tensor), self.grid(result.tensor))
 
@@ -45,7 +45,7 @@ class QdqLowering(GraphLowering):
     def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
         fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
         shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
-        # Integers of its own for every scale: onnxruntime-qnn reads a shared constant on one scale only.
+        # Every scale has its own integers: onnxruntime-qnn reads a shared constant on one scale only.
         values = self.graph.initializer(f"{output}/{fmt.element}", shifted)
         shape: Sizes = list(array.shape)
         if spread:
@@ -57,7 +57,7 @@ class QdqLowering(GraphLowering):
 
     def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         joined = self.graph.node("Concat", parts, f"{name}/float", shape, axis=axis)
-        # What is joined lies on the grid already: nothing to clip.
+        # What is joined is already on the grid, so there is nothing to clip.
         return self._stored(name, joined, shape, grid)
 
     def matmul(
@@ -95,7 +95,7 @@ class QdqLowering(GraphLowering):
         return self._operator("Add", step.output, parts)
 
     def _planes(self, step: MatMul, right: str, shape: Sizes) -> list[str]:
-        """Return the right operand, of 16 bits as two int8 planes: no runtime multiplies 16 by 16."""
+        """Return the right operand; 16 bits become two int8 planes, as no runtime multiplies 16 by 16."""
         grid = self.grid(step.right)
         if grid.format.container_bits == INT8.container_bits:
             return [right]
@@ -103,7 +103,7 @@ class QdqLowering(GraphLowering):
         low_grid = Quantization(format=INT8, scale=grid.scale)
         name = f"{step.output}/right"
         high = self._stored(f"{name}/high", right, shape, high_grid)
-        # On one grid: Hexagon subtracts tensors of two scales up to 20 steps wrong.
+        # Both are on one grid: Hexagon subtracts tensors of two scales up to 20 steps wrong.
         widened = self._stored(f"{name}/high/wide", high, shape, grid)
         rest = self.graph.node("Sub", [right, widened], f"{name}/rest/float", shape)
         wide = self._stored(f"{name}/rest", rest, shape, grid)
@@ -139,7 +139,7 @@ class QdqLowering(GraphLowering):
         grid, shape = self.grid(step.output), self.shape(step.output)
         inputs = [source.name, *self.slice_inputs(step)]
         value = self.graph.node("Slice", inputs, self._float(step.output), shape)
-        # On the grid already, as in `joined`.
+        # The values are already on the grid, as in `joined`.
         value = self._stored(step.output, value, shape, grid)
         return Value(value, step.output, ones=self.sliced_ones(step, source))
 
@@ -169,7 +169,7 @@ class QdqLowering(GraphLowering):
     def _clipped(self, tensor: str, value: str, shape: Sizes, grid: Quantization) -> str:
         """Saturate at the ends of a format that its container exceeds."""
         if self._integer_residuals:
-            # On the whole container first: compilers fuse a product with its QuantizeLinear only.
+            # First onto the whole container, because compilers fuse a product with its QuantizeLinear only.
             value = self._stored(f"{tensor}/wide", value, shape, grid)
         fmt = grid.format
         ends = [

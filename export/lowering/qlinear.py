@@ -11,13 +11,13 @@ from qinvert.program.steps import MatMul
 
 
 class QLinearLowering(IntegerLowering):
-    """As `IntegerLowering`, with one node for a product that one factor requantizes."""
+    """Like `IntegerLowering`, with one node for a product that one factor requantizes."""
 
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
         if self.plan.requantize is not Requantize.MULTIPLIER:
-            # QLinearMatMul rounds by one factor: another rounding than the plan's.
+            # QLinearMatMul rounds by one factor, which is not the plan's rounding.
             return super().matmul(step, left, right, add, subtract)
         *operands, ones = self.widened(step, left, right)
         inputs: list[str] = []

@@ -45,7 +45,7 @@ class ProgramTensors(ABC):
         self.batch = interface.batch
         self.graph = graph
         program = plan.program
-        #: Names of float tensors that the graph takes and returns: integers are called otherwise.
+        #: Names of float tensors that the graph takes and returns; integers must have other names.
         self.ends = {*(port.name for port in program.inputs), *interface.output_names(plan).values()}
         #: Tensors of the outputs.
         self.results = {port.tensor for port in program.outputs}

@@ -1,1 +1,1 @@
-"""Rules that graphs keep to, whoever wrote them, and what there is to see in a graph."""
+"""Rules that graphs must follow, whoever wrote them, and an index of what a graph contains."""

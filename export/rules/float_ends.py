@@ -12,7 +12,7 @@ from qinvert.export.interface import KEYS, LOG_DECAY
 from qinvert.export.rules.graph_index import Structure
 from qinvert.program.ports import BETA
 
-#: Operators that make the float inputs of keys elementwise, or turn them.
+#: Operators that prepare the float inputs of keys element by element, or transpose them.
 ELEMENTWISE: Final = ("Transpose", "Mul", "Exp")
 
 
@@ -34,8 +34,8 @@ def is_float_end(graph: Structure, node: onnx.NodeProto) -> bool:
 def is_from_keys(graph: Structure, node: onnx.NodeProto) -> bool:
     """Whether a node computes on the inputs k, beta and g, before anything is quantized.
 
-    Its products are those with a constant and of the keys with themselves: a
-    product of M is none of them.
+    Its products have a constant operand, or multiply the keys by themselves; a
+    product of M is not one of them.
     """
     return set(node.output) <= graph.memo("from_keys", _find_from_keys)
 
@@ -72,7 +72,7 @@ def _role(name: str) -> str:
 
 
 def _is_preparation(graph: Structure, node: onnx.NodeProto, depth: int = 2) -> bool:
-    # The sign flip or the smallest beta, then the division or the transpose; no longer chain.
+    # The sign flip or the smallest beta, then the division or the transpose: the chain is not longer.
     if is_from_keys(graph, node):
         return True
     if node.op_type == "Mul":

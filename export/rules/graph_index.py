@@ -52,7 +52,7 @@ class Grid:
 class Structure:
     """Index of one graph, whose nodes are in order and whose tensors are written once.
 
-    A Constant node is a constant like any initializer, and no node.
+    A Constant node is a constant like any initializer, and does not count as a node.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -78,14 +78,14 @@ class Structure:
         self._memo: dict[str, set[str]] = {}
 
     def memo(self, name: str, find: Callable[[Structure], set[str]]) -> set[str]:
-        """Return the named set of tensors, found once a graph."""
+        """Return the named set of tensors, found once per graph."""
         if name not in self._memo:
             self._memo[name] = find(self)
         return self._memo[name]
 
     @property
     def activations(self) -> Iterator[str]:
-        """Every tensor that is no constant, inputs first."""
+        """Every tensor that is not a constant, inputs first."""
         yield from (name for name in self.inputs if name not in self._initializers)
         yield from self.writers
 
@@ -136,7 +136,7 @@ class Structure:
         return helper.tensor_dtype_to_np_dtype(kind).name if kind else None
 
     def zero_point(self, node: onnx.NodeProto, position: int) -> tuple[str, int] | None:
-        """Element and value of a scalar zero point; None if it is left out or no constant."""
+        """Element and value of a scalar zero point; None if it is left out or not a constant."""
         array = self.constant(node.input[position]) if len(node.input) > position else None
         return (array.dtype.name, int(array.reshape(()))) if array is not None and array.size == 1 else None
 
@@ -156,7 +156,7 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
 
 
 def _qualified(node: onnx.NodeProto) -> onnx.NodeProto:
-    # An operator of another domain is another operator, whatever its name.
+    # An operator of another domain is another operator, whatever its name is.
     if node.domain in ("", "ai.onnx"):
         return node
     copy = onnx.NodeProto()

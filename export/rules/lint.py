@@ -57,7 +57,7 @@ def lint(model: onnx.ModelProto | str | PathLike[str], profile: str | None = Non
     Raises
     ------
     ExportError
-        If it is no ONNX model, or names no profile and none is given.
+        If it is not an ONNX model, or if neither it nor the caller names a profile.
     """
     path = "the model" if isinstance(model, onnx.ModelProto) else model
     if not isinstance(model, onnx.ModelProto):
@@ -81,7 +81,7 @@ def lint(model: onnx.ModelProto | str | PathLike[str], profile: str | None = Non
 def _profile_of(model: onnx.ModelProto) -> Profile:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if "qinvert.profile" not in metadata:
-        raise ExportError("the model names no profile; pass for example profile='npu-qdq-int8'")
+        raise ExportError("the model does not name a profile; pass for example profile='npu-qdq-int8'")
     return find_profile(metadata["qinvert.profile"])
 
 
@@ -97,7 +97,7 @@ def _outside(model: onnx.ModelProto) -> Iterator[Finding]:
 
 
 def find_faults(model: onnx.ModelProto, profile: Profile) -> list[Finding]:
-    """As `lint`, of a checked model whose tensors all have declared shapes."""
+    """Do what `lint` does, for a checked model whose tensors all have declared shapes."""
     opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     case = Case(Structure(model), profile, max(opsets, default=0))
     return [

@@ -18,7 +18,7 @@ Magnitudes: TypeAlias = npt.NDArray[np.float64]
 OPERANDS: Final = {"MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
 #: Nodes that magnitudes are followed back through: a join, and its split into two planes.
 MAX_STEPS: Final = 12
-#: Operands of more elements a block are bounded by their types alone.
+#: Operands with more elements per block are bounded by their types alone.
 MAX_ELEMENTS: Final = 2**25
 
 
@@ -72,7 +72,7 @@ def _integers(structure: Structure, name: str, zero: tuple[str, int] | None) -> 
 def accumulator_bound(structure: Structure, left: Operand, right: Operand, enough: float) -> float:
     """``max_ij sum_k max|a_ik| max|b_kj|`` over all integers that the operands can hold.
 
-    A bound of at most ``enough``, or of very large operands, may be the
+    A bound that is at most ``enough``, or that has very large operands, may be the
     looser ``K max|a| max|b|``, which counts every element of an identity block.
     """
     a, b = structure.shape(left.tensor), structure.shape(right.tensor)

@@ -57,7 +57,7 @@ def rule(name: str, remedy: str) -> Callable[[Check], Check]:
 @rule("opset", "export it with the older operator set")
 def _opset(case: Case) -> Iterator[tuple[str, str]]:
     if case.opset > case.profile.opset:
-        message = f"needs opset {case.opset}, compilers of {case.profile.name!r} read {case.profile.opset}"
+        message = f"needs opset {case.opset}; compilers of {case.profile.name!r} read {case.profile.opset}"
         yield case.graph.name, message
 
 
@@ -73,7 +73,7 @@ def _operators(case: Case) -> Iterator[tuple[str, str]]:
 def _pad(case: Case) -> Iterator[tuple[str, str]]:
     for node in case.graph.nodes:
         if node.op_type == "Pad":
-            yield _name(node), "places a block by Pad, which compiles to wrong values without a word"
+            yield _name(node), "places a block by Pad, which compiles to wrong values without a warning"
 
 
 @rule("names", "name every node after what it computes")
@@ -99,7 +99,7 @@ def _scales(case: Case) -> Iterator[tuple[str, str]]:
     for node, name in _scale_inputs(case.graph):
         scale = case.graph.constant(name)
         if scale is None:
-            yield _name(node), f"reads the scale {name!r}, which is no constant"
+            yield _name(node), f"reads the scale {name!r}, which is not a constant"
         elif scale.size != 1:
             yield _name(node), f"has {scale.size} scales"
         elif not MIN_SCALE <= scale.reshape(()) < np.inf:
@@ -155,11 +155,11 @@ def _one_scale(case: Case) -> Iterator[tuple[str, str]]:
 
 
 def _only_multiplied(graph: Structure, name: str) -> bool:
-    # The planes of a two-plane product share an accumulator: integers, whatever their scales.
+    # The planes of a two-plane product share an accumulator as integers, whatever their scales are.
     tensors, readers = [name], list[str]()
     for tensor in tensors:
         for node in graph.readers[tensor]:
-            # Grows while it is walked: casts are seen through.
+            # The list grows while it is read, because casts are followed.
             tensors += node.output if node.op_type in CASTS else []
             readers += [node.op_type] if node.op_type not in CASTS else []
     return set(readers) == {"MatMulInteger"}
@@ -185,7 +185,7 @@ def _scales_after(graph: Structure, name: str) -> Iterator[float]:
 
 
 def _is_scaled_accumulator(graph: Structure, name: str) -> bool:
-    # One factor, then QuantizeLinear with scale 1.0: the result's scale is not in the graph.
+    # One factor, then QuantizeLinear with scale 1.0: the graph does not contain the result's scale.
     for operator in ("Mul", "Cast"):
         if graph.operator(name) != operator:
             return False
@@ -273,7 +273,7 @@ def _accumulators(case: Case) -> Iterator[tuple[str, str]]:
     for node, left, right in products(case.graph):
         bound = accumulator_bound(case.graph, left, right, FLOAT32_EXACT)
         if bound > limit:
-            yield _name(node), f"sums up to {bound:.0f}, profile {case.profile.name!r} takes {limit}"
+            yield _name(node), f"sums up to {bound:.0f}, but profile {case.profile.name!r} takes {limit}"
 
 
 def _name(node: onnx.NodeProto) -> str:

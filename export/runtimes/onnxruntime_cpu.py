@@ -41,11 +41,11 @@ def open_session(
     Parameters
     ----------
     model : bytes or str
-        Serialized, or its path: external data are found beside a file only.
+        The serialized model, or its path; external data are found beside a file only.
     optimized : bool
         Whether the graph is optimized.
     threads : int
-        0 leaves it to onnxruntime.
+        Number of threads; 0 leaves it to onnxruntime.
     written : Path, optional
         File for the graph that is executed.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qinvert.export.runtimes.subprocesses import separate
 from qinvert.numerics.law import Rounding
 
-#: Where the processor's rounding is not known: sums in float16, and int16.
+#: For cases in which the processor's rounding is not known: sums in float16, and int16.
 OWN_STEPS = 2
 
 RUNTIME = separate(

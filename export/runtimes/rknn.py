@@ -1,7 +1,7 @@
 """Rockchip NPUs: compiled by rknn-toolkit2, run in its simulator.
 
-The toolkit multiplies the scale of every symmetric tensor by 128/127, in the
-compiled file, too, those of constants in Add and Mul excepted.  The program
+The toolkit multiplies the scale of every symmetric tensor by 128/127, also in
+the compiled file, except those of constants in Add and Mul.  The program
 takes that back before it loads the graph; a graph that is compiled without
 that has other grids than its plan.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from qinvert.export.runtimes.subprocesses import separate
 
-#: int8 products are exact.  Sums of two scales, and products in float16, which a float
-#: addition follows, are not: measured on the stress sets, no value differs by more than 2.
+#: int8 products are exact.  Sums of two scales are not, and neither are products that a float
+#: addition follows, which run in float16.  On the stress sets no value differs by more than 2.
 OWN_STEPS = 2
 
 RUNTIME = separate(

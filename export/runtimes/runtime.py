@@ -55,7 +55,7 @@ class Runtime:
     #: numbers of that type, so that rounding them is not a difference.
     inputs: str = "float32"
     #: Whether float operators behind the integers run in another order: T may then differ by
-    #: float32 rounding, which no difference of an integer is as small as.
+    #: float32 rounding, which is smaller than any difference of an integer.
     reorders: bool = False
-    #: Whose integers the processor computes, of the plans for which that is known.
+    #: Whose integers the processor computes, for the plans for which that is known.
     rounding: Rounding = Rounding.ONNX

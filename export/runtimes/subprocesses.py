@@ -1,10 +1,10 @@
 """Runtimes that run in a process of their own, under a time limit.
 
-Vendor toolkits pin versions that fit no other package, crash, or loop for
-ever on graphs that they do not like.  Each has a program in the folder
-``programs`` that needs nothing but NumPy and the toolkit, so that it can run
-in another environment: the variable ``QINVERT_<NAME>_PYTHON`` names that
-environment's interpreter.  Without it the toolkit must be installed beside
+Vendor toolkits pin versions that do not fit other packages, crash, or never
+end on graphs that they do not support.  Each has a program in the folder
+``programs`` that needs only NumPy and the toolkit, so that it can run in
+another environment.  The variable ``QINVERT_<NAME>_PYTHON`` names that
+environment's interpreter.  Without the variable the toolkit must be installed beside
 this package.
 """
 
@@ -116,7 +116,7 @@ def _run(command: list[str], folder: Path, name: str, seconds: float) -> None:
     log = folder / "log.txt"
     with log.open("wb") as stream:
         try:
-            done = subprocess.run(  # the folder: toolkits litter where they run
+            done = subprocess.run(  # toolkits leave files in the folder where they run
                 command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, timeout=seconds, check=False
             )
         except subprocess.TimeoutExpired:

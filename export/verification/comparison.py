@@ -103,7 +103,7 @@ def judge(result: Verification, actual: Returned, wanted: Reference, tolerance: 
     Raises
     ------
     VerificationError
-        With the first differing element.
+        If a difference is not allowed; the message has the first differing element.
     """
     if tolerance.allows(
         values=result.values,

@@ -35,7 +35,7 @@ class Reference:
     plan: LayerPlan
     #: How integers are stored; None where the graph returns T.
     storage: IntFormat | None
-    #: Largest difference that is one step, for every matrix ``[N, C or 1, 1]``.
+    #: Difference that counts as one step, for every matrix ``[N, C or 1, 1]``.
     unit: npt.NDArray[np.float32]
     #: The simulator's values ``[N, C, C]``, of the type that the graph returns.
     expected: Returned
@@ -66,7 +66,7 @@ def reference(
 ) -> Reference:
     """Return what a graph should return for flat systems.
 
-    ``rounding`` is for plans of which it is known; of others ONNX's is expected.
+    ``rounding`` is used for plans for which it is known; for others ONNX's is expected.
     """
     rounding = rounding if _is_known(rounding, plan) else Rounding.ONNX
     unit = torch.ones(systems.count, 1, 1)

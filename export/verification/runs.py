@@ -80,7 +80,7 @@ def built_lower(
     ExportError
         If the graph has no such part, or the runtime refuses it.
     VerificationError
-        If an L is further off than float operators ever are.
+        If an L has a larger error than float operators can cause.
     """
     part = serialize(_part_from_keys(model))
     expected = lower_from_keys(inputs).cpu()

@@ -193,7 +193,7 @@ def tolerance_for(
     runtime : Runtime
         It knows whether the processor has its own rounding, and whether it reorders float operators.
     profile : Profile
-        That the graph was exported for.
+        Profile that the graph was exported for.
     plan : LayerPlan
         Its scales and the grid of its output.
     rounding : Rounding

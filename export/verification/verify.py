@@ -44,7 +44,7 @@ def verify(
     """Run an exported graph and compare every value with the simulator.
 
     Integer profiles, and QDQ profiles under power-of-two scales, must agree
-    bit for bit, but for a float32 L that is built in the graph.  A QDQ graph
+    bit for bit, except where the graph builds L in float32.  A QDQ graph
     with float scales may differ by one step in at most 1e-4 of the values
     where a runtime leaves a product in float32; the count is in the result.
     A program that amplifies (powers that explode) also amplifies such a step,
@@ -57,18 +57,18 @@ def verify(
     Parameters
     ----------
     path : path
-        Of the .onnx file.
+        Path of the .onnx file.
     plan : Plan
-        That the file was exported from.
+        The plan that the file was exported from.
     L : tensor or array, shape ``(..., C, C)``
         Inputs; repeated to fill the last batch, all of which is compared.
         For a graph from keys a mapping of ``k (..., C, D)``, ``beta (..., C)``
         and ``g (..., C)``: the L that a runtime builds of them must be right
-        in float32, and the simulator is given that one.
+        in float32, and the simulator is given this L.
     runtimes : sequence of str
         Names of `qinvert.export.runtimes.RUNTIMES`.
     layer : str, optional
-        Layer of the plan; read from the file if left out.  Of a model with
+        Layer of the plan; read from the file if left out.  From a model with
         a function per layer that function is run, alone and inlined.
     beta : tensor or array, shape ``(..., C)``, optional
         In [0, 2]; a factored plan needs it, others ignore it.
@@ -81,7 +81,7 @@ def verify(
     Raises
     ------
     VerificationError
-        With the first differing element.
+        If a difference is not allowed; the message has the first differing element.
     ExportError
         If the file is not a graph of this package, or a runtime is unknown
         or refuses the graph.
@@ -118,7 +118,7 @@ class _Graph:
     content: bytes
     #: Provenance that the export wrote into the file.
     metadata: Mapping[str, str]
-    #: Of the layer.
+    #: Plan of the layer.
     plan: LayerPlan
     interface: Interface
 
@@ -136,7 +136,7 @@ class _Graph:
 
     @property
     def batch(self) -> int:
-        """Matrices per call; `Interface.of` takes no graph that leaves them open."""
+        """Matrices per call; `Interface.of` does not take a graph that leaves them open."""
         assert self.interface.batch is not None
         return self.interface.batch
 
@@ -162,9 +162,9 @@ class _Check:
 
     graph: _Graph
     profile: Profile
-    #: They fill every batch.
+    #: Matrices that fill every batch.
     inputs: Inputs
-    #: The end of a refusal.
+    #: The end of the message of a refusal.
     hint: str
     #: What was simulated, by the type of the inputs and by whose rounding: once for all runtimes.
     simulated: dict[tuple[str, Rounding], Reference] = field(default_factory=dict)

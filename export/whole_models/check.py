@@ -36,8 +36,8 @@ from qinvert.systems import Systems
 
 #: Name of the first output of a whole model.
 LOGITS: Final = "logits"
-#: Largest difference of logits, of the largest logit, that float32 sums in another order stay
-#: far below; a branch or a mask that a trace froze is wrong by a hundredth and more.
+#: Largest difference of logits, as a share of the largest logit.  Float32 sums in another order
+#: stay far below it; a branch or a mask that a trace froze is wrong by a hundredth and more.
 TOLERANCE: Final = 1e-3
 #: Runtime that runs the graph, and whose tolerance its inverses have.
 RUNTIME: Final = "onnxruntime"
@@ -47,8 +47,8 @@ WATCHED: Final = "watched.onnx"
 _AT: Final = "the exported graph is not the model, at input_ids {}"
 _UNCHECKED: Final = "check=False writes the graph all the same"
 _REMEDY: Final = (
-    "the model's code takes another way while it is traced: fix the length if it is open (dynamic=False), or "
-    f"export the layers' inverses alone (qinvert.export); {_UNCHECKED}"
+    "the model's code takes another path while it is traced: fix the length if it is open (dynamic=False), "
+    f"or export the layers' inverses alone (qinvert.export); {_UNCHECKED}"
 )
 
 _log = logging.getLogger("qinvert")
@@ -73,7 +73,7 @@ class ModelCheck:
     profile: Profile
     #: Inputs of every run.
     batches: Sequence[Mapping[str, torch.Tensor]]
-    #: Largest difference of logits, of the largest logit.
+    #: Largest difference of logits that is allowed, as a share of the largest logit.
     tolerance: float = TOLERANCE
 
     def __call__(self, proto: onnx.ModelProto, folder: Path) -> None:
@@ -106,7 +106,7 @@ class ModelCheck:
             raise ExportError(f"{_AT.format(shape)}: logits are {list(found.shape)}; {_REMEDY}")
         attended = batch.get("attention_mask", torch.ones(shape)).cpu().bool()
         if not attended.any():
-            # What a cut leaves of a padded example may be padding only.
+            # Where a padded example was cut, only padding may be left.
             return
         largest = float(expected[attended].abs().amax())
         error = float((found - expected)[attended].abs().amax())
@@ -142,7 +142,7 @@ class _Call:
     """What one call of a local function took and returned."""
 
     lower: Array
-    #: Empty where the program takes no beta.
+    #: Empty where the program does not take beta.
     beta: Array
     result: Array
 
@@ -156,7 +156,7 @@ class _Run:
     calls: Mapping[str, deque[_Call]]
     #: Calls by entry of the plan, as the model in PyTorch met them.
     seen: list[tuple[str, _Call]] = field(default_factory=list)
-    #: Largest difference of L of each, of the largest element.
+    #: Largest difference of L of each call, as a share of the largest element.
     differences: list[float] = field(default_factory=list)
 
     @staticmethod
@@ -251,9 +251,9 @@ def random_tokens(model: torch.nn.Module, shape: Sequence[int]) -> torch.Tensor:
 def difference(path: str | PathLike[str], model: torch.nn.Module, plan: Plan, length: int) -> float:
     """``||x_hat - x|| / ||x||`` of logits, x_hat by onnxruntime, x by the model under the simulated plan.
 
-    On one sequence of random tokens.  Rounding decides where float32 sums of
-    two runtimes lie on both sides of a boundary: one step of the plan's grid
-    there is an error of another size than all else.
+    It is measured on one sequence of random tokens.  Where the float32 sums of
+    two runtimes lie on both sides of a rounding boundary, they differ by one step
+    of the plan's grid, which is much more than all other differences.
 
     Raises
     ------

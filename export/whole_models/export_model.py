@@ -27,7 +27,7 @@ from qinvert.plan.plan import Plan
 if TYPE_CHECKING:
     import onnx_ir
 
-#: Looks at a model, whose external data lie in a folder, before it is where it was to be written.
+#: Examines a model, whose external data lie in a folder, before it is written to its path.
 Examine: TypeAlias = Callable[[onnx.ModelProto, Path], None]
 
 #: Names of the open axes.
@@ -65,18 +65,18 @@ def export_model(
     model : torch.nn.Module
         A float32 Hugging Face model with delta-rule layers.
     plan : Plan
-        Made for this model.
+        Plan of this model.
     example
         Inputs to trace with: token ids ``[batch, length]``, or a dict of
         tensors of that shape, ``input_ids`` among them.
     path : path
-        Of the .onnx file; written atomically.  Weights beyond 1 GiB go to
+        Path of the .onnx file, which is written atomically.  Weights beyond 1 GiB go to
         ``PATH.data`` beside it.
     profile : str, optional
         Export profile of the functions; the plan's target if left out.
     dynamic : bool
         Leave batch and length open.  False fixes both as the example has
-        them, as compilers for NPUs want; tracing takes half the time.
+        them, as compilers for NPUs want; tracing then takes half the time.
     opset : int, optional
         Operator set of the model and its functions; the profile's, but at
         least 18, if left out.
@@ -90,7 +90,7 @@ def export_model(
         for the weights once more and for L and T of all layers.  Without
         onnxruntime a warning is logged instead.
     tolerance : float
-        Largest difference of logits, of the largest logit.
+        Largest difference of logits that is allowed, as a share of the largest logit.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def export_model(
     VerificationError
         If a layer's function does not return in onnxruntime what the plan says.
     MissingDependencyError
-        Without onnxscript.
+        If onnxscript is not installed.
     """
     require_onnx_ir()
     chosen = profile_for(plan, profile)
@@ -132,7 +132,7 @@ def export_model(
 
 
 def untraced_lengths(plan: Plan) -> tuple[int, ...]:
-    """Lengths that a graph of any length must be right at, none of them traced: shorter and longer."""
+    """Lengths at which a graph of any length must be right: shorter and longer than the traced one."""
     return 1, chunk_of(plan) + 1, EXAMPLE_CHUNKS * chunk_of(plan) + 8
 
 
@@ -201,14 +201,14 @@ def save(
     path: str | PathLike[str],
     examine: Examine | None = None,
 ) -> onnx.ModelProto:
-    """Check a model and write it, with the weights beside it where protobuf ends.
+    """Check a model and write it, with the weights in a second file where protobuf's limit demands it.
 
     Parameters
     ----------
     model : onnx_ir.Model
     path : path
     examine : callable, optional
-        What it raises leaves nothing at ``path``.
+        If it raises, nothing is written at ``path``.
 
     Raises
     ------

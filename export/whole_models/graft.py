@@ -33,7 +33,7 @@ from qinvert.plan.plan import Plan
 LAST_OPSET: Final = 25
 #: Sequences that a node is traced with.
 SEQUENCES: Final = 2
-#: What the functions are called that take a node's place until they are inlined.
+#: Start of the names of functions that take a node's place until they are inlined.
 PREFIX: Final = "DeltaRule_"
 
 
@@ -47,13 +47,13 @@ def graft(
 ) -> onnx.ModelProto:
     """Replace ``LinearAttention`` nodes by chunks whose inverse is the plan's integer program.
 
-    Both operators of that name are known, of onnxruntime (``com.microsoft``)
-    and of ONNX 27, with the update rules ``delta`` and ``gated_delta``; nodes
-    of other rules have no inverse and stay.  Inputs, outputs and states mean
-    what they did, for every length.  The new nodes are MatMul and other plain
+    Both operators of that name are known, that of onnxruntime (``com.microsoft``)
+    and that of ONNX 27, with the update rules ``delta`` and ``gated_delta``.  Nodes
+    of other rules have no inverse and stay.  Inputs, outputs and states keep
+    their meaning, for every length.  The new nodes are MatMul and other plain
     operators, one Scan over chunks and one call of a local function
-    ``TriInv_LAYER`` for each node.  A step of a single token costs a whole
-    chunk: graft what runs prompts.
+    ``TriInv_LAYER`` for each node.  A step of a single token costs as much as a
+    whole chunk, so graft models that run prompts.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def graft(
     PlanError
         If nodes and layers do not go together.
     MissingDependencyError
-        Without onnxscript.
+        If onnxscript is not installed.
     """
     ir = require_onnx_ir()
     chosen = profile_for(plan, profile)
@@ -122,7 +122,7 @@ def _assigned(
         entries *= len(nodes)
     if len(entries) != len(nodes):
         raise PlanError(
-            f"the model has {len(nodes)} nodes ({', '.join(nodes)}), the plan {len(entries)} layers "
+            f"the model has {len(nodes)} nodes ({', '.join(nodes)}), but the plan has {len(entries)} layers "
             f"({', '.join(entries)}); say which node has which layer"
         )
     return dict(zip(nodes, entries, strict=True))
@@ -184,7 +184,7 @@ def _replace(model: onnx.ModelProto, node: LinearAttention, plan: Plan, layer: s
     call = helper.make_node(
         function.name, list(node.inputs.values()), list(node.node.output), name=node.node.name, domain=DOMAIN
     )
-    # An operator has as many outputs as its caller wants; a function has all of its own.
+    # An operator has as many outputs as its caller wants; a function always has all of its outputs.
     call.output.extend(f"{function.name}/{name}" for name in function.output[len(call.output) :])
     position = list(model.graph.node).index(node.node)
     model.graph.node.insert(position, call)
@@ -218,7 +218,7 @@ def _function(node: LinearAttention, plan: Plan, layer: str, opset: int) -> onnx
 
 
 def _forget_shapes(graph: onnx.GraphProto) -> None:
-    """Drop the sizes of a trace: their names would meet those of the model."""
+    """Drop the sizes of a trace, whose names could be those of the model."""
     del graph.value_info[:]
     for node in graph.node:
         for attribute in node.attribute:
@@ -238,6 +238,6 @@ def _check_versions(nodes: Sequence[onnx.NodeProto], opset: int) -> None:
             )
             if known != wanted:
                 raise ExportError(
-                    f"operator {node.op_type} is another one in operator set {opset}; convert the model to "
+                    f"operator {node.op_type} has changed in operator set {opset}; convert the model to "
                     f"{LAST_OPSET}"
                 )

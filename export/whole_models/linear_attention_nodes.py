@@ -102,12 +102,12 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
     Raises
     ------
     ExportError
-        If it is no ONNX model, or its weights are missing.
+        If it is not an ONNX model, or its weights are missing.
     """
     try:
         return onnx.load(os.fspath(path))
     except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
-        raise ExportError(f"{os.fspath(path)} is no complete ONNX model ({reason(error)})") from None
+        raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
 
 
 def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
@@ -116,8 +116,8 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
     Raises
     ------
     ExportError
-        If there is none, two have one name, or one has an option or a size
-        that is not supported.
+        If there is no such node, two have the same name, or one has an option or
+        a size that is not supported.
     """
     shapes = _light(model)
     found: dict[str, LinearAttention] = {}
@@ -131,7 +131,7 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
         if name in found:
             raise ExportError(f"two nodes are called {name!r}; rename one")
         found[name] = _read(node, name, options, _values(shapes))
-        # Shape inference knows nothing of these operators: what follows one begins here.
+        # Shape inference does not know these operators, so what follows one starts again here.
         _declare(shapes.graph, found[name].outputs)
     if not found:
         raise ExportError(
@@ -181,7 +181,7 @@ def _read(
 
 
 def _light(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model without its large constants: of them only the shapes matter."""
+    """Return the model without its large constants, of which only the shapes matter."""
     graph = model.graph
     large = [tensor for tensor in graph.initializer if math.prod(tensor.dims) > MAX_ELEMENTS]
     inputs = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large]
@@ -210,7 +210,7 @@ def _declare(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> N
 def _values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # the model may be wrong anywhere: the declared shapes may do
+    except Exception:  # the model may be wrong anywhere; the declared shapes may be enough
         graph = model.graph
     found = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info)}
     for tensor in graph.initializer:

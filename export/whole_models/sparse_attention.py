@@ -36,14 +36,14 @@ def selected_tokens(
     """Tokens that each query attends to: those of its best blocks, and of the block that is not full yet.
 
     Token j of a sequence is in block ``floor(r_j / size)``, where r_j counts
-    the tokens before it that are no padding.  A query takes the ``count``
+    the tokens before it that are not padding.  A query takes the ``count``
     highest scores among the blocks that it sees whole; of equal ones the
     first, where `torch.topk` does so.
 
     Parameters
     ----------
     visible : torch.Tensor, shape ``[B, T, T]``, bool
-        Whether query t sees token j: every token up to t that is no padding.
+        Whether query t sees token j: every token up to t that is not padding.
     size : int
         Tokens of a block.
     count : int
@@ -56,7 +56,7 @@ def selected_tokens(
     -------
     torch.Tensor, shape ``[B, T, T]``, bool
     """
-    # The last query sees all there is.
+    # The last query sees every token that there is.
     real = visible[:, -1]
     rank = real.cumsum(-1) - 1
     blocks = (rank.shape[-1] + size - 1) // size
@@ -66,7 +66,7 @@ def selected_tokens(
     whole = (visible.sum(-1) // size)[..., None]
     scores = score(tokens.reshape(-1, blocks, size))
     seen = torch.arange(blocks, device=rank.device) < whole
-    # So many blocks more, which nobody sees: there are always enough to choose from.
+    # So many more blocks, which no query sees, make sure that there are enough to choose from.
     lowest = torch.finfo(scores.dtype).min
     padded = torch.nn.functional.pad(scores.masked_fill(~seen, lowest), (0, count), value=lowest)
     best = padded.topk(count, dim=-1).indices

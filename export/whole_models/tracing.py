@@ -42,7 +42,7 @@ def require_onnx_ir() -> ModuleType:
     Raises
     ------
     MissingDependencyError
-        Without onnxscript, which PyTorch's exporter needs, or onnx_ir, which comes with it.
+        If onnxscript, which PyTorch's exporter needs, or onnx_ir, which comes with it, is not installed.
     """
     try:
         import onnx_ir
@@ -59,9 +59,9 @@ def require_onnx_ir() -> ModuleType:
 def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
     """Have every delta-rule layer call ``qinvert::TriInv_LAYER(L) -> T`` inside a ``with`` block.
 
-    For `torch.export` and what builds on it; sparse attention that loops over
-    tokens is replaced, too, see `traceable_indexers`.  Running the model then gives no
-    meaningful values: the calls get their meaning from `attach_functions`.
+    This is for `torch.export` and what builds on it.  Sparse attention that loops
+    over tokens is also replaced, see `traceable_indexers`.  Running the model does
+    not give meaningful values then: the calls get their meaning from `attach_functions`.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def attach_functions(model: onnx_ir.Model, plan: Plan, profile: Profile) -> list
     Raises
     ------
     ExportError
-        If the model calls no layer of the plan, or the profile cannot express one.
+        If the model does not call a layer of the plan, or the profile cannot express one.
     """
     from onnx_ir.serde import deserialize_function
 
@@ -114,7 +114,7 @@ def attach_functions(model: onnx_ir.Model, plan: Plan, profile: Profile) -> list
     names = {layer: n for layer, n in function_names(list(plan.layers)).items() if n in called}
     if not names:
         raise ExportError(
-            "the model calls no layer of the plan; trace it inside `with traceable(model, plan)`"
+            "the model does not call any layer of the plan; trace it inside `with traceable(model, plan)`"
         )
     target = replace(profile, opset=model.opset_imports[""])
     for layer, name in names.items():
@@ -139,7 +139,7 @@ def opset_for(profile: Profile, opset: int | None) -> int:
     if opset is None:
         return least
     if isinstance(opset, bool) or not isinstance(opset, int) or opset < least:
-        raise ExportError(f"opset {opset!r} is none of {least} or later, for profile {profile.name!r}")
+        raise ExportError(f"opset {opset!r} is not {least} or later, for profile {profile.name!r}")
     return opset
 
 
@@ -156,7 +156,7 @@ def trace(
     require_onnx_ir()
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # PyTorch's own, about its own calls.
+            # These warnings are PyTorch's own, about its own calls.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
@@ -179,7 +179,7 @@ def trace(
 
 
 def _first_cause(error: BaseException) -> str:
-    """What stopped the exporter, and the model's line where it says so; its own first words are advice."""
+    """What stopped the exporter, and the model's line if it names one; its first words are only advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     at = PLACE.search(str(error))

@@ -21,27 +21,27 @@ from qinvert.profiles import PROFILES
 @click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="Plan to write.")
 @click.option("--method", default="auto", show_default=True, help=f"auto, {', '.join(METHODS)}.")
 @click.option("--bits", default="auto", show_default=True, type=click.Choice(("auto", *BITS)))
-@click.option("--target", help=f"{', '.join(PROFILES)}; npu-qdq-int8 where it takes the bits.")
+@click.option("--target", help=f"{', '.join(PROFILES)}; by default npu-qdq-int8, if it takes the bits.")
 @click.option(
     "--scales",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", *(rule.value for rule in ScaleRule)]),
-    help="auto: float, unless the target takes powers of two only.",
+    help="auto is float, unless the target takes powers of two only.",
 )
 @click.option(
     "--ranges",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", *(rule.value for rule in RangeRule)]),
-    help="What grids cover; auto: mse for int4, max for wider grids.",
+    help="What grids cover; auto is mse for int4 and max for wider grids.",
 )
 @click.option(
     "--granularity",
     default="tensor",
     show_default=True,
     type=click.Choice([grain.value for grain in Granularity]),
-    help="One set of grids a layer, or one a head.",
+    help="One set of grids per layer, or one per head.",
 )
 @click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
 @click.option(
@@ -55,7 +55,7 @@ from qinvert.profiles import PROFILES
 @click.option(
     "--checkpoint",
     type=click.Path(),
-    help="Save statistics here now and then; go on from them if the file exists.",
+    help="Save statistics in this file from time to time; continue from it if it exists.",
 )
 @data_options
 @output_options
@@ -79,8 +79,8 @@ def calibrate(
     """Measure ranges and write an integer plan for every layer.
 
     SOURCE is a model folder with --data, `recall`, or a file of matrices L
-    (.npz or .safetensors, one array a layer).  Exit code 1 if a layer misses
-    a goal; the plan is written all the same.
+    (.npz or .safetensors, one array per layer).  The exit code is 1 if a layer
+    misses a goal; the plan is also written then.
 
     \b
     Example: qinvert calibrate recall -o plan.json
@@ -94,7 +94,7 @@ def calibrate(
     from qinvert.calibration.data.processes import joined
 
     with joined() as shard:
-        # One of several processes talks and writes; all of them have the plan.
+        # One of several processes prints and writes; all of them have the plan.
         first = shard.rank == 0
         output = Output(as_json=as_json and first, quiet=quiet or not first)
         with output.progress("calibrating") as progress:

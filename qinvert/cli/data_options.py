@@ -92,14 +92,14 @@ _DATA_OPTIONS = (
     click.option(
         "--num-samples",
         type=click.IntRange(1, MAX_COUNT),
-        help=f"Sequences to draw from --data; {NUM_SAMPLES} of text, all token ids by default.",
+        help=f"Sequences to draw from --data; by default {NUM_SAMPLES} of text, and all token ids.",
     ),
     click.option(
         "--seq-len",
         type=click.IntRange(1, MAX_COUNT),
-        help=f"Tokens in a sequence; {SEQ_LEN} of text, as they are in token ids by default.",
+        help=f"Tokens per sequence; by default {SEQ_LEN} for text, and the given length for token ids.",
     ),
-    click.option("--column", help="Field of .jsonl or dataset rows; text, or else input_ids, by default."),
+    click.option("--column", help="Field of .jsonl or dataset rows; by default text, or else input_ids."),
     click.option("--split", default="train", show_default=True, help="Split of a Hugging Face dataset."),
     click.option("--tokenizer", help="Folder of a tokenizer for text; the model's own by default."),
     click.option(
@@ -114,6 +114,6 @@ _DATA_OPTIONS = (
         default=0,
         show_default=True,
         type=click.IntRange(0, MAX_SEED),
-        help="Of generated data and samples.",
+        help="Seed of generated data and of samples.",
     ),
 )

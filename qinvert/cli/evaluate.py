@@ -74,7 +74,7 @@ def show_evaluation(output: Output, evaluation: Evaluation) -> None:
 
 
 def show_comparison(output: Output, found: dict[str, Evaluation]) -> None:
-    """Print the tables of several plans, a row for each."""
+    """Print the tables of several plans, one row per plan."""
     facts = {path: model_facts(evaluation) for path, evaluation in found.items()}
     columns = list(next(iter(facts.values())))
     rows = [[path, *cells.values()] for path, cells in facts.items()]

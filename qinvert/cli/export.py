@@ -39,7 +39,7 @@ from qinvert.profiles import find_profile
     type=click.Choice([AUTO, *(kind.value for kind in GraphOutput)]),
     help="integers returns what T is made of, as it is stored; its scale is in the metadata.",
 )
-@click.option("--one-file", is_flag=True, help=f"One {ALL_LAYERS} with a local function a layer.")
+@click.option("--one-file", is_flag=True, help=f"Write one {ALL_LAYERS} with a local function per layer.")
 @click.option(
     "--encodings", "style", type=click.Choice(tuple(STYLES)), help="Also write the scales as JSON, QDQ only."
 )
@@ -58,7 +58,7 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write one ONNX file a layer, or one for all, and the plan beside them.
+    """Write one ONNX file per layer, or one for all, and the plan beside them.
 
     \b
     Example: qinvert export plan.json -o graphs/ --profile npu-qdq-int8
@@ -74,7 +74,7 @@ def export(
     options: Options = {"batch": batch, "input": source, "output": result, "key_size": key_size}
     if one_file:
         if style is not None:
-            raise InputError("--encodings describes one graph a layer; leave out --one-file")
+            raise InputError("--encodings describes one graph per layer; leave out --one-file")
         files = export_together(plan, folder, profile, layers, **options)
     else:
         files = export_all(plan, folder, profile, layers, style, **options)

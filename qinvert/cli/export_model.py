@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--check/--no-check",
     default=True,
     show_default=True,
-    help="Run the graph in onnxruntime first; write none that is not the model.",
+    help="Run the graph in onnxruntime first; refuse it if it is not the model.",
 )
 @profile_option
 @output_options
@@ -41,12 +41,12 @@ def export_model(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write a whole decoder as ONNX, each layer's inverse a local function.
+    """Write a whole decoder as ONNX, with a local function for each layer's inverse.
 
-    The graph is run in onnxruntime, at lengths that it was not traced with
-    where it is open: once with the inverses of the graph in the model, where
-    any difference is an error, and once against the simulated plan, where a
-    rounding may fall on the other side.
+    The graph is run in onnxruntime; if its length is open, at lengths that it
+    was not traced with.  It is compared twice: with the model that uses the
+    inverses of the graph, where any difference is an error, and with the
+    simulated plan, where a rounding may fall on the other side.
 
     \b
     Example: qinvert export-model plan.json -o model.onnx
@@ -79,7 +79,7 @@ def write_model(model: Any, plan: Plan, path: str, length: int | None, **options
 
 
 def differences(model: Any, plan: Plan, path: str, length: int | None) -> dict[str, float]:
-    """Return how far the logits are from those of the simulated plan, by length; none without a runtime."""
+    """Return how far the logits are from those of the simulated plan, by length; empty without a runtime."""
     from qinvert.export.whole_models.check import can_run, difference
     from qinvert.export.whole_models.export_model import untraced_lengths
 

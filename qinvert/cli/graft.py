@@ -15,7 +15,11 @@ from qinvert.plan.plan import Plan
 @click.argument("plan_path", metavar="PLAN")
 @click.option("-o", "--output", "path", required=True, type=click.Path(dir_okay=False), help="File to write.")
 @click.option(
-    "--layer", "layers", multiple=True, metavar="NODE=LAYER", help="Layer of a node, repeatable; by order."
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="NODE=LAYER",
+    help="Layer of a node, repeatable; by default in order.",
 )
 @profile_option
 @output_options
@@ -44,7 +48,7 @@ def graft(
     pairs = [layer.rpartition("=") for layer in layers]
     for given, (node, _, layer) in zip(layers, pairs, strict=True):
         if not node or not layer:
-            raise InputError(f"--layer {given!r} is no NODE=LAYER")
+            raise InputError(f"--layer {given!r} is not of the form NODE=LAYER")
     chosen = {node: layer for node, _, layer in pairs} or None
     with output.progress("grafting"):
         written = graft_plan(source, plan, path, profile=profile, layers=chosen)

@@ -77,7 +77,7 @@ def file_names(plan: Plan) -> dict[str, str]:
     for i, layer in enumerate(plan.layers):
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
         tail = ""
-        # Without regard to case: some file systems have none.
+        # Names must differ in more than case, because some file systems ignore it.
         while f"{stem}{tail}".casefold() in taken:
             tail = f"_{int(tail[1:] or i) + 1}"
         taken.add(f"{stem}{tail}".casefold())

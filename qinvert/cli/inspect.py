@@ -44,7 +44,7 @@ def inspect(
         show_survey(output, chunk)
     elif source.endswith(".json"):
         if given.data is not None:
-            raise InputError("a plan holds its numbers; leave out --data")
+            raise InputError("a plan already holds its numbers; leave out --data")
         show_plan(output, Plan.load(source))
     else:
         measure_growth(output, source, given)
@@ -62,7 +62,7 @@ def measure_growth(output: Output, source: str, given: DataOptions) -> None:
 
 
 def show_survey(output: Output, chunk: int) -> None:
-    """Print sqnr of every method and format on every stress set, one table a format."""
+    """Print sqnr of every method and format on every stress set, one table per format."""
     from qinvert.calibration.survey import survey
 
     with output.progress("surveying") as progress:

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """How a verb talks: results on stdout, progress on stderr."""
+    """How a verb prints: results on stdout, progress on stderr."""
 
     as_json: bool
     quiet: bool

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("plan_path", metavar="PLAN")
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
-@click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below, dB.")
+@click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below this sqnr, dB.")
 @click.option("--rounding", default="onnx", help="`onnx`, or `hexagon`: as Qualcomm's NPU rounds int8 plans.")
 @data_options
 @output_options
@@ -49,7 +49,7 @@ def simulate(
     show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
-        output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, wanted {min_sqnr:.1f}")
+        output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, the goal is {min_sqnr:.1f}")
         sys.exit(1)
 
 

@@ -46,7 +46,7 @@ def open_pair(source: str, given: DataOptions) -> tuple[Any, Any]:
 
 
 def open_for_plan(plan: Plan, model: str | None, given: DataOptions) -> tuple[Any, Any]:
-    """Return (source, data) for a verb that has a plan: the model it was made from is the default."""
+    """Return (source, data) for a verb that has a plan; by default with the model it was made from."""
     from qinvert.calibration.data.token_batches import holds_tokens
 
     if given.data is not None and model is None and not holds_tokens(given.data):

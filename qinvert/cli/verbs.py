@@ -13,20 +13,20 @@ VERBS: Final = {
     "inspect": "Show how far powers of M outgrow the inverse, or what is in a plan.",
     "calibrate": "Measure ranges and write an integer plan for every layer.",
     "simulate": "Run the integer programs bit-exactly and measure the error of T.",
-    "export": "Write one ONNX file a layer, or one for all, and the plan beside them.",
+    "export": "Write one ONNX file per layer, or one for all, and the plan beside them.",
     "verify": "Run exported graphs and compare every value with the simulator.",
     "evaluate": "Compare the model under the plan with the model under the exact inverse.",
-    "export-model": "Write a whole decoder as ONNX, each layer's inverse a local function.",
+    "export-model": "Write a whole decoder as ONNX, with a local function for each layer's inverse.",
     "graft": "Replace LinearAttention nodes by chunks with integer inverses.",
     "profiles": "List the export profiles, and the runtimes that graphs can be verified on.",
 }
 
 
 class LazyVerbs(click.Group):
-    """A group whose commands only stand for verbs: one that is called is loaded in their place.
+    """A group whose commands are placeholders for verbs; a verb is loaded when it is called.
 
-    Help and completion list the verbs, and would otherwise import all of them
-    and torch with them.
+    Help and completion list the verbs.  Without placeholders they would import
+    all verbs, and torch with them.
     """
 
     def resolve_command(

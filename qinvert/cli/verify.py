@@ -47,7 +47,7 @@ STRESS_KEYS = 8
 @click.option(
     "--min-sqnr",
     type=DECIBELS,
-    help="Exit with code 1 if a runtime's T stays below, dB, on --data or on what the plan was made from.",
+    help="Exit with code 1 if a runtime's T stays below this sqnr, dB, on --data or the plan's own data.",
 )
 @output_options
 def verify(
@@ -84,7 +84,7 @@ def verify(
     output.result(results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
-        output.say(f"missed: the worst runtime has {worst:.1f} dB, wanted {min_sqnr:.1f}")
+        output.say(f"missed: the worst runtime has {worst:.1f} dB, the goal is {min_sqnr:.1f}")
         sys.exit(1)
 
 
@@ -124,7 +124,7 @@ def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) 
     if interface.key_size is None:
         return matrices_for(plan, layer, own)
     if own is not None:
-        raise InputError(f"{file} takes keys, the data has matrices; verify a graph of --input L with them")
+        raise InputError(f"{file} takes keys, but the data has matrices; verify a graph of --input L")
     return stress_keys(STRESS_KEYS, plan.layer(layer).chunk, interface.key_size), None
 
 
@@ -143,7 +143,7 @@ def generated_matrices(program: Program) -> tuple[torch.Tensor, torch.Tensor | N
     from qinvert.stress import STRESS, stress_matrices
 
     lower = torch.cat([stress_matrices(name, 4, program.chunk) for name in STRESS])
-    # Any beta that a row can have does, for the same T: the smallest one keeps |K| at 1.
+    # T is the same for any beta that a row can have; the smallest one keeps |K| at 1.
     return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.inverse_ports.factored else None
 
 
@@ -174,7 +174,7 @@ def _promise(result: Verification) -> str:
 
 
 def show_verifications(output: Output, results: dict[str, list[Verification]], own_data: bool) -> None:
-    """Print how many values agree; sqnr says something of the caller's own data only."""
+    """Print how many values agree; sqnr is meaningful for the caller's own data only."""
     rows = [
         [
             name,

@@ -39,6 +39,10 @@ class PlanePairs:
     #: of a 16-bit result.
     drops_low: bool
 
+    def rounded_apart(self, requantize: Requantize) -> bool:
+        """Whether each accumulator is rounded for itself, and not the sum of all of them."""
+        return requantize is Requantize.MULTIPLIER and len(self.groups) > 1
+
     @property
     def count(self) -> int:
         """Number of products of planes that are computed."""

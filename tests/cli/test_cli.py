@@ -211,7 +211,7 @@ def test_damaged_graphs_are_refused(plan, tmp_path):
     run("export", plan, "-o", tmp_path / "graphs")
     graph = tmp_path / "graphs" / "layer.onnx"
     graph.write_bytes(graph.read_bytes()[:1000])
-    assert "no ONNX model" in refused("verify", tmp_path / "graphs")
+    assert "not an ONNX model" in refused("verify", tmp_path / "graphs")
     graph.unlink()
     assert "no exported layer" in refused("verify", tmp_path / "graphs")
 

@@ -60,11 +60,11 @@ def test_data_that_cannot_be_read_is_one_line(byte_model, text, tmp_path):
     assert "text, .jsonl, token ids" in refused("calibrate", byte_model, *out)
     assert "no such file" in refused("calibrate", byte_model, "--data", "nowhere.txt", *out)
     (tmp_path / "image").write_bytes(b"\x89PNG\r\n")
-    assert "no UTF-8 text" in refused("calibrate", byte_model, "--data", tmp_path / "image", *out)
+    assert "not UTF-8 text" in refused("calibrate", byte_model, "--data", tmp_path / "image", *out)
     assert "cannot load a tokenizer" in refused(
         "calibrate", byte_model, "--data", text, "--tokenizer", tmp_path, *out
     )
-    assert "num_samples of what" in refused("calibrate", "recall", "--num-samples", 3, *out)
+    assert "there is no data for num_samples" in refused("calibrate", "recall", "--num-samples", 3, *out)
     assert "--seq-len" in refused("calibrate", byte_model, "--data", text, "--seq-len", 0, *out)
     assert "no tokenizer" in refused("calibrate", "recall", "--data", text, *out)
     assert not (tmp_path / "plan.json").exists()

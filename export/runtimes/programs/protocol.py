@@ -1,7 +1,7 @@
 """What every program of this folder shares; needs NumPy alone.
 
 A program gets a folder with ``model.onnx`` and ``feeds.npz``, each input
-stacked over calls.  It leaves ``report.json``, one entry a setting, and
+stacked over calls.  It leaves ``report.json`` with one entry per setting, and
 ``outputs_<i>.npz`` beside it.  A traceback and a nonzero exit code mean that
 the toolkit refused the graph.
 """

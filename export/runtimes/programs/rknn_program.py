@@ -16,7 +16,7 @@ from rknn.api import RKNN
 CHIPS = ("rk3588", "rk3576", "rk3568")
 #: The toolkit takes the range of a symmetric tensor for [-128, 128] steps and cuts it into 127.
 STRETCHED = np.float32(128 / 127)
-#: Operators for which it quantizes constants anew, on a stretched grid of their own.
+#: Operators for which the toolkit quantizes constants again, each on its own stretched grid.
 REQUANTIZING = ("Concat", "MatMul")
 #: Row of the layer table that the compiler prints: number, operator, type, processor ... operator:node.
 LAYER = re.compile(r"^D RKNN: \[[^\]]*\] \d+ +(\w+) +(\w+) +([CGN]PU) .* \w+:(\S+) *$", re.MULTILINE)
@@ -38,11 +38,12 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Ou
 def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """Divide scales by what the toolkit multiplies them with, so that it compiles the given grids.
 
-    Not those of constants that Add, Sub and Mul read: these take the values that a constant
-    dequantizes to in the file.  Of an identity of k steps, ``k 127 / 128`` would be left: one too
-    few from k = 65 on.  For Concat and MatMul it quantizes constants anew, ``round(q 127 / 128)``:
-    right for small q only, so those are divided by the greatest common divisor of their values and
-    their scale is multiplied.  Every DequantizeLinear must have one reader.
+    The scales of constants that Add, Sub and Mul read stay as they are: these operators take the
+    values that a constant dequantizes to in the file.  An identity of k steps would become
+    ``k 127 / 128``, which is one step too few from k = 65 on.  For Concat and MatMul the toolkit
+    quantizes constants again, to ``round(q 127 / 128)``.  That is right for small q only, so these
+    constants are divided by the greatest common divisor of their values, and their scale is
+    multiplied by it.  Every DequantizeLinear must have one reader.
     """
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     readers = {name: node.op_type for node in model.graph.node for name in node.input}
@@ -67,10 +68,10 @@ def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_own_dequantization(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Give every reader of dequantized integers a DequantizeLinear of its own.
+    """Give every reader of dequantized integers its own DequantizeLinear.
 
     The toolkit computes a product in float16 where a float addition follows.  Its compiler
-    crashes where one DequantizeLinear feeds such a product or sum and an int8 operator, too.
+    crashes where one DequantizeLinear feeds both such a product or sum and an int8 operator.
     """
     dequantize = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     returned = {output.name for output in model.graph.output}

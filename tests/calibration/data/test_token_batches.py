@@ -133,8 +133,8 @@ def test_rows_of_json_lines_are_texts_or_token_ids(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no JSON"),
-        ("[" * 100_000, "line 2 is no JSON"),
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ("3", "line 2 holds int"),
         ('{"title": "x"}', "line 2 has title, not text or input_ids"),
         ('{"text": 3}', "needed"),
@@ -142,8 +142,8 @@ def test_rows_of_json_lines_are_texts_or_token_ids(tmp_path):
         ('{"input_ids": [[1, 2]]}', "needed"),
         ('{"input_ids": [1.5]}', "needed"),
         ('{"input_ids": [true]}', "needed"),
-        ('{"input_ids": [1, [2]]}', "no row of token ids"),
-        ('{"input_ids": [1267650600228229401496703205376]}', "needed|no row"),
+        ('{"input_ids": [1, [2]]}', "not a row of token ids"),
+        ('{"input_ids": [1267650600228229401496703205376]}', "needed|not a row"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):
@@ -226,7 +226,7 @@ def test_what_seq_len_cannot_cut_is_refused():
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00a", b"\x89PNG\r\n\x1a\n\xd4"])
 def test_a_file_that_is_no_text_is_refused(tmp_path, content):
     (tmp_path / "t.bin").write_bytes(content)
-    with pytest.raises(InputError, match=r"no UTF-8 text .* pass text, \.jsonl"):
+    with pytest.raises(InputError, match=r"not UTF-8 text .* pass text, \.jsonl"):
         sequences(tmp_path / "t.bin")
 
 
@@ -253,7 +253,7 @@ def test_illegal_options_are_refused(option):
 
 
 def test_options_without_data_are_refused():
-    with pytest.raises(InputError, match="num_samples of what"):
+    with pytest.raises(InputError, match="there is no data for num_samples"):
         qinvert.calibrate(torch.zeros(1, 8, 8), num_samples=3)
 
 
@@ -283,7 +283,7 @@ def test_datasets_are_read_by_name(monkeypatch, tmp_path):
 
 def test_datasets_are_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"'owner/name' is no file.*pip install datasets"):
+    with pytest.raises(MissingDependencyError, match=r"'owner/name' is not a file.*pip install datasets"):
         sequences("owner/name")
 
 
@@ -330,7 +330,7 @@ def test_a_model_that_has_none_needs_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (3, "int is no tokenizer"),
+        (3, "int is not a tokenizer"),
         (lambda _: "ids", "tokenizer returns"),
         (lambda _: [0.5], "tokenizer returns"),
     ],

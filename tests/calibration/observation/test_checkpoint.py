@@ -159,7 +159,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])
 def test_other_files_are_no_checkpoints(tmp_path, content):
     (tmp_path / "c").write_bytes(content)
-    with pytest.raises(InputError, match=r"is no checkpoint: .*delete it to start anew"):
+    with pytest.raises(InputError, match=r"is not a checkpoint: .*delete it to start anew"):
         qinvert.calibrate(BATCHES, checkpoint=tmp_path / "c", **OPTIONS)
     assert (tmp_path / "c").read_bytes() == content
 

@@ -97,7 +97,7 @@ def test_another_plan_is_caught_and_said(exported):
 def test_what_is_no_graph_is_an_export_error(exported, content):
     path, plan, lower = exported
     path.write_bytes(content)
-    with pytest.raises(ExportError, match=r"no ONNX model|no input L"):
+    with pytest.raises(ExportError, match=r"not an ONNX model|no input L"):
         qinvert.verify(path, plan, lower)
 
 

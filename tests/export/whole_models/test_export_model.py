@@ -174,7 +174,7 @@ def test_a_quantizer_without_its_block_is_refused(single):
 
     _, _, plan = single
     empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
-    with pytest.raises(ExportError, match="calls no layer"):
+    with pytest.raises(ExportError, match="does not call any layer"):
         TriangularQuantizer(plan).quantize(onnx_ir.serde.deserialize_model(empty), {}, "onnx")
     with pytest.raises(ExportError, match="pass a plan"):
         TriangularQuantizer()
