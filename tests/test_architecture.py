@@ -91,7 +91,7 @@ ROUNDS = {
     "qinvert.numerics.exact": "splits integers into planes, which loses nothing",
     "qinvert.kernels.division": "counts how many steps of a division round as the division does",
     "qinvert.plan.quantization": "finds the integer that is exactly 1.0, if there is one",
-    "qinvert.proof.intervals": "widens the bounds of a division to integers",
+    "qinvert.proof.interval_arithmetic": "widens the bounds of a division to integers",
     "qinvert.calibration.capture": "turns a share of the chunks into their number",
     "qinvert.calibration.planning.clipping": "finds the place of a percentile",
     "qinvert.calibration.planning.explanation": "shows four digits of a share",

@@ -43,11 +43,6 @@ class PlanePairs:
         """Whether each accumulator is rounded for itself, and not the sum of all of them."""
         return requantize is Requantize.MULTIPLIER and len(self.groups) > 1
 
-    @property
-    def count(self) -> int:
-        """Number of products of planes that are computed."""
-        return sum(map(len, self.groups))
-
 
 def plane_pairs(left: IntFormat, right: IntFormat) -> PlanePairs:
     """Return the products of planes of a left and a right operand of these formats."""

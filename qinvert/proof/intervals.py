@@ -26,7 +26,7 @@ import torch
 from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
 from qinvert.execution.tensors import TorchEvaluator, along
-from qinvert.formats import INT8, IntFormat
+from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import planes
 from qinvert.plan.integer_product import IntegerProduct, Residual
@@ -34,6 +34,16 @@ from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.ports import Meaning, Port
 from qinvert.program.steps import MAX_BETA, MIN_BETA, MOVES, Add, MatMul, Rescale, Scale
+from qinvert.proof.interval_arithmetic import (
+    elementwise,
+    join,
+    low_plane,
+    magnitude,
+    oriented,
+    product,
+    scaled,
+    split,
+)
 
 #: Receives a tensor's name and its ends, low and high, each ``[blocks, rows, columns]``.
 Observer: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -138,69 +148,6 @@ def _unsaturated(plan: QuantizedProgram, inside: Mapping[str, bool]) -> tuple[st
     return tuple(name for name in plan.program.tensors if proved[name])
 
 
-def split(interval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the low and the high end."""
-    low, high = interval.reshape(-1, 2, *interval.shape[1:]).unbind(1)
-    return low, high
-
-
-def join(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Return the interval between two ends: a batch of two, with the block index slowest."""
-    return torch.stack([low, high], 1).flatten(0, 1)
-
-
-def scaled(interval: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return the interval of ``factor * q``, in float64."""
-    return _oriented(interval.to(torch.float64), factor) * factor
-
-
-def _oriented(interval: torch.Tensor, sign: float) -> torch.Tensor:
-    # A negative factor makes the high end of a term the low end of the sum.
-    low, high = split(interval)
-    return join(high, low) if sign < 0 else interval
-
-
-def magnitude(interval: torch.Tensor) -> torch.Tensor:
-    """Return ``max|q|``, elementwise."""
-    return torch.maximum(*(end.abs() for end in split(interval)))
-
-
-def product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the interval of ``a @ b``, and ``max sum_k |a_ik b_kj|``.
-
-    With midpoints m and radii r of the factors, every ``a @ b`` lies within
-
-        m_a m_b  +-  ((|m_a| + r_a) (|m_b| + r_b) - |m_a| |m_b|).
-
-    The bound is attained where both factors are symmetric about 0, as they
-    are here up to the one extra negative step of a grid; elsewhere it is at
-    most 1.5 times too wide.  Float64 holds it exactly: all terms are multiples
-    of 1/4 far below 2^51.
-
-    References
-    ----------
-    S. M. Rump, "Fast and parallel interval arithmetic", BIT 39 (1999).
-    """
-    (a, a_largest), (b, b_largest) = _midpoint(left), _midpoint(right)
-    middle = a @ b
-    largest = a_largest @ b_largest
-    radius = largest - a.abs() @ b.abs()
-    return join(torch.ceil(middle - radius), torch.floor(middle + radius)), largest
-
-
-def elementwise(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the interval of ``a * b``, spread over the larger shape, and ``max|a * b|``."""
-    corners = torch.stack([a * b for a in split(left) for b in split(right)])
-    ends = join(corners.amin(0), corners.amax(0))
-    return ends, magnitude(ends)
-
-
-def _midpoint(interval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = split(interval.to(torch.float64))
-    # |m| + r is the larger magnitude of the two ends.
-    return (low + high) / 2, torch.maximum(low.abs(), high.abs())
-
-
 class IntervalEvaluator(TorchEvaluator):
     """Steps of one plan on intervals of integers, ``[blocks * 2, rows, columns]`` in float32."""
 
@@ -279,7 +226,7 @@ class IntervalEvaluator(TorchEvaluator):
         if step.factor == 1:
             return self._sum(step.output, self._planes(step.source, source))
         grid, scale = self.plan.tensors[step.source], self.plan.tensors[step.output].scale
-        value = _oriented(rounding.dequantize(source, grid.scale, grid.format), step.factor)
+        value = oriented(rounding.dequantize(source, grid.scale, grid.format), step.factor)
         return self._round(
             step.output, lambda fmt: rounding.requantize_scaled(value, 1.0, step.factor, scale, fmt)
         )
@@ -310,10 +257,10 @@ class IntervalEvaluator(TorchEvaluator):
         if len(terms) == 1:
             return terms
         high, (low, scale) = terms
-        return [high, (_low_plane(high[0], low), scale)]
+        return [high, (low_plane(high[0], low), scale)]
 
     def _sum(self, name: str, terms: list[Term]) -> torch.Tensor:
-        (first, unit), *addends = [(_oriented(ends, scale), scale) for ends, scale in terms]
+        (first, unit), *addends = [(oriented(ends, scale), scale) for ends, scale in terms]
         scale = self.plan.tensors[name].scale
         return self._round(name, lambda fmt: rounding.requantize_divide(first, unit, addends, scale, fmt))
 
@@ -322,11 +269,3 @@ class IntervalEvaluator(TorchEvaluator):
         free = requantize(UNBOUNDED)
         self.inside[name] = bool(((fmt.minimum <= free) & (free <= fmt.maximum)).all())
         return requantize(fmt)
-
-
-def _low_plane(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    # Between two different high planes, the low one takes every value.
-    first, second = split(high)
-    start, stop = split(low)
-    same = first == second
-    return join(torch.where(same, start, float(INT8.minimum)), torch.where(same, stop, float(INT8.maximum)))

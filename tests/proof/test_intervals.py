@@ -33,7 +33,8 @@ from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Slice
 from qinvert.proof import intervals
-from qinvert.proof.intervals import join, propagate, split
+from qinvert.proof.interval_arithmetic import join, magnitude, product, split
+from qinvert.proof.intervals import propagate
 from qinvert.systems import Systems
 
 PROGRAMS = (
@@ -358,7 +359,7 @@ def test_products_of_intervals_hold_all_products_of_their_ends(data, symmetric):
     if symmetric:
         a, b = ((-abs(high), abs(high)) for _, high in (a, b))
     tensors = [join(*(torch.tensor(end[None], dtype=torch.float32) for end in pair)) for pair in (a, b)]
-    interval, largest = intervals.product(*tensors)
+    interval, largest = product(*tensors)
     low, high = (end[0].numpy() for end in split(interval))
     # Bilinear: each term reaches its extremes at ends, independently of the others.
     terms = np.stack([x[:, :, None] * y[None] for x in a for y in b])
@@ -428,7 +429,7 @@ def test_the_check_notices_a_tensor_that_saturates_after_all():
 def test_the_check_notices_a_product_of_ends_alone(monkeypatch):
     def wrong(left, right):
         (a, b), (c, d) = split(left.double()), split(right.double())
-        return join(a @ c, b @ d), intervals.magnitude(left) @ intervals.magnitude(right)
+        return join(a @ c, b @ d), magnitude(left) @ magnitude(right)
 
     monkeypatch.setattr(intervals, "product", wrong)
     plan = single_grid(neumann(4, 2))
@@ -437,7 +438,7 @@ def test_the_check_notices_a_product_of_ends_alone(monkeypatch):
 
 
 def test_the_check_notices_a_low_plane_between_two_high_ones(monkeypatch):
-    monkeypatch.setattr(intervals, "_low_plane", lambda _high, low: low)
+    monkeypatch.setattr(intervals, "low_plane", lambda _high, low: low)
     plan = single_grid(neumann(4, 2), INT8X2.largest, INT8X2)
     with pytest.raises(AssertionError, match="power_2"):
         check(plan, matrices(plan, 0.4, 0), *proved(plan, 0.4))
