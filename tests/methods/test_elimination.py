@@ -361,8 +361,8 @@ FORMS = {
 }
 #: Every profile at every size; the sizes that take long in the forms that differ most.
 CASES = [
-    *((profile, chunk, form) for profile in PROFILES for chunk in (16, 32) for form in FORMS),
-    *((profile, 64, form) for profile in PROFILES for form in ("left", "tiled")),
+    *((profile, 16, form) for profile in PROFILES for form in FORMS),
+    *((profile, chunk, form) for profile in PROFILES for chunk in (32, 64) for form in ("left", "tiled")),
     *((profile, 128, "left") for profile in PROFILES),
 ]
 
@@ -370,7 +370,10 @@ CASES = [
 @pytest.mark.parametrize(("profile", "chunk", "form"), CASES)
 def test_onnxruntime_equals_the_simulator(profile, chunk, form, tmp_path):
     lower = torch.cat([stress_matrices(name, 128 // chunk, chunk, seed=3) for name in STRESS])
-    plan = qinvert.calibrate(lower[::2], method=FORMS[form](chunk), target=profile, min_sqnr_db=0)
+    # By QDQ, float scales round sums in the runtime's order; int4 ties show it in one value of a thousand.
+    scales = "pow2" if profile == "npu-qdq-int4" else "auto"
+    program = FORMS[form](chunk)
+    plan = qinvert.calibrate(lower[::2], method=program, target=profile, scales=scales, min_sqnr_db=0)
     qinvert.export(plan, tmp_path / "t.onnx", batch=len(lower))
     for result in qinvert.verify(tmp_path / "t.onnx", plan, lower):
         # int16 products by QDQ are rounded in float32 first, as those of every other method.
