@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from qinvert.methods.banded_residual import banded_residual as banded_residual
     from qinvert.methods.block_merge import block_merge as block_merge
     from qinvert.methods.column_sweep import column_sweep as column_sweep
+    from qinvert.methods.elimination import elimination as elimination
     from qinvert.methods.forward_substitution import forward_substitution as forward_substitution
     from qinvert.methods.neumann import neumann as neumann
     from qinvert.methods.neumann_doubling import neumann_doubling as neumann_doubling
@@ -86,6 +87,7 @@ _HOMES = {
     "chunk_gated_delta_rule": "delta_rule.rule",
     "column_sweep": "methods",
     "compare": "calibration.evaluate",
+    "elimination": "methods",
     "evaluate": "calibration.evaluate",
     "exact_inverse": "matrices",
     "export_layers": "export.functions",

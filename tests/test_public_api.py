@@ -8,7 +8,7 @@ import qinvert
 from qinvert.errors import QInvertError
 
 CONTRACT = (
-    "Plan banded_residual block_merge calibrate column_sweep evaluate exact_inverse export "
+    "Plan banded_residual block_merge calibrate column_sweep elimination evaluate exact_inverse export "
     "forward_substitution neumann neumann_doubling newton_schulz patched simulate verify"
 )
 HEAVY = {"torch", "numpy", "scipy", "onnx", "onnxruntime", "transformers"}
@@ -54,7 +54,7 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded("import qinvert") == set()
 
 
-@pytest.mark.parametrize("method", ["block_merge", "newton_schulz", "neumann"])
+@pytest.mark.parametrize("method", ["block_merge", "elimination", "newton_schulz", "neumann"])
 def test_building_and_printing_a_program_loads_nothing_heavy(method):
     assert loaded(f"import qinvert; p = qinvert.{method}(64); str(p)") == set()
 

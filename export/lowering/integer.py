@@ -160,7 +160,8 @@ class IntegerLowering(GraphLowering):
         return total
 
     def _cast(self, plane: str, shape: Sizes) -> str:
-        output = f"{plane}/cast"
+        # What a product wrote has that name for its accumulator.
+        output = f"{plane}/integers" if f"{plane}/accumulator" in self.graph else f"{plane}/cast"
         return output if output in self.graph else self.graph.node("Cast", [plane], output, shape, to=1)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qinvert.methods._blocks import PROVED, Layout, diagonal_mask, merge_mask
 from qinvert.methods._builder import Builder
+from qinvert.methods._corrections import correct_factored
 from qinvert.program.program import Program
 from qinvert.program.steps import Axis
 
@@ -24,18 +25,8 @@ def factored_merge(chunk: int, base: int, corrections: int) -> Program:
         corner = builder.matmul(f"{name}/W21", columns, half_product, add=(half_product,), bound=PROVED)
         total = builder.add(f"{name}/W", total, corner, bound=PROVED)
         size *= 2
-    for k in range(1, corrections + 1):
-        total = _correct_factored(builder, total, k)
+    total = correct_factored(builder, total, corrections)
     parameters: dict[str, int | str] = {"base": base, "layout": Layout.MASKED}
     if corrections:
         parameters["corrections"] = corrections
     return builder.program("block_merge", parameters | {"factored": True}, total)
-
-
-def _correct_factored(builder: Builder, total: str, k: int) -> str:
-    name = f"correction_{k}"
-    rows = builder.scale(f"{name}/S", total, builder.beta, Axis.ROWS, bound=PROVED)
-    residual = builder.matmul(f"{name}/R", builder.matrix, rows, add=(builder.matrix,), subtract=(total,))
-    columns = builder.scale(f"{name}/V", total, builder.beta, Axis.COLUMNS, bound=PROVED)
-    update = builder.matmul(f"{name}/update", columns, residual, add=(residual,))
-    return builder.add(f"{name}/W", total, update, bound=PROVED)

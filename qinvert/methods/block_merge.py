@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from qinvert.checks import check_integer, check_power_of_two
+from qinvert.checks import check_power_of_two
 from qinvert.errors import ProgramError
-from qinvert.methods._blocks import PROVED, Layout, diagonal_mask, merge_mask, zeros
+from qinvert.methods._blocks import PROVED, Layout, diagonal_mask, merge_mask
 from qinvert.methods._builder import Builder
+from qinvert.methods._corrections import check_corrections, correct
 from qinvert.methods._factored_merge import factored_merge
 from qinvert.methods._method import Method
+from qinvert.methods._packed import merge_packed, stack_diagonal
 from qinvert.program.program import Program
-from qinvert.program.steps import Axis, Constant, check_chunk
+from qinvert.program.steps import check_chunk
 
 #: Tiles in which candidates merge by masked products: these steps are fewer and wider than for blocks.
 TILE = 16
@@ -102,14 +104,10 @@ def block_merge(
     base, layout = min(4, chunk) if base is None else base, layout or Layout.PACKED
     tile = _check_arguments(chunk, base, layout, tile, corrections)
     builder = Builder(chunk)
-    tiles = builder.matrix if tile == chunk else _stack_diagonal(builder, chunk, tile)
+    tiles = builder.matrix if tile == chunk else stack_diagonal(builder, chunk, tile)
     total = _invert_tiles(builder, tiles, base, tile)
-    half = tile
-    while half < chunk:
-        total = _merge_packed(builder, total, chunk, half)
-        half *= 2
-    for k in range(1, corrections + 1):
-        total = _correct(builder, total, k)
+    total = merge_packed(builder, total, chunk, tile)
+    total = correct(builder, total, corrections)
     parameters: dict[str, int | str] = {"base": base}
     if tile != max(base, 2):
         parameters |= {"layout": Layout.MASKED} if tile == chunk else {"tile": tile}
@@ -122,7 +120,7 @@ def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corre
     check_power_of_two("base", base, 1, chunk, ProgramError)
     if layout not in list(Layout):
         raise ProgramError(f"layout {layout!r} is unknown; use {' or '.join(Layout)}")
-    check_integer("corrections", corrections, 0, 4, ProgramError, "; 1 is enough for int8")
+    check_corrections(corrections)
     if tile is None:
         return chunk if layout == Layout.MASKED else max(base, 2)
     check_power_of_two("tile", tile, max(base, 2), chunk, ProgramError)
@@ -138,28 +136,6 @@ def _check_factored(chunk: int, base: int, layout: str | None, tile: int | None,
             f"factored merges are masked and start from base 1 or 2, got base {base}, layout {layout!r} "
             f"and tile {tile!r}; leave them out"
         )
-
-
-def bit_reversed(count: int) -> list[int]:
-    """Order of a stack of ``count`` blocks in which even blocks come before odd ones.
-
-    The two halves of every merge are then the two halves of the stack, at
-    every level.
-    """
-    if count == 1:
-        return [0]
-    half = bit_reversed(count // 2)
-    return [2 * i for i in half] + [2 * i + 1 for i in half]
-
-
-def _stack_diagonal(builder: Builder, chunk: int, size: int) -> str:
-    blocks: list[str | Constant] = []
-    for i in bit_reversed(chunk // size):
-        span = (i * size, (i + 1) * size)
-        blocks.append(
-            builder.slice(f"base_{size}/M_{i}", builder.matrix, rows=span, columns=span, bound=PROVED)
-        )
-    return builder.concat(f"base_{size}/M", blocks, Axis.BLOCKS, bound=PROVED)
 
 
 def _invert_tiles(builder: Builder, source: str, base: int, tile: int) -> str:
@@ -194,46 +170,6 @@ def _invert_base(builder: Builder, blocks: str, size: int) -> str:
             bound=PROVED if 2 * k == size else None,
         )
     return total
-
-
-def _merge_packed(builder: Builder, total: str, chunk: int, half: int) -> str:
-    name = f"merge_{2 * half}"
-    merges = chunk // (2 * half)
-    lower = _stack_lower(builder, name, merges, half)
-    first = builder.slice(f"{name}/S11", total, blocks=(0, merges), bound=PROVED)
-    second = builder.slice(f"{name}/S22", total, blocks=(merges, 2 * merges), bound=PROVED)
-    half_product = builder.matmul(f"{name}/Y", lower, first, add=(lower,), bound=PROVED)
-    corner = builder.matmul(f"{name}/S21", second, half_product, add=(half_product,), bound=PROVED)
-    # Rows first, then columns: QNN compiles the other order wrongly.
-    left = builder.concat(f"{name}/left", [first, corner], Axis.ROWS, bound=PROVED)
-    right = builder.concat(f"{name}/right", [zeros(half), second], Axis.ROWS, bound=PROVED)
-    return builder.concat(f"{name}/S", [left, right], Axis.COLUMNS, bound=PROVED)
-
-
-def _stack_lower(builder: Builder, name: str, merges: int, half: int) -> str:
-    blocks: list[str | Constant] = []
-    for i in bit_reversed(merges):
-        start = 2 * half * i
-        blocks.append(
-            builder.slice(
-                f"{name}/M21_{i}" if merges > 1 else f"{name}/M21",
-                builder.matrix,
-                rows=(start + half, start + 2 * half),
-                columns=(start, start + half),
-                bound=PROVED,
-            )
-        )
-    if merges == 1:
-        return f"{name}/M21"
-    return builder.concat(f"{name}/M21", blocks, Axis.BLOCKS, bound=PROVED)
-
-
-def _correct(builder: Builder, total: str, k: int) -> str:
-    residual = builder.matmul(
-        f"correction_{k}/R", builder.matrix, total, add=(builder.matrix,), subtract=(total,)
-    )
-    update = builder.matmul(f"correction_{k}/update", total, residual, add=(residual,))
-    return builder.add(f"correction_{k}/S", total, update, bound=PROVED)
 
 
 def _candidates(chunk: int) -> tuple[Program, ...]:

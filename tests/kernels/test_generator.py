@@ -57,6 +57,17 @@ def test_plans_of_one_structure_share_a_kernel(plans):
     assert integer_kernel(plans[8]).text != first.text
 
 
+@pytest.mark.parametrize("options", [{}, {"side": "right"}, {"tile": 16}, {"restart": 4}, {"corrections": 1}])
+def test_elimination_has_a_kernel(options):
+    lower = stress_matrices("correlated_keys", 8, 64, seed=1)
+    program = qinvert.elimination(64, **options)
+    for bits in (8, "8x2"):
+        plan = qinvert.calibrate(lower, bits=bits, method=program, min_sqnr_db=0).layer()
+        text = integer_kernel(plan).text
+        assert "load_tile(" in text
+        ast.parse(text)
+
+
 def test_many_scalars_are_arguments(plans):
     plan = plans["8x2"]
     groups = scale_groups(plan.program)

@@ -65,6 +65,9 @@ PROGRAMS = [
     qinvert.block_merge(64, base=4, tile=16, corrections=2),
     qinvert.block_merge(128, base=1, tile=16),
     qinvert.block_merge(64, base=8, tile=32),
+    *(qinvert.elimination(c, side) for c in (16, 32, 64) for side in ("left", "right")),
+    qinvert.elimination(64, tile=16, corrections=1),
+    qinvert.elimination(64, "right", restart=4),
     qinvert.newton_schulz(32),
     qinvert.neumann_doubling(32),
     qinvert.banded_residual(64),
@@ -89,6 +92,17 @@ def test_zero_tiles_are_not_multiplied():
     TileEvaluator(qinvert.block_merge(64, base=1, tile=16), ops).run()
     # 4 tiles of the diagonal with 6 products, 2 merges of 2, one of 4 tiles with 6 + 6 instead of 8 + 8.
     assert ops.products == 4 * 6 + 2 * 2 + 12
+
+
+@pytest.mark.parametrize(
+    ("options", "products"), [({}, 50), ({"side": "right"}, 50), ({"tile": 16}, 32), ({"restart": 4}, 32)]
+)
+def test_elimination_multiplies_fewer_tiles_where_it_does_not_carry_the_rest(options, products):
+    ops = ExactOps(torch.zeros(64, 64, dtype=torch.float64))
+    TileEvaluator(qinvert.elimination(64, **options), ops).run()
+    # 4 levels of 4 tiles, then 16 for two merges or the restart and two levels; dense, all 10 tiles at
+    # 4 levels, and 10 for the last two.
+    assert ops.products == products
 
 
 def test_programs_without_a_form_on_tiles_say_why():

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from qinvert.errors import ProgramError
 from qinvert.methods import block_merge
-from qinvert.methods.block_merge import bit_reversed
+from qinvert.methods._packed import bit_reversed
 from qinvert.program.steps import MatMul
 from qinvert.stress import MAX_BETA, stress_matrices
 

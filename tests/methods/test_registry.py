@@ -65,8 +65,9 @@ def test_every_docstring_says_what_the_method_costs_and_keeps(name):
 
 @pytest.mark.parametrize("name", ["auto", "block-merge", "", None, ["neumann"]])
 def test_an_unknown_method_lists_the_legal_names(name):
-    legal = "block_merge, banded_residual, neumann, neumann_doubling, newton_schulz, forward_substitution"
-    with pytest.raises(ProgramError, match=rf"unknown method .*; use one of {legal}, column_sweep, auto"):
+    legal = "block_merge, elimination, banded_residual, neumann, neumann_doubling, newton_schulz"
+    legal += ", forward_substitution, column_sweep"
+    with pytest.raises(ProgramError, match=rf"unknown method .*; use one of {legal}, auto"):
         methods.find_method(name)
 
 

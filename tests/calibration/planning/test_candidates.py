@@ -21,6 +21,13 @@ MERGES = [
 TITLES = {
     "auto": [*SHORT, *MERGES, "banded_residual(chunk=64, order=3, steps=8)"],
     "block_merge": MERGES,
+    "elimination": [
+        "elimination(chunk=64)",
+        "elimination(chunk=64, corrections=1)",
+        "elimination(chunk=64, tile=16)",
+        "elimination(chunk=64, tile=16, corrections=1)",
+        "elimination(chunk=64, restart=4)",
+    ],
     "banded_residual": [
         "banded_residual(chunk=64, order=1, steps=16)",
         "banded_residual(chunk=64, order=1, steps=32)",
