@@ -297,7 +297,7 @@ def test_illegal_layers_are_refused(tmp_path):
     plan = many("int-ops")
     for chosen, error, words in (
         (["x"], PlanError, "unknown layer 'x'"),
-        ([], ExportError, "none, or name one twice"),
+        ([], ExportError, "are empty or name one twice"),
         (list(LAYERS) * 2, ExportError, "name one twice"),
     ):
         with pytest.raises(error, match=words):
