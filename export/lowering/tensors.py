@@ -111,9 +111,13 @@ class ProgramTensors(ABC):
         return [f"{tensor}/high", f"{tensor}/low"]
 
     def keeps_integers(self, step: Rescale) -> bool:
-        """Whether a rescaling changes nothing: no node is needed, unless the result has a name of its own."""
-        same = self.grid(step.source) == self.grid(step.output)
-        return step.factor == 1 and same and step.output not in self.results
+        """Whether a rescaling needs no node.
+
+        A result of one plane has a node all the same, so that it has a name of
+        its own; rounding its integers again changes nothing.
+        """
+        unnamed = step.output not in self.results or self.grid(step.output).format.planes > 1
+        return self.plan.keeps_integers(step) and unnamed
 
     def returns(self, tensor: str) -> bool:
         """Whether the graph returns the tensor's integers."""

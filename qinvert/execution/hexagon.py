@@ -39,7 +39,7 @@ def check_plan(plan: QuantizedProgram) -> None:
         raise PlanError(f"Hexagon joins the residual terms of this plan in float16; {remedy}")
     for step in plan.program.steps:
         grids = [plan.tensors[name] for name in (*step.inputs, step.output) if name in plan.tensors]
-        kept = isinstance(step, Rescale) and step.factor == 1 and len(set(grids)) == 1
+        kept = isinstance(step, Rescale) and plan.keeps_integers(step)
         sums = isinstance(step, Add) and all(is_power_of_two(grid.scale) for grid in grids)
         if not kept and not sums and not isinstance(step, (MatMul, Slice, Concat, Mask)):
             raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")

@@ -92,6 +92,8 @@ class IntegerEvaluator(TorchEvaluator):
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        if self.plan.keeps_integers(step):
+            return source
         if step.factor == 1:
             return self._sum(step.output, self._planes(step.source, source))
         grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]

@@ -151,9 +151,8 @@ class IntegerOps(TritonOps):
         return self._round(step.output, self._sum(planes))
 
     def rescale(self, step: Rescale, source: Tile) -> Tile:
-        same = self.plan.tensors[step.source] == self.plan.tensors[step.output]
-        if step.factor == 1 and same and self._format(step.output).planes == 1:
-            return source  # q * s / s lies within q * 2**-23 of q and rounds to it
+        if self.plan.keeps_integers(step):
+            return source
         value = self._sum([("+", *plane) for plane in self._planes(step.source, source)])
         if step.factor != 1:
             factor = self.source.scalar(step.factor)

@@ -17,7 +17,7 @@ from qinvert.plan.quantization import (
     requantize_named,
 )
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import MatMul, Scale
+from qinvert.program.steps import MatMul, Rescale, Scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,14 @@ class QuantizedProgram:
             if self.requantize is Requantize.MULTIPLIER:
                 # This refuses factors that overflow.
                 _ = product.factor
+
+    def keeps_integers(self, step: Rescale) -> bool:
+        """Whether a rescaling changes nothing: its factor is 1, and both tensors have one grid.
+
+        Then no interpreter rounds.  To round again would not be the identity on
+        two planes: 128.3 steps round to (1, -128), but 128 steps to (0, 127).
+        """
+        return step.factor == 1 and self.tensors[step.source] == self.tensors[step.output]
 
     def _read_products(self) -> dict[str, IntegerProduct]:
         found = {}

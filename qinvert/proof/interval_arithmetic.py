@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qinvert.formats import INT8
+from qinvert.formats import INT8, PLANE_RATIO
 
 
 def split(interval: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,3 +79,16 @@ def low_plane(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     start, stop = split(low)
     same = first == second
     return join(torch.where(same, start, float(INT8.minimum)), torch.where(same, stop, float(INT8.maximum)))
+
+
+def low_plane_saturates(interval: torch.Tensor) -> bool:
+    """Whether values of an interval, in steps of the low plane, may end beyond the low plane's grid.
+
+    The high plane is rounded first: the rest of what rounds to ``256 h + 128``
+    is 128 steps, and the low plane ends at 127.
+    """
+    low, high = split(interval.to(torch.float64))
+    tie = INT8.maximum + 1
+    # How many of the numbers 256 h + 128 lie in [low, high].
+    ties = torch.floor((high - tie) / PLANE_RATIO) - torch.ceil((low - tie) / PLANE_RATIO) + 1
+    return bool((ties > 0).any())

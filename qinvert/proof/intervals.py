@@ -38,6 +38,7 @@ from qinvert.proof.interval_arithmetic import (
     elementwise,
     join,
     low_plane,
+    low_plane_saturates,
     magnitude,
     oriented,
     product,
@@ -223,6 +224,9 @@ class IntervalEvaluator(TorchEvaluator):
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        if self.plan.keeps_integers(step):
+            self.inside[step.output] = True
+            return source
         if step.factor == 1:
             return self._sum(step.output, self._planes(step.source, source))
         grid, scale = self.plan.tensors[step.source], self.plan.tensors[step.output].scale
@@ -267,5 +271,6 @@ class IntervalEvaluator(TorchEvaluator):
     def _round(self, name: str, requantize: Callable[[IntFormat], torch.Tensor]) -> torch.Tensor:
         fmt = self.plan.tensors[name].format
         free = requantize(UNBOUNDED)
-        self.inside[name] = bool(((fmt.minimum <= free) & (free <= fmt.maximum)).all())
+        legal = (fmt.minimum <= free) & (free <= fmt.maximum)
+        self.inside[name] = bool(legal.all()) and not (fmt.planes > 1 and low_plane_saturates(free))
         return requantize(fmt)
