@@ -58,7 +58,8 @@ def calibrate(
 ) -> Plan:
     """Measure the ranges of every tensor and return an integer plan per layer.
 
-    One pass over ``source``; memory does not grow with it.  Under torchrun, with
+    One pass over ``source``; memory does not grow with it.  Matrices that are all zero, as
+    padding gives them, do not count.  Under torchrun, with
     torch's process group initialized, every process must call this with the
     same arguments: each runs its share of the batches, and all return the plan
     that one process would make.
@@ -157,7 +158,7 @@ def calibrate(
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
-    sample = observer.sample.systems
+    sample = observer.sampled
     choice = choose(observer, options.ladder, options.rules, options.goals)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)

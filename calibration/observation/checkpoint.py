@@ -241,8 +241,10 @@ def _read(arrays: dict[str, Any]) -> Saved:
 
 def _read_layer(record: dict[str, Any], arrays: dict[str, Any], index: int) -> SavedLayer:
     chunk = int(record["chunk"])
-    lower = check_matrices(arrays[f"{index}.lower"], chunk)
-    sample = [lower]
+    # A layer of which only padding was seen has no sample.
+    empty = f"{index}.lower" not in arrays
+    lower = torch.zeros(0, chunk, chunk) if empty else check_matrices(arrays[f"{index}.lower"], chunk)
+    sample = [] if empty else [lower]
     if f"{index}.beta" in arrays:
         sample.append(check_beta(arrays[f"{index}.beta"], lower))
     keys = torch.from_numpy(np.array(arrays[f"{index}.keys"], dtype=np.float64))

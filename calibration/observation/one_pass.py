@@ -29,9 +29,10 @@ class Observation:
     """Observers of all layers, and the order in which they see matrices.
 
     Matrices are counted over all processes, batch by batch in the order of
-    the data.  What is drawn for a matrix depends on its number alone, and
-    every statistic is a maximum, a count, or the choice of the largest draws:
-    any split of the data ends in the same statistics.
+    the data; those that are all zero, as padding gives them, are left out.
+    What is drawn for a matrix depends on its number alone, and every statistic
+    is a maximum, a count, or the choice of the largest draws: any split of the
+    data ends in the same statistics.
     """
 
     def __init__(self, programs: Programs, seed: int, shard: Shard, checkpoint: Checkpoint | None) -> None:
@@ -43,6 +44,8 @@ class Observation:
 
     def update(self, group: Sequence[Item]) -> list[str]:
         """Add what this process has of a round; return the names of all layers in it."""
+        # Before anything is counted: matrices keep their numbers, however the data are padded.
+        group = [(layer, systems.flat().filled) for layer, systems in group]
         mine = [(layer, systems.count, systems.chunk) for layer, systems in group]
         due = self._checkpoint is not None and self._checkpoint.due
         gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(group), []
@@ -104,7 +107,9 @@ class Observation:
 
 
 def _update(observer: LayerObserver, layer: str, systems: Systems) -> None:
-    observer.update(needed(observer.programs[0], systems, f"beta of layer {layer!r}"))
+    systems = needed(observer.programs[0], systems, f"beta of layer {layer!r}")
+    if systems.count:
+        observer.update(systems)
 
 
 def observe(
