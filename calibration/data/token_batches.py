@@ -241,6 +241,13 @@ def attended(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _stacked(item: Any) -> torch.Tensor:
+    if isinstance(item, list | tuple) and any(isinstance(part, torch.Tensor) for part in item):
+        sizes = ", ".join(dict.fromkeys(str(list(getattr(part, "shape", ()))) for part in item))
+        raise InputError(
+            f"token ids are a {type(item).__name__} of {len(item)} tensors {sizes}, of which nobody can tell "
+            "whether they are sequences or, as the default collate_fn of a DataLoader gives them, columns; "
+            "pass one tensor [count, length] (torch.stack of rows, or rows as tensors in the dataset)"
+        )
     return item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
 
 

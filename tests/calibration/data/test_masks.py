@@ -62,3 +62,31 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
     np.savez(tmp_path / "t.npz", input_ids=IDS, attention_mask=MASK[:, :4])
     with pytest.raises(InputError, match=r"attention_mask that does not fit input_ids of shape \[4, 5\]"):
         list(token_batches(tmp_path / "t.npz"))
+
+
+def collated(rows):
+    return torch.utils.data.DataLoader(rows, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        collated([{"input_ids": row} for row in IDS.tolist()]),
+        collated([{"input_ids": row, "attention_mask": row} for row in IDS.tolist()]),
+        collated(IDS.tolist()),
+        [tuple(torch.from_numpy(IDS[:2]))],
+        [{"input_ids": list(torch.from_numpy(IDS[:2]))}],
+    ],
+)
+def test_lists_of_tensors_are_refused_as_sequences_or_columns(data):
+    with pytest.raises(InputError, match=r"tensors \[\d\], of which nobody .* collate_fn .* pass one tensor"):
+        list(token_batches(data))
+
+
+def test_rows_that_are_tensors_are_collated_by_rows():
+    rows = [
+        {"input_ids": row, "attention_mask": mask} for row, mask in zip(torch.tensor(IDS), MASK, strict=True)
+    ]
+    first, second = token_batches(collated(rows))
+    assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]]), torch.from_numpy(IDS))
+    assert torch.equal(torch.cat([first["attention_mask"], second["attention_mask"]]), torch.from_numpy(MASK))
