@@ -12,7 +12,7 @@ import onnx.inliner
 import torch
 from onnx import helper
 
-from qinvert.calibration.heads import is_split, layer_name
+from qinvert.calibration.heads import in_layer_order, is_split, layer_name
 from qinvert.delta_rule.rule import chunk_gated_delta_rule
 from qinvert.errors import ExportError, PlanError
 from qinvert.export.exporting import profile_for
@@ -66,7 +66,8 @@ def graft(
         Export profile of the functions; the plan's target if left out.
     layers : mapping, optional
         Layer of the plan for every node by its name.  By default nodes and
-        layers go together in their order, or a single layer with all nodes.
+        layers go together in their order, layers whose names differ in
+        numbers only by these, or a single layer with all nodes.
 
     Returns
     -------
@@ -125,7 +126,7 @@ def _assigned(
             f"the model has {len(nodes)} nodes ({', '.join(nodes)}), the plan {len(entries)} layers "
             f"({', '.join(entries)}); say which node has which layer"
         )
-    return dict(zip(nodes, entries, strict=True))
+    return dict(zip(nodes, in_layer_order(entries), strict=True))
 
 
 class _Chunked(torch.nn.Module):

@@ -16,6 +16,8 @@ import qinvert
 from qinvert.cli.app import cli
 from qinvert.delta_rule.rule import from_keys
 from qinvert.errors import ExportError, PlanError
+from qinvert.export.whole_models.graft import _assigned
+from qinvert.export.whole_models.linear_attention_nodes import find_nodes
 from qinvert.metrics import ErrorStatistics
 
 pytest.importorskip("onnxscript", reason="pip install 'qinvert[model]'")
@@ -256,3 +258,15 @@ def test_the_standard_operator_is_grafted_too(plan, tmp_path):
         ReferenceEvaluator(exact).run(None, given), ReferenceEvaluator(before).run(None, given), strict=True
     ):
         assert np.abs(actual - expected).max() < 1e-5
+
+
+def test_nodes_and_layers_go_together_by_number(plan, tmp_path):
+    nodes = [node(f"layer_{i}", f"{i}_") for i in range(11)]
+    for one in nodes:
+        for i, name in enumerate(ORDER):
+            one.input[i] = name
+    found = find_nodes(wrap(nodes))
+    as_text = sorted(f"layers.{i}" for i in range(11))
+    assert as_text[2] == "layers.10"
+    assigned = _assigned(found, replace(plan, layers=dict.fromkeys(as_text, plan.layer())), None)
+    assert assigned == {f"layer_{i}": f"layers.{i}" for i in range(11)}
