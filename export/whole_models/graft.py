@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Final
@@ -19,7 +19,12 @@ from qinvert.export.exporting import profile_for
 from qinvert.export.functions import function_names
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.whole_models.export_model import BATCH, EXAMPLE_CHUNKS, SEQUENCE, chunk_of, save
-from qinvert.export.whole_models.linear_attention_nodes import LinearAttention, find_nodes, load
+from qinvert.export.whole_models.linear_attention_nodes import (
+    LinearAttention,
+    find_nodes,
+    load,
+    refuse_hidden,
+)
 from qinvert.export.whole_models.tracing import (
     FIRST_OPSET,
     attach_functions,
@@ -49,11 +54,13 @@ def graft(
 
     Both operators of that name are known, of onnxruntime (``com.microsoft``)
     and of ONNX 27, with the update rules ``delta`` and ``gated_delta``; nodes
-    of other rules have no inverse and stay.  Inputs, outputs and states mean
-    what they did, for every length.  The new nodes are MatMul and other plain
-    operators, one Scan over chunks and one call of a local function
-    ``TriInv_LAYER`` for each node.  A step of a single token costs a whole
-    chunk: graft what runs prompts.
+    of other rules have no inverse and stay.  Nodes in branches, loops and local
+    functions are refused, unless ``layers`` names the nodes that are meant.
+    Inputs, outputs and states mean what they did, for every length.  The new
+    nodes are MatMul and other plain operators, one Scan over chunks and one
+    call of a local function ``TriInv_LAYER`` for each node; where the model has
+    a function of that name, the new one has another.  A step of a single token
+    costs a whole chunk: graft what runs prompts.
 
     Parameters
     ----------
@@ -89,11 +96,15 @@ def graft(
     model = load(source)
     opset = _opset(model)
     found = find_nodes(model)
+    if layers is None:
+        refuse_hidden(model)
+    # Of an earlier graft, perhaps of another plan with layers of the same names.
+    taken = {function.name for function in model.functions if function.domain == DOMAIN}
     for node, layer in _assigned(found, plan, layers).items():
-        _replace(model, found[node], plan, layer, opset)
+        _replace(model, found[node], _Chunked(found[node], plan, layer, taken), layer, opset)
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     result = ir.serde.deserialize_model(model)
-    attach_functions(result, plan, chosen)
+    attach_functions(result, plan, chosen, taken)
     return save(result, path)
 
 
@@ -132,11 +143,11 @@ def _assigned(
 class _Chunked(torch.nn.Module):
     """A LinearAttention node as our chunked delta rule; inputs and outputs are the node's."""
 
-    def __init__(self, node: LinearAttention, plan: Plan, layer: str) -> None:
+    def __init__(self, node: LinearAttention, plan: Plan, layer: str, taken: Collection[str]) -> None:
         super().__init__()
         self.node = node
         self.chunk = chunk_of(plan)
-        self.inverse = partial(calls_of(plan), layer)
+        self.inverse = partial(calls_of(plan, taken), layer)
 
     def forward(
         self,
@@ -179,9 +190,11 @@ def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def _replace(model: onnx.ModelProto, node: LinearAttention, plan: Plan, layer: str, opset: int) -> None:
+def _replace(
+    model: onnx.ModelProto, node: LinearAttention, chunked: _Chunked, layer: str, opset: int
+) -> None:
     """Put the chunks in a node's place; what they call is attached later."""
-    function = _function(node, plan, layer, opset)
+    function = _function(node, chunked, layer, opset)
     call = helper.make_node(
         function.name, list(node.inputs.values()), list(node.node.output), name=node.node.name, domain=DOMAIN
     )
@@ -196,11 +209,11 @@ def _replace(model: onnx.ModelProto, node: LinearAttention, plan: Plan, layer: s
     model.CopyFrom(onnx.inliner.inline_selected_functions(model, [(DOMAIN, function.name)]))
 
 
-def _function(node: LinearAttention, plan: Plan, layer: str, opset: int) -> onnx.FunctionProto:
-    example = node.example(SEQUENCES, EXAMPLE_CHUNKS * chunk_of(plan))
+def _function(node: LinearAttention, chunked: _Chunked, layer: str, opset: int) -> onnx.FunctionProto:
+    example = node.example(SEQUENCES, EXAMPLE_CHUNKS * chunked.chunk)
     axes = {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)}
     shapes = {name: {0: axes[0]} if name == "past_state" else axes for name in example}
-    traced = trace(_Chunked(node, plan, layer).eval(), example, min(opset, LAST_OPSET), dynamic_shapes=shapes)
+    traced = trace(chunked.eval(), example, min(opset, LAST_OPSET), dynamic_shapes=shapes)
     graph = require_onnx_ir().serde.serialize_model(traced).graph
     _forget_shapes(graph)
     constants = [
