@@ -123,7 +123,7 @@ def calibrate(
     ------
     InputError
         If the source or one of its matrices is not legal, or lacks beta; if
-        the checkpoint is of other data or options.
+        the checkpoint is of another model, other data or options.
     PlanError
         If an option is not legal, or the target does not take the format.
     ProgramError

@@ -32,7 +32,7 @@ from qinvert.matrices import check_beta, check_matrices
 T = TypeVar("T")
 
 #: Version of the file layout; a checkpoint is read by the version that wrote it.
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 #: Name of the array that holds everything but the samples, as JSON.
 HEADER: Final = "checkpoint"
 #: No data holds more.
@@ -157,7 +157,7 @@ class Checkpoint:
             given, held = (", ".join(f"{k}={v}" for k, v in x.items()) for x in (options, self.saved.options))
             raise InputError(
                 f"the checkpoint {os.fspath(path)} was made with {held}, not {given}; "
-                "pass the same options, or another checkpoint file"
+                "pass the same model and options, or another checkpoint file"
             )
 
     @property

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Final, TypeAlias
 
+import torch
+
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.heads import split_heads
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
+from qinvert.calibration.observation.model_digest import model_digest
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, check_size, open_groups
 from qinvert.execution.inputs import needed
@@ -133,11 +136,14 @@ def observe(
     ------
     InputError
         If the source or one of its matrices is not legal, or lacks beta; or
-        if another process fails; or if the checkpoint is of other data or options.
+        if another process fails; or if the checkpoint is of another model, other data or options.
     """
     shard = Shard.current()
     with shard.together():
-        options = {"seed": seed, "granularity": str(granularity)}
+        options: dict[str, Any] = {"seed": seed, "granularity": str(granularity)}
+        if checkpoint is not None and isinstance(source, torch.nn.Module):
+            # The data alone say nothing of the model that made L of them.
+            options["model"] = model_digest(source)
         file = None if checkpoint is None else Checkpoint(checkpoint, options, shard)
         observation = Observation(programs, seed, shard, file)
         if file is not None and file.saved is not None:
