@@ -59,6 +59,7 @@ def calibrate(
     """Measure the ranges of every tensor and return an integer plan per layer.
 
     This takes one pass over ``source``, and memory does not grow with its length.
+    Matrices that are all zero, as padding gives them, do not count.
     Under torchrun, with torch's process group initialized, every process must
     call this with the same arguments.  Each process runs its share of the
     batches, and all return the plan that one process would make.
@@ -122,7 +123,7 @@ def calibrate(
     ------
     InputError
         If the source or one of its matrices is not legal or lacks beta, or if
-        the checkpoint was made from other data or options.
+        the checkpoint was made from another model, other data or options.
     PlanError
         If an option is not legal, or the target does not take the format.
     ProgramError
@@ -157,7 +158,7 @@ def calibrate(
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
-    sample = observer.sample.systems
+    sample = observer.sampled
     choice = choose(observer, options.ladder, options.rules, options.goals)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)

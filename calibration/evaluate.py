@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
 from qinvert.delta_rule.chunks import Applied, DeltaChunks
@@ -19,6 +19,9 @@ from qinvert.errors import InputError
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, NoiseStatistics
 from qinvert.plan.plan import LayerPlan, Plan
+
+#: Label of what is not to be predicted, as in transformers.
+IGNORED: Final = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +47,15 @@ class LayerErrors:
 class Evaluation:
     """Differences between the model with the exact inverse and with another one."""
 
-    #: Mean over tokens of KL(exact || other), nats.
+    #: Mean over tokens of KL(exact || other), nats.  Padding does not count.
     kl: float
     #: Share of tokens whose most likely successor is the same.
     top1_agreement: float
-    #: Mean next-token loss with the exact inverse, nats.
+    #: Mean next-token loss with the exact inverse, nats; where ``labels`` are given, on those from 0.
     loss: float
     #: Loss with the other inverse minus `loss`.
     loss_delta: float
-    #: Tokens evaluated.
+    #: Tokens evaluated, without padding.
     tokens: int
     #: Task score with the exact inverse, where a task was given.
     exact_score: float | None = None
@@ -147,9 +150,11 @@ def compare(
             )
         for comparison in running.values():
             comparison.update(model, batch, reference)
-        tokens += ids.numel()
+        tokens += int(attended(batch).sum())
         if progress is not None:
             progress("tokens", tokens)
+    if not tokens:
+        raise InputError("attention_mask is 0 for every token; pass data with at least one real token")
     return {name: comparison.result() for name, comparison in running.items()}
 
 
@@ -188,16 +193,18 @@ class _Comparison:
             other = run_model(model, batch).to(torch.float32)
         ids, sums = batch["input_ids"], self._sums
         p, q = log_softmax(reference, -1), log_softmax(other, -1)
-        sums["kl"] += float(kl_div(q, p, reduction="sum", log_target=True))
-        sums["top1"] += float((p.argmax(-1) == q.argmax(-1)).sum())
-        sums["loss"] += _next_token_loss(p, ids)
-        sums["other_loss"] += _next_token_loss(q, ids)
+        real, targets = attended(batch), _targets(batch)
+        own, others = p[real.to(p.device)], q[real.to(q.device)]
+        sums["kl"] += float(kl_div(others, own, reduction="sum", log_target=True))
+        sums["top1"] += float((own.argmax(-1) == others.argmax(-1)).sum())
+        sums["loss"] += _next_token_loss(p, targets)
+        sums["other_loss"] += _next_token_loss(q, targets)
         if self._score is not None:
             on_device = ids.to(reference.device)
             sums["exact_score"] += self._score(reference, on_device) * len(ids)
             sums["score"] += self._score(other, on_device) * len(ids)
-        self._tokens += ids.numel()
-        self._targets += ids[:, 1:].numel()
+        self._tokens += int(real.sum())
+        self._targets += int((targets != IGNORED).sum())
         self._sequences += len(ids)
 
     def _followed(self, layer: str, chunks: DeltaChunks) -> Applied:
@@ -223,6 +230,17 @@ class _Comparison:
         )
 
 
-def _next_token_loss(log_probabilities: torch.Tensor, tokens: torch.Tensor) -> float:
-    predicted = log_probabilities[:, :-1].flatten(0, 1)
-    return float(cross_entropy(predicted, tokens[:, 1:].flatten().to(predicted.device), reduction="sum"))
+def _targets(batch: Mapping[str, Any]) -> torch.Tensor:
+    """What every token but the last should be followed by, `IGNORED` beside padding."""
+    real, labels = attended(batch), batch.get("labels")
+    wanted = labels if isinstance(labels, torch.Tensor) else batch["input_ids"]
+    counted = real[:, 1:] & real[:, :-1] & (wanted[:, 1:] >= 0)
+    return wanted[:, 1:].masked_fill(~counted, IGNORED)
+
+
+def _next_token_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
+    predicted, wanted = (
+        log_probabilities[:, :-1].flatten(0, 1),
+        targets.flatten().to(log_probabilities.device),
+    )
+    return float(cross_entropy(predicted, wanted, reduction="sum", ignore_index=IGNORED))

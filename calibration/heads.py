@@ -8,7 +8,7 @@ its own graph, because compilers take only one scale per tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -29,6 +29,19 @@ def head_name(layer: str, head: int) -> str:
 def layer_name(name: str) -> str:
     """Name of the layer that an entry of a plan belongs to."""
     return re.sub(r"/head_\d+$", "", name)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Key that sorts names with their numbers as numbers, ``layers.2`` before ``layers.10``."""
+    parts = re.split(r"(\d+)", name)
+    # Every second part is a number.
+    return tuple((i % 2, int(part) if i % 2 else 0, part) for i, part in enumerate(parts))
+
+
+def in_layer_order(names: Sequence[str]) -> list[str]:
+    """Return names that differ in their numbers only by these; any others as they are."""
+    alike = len({re.sub(r"\d+", "0", name) for name in names}) == 1
+    return sorted(names, key=natural_key) if alike else list(names)
 
 
 def split_heads(layer: str, systems: Systems) -> Iterator[tuple[str, Systems]]:

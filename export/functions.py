@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from typing import Final
 
@@ -130,10 +130,10 @@ def layer_function(
     return lower(plan, profile, interface).function(name, profile.opset, metadata, describe(plan, interface))
 
 
-def function_names(layers: Sequence[str]) -> dict[str, str]:
-    """Return a readable, unique C identifier for each layer."""
+def function_names(layers: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Return a readable, unique C identifier for each layer, none of those that are ``taken``."""
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = set(taken)
     for i, layer in enumerate(layers):
         name = FUNCTION_PREFIX + (re.sub(r"[^A-Za-z0-9]+", "_", layer).strip("_")[:100] or f"layer_{i}")
         while name in taken:

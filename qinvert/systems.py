@@ -71,6 +71,11 @@ class Systems:
         beta = None if self.beta is None else self.beta.reshape(-1, size)
         return Systems(lower=self.lower.reshape(-1, size, size), beta=beta)
 
+    @property
+    def filled(self) -> Systems:
+        """Flat systems without those whose L is all zero, as padding gives them."""
+        return self[(self.lower != 0).flatten(1).any(1)]
+
     def heads(self) -> Iterator[Systems]:
         """Yield the systems of every head.
 

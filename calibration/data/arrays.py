@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qinvert.calibration.heads import natural_key
 from qinvert.errors import InputError, reason
 
 
@@ -22,6 +23,8 @@ def read_all(reader: Any) -> Iterator[Any]:
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the arrays of a .npz or .safetensors file; pickles are never loaded.
+
+    Those of a .npz file come in its order, others by name, with numbers as numbers.
 
     Raises
     ------
@@ -61,6 +64,8 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
     except ImportError:
         raise InputError(f"cannot read {file} without safetensors; run: pip install 'qinvert[hf]'") from None
     try:
-        return dict(load_file(file))
+        arrays = load_file(file)
+        # The file orders them by type, then as text: "10" before "2".
+        return {name: arrays[name] for name in sorted(arrays, key=natural_key)}
     except Exception as error:  # the reader raises its own types and those of torch
         raise InputError(f"cannot read {file}: {reason(error)}; write it with safetensors") from None

@@ -17,6 +17,8 @@ Document: TypeAlias = Iterable[Piece]
 
 #: Fields of a row that are tried, in this order, where none is named.
 COLUMNS: Final = ("text", "input_ids")
+#: Field that is 0 where token ids are padding.
+MASK: Final = "attention_mask"
 #: Characters of a text file that are held at once.
 PIECE: Final = 1 << 16
 
@@ -81,7 +83,19 @@ def row_document(row: Any, column: str | None, where: str) -> Document:
     if found is None:
         has = ", ".join(map(str, row)) or "nothing"
         raise InputError(f"{where} has {has}, not {_or(column)}; name the field with column=... (--column)")
-    return (row[found],)
+    return (_attended(row[found], row, where),)
+
+
+def _attended(piece: Any, row: Mapping[str, Any], where: str) -> Any:
+    """Return token ids without padding: documents are packed, so that it is not needed."""
+    mask = row.get(MASK)
+    if isinstance(piece, str) or mask is None:
+        return piece
+    if len(mask) != len(piece):
+        raise InputError(
+            f"{where} has {len(piece)} token ids and {len(mask)} numbers in {MASK}; pass one for each"
+        )
+    return [token for token, real in zip(piece, mask, strict=True) if real]
 
 
 def _or(column: str | None) -> str:

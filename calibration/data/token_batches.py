@@ -17,7 +17,7 @@ from qinvert.calibration.data.documents import Document, dataset_documents, file
 from qinvert.calibration.data.packing import draw, packed
 from qinvert.calibration.data.token_data import NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.calibration.data.tokenizers import find_tokenizer
-from qinvert.errors import InputError
+from qinvert.errors import InputError, reason
 
 #: Sequences that go through a model at once.
 BATCH_SIZE: Final = 8
@@ -25,6 +25,8 @@ BATCH_SIZE: Final = 8
 ARRAY_FILES: Final = (".npz", ".safetensors")
 #: Endings of names that mean files and not datasets.
 FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
+#: What may lie beside token ids, a number for each: which are real, and what is predicted.
+BESIDE: Final = ("attention_mask", "labels")
 
 Batches = Iterator[dict[str, Any]]
 
@@ -38,7 +40,8 @@ def token_batches(
     ----------
     data
         Token ids ``[count, length]`` as a tensor or array; a path to .npz or
-        .safetensors with an array ``input_ids`` (or a single array); a path
+        .safetensors with an array ``input_ids`` (or a single array), and with
+        ``attention_mask`` and ``labels`` of its shape where there are any; a path
         to .jsonl with one row per line, or to any other file, which is read as
         text; the name of a Hugging Face dataset; an iterable, or an object with
         ``get_next()``, of texts, of rows, or of batches; or any of these as
@@ -84,7 +87,7 @@ class _Reading:
             case str() | os.PathLike():
                 return self._named(data)
             case torch.Tensor() | np.ndarray():
-                return self._rows(data)
+                return self._rows({"input_ids": _token_ids(data)})
             case Mapping():
                 return self._items(iter([data]))
             case _ if hasattr(data, "get_next"):
@@ -99,7 +102,9 @@ class _Reading:
     def _named(self, name: str | os.PathLike[str]) -> Batches:
         path, given = Path(name), self._given
         if path.suffix in ARRAY_FILES:
-            return self._rows(_only_tokens(read_arrays(path), path))
+            arrays = read_arrays(path)
+            tokens = _token_ids(_only_tokens(arrays, path))
+            return self._rows({"input_ids": tokens, **_beside(arrays, tokens, f"{path} holds")})
         if path.is_file():
             return self._texts(file_documents(path, given.column))
         if path.suffix in FILE_SUFFIXES:
@@ -110,18 +115,22 @@ class _Reading:
         given = self._given
         length, count = given.seq_len or SEQ_LEN, given.num_samples or NUM_SAMPLES
         sequences = draw(packed(documents, self._tokenizer, length), count, given.seed)
-        return self._batched(_token_ids(np.stack(sequences))) if sequences else iter(())
+        return self._batched({"input_ids": _token_ids(np.stack(sequences))}) if sequences else iter(())
 
-    def _rows(self, array: Any) -> Batches:
-        tokens, count = self._cut(_token_ids(array)), self._given.num_samples
-        if count is not None and count < len(tokens):
-            chosen = np.random.default_rng(self._given.seed).choice(len(tokens), count, replace=False)
-            tokens = tokens[torch.from_numpy(np.sort(chosen))]
-        return self._batched(tokens)
+    def _rows(self, fields: Mapping[str, torch.Tensor]) -> Batches:
+        rows, count = {name: self._cut(field) for name, field in fields.items()}, self._given.num_samples
+        held = len(rows["input_ids"])
+        if count is not None and count < held:
+            chosen = np.random.default_rng(self._given.seed).choice(held, count, replace=False)
+            rows = {name: field[torch.from_numpy(np.sort(chosen))] for name, field in rows.items()}
+        return self._batched(rows)
 
-    def _batched(self, tokens: torch.Tensor) -> Batches:
-        starts = range(0, len(tokens), self._batch_size)
-        return ({"input_ids": tokens[start : start + self._batch_size]} for start in starts)
+    def _batched(self, rows: Mapping[str, torch.Tensor]) -> Batches:
+        starts = range(0, len(rows["input_ids"]), self._batch_size)
+        return (
+            {name: field[start : start + self._batch_size] for name, field in rows.items()}
+            for start in starts
+        )
 
     def _items(self, items: Iterator[Any]) -> Batches:
         first = next(items, None)
@@ -150,7 +159,8 @@ class _Reading:
                 f"seq_len cannot cut batches of {', '.join(map(str, item))}; "
                 "leave it out, or pass input_ids alone"
             )
-        return {**item, "input_ids": self._cut(tokens)}
+        beside = _beside(item, tokens, "a batch has")
+        return {**item, **beside, "input_ids": self._cut(tokens)}
 
     def _limited(self, batches: Batches) -> Batches:
         left = self._given.num_samples
@@ -206,9 +216,45 @@ def is_integer(array: Any) -> bool:
     return np.asarray(array).dtype.kind in "iu"
 
 
+def _beside(fields: Mapping[str, Any], tokens: torch.Tensor, has: str) -> dict[str, torch.Tensor]:
+    """Return the fields `BESIDE` token ids, in their shape; other shapes are the model's own business."""
+    found: dict[str, torch.Tensor] = {}
+    for name in BESIDE:
+        field = fields.get(name)
+        if field is None or getattr(field, "ndim", 2) > tokens.ndim:
+            continue
+        try:
+            found[name] = _stacked(field).reshape(tokens.shape)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{has} {name} that does not fit input_ids of shape {list(tokens.shape)} ({reason(error)}); "
+                "pass one number for each token"
+            ) from None
+    return found
+
+
+def attended(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Where a batch of `token_batches` has real tokens, not padding; everywhere without a mask for each."""
+    tokens, mask = batch["input_ids"], batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
+        return mask != 0
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _stacked(item: Any) -> torch.Tensor:
+    if isinstance(item, list | tuple) and any(isinstance(part, torch.Tensor) for part in item):
+        sizes = ", ".join(dict.fromkeys(str(list(getattr(part, "shape", ()))) for part in item))
+        raise InputError(
+            f"token ids are a {type(item).__name__} of {len(item)} tensors {sizes}, of which nobody can tell "
+            "whether they are sequences or, as the default collate_fn of a DataLoader gives them, columns; "
+            "pass one tensor [count, length] (torch.stack of rows, or rows as tensors in the dataset)"
+        )
+    return item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
+
+
 def _token_ids(item: Any) -> torch.Tensor:
     try:
-        tokens = item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
+        tokens = _stacked(item)
     except (TypeError, ValueError) as error:
         raise InputError(f"token ids are not an integer array ({error}); pass [count, length]") from None
     tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens

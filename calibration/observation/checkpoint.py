@@ -32,7 +32,7 @@ from qinvert.matrices import check_beta, check_matrices
 T = TypeVar("T")
 
 #: Version of the file layout; a checkpoint is read by the version that wrote it.
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 #: Name of the array that holds everything but the samples, as JSON.
 HEADER: Final = "checkpoint"
 #: Largest number of matrices that a checkpoint may count; no data holds more.
@@ -157,7 +157,7 @@ class Checkpoint:
             given, held = (", ".join(f"{k}={v}" for k, v in x.items()) for x in (options, self.saved.options))
             raise InputError(
                 f"the checkpoint {os.fspath(path)} was made with {held}, not {given}; "
-                "pass the same options, or another checkpoint file"
+                "pass the same model and options, or another checkpoint file"
             )
 
     @property
@@ -241,8 +241,10 @@ def _read(arrays: dict[str, Any]) -> Saved:
 
 def _read_layer(record: dict[str, Any], arrays: dict[str, Any], index: int) -> SavedLayer:
     chunk = int(record["chunk"])
-    lower = check_matrices(arrays[f"{index}.lower"], chunk)
-    sample = [lower]
+    # A layer of which only padding was seen has no sample.
+    empty = f"{index}.lower" not in arrays
+    lower = torch.zeros(0, chunk, chunk) if empty else check_matrices(arrays[f"{index}.lower"], chunk)
+    sample = [] if empty else [lower]
     if f"{index}.beta" in arrays:
         sample.append(check_beta(arrays[f"{index}.beta"], lower))
     keys = torch.from_numpy(np.array(arrays[f"{index}.keys"], dtype=np.float64))

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, Final, TypeAlias
 
+import torch
+
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.heads import split_heads
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
+from qinvert.calibration.observation.model_digest import model_digest
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, check_size, open_groups
 from qinvert.execution.inputs import needed
@@ -29,8 +32,9 @@ class Observation:
     """Observers of all layers, and the order in which they see matrices.
 
     Matrices are counted over all processes, batch by batch in the order of
-    the data.  What is drawn for a matrix depends on its number alone, and
-    every statistic is a maximum, a count, or the choice of the largest draws.
+    the data.  Those that are all zero, as padding gives them, are left out.
+    What is drawn for a matrix depends on its number alone, and every statistic
+    is a maximum, a count, or the choice of the largest draws.
     For that reason any split of the data leads to the same statistics.
     """
 
@@ -43,6 +47,8 @@ class Observation:
 
     def update(self, group: Sequence[Item]) -> list[str]:
         """Add this process's part of a round; return the names of all layers in the round."""
+        # Before anything is counted: matrices keep their numbers, however the data are padded.
+        group = [(layer, systems.flat().filled) for layer, systems in group]
         mine = [(layer, systems.count, systems.chunk) for layer, systems in group]
         due = self._checkpoint is not None and self._checkpoint.due
         gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(group), []
@@ -104,7 +110,9 @@ class Observation:
 
 
 def _update(observer: LayerObserver, layer: str, systems: Systems) -> None:
-    observer.update(needed(observer.programs[0], systems, f"beta of layer {layer!r}"))
+    systems = needed(observer.programs[0], systems, f"beta of layer {layer!r}")
+    if systems.count:
+        observer.update(systems)
 
 
 def observe(
@@ -127,12 +135,15 @@ def observe(
     Raises
     ------
     InputError
-        If the source or one of its matrices is not legal or lacks beta, if another
-        process fails, or if the checkpoint was made from other data or options.
+        If the source or one of its matrices is not legal or lacks beta, if another process
+        fails, or if the checkpoint was made from another model, other data or options.
     """
     shard = Shard.current()
     with shard.together():
-        options = {"seed": seed, "granularity": str(granularity)}
+        options: dict[str, Any] = {"seed": seed, "granularity": str(granularity)}
+        if checkpoint is not None and isinstance(source, torch.nn.Module):
+            # The data alone say nothing of the model that made L of them.
+            options["model"] = model_digest(source)
         file = None if checkpoint is None else Checkpoint(checkpoint, options, shard)
         observation = Observation(programs, seed, shard, file)
         if file is not None and file.saved is not None:

@@ -178,6 +178,15 @@ class LayerObserver:
         self._largest: dict[str, float] = {}
         self._generator = np.random.default_rng((seed, 1))
 
+    @property
+    def sampled(self) -> Systems:
+        """The sample; a single zero matrix where the data held no other."""
+        if self.matrices:
+            return self.sample.systems
+        taken = self.programs[0].inverse_ports.beta is not None
+        beta = torch.ones(1, self.chunk) if taken else None
+        return Systems(lower=torch.zeros(1, self.chunk, self.chunk), beta=beta)
+
     def update(self, systems: Systems) -> None:
         """Add checked systems, with beta where programs take it."""
         flat = systems.flat()

@@ -216,7 +216,7 @@ def choose(
     Candidates are taken in the order of their cost; each that should reach
     the goals is simulated on the sample, with wider formats if it falls short.
     """
-    sample = observer.sample.systems
+    sample = observer.sampled
     truth = sample.inverse()
     candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, truth) for p in observer.programs]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]

@@ -18,6 +18,7 @@ from qinvert.export.rules.float_ends import is_float_end, is_from_keys
 from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.export.rules.product_bounds import accumulator_bound, products
 from qinvert.numerics.accumulators import FLOAT32_EXACT
+from qinvert.numerics.folded_sums import folded_loss, loses
 from qinvert.numerics.scales import MIN_SCALE, is_power_of_two
 from qinvert.profiles import Profile
 
@@ -274,6 +275,28 @@ def _accumulators(case: Case) -> Iterator[tuple[str, str]]:
         bound = accumulator_bound(case.graph, left, right, FLOAT32_EXACT)
         if bound > limit:
             yield _name(node), f"sums up to {bound:.0f}, but profile {case.profile.name!r} takes {limit}"
+
+
+@rule("folded-sums", "multiply one operand by an identity first, or choose closer scales")
+def _folded_sums(case: Case) -> Iterator[tuple[str, str]]:
+    for node in (node for node in case.graph.nodes if node.op_type == "Add"):
+        writers = (case.graph.writers.get(name) for name in node.input)
+        scales = [_narrow_scale(case.graph, writer, "DequantizeLinear") for writer in writers]
+        for reader in case.graph.readers[node.output[0]]:
+            first, second, result = (*scales, _narrow_scale(case.graph, reader, "QuantizeLinear"))
+            if first and second and result and loses((first, second), result):
+                yield (
+                    _name(node),
+                    f"adds the scales {first:.6g} and {second:.6g} on the scale {result:.6g}: kernels that "
+                    f"fold zero points are off by up to {folded_loss((first, second), result):.2g} steps",
+                )
+
+
+def _narrow_scale(graph: Structure, node: onnx.NodeProto | None, operator: str) -> float:
+    """Scale of the 8-bit grid that a node of that operator names, 0 if it does not."""
+    grid = graph.grid(node) if node is not None and node.op_type == operator else None
+    narrow = grid is not None and np.iinfo(grid.element).bits == 8
+    return grid.scale if grid is not None and narrow and MIN_SCALE <= grid.scale < np.inf else 0.0
 
 
 def _name(node: onnx.NodeProto) -> str:

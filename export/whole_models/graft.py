@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Final
@@ -12,14 +12,19 @@ import onnx.inliner
 import torch
 from onnx import helper
 
-from qinvert.calibration.heads import is_split, layer_name
+from qinvert.calibration.heads import in_layer_order, is_split, layer_name
 from qinvert.delta_rule.rule import chunk_gated_delta_rule
 from qinvert.errors import ExportError, PlanError
 from qinvert.export.exporting import profile_for
 from qinvert.export.functions import function_names
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.whole_models.export_model import BATCH, EXAMPLE_CHUNKS, SEQUENCE, chunk_of, save
-from qinvert.export.whole_models.linear_attention_nodes import LinearAttention, find_nodes, load
+from qinvert.export.whole_models.linear_attention_nodes import (
+    LinearAttention,
+    find_nodes,
+    load,
+    refuse_hidden,
+)
 from qinvert.export.whole_models.tracing import (
     FIRST_OPSET,
     attach_functions,
@@ -49,11 +54,13 @@ def graft(
 
     Both operators of that name are known, that of onnxruntime (``com.microsoft``)
     and that of ONNX 27, with the update rules ``delta`` and ``gated_delta``.  Nodes
-    of other rules have no inverse and stay.  Inputs, outputs and states keep
-    their meaning, for every length.  The new nodes are MatMul and other plain
-    operators, one Scan over chunks and one call of a local function
-    ``TriInv_LAYER`` for each node.  A step of a single token costs as much as a
-    whole chunk, so graft models that run prompts.
+    of other rules have no inverse and stay.  Nodes in branches, loops and local
+    functions are refused, unless ``layers`` names the nodes that are meant.
+    Inputs, outputs and states keep their meaning, for every length.  The new
+    nodes are MatMul and other plain operators, one Scan over chunks and one call
+    of a local function ``TriInv_LAYER`` for each node; where the model already has
+    a function of that name, the new one gets another name.  A step of a single
+    token costs as much as a whole chunk, so graft models that run prompts.
 
     Parameters
     ----------
@@ -66,7 +73,8 @@ def graft(
         Export profile of the functions; the plan's target if left out.
     layers : mapping, optional
         Layer of the plan for every node by its name.  By default nodes and
-        layers go together in their order, or a single layer with all nodes.
+        layers go together in their order, layers whose names differ in
+        numbers only by these, or a single layer with all nodes.
 
     Returns
     -------
@@ -88,11 +96,15 @@ def graft(
     model = load(source)
     opset = _opset(model)
     found = find_nodes(model)
+    if layers is None:
+        refuse_hidden(model)
+    # Of an earlier graft, perhaps of another plan with layers of the same names.
+    taken = {function.name for function in model.functions if function.domain == DOMAIN}
     for node, layer in _assigned(found, plan, layers).items():
-        _replace(model, found[node], plan, layer, opset)
+        _replace(model, found[node], _Chunked(found[node], plan, layer, taken), layer, opset)
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     result = ir.serde.deserialize_model(model)
-    attach_functions(result, plan, chosen)
+    attach_functions(result, plan, chosen, taken)
     return save(result, path)
 
 
@@ -125,17 +137,17 @@ def _assigned(
             f"the model has {len(nodes)} nodes ({', '.join(nodes)}), but the plan has {len(entries)} layers "
             f"({', '.join(entries)}); say which node has which layer"
         )
-    return dict(zip(nodes, entries, strict=True))
+    return dict(zip(nodes, in_layer_order(entries), strict=True))
 
 
 class _Chunked(torch.nn.Module):
     """A LinearAttention node as our chunked delta rule; inputs and outputs are the node's."""
 
-    def __init__(self, node: LinearAttention, plan: Plan, layer: str) -> None:
+    def __init__(self, node: LinearAttention, plan: Plan, layer: str, taken: Collection[str]) -> None:
         super().__init__()
         self.node = node
         self.chunk = chunk_of(plan)
-        self.inverse = partial(calls_of(plan), layer)
+        self.inverse = partial(calls_of(plan, taken), layer)
 
     def forward(
         self,
@@ -178,9 +190,11 @@ def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def _replace(model: onnx.ModelProto, node: LinearAttention, plan: Plan, layer: str, opset: int) -> None:
+def _replace(
+    model: onnx.ModelProto, node: LinearAttention, chunked: _Chunked, layer: str, opset: int
+) -> None:
     """Put the chunks in a node's place; what they call is attached later."""
-    function = _function(node, plan, layer, opset)
+    function = _function(node, chunked, layer, opset)
     call = helper.make_node(
         function.name, list(node.inputs.values()), list(node.node.output), name=node.node.name, domain=DOMAIN
     )
@@ -195,11 +209,11 @@ def _replace(model: onnx.ModelProto, node: LinearAttention, plan: Plan, layer: s
     model.CopyFrom(onnx.inliner.inline_selected_functions(model, [(DOMAIN, function.name)]))
 
 
-def _function(node: LinearAttention, plan: Plan, layer: str, opset: int) -> onnx.FunctionProto:
-    example = node.example(SEQUENCES, EXAMPLE_CHUNKS * chunk_of(plan))
+def _function(node: LinearAttention, chunked: _Chunked, layer: str, opset: int) -> onnx.FunctionProto:
+    example = node.example(SEQUENCES, EXAMPLE_CHUNKS * chunked.chunk)
     axes = {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)}
     shapes = {name: {0: axes[0]} if name == "past_state" else axes for name in example}
-    traced = trace(_Chunked(node, plan, layer).eval(), example, min(opset, LAST_OPSET), dynamic_shapes=shapes)
+    traced = trace(chunked.eval(), example, min(opset, LAST_OPSET), dynamic_shapes=shapes)
     graph = require_onnx_ir().serde.serialize_model(traced).graph
     _forget_shapes(graph)
     constants = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
@@ -122,11 +122,9 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
     shapes = _light(model)
     found: dict[str, LinearAttention] = {}
     for node in model.graph.node:
-        if node.op_type != OPERATOR or node.domain not in DOMAINS:
+        if not _is_wanted(node):
             continue
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if options.get("update_rule", GATED.encode()).decode() not in RULES:
-            continue
         name = node.name or node.output[0]
         if name in found:
             raise ExportError(f"two nodes are called {name!r}; rename one")
@@ -134,11 +132,49 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
         # Shape inference does not know these operators, so what follows one starts again here.
         _declare(shapes.graph, found[name].outputs)
     if not found:
+        refuse_hidden(model)
         raise ExportError(
             f"the model's graph has no {OPERATOR} node with update_rule {' or '.join(RULES)}; "
             "qinvert.export_model writes Hugging Face models themselves"
         )
     return found
+
+
+def refuse_hidden(model: onnx.ModelProto) -> None:
+    """Refuse a model with further nodes in the branches of an If, in loops or in local functions.
+
+    Raises
+    ------
+    ExportError
+        With the first of them.
+    """
+    waiting = [(f"function {f.name!r}", list(f.node)) for f in model.functions] + _bodies(model.graph.node)
+    while waiting:
+        place, nodes = waiting.pop()
+        for node in nodes:
+            if _is_wanted(node):
+                raise ExportError(
+                    f"node {node.name or node.output[0]!r} lies in {place}, where graft does not reach; move "
+                    "it into the main graph, or name the nodes that are meant (layers=, --layer)"
+                )
+        waiting += _bodies(nodes)
+
+
+def _bodies(nodes: Iterable[onnx.NodeProto]) -> list[tuple[str, list[onnx.NodeProto]]]:
+    """Nodes of every graph that these nodes hold, with where it is."""
+    return [
+        (f"{attribute.name} of {node.op_type} {node.name!r}", list(graph.node))
+        for node in nodes
+        for attribute in node.attribute
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else []))
+    ]
+
+
+def _is_wanted(node: onnx.NodeProto) -> bool:
+    """Whether a node is a LinearAttention with a triangular inverse."""
+    rules = [a.s for a in node.attribute if a.name == "update_rule"] or [GATED.encode()]
+    ours = node.op_type == OPERATOR and node.domain in DOMAINS
+    return ours and rules[0] in [rule.encode() for rule in RULES]
 
 
 def _read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -74,9 +74,9 @@ def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
         yield model
 
 
-def calls_of(plan: Plan) -> LayerInverse:
+def calls_of(plan: Plan, taken: Collection[str] = ()) -> LayerInverse:
     """Return an inverse that a trace sees as one node for each entry of the plan."""
-    names = function_names(list(plan.layers))
+    names = function_names(list(plan.layers), taken)
 
     def inverse(layer: str, chunks: DeltaChunks) -> torch.Tensor:
         return by_entry(plan, layer, chunks.systems, call)
@@ -98,10 +98,13 @@ def _symbolic(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return result
 
 
-def attach_functions(model: onnx_ir.Model, plan: Plan, profile: Profile) -> list[str]:
+def attach_functions(
+    model: onnx_ir.Model, plan: Plan, profile: Profile, taken: Collection[str] = ()
+) -> list[str]:
     """Add the integer program of every layer that the model calls, and return these layers.
 
-    The functions have the model's operator set.
+    The functions have the model's operator set, and none of the names that are
+    ``taken`` by functions of the model itself.
 
     Raises
     ------
@@ -111,7 +114,7 @@ def attach_functions(model: onnx_ir.Model, plan: Plan, profile: Profile) -> list
     from onnx_ir.serde import deserialize_function
 
     called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
-    names = {layer: n for layer, n in function_names(list(plan.layers)).items() if n in called}
+    names = {layer: n for layer, n in function_names(list(plan.layers), taken).items() if n in called}
     if not names:
         raise ExportError(
             "the model does not call any layer of the plan; trace it inside `with traceable(model, plan)`"

@@ -8,6 +8,8 @@ overflows on real gates.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 
 from qinvert.errors import InputError
@@ -28,9 +30,12 @@ def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Ten
     Returns
     -------
     torch.Tensor
-        Shape ``(..., C, C)``, dtype of ``k``.
+        Shape ``(..., C, C)``, dtype of ``k``.  Inputs of 16 bits are summed in
+        float32 and rounded once.
     """
-    return torch.tril(decayed_products(k * beta.unsqueeze(-1), k, cumulative(g, k)), -1)
+    keys, beta, g = _wide(k, beta, g)
+    lower = torch.tril(decayed_products(keys * beta.unsqueeze(-1), keys, cumulative(g, keys)), -1)
+    return lower if lower.dtype == k.dtype else lower.to(k.dtype)
 
 
 def from_dplr(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -54,18 +59,27 @@ def from_dplr(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor
     Returns
     -------
     torch.Tensor
-        Shape ``(..., C, C)``, dtype of ``a``.  Other libraries write
+        Shape ``(..., C, C)``, dtype of ``a``, rounded as in `from_keys`.  Other libraries write
         ``(I - A_ab)^-1``: L is ``-A_ab``.
 
     References
     ----------
     RWKV-7, arXiv 2503.14456, section 4; DeltaNet, arXiv 2406.06484, section 3.
     """
-    total, axis = cumulative(g, a), a.ndim - 2
+    reads, writes, g = _wide(a, b, g)
+    total, axis = cumulative(g, reads), a.ndim - 2
     # This is a shift and not G - g, which would round up and down.
     before = torch.roll(total, 1, axis)
     before.select(axis, 0).zero_()
-    return torch.tril(decayed_products(-a, b, total, before), -1)
+    lower = torch.tril(decayed_products(-reads, writes, total, before), -1)
+    return lower if lower.dtype == a.dtype else lower.to(a.dtype)
+
+
+def _wide(*inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Return inputs in one type of at least 32 bits: sums of 64 decays lose most of what 16 bits hold."""
+    wide = reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
+    # A conversion that changes nothing would be a node of a trace.
+    return [x if x.dtype == wide else x.to(wide) for x in inputs]
 
 
 def cumulative(g: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -169,3 +170,46 @@ def test_tokens_without_a_read_have_no_accuracy(model, plan):
 def test_sequences_take_legal_counts_and_seeds(arguments):
     with pytest.raises(InputError, match=r"count|seed"):
         recall.sequences(*arguments)
+
+
+def padded(tokens, side, amount=64):
+    """Return a batch with padding of zeros beside every sequence."""
+    ids = torch.zeros(len(tokens), tokens.shape[1] + amount, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    where = slice(amount, None) if side == "left" else slice(tokens.shape[1])
+    ids[:, where], mask[:, where] = tokens, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(model, plan, side):
+    expected = qinvert.evaluate(model, plan, UNSEEN[:4])
+    result = qinvert.evaluate(model, plan, [padded(UNSEEN[:4], side)])
+    assert result.tokens == UNSEEN[:4].numel()
+    assert result.kl == pytest.approx(expected.kl, rel=0.05)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert result.top1_agreement == pytest.approx(expected.top1_agreement, abs=0.01)
+
+
+def test_the_loss_is_that_of_the_labels(model):
+    labels = torch.where(recall.read_positions(UNSEEN[:2]).roll(1, 1), UNSEEN[:2], -100)
+    result = qinvert.evaluate(model, qinvert.exact_inverse, [{"input_ids": UNSEEN[:2], "labels": labels}])
+    logits = run_model(model, {"input_ids": UNSEEN[:2]})
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert result.loss == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+    assert result.tokens == UNSEEN[:2].numel()
+
+
+def test_data_that_are_padding_alone_are_refused(model):
+    batch = {"input_ids": UNSEEN[:2], "attention_mask": torch.zeros_like(UNSEEN[:2])}
+    with pytest.raises(InputError, match="attention_mask is 0 for every token"):
+        qinvert.evaluate(model, qinvert.exact_inverse, [batch])
+
+
+def test_a_file_with_a_mask_plans_for_real_tokens(model, tmp_path):
+    tokens = recall.sequences(8)
+    np.savez(tmp_path / "t.npz", **{name: x.numpy() for name, x in padded(tokens, "left").items()})
+    from_file = qinvert.calibrate(model, tmp_path / "t.npz", method="block_merge", bits=8)
+    found = qinvert.simulate(from_file, model, tokens).worst_sqnr_db
+    expected = qinvert.calibrate(model, tokens, method="block_merge", bits=8)
+    assert found > qinvert.simulate(expected, model, tokens).worst_sqnr_db - 0.5

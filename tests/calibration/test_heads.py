@@ -3,7 +3,14 @@ import torch
 
 import qinvert
 from qinvert import recall
-from qinvert.calibration.heads import HEAD_AXIS, head_name, layer_name, split_heads
+from qinvert.calibration.heads import (
+    HEAD_AXIS,
+    head_name,
+    in_layer_order,
+    layer_name,
+    natural_key,
+    split_heads,
+)
 from qinvert.errors import InputError, PlanError
 from qinvert.stress import stress_matrices
 from qinvert.systems import Systems
@@ -65,3 +72,12 @@ def test_matrices_without_heads_or_with_others_are_refused():
         qinvert.simulate(plan, {"a": lower[0]})
     with pytest.raises(PlanError, match="unknown layer 'a/head_2'"):
         qinvert.simulate(plan, {"a": torch.cat([lower, lower], HEAD_AXIS)})
+
+
+def test_names_that_differ_in_numbers_are_ordered_by_them():
+    names = [f"model.layers.{i}.attn" for i in range(12)]
+    assert in_layer_order(sorted(names)) == names
+    assert in_layer_order(["b.2", "a.10", "a.9"]) == ["b.2", "a.10", "a.9"]
+    assert sorted(["a10b2", "a2", "a10b1", "a", "b1", "a02"], key=natural_key) == [
+        "a", "a02", "a2", "a10b1", "a10b2", "b1",
+    ]  # fmt: skip

@@ -180,3 +180,12 @@ def test_readers_may_return_arrays():
             return next(tokens)
 
     assert [batch["input_ids"].shape for batch in token_batches(TokenReader())] == [(1, 4)]
+
+
+def test_layers_of_safetensors_come_in_the_order_of_their_numbers(tmp_path):
+    lower = stress_matrices("small_random", 2, 16)
+    arrays = {
+        f"layers.{i}": lower.to(torch.float32 if i % 2 else torch.float64, copy=True) for i in range(12)
+    }
+    save_file(arrays, tmp_path / "l.safetensors")
+    assert [layer for layer, _ in open_source(tmp_path / "l.safetensors")] == list(arrays)

@@ -156,3 +156,25 @@ def test_a_decay_of_another_shape_is_refused(shape):
     k = torch.ones(2, 8, 4)
     with pytest.raises(InputError, match="one log decay per row"):
         from_keys(k, torch.ones(2, 8), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_inputs_of_16_bits_are_summed_in_float32_and_rounded_once(dtype, per_channel, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.nn.functional.normalize(torch.randn(4, 64, 16, generator=generator), dim=-1).to(dtype)
+    beta = torch.rand(4, 64, generator=generator).to(dtype)
+    g = (-0.3 * torch.rand(4, 64, *([16] if per_channel else []), generator=generator)).to(dtype)
+    for function, inputs in ((from_keys, (k, beta, g)), (from_dplr, (-k, k * beta.unsqueeze(-1), g))):
+        expected = function(*(x.double() for x in inputs))
+        found = function(*inputs)
+        assert found.dtype == dtype
+        # Half a step of the type, and what float32 sums differ by.
+        room = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-6
+        assert bool(((found.double() - expected).abs() <= room).all())
+
+
+def test_gates_of_16_bits_may_go_with_keys_of_32():
+    k, beta, g = torch.ones(2, 64, 4), torch.ones(2, 64).half(), torch.full((2, 64), -0.1).bfloat16()
+    assert torch.equal(from_keys(k, beta, g), from_keys(k, beta.float(), g.float()))

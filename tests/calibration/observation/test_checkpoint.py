@@ -14,6 +14,7 @@ import torch
 import qinvert
 from qinvert import recall
 from qinvert.calibration.observation.checkpoint import HEADER, load
+from qinvert.calibration.observation.model_digest import model_digest
 from qinvert.errors import InputError
 from qinvert.stress import stress_matrices
 
@@ -103,7 +104,7 @@ def test_seen_batches_do_not_go_through_the_model_again(tmp_path):
         ({"data": [x.double() for x in BATCHES]}, "other data"),
         ({"data": [{"layer": x} for x in BATCHES[1:]]}, "other data"),
         ({"seed": 1}, r"made with seed=0, granularity=head, not seed=1"),
-        ({"granularity": "tensor"}, "same options"),
+        ({"granularity": "tensor"}, "same model and options"),
         ({"method": "neumann"}, "other programs"),
         ({"method": qinvert.block_merge(16, 4)}, "other programs"),
     ],
@@ -130,7 +131,7 @@ def rewritten(path, change):
 
 
 DAMAGE = {
-    "newer": lambda file: file.header.update(schema_version=2),
+    "newer": lambda file: file.header.update(schema_version=3),
     "no layers": lambda file: file.header.pop("layers"),
     "layers of another kind": lambda file: file.header.update(layers=3),
     "no sample": lambda file: file.arrays.pop("0.lower"),
@@ -239,3 +240,45 @@ def test_all_kinds_of_batches_are_recognized(tmp_path):
         assert qinvert.calibrate(model, [first], **options).to_bytes() == plan.to_bytes()
         with pytest.raises(InputError, match="other data"):
             qinvert.calibrate(model, [other], **options)
+
+
+def halved(model):
+    return model.to(torch.bfloat16)
+
+
+def nudged(model):
+    with torch.no_grad():
+        list(model.parameters())[-1].view(-1)[1].add_(1e-3)
+    return model
+
+
+def swapped(model):
+    weight = max(model.parameters(), key=torch.Tensor.numel)
+    with torch.no_grad():
+        weight.copy_(weight.flip(0))
+    return model
+
+
+@pytest.mark.parametrize("change", [halved, nudged, swapped])
+def test_another_model_is_refused(tmp_path, change):
+    pytest.importorskip("transformers")
+    data, path, options = recall.sequences(2)[:, :64], tmp_path / "c", {"method": "block_merge", "bits": 8}
+    expected = qinvert.calibrate(recall.load_model(), data, checkpoint=path, **options)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"model=\w+ \w{16}, not .* pass the same model and options"):
+        qinvert.calibrate(change(recall.load_model()), data, checkpoint=path, **options)
+    assert path.read_bytes() == before
+    again = qinvert.calibrate(recall.load_model(), data, checkpoint=path, **options)
+    assert again.to_bytes() == expected.to_bytes()
+
+
+def test_a_digest_depends_on_the_bits_alone():
+    model = torch.nn.Linear(300, 200).to(torch.bfloat16)
+    model.register_buffer("flags", torch.tensor([True, False]))
+    model.register_buffer("empty", torch.empty(0))
+    expected = model_digest(model)
+    model.weight.data = model.weight.data.T.contiguous().T
+    assert model_digest(model) == expected
+    model.weight.data[7, 7] += 1
+    assert model_digest(model) != expected
+    assert model_digest(model.to("meta")).startswith("Linear ")

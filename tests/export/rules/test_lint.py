@@ -472,6 +472,7 @@ def test_every_rule_has_a_graph_that_breaks_it():
         "pad",
         "one-scale",
         "shared-constants",
+        "folded-sums",
         "quantized",
         "accumulators",
         "wide-products",
@@ -560,3 +561,24 @@ def test_only_the_ends_of_a_factored_graph_may_stay_float(tmp_path):
     product = next(node for node in broken.graph.node if node.op_type == "Mul" and grid in node.input)
     product.input[list(product.input).index(grid)] = "beta/floored"
     assert {finding.rule for finding in lint(broken)} == {"quantized"}
+
+
+def added(scale, result):
+    sketch = Sketch()
+    other = sketch.quantized(sketch.graph.input("N", [1, 2, 16, 16]), [1, 2, 16, 16], scale)
+    total = sketch.operator("Add", [sketch.input("M", 2, 16, 16), other], "total", sketch.shape, result)
+    return sketch.model(total, sketch.shape)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rules"), [(29.9, set()), (30.1, {"folded-sums"}), (4.35e6, {"folded-sums"})]
+)
+def test_sums_whose_folded_zero_points_lose_too_much_are_found(ratio, rules):
+    # The other ratios are 1: of the second operand, and of the result's own zero point.
+    result = 2.0**-6
+    assert broken(added(float32(ratio * result), result)) == rules
+
+
+def test_sums_of_powers_of_two_are_exact_until_float32_overflows():
+    assert broken(added(2.0**9, 2.0**-6)) == set()
+    assert broken(added(2.0**14, 2.0**-6)) == {"folded-sums"}

@@ -16,6 +16,8 @@ import qinvert
 from qinvert.cli.app import cli
 from qinvert.delta_rule.rule import from_keys
 from qinvert.errors import ExportError, PlanError
+from qinvert.export.whole_models.graft import _assigned
+from qinvert.export.whole_models.linear_attention_nodes import find_nodes
 from qinvert.metrics import ErrorStatistics
 
 pytest.importorskip("onnxscript", reason="pip install 'qinvert[model]'")
@@ -256,3 +258,68 @@ def test_the_standard_operator_is_grafted_too(plan, tmp_path):
         ReferenceEvaluator(exact).run(None, given), ReferenceEvaluator(before).run(None, given), strict=True
     ):
         assert np.abs(actual - expected).max() < 1e-5
+
+
+def test_nodes_and_layers_go_together_by_number(plan, tmp_path):
+    nodes = [node(f"layer_{i}", f"{i}_") for i in range(11)]
+    for one in nodes:
+        for i, name in enumerate(ORDER):
+            one.input[i] = name
+    found = find_nodes(wrap(nodes))
+    as_text = sorted(f"layers.{i}" for i in range(11))
+    assert as_text[2] == "layers.10"
+    assigned = _assigned(found, replace(plan, layers=dict.fromkeys(as_text, plan.layer())), None)
+    assert assigned == {f"layer_{i}": f"layers.{i}" for i in range(11)}
+
+
+def test_a_second_graft_leaves_the_functions_of_the_first(plan, tmp_path):
+    second = node("second", "second_")
+    before = wrap([node("first"), second])
+    onnx.save(before, tmp_path / "in.onnx")
+    coarse = qinvert.calibrate(lower(data(64 * CHUNK)), method=qinvert.neumann(CHUNK, 1), min_sqnr_db=0)
+    first = qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "1.onnx", layers={"first": "layer"})
+    both = qinvert.graft(tmp_path / "1.onnx", coarse, tmp_path / "2.onnx", layers={"second": "layer"})
+    assert [function.name for function in first.functions] == ["TriInv_layer"]
+    assert len({function.name for function in both.functions}) == 2
+    assert "LinearAttention" not in {n.op_type for n in both.graph.node}
+    given = data(40)
+    # What the first node returns depends on the first plan alone.
+    once, twice = run(first, given), run(both, given)
+    assert all(np.array_equal(a, b) for a, b in zip(once[:2], twice[:2], strict=True))
+    assert not np.allclose(twice[0], twice[2], atol=1e-3)
+    exact = zip(run(with_exact_inverse(both), given), run(before, given), strict=True)
+    assert all(np.abs(actual - expected).max() < 1e-5 for actual, expected in exact)
+
+
+def branched(inner):
+    """A model with the node in the main graph, and another in a branch."""
+    model = wrap([node()])
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inner.output]
+    branch = helper.make_graph([inner], "branch", [], outputs)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+    model.graph.node.append(
+        helper.make_node("If", ["always"], ["x", "y"], name="choice", then_branch=branch, else_branch=branch)
+    )
+    return model
+
+
+def test_nodes_in_branches_are_refused_not_passed_over(plan, tmp_path):
+    onnx.save(branched(node("inner", "inner_")), tmp_path / "in.onnx")
+    with pytest.raises(ExportError, match=r"'inner' lies in \w+_branch of If 'choice', .*layers="):
+        qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+    after = qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx", layers={"attn": "layer"})
+    assert "LinearAttention" not in {n.op_type for n in after.graph.node}
+    onnx.save(branched(node("inner", "inner_", rule="gated")), tmp_path / "other.onnx")
+    qinvert.graft(tmp_path / "other.onnx", plan, tmp_path / "out.onnx")
+
+
+def test_nodes_in_local_functions_are_refused(plan, tmp_path):
+    model = wrap([node()])
+    function = helper.make_function(
+        "local", "Block", list(ORDER), ["o", "s"], [node("inner", "inner_")], [helper.make_opsetid("", 21)]
+    )
+    model.functions.append(function)
+    onnx.save(model, tmp_path / "in.onnx")
+    with pytest.raises(ExportError, match="'inner' lies in function 'Block'"):
+        qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")

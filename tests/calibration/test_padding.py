@@ -1,0 +1,81 @@
+"""Padding gives matrices that are all zero: they say nothing of ranges and must take no place."""
+
+import pytest
+import torch
+
+import qinvert
+from qinvert import recall
+from qinvert.calibration.choices import Granularity
+from qinvert.calibration.observation.checkpoint import load
+from qinvert.calibration.observation.one_pass import observe
+from qinvert.stress import stress_matrices
+
+CHUNKS = 32
+REAL = stress_matrices("negative_eigenvalues", 40, 16).reshape(8, 5, 16, 16)
+
+
+def padded(real, side):
+    """Return one real chunk in `CHUNKS` for every head and sequence, at an end or anywhere."""
+    result = torch.zeros(*real.shape[:-2], CHUNKS, *real.shape[-2:])
+    if side == "anywhere":
+        at = torch.randint(CHUNKS, real.shape[:-2], generator=torch.Generator().manual_seed(0))
+        return result.scatter_(2, at[..., None, None, None].expand(*at.shape, 1, 16, 16), real.unsqueeze(2))
+    result[..., -1 if side == "left" else 0, :, :] = real
+    return result
+
+
+def seen(source, seed, **options):
+    (observer,) = observe(
+        source,
+        None,
+        lambda chunk: [qinvert.block_merge(chunk)],
+        granularity=Granularity.TENSOR,
+        seed=seed,
+        **options,
+    ).values()
+    return observer.state()
+
+
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+@pytest.mark.parametrize("seed", range(8))
+def test_padding_takes_no_place_among_sampled_matrices(side, seed):
+    with_padding, without = seen(padded(REAL, side), seed), seen(REAL, seed)
+    assert with_padding.matrices == without.matrices == 40
+    assert torch.equal(with_padding.keys, without.keys)
+    assert torch.equal(with_padding.sample[0], without.sample[0])
+    assert list(with_padding.ranges) == list(without.ranges)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("split", [1, 3, 8])
+def test_plans_of_padded_matrices_are_those_of_real_ones(side, split, tmp_path):
+    batches = padded(REAL, side).split(split)
+    plan = qinvert.calibrate([torch.zeros(1, 16, 16), *batches], checkpoint=tmp_path / "c")
+    assert plan.to_bytes() == qinvert.calibrate(REAL).to_bytes()
+    again = qinvert.calibrate([torch.zeros(1, 16, 16), *batches], checkpoint=tmp_path / "c")
+    assert again.to_bytes() == plan.to_bytes()
+
+
+def test_a_layer_of_zeros_alone_still_has_a_plan(tmp_path):
+    source = {"empty": torch.zeros(4, 16, 16), "real": REAL}
+    plan = qinvert.calibrate(source, checkpoint=tmp_path / "c")
+    assert load(tmp_path / "c").layers["empty"].state.sample == []
+    assert qinvert.calibrate(source, checkpoint=tmp_path / "c").to_bytes() == plan.to_bytes()
+    assert torch.equal(plan.layers["empty"].inverse(torch.zeros(16, 16)), torch.eye(16))
+    beta = torch.rand(4, 16)
+    factored = qinvert.calibrate({"empty": (torch.zeros(4, 16, 16), beta)}, factored=True)
+    assert list(factored.layers) == ["empty"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_model_is_planned_for_its_real_tokens(side):
+    pytest.importorskip("transformers")
+    model = recall.load_model()
+    tokens = recall.sequences(8)[:, :64]
+    ids, mask = torch.zeros(2, 8, 2048, dtype=torch.int64)
+    where = slice(-64, None) if side == "left" else slice(64)
+    ids[:, where], mask[:, where] = tokens, 1
+    plan = qinvert.calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
+    worst = qinvert.simulate(plan, model, tokens).worst_sqnr_db
+    expected = qinvert.simulate(qinvert.calibrate(model, tokens), model, tokens).worst_sqnr_db
+    assert worst > expected - 1
