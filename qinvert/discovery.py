@@ -1,4 +1,4 @@
-"""Finds what the modules of a package define: methods, profiles and lowerings, one per file."""
+"""Finds what the modules of a package define: methods, profiles, lowerings and runtimes, one per file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ N = TypeVar("N", bound=Named)
 def modules(package: str, folders: Iterable[str]) -> Iterator[tuple[str, ModuleType]]:
     """Import the modules of a package in the order of their names; yield each with its name.
 
-    Modules whose name starts with an underscore are not entries of the package and are left out.
+    Folders, and modules whose name starts with an underscore, are not entries of the package
+    and are left out.
 
     Parameters
     ----------
@@ -33,14 +34,20 @@ def modules(package: str, folders: Iterable[str]) -> Iterator[tuple[str, ModuleT
     folders : iterable of str
         Its ``__path__``.
     """
-    names = sorted(module.name for module in iter_modules(folders))
+    names = sorted(module.name for module in iter_modules(folders) if not module.ispkg)
     for name in names:
         if not name.startswith("_"):
             yield name, import_module(f"{package}.{name}")
 
 
 def definitions(
-    package: str, folders: Iterable[str], attribute: str, kind: type[N], error: type[QInvertError]
+    package: str,
+    folders: Iterable[str],
+    attribute: str,
+    kind: type[N],
+    error: type[QInvertError],
+    *,
+    required: bool = True,
 ) -> dict[str, N]:
     """Return the objects that the modules of a package define as ``attribute``, each by its own name.
 
@@ -49,11 +56,14 @@ def definitions(
     package, folders
         See `modules`.
     attribute : str
-        Name that each module must define, such as ``PROFILE``.
+        Name that a module defines, such as ``PROFILE``.
     kind : type
         Type that the object of this name must have.
     error : type
         Class of the error for a module without such an object.
+    required : bool
+        Whether every module must define the attribute; otherwise modules
+        without it hold what the others share.
 
     Raises
     ------
@@ -64,6 +74,8 @@ def definitions(
     homes: dict[str, str] = {}
     for _, module in modules(package, folders):
         value = getattr(module, attribute, None)
+        if value is None and not required:
+            continue
         if not isinstance(value, kind):
             raise error(
                 f"module {module.__name__} defines no {attribute} of type {kind.__name__}; add "

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from pkgutil import iter_modules
 
+from qinvert.discovery import definitions
 from qinvert.errors import ExportError, QInvertError, lookup, reason
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
 from qinvert.export.runtimes.subprocesses import interpreter
@@ -17,19 +16,28 @@ from qinvert.export.runtimes.subprocesses import interpreter
 __all__ = ["RUNTIMES", "Execution", "Feed", "Runtime", "discover", "execute", "installed"]
 
 
-def discover() -> dict[str, Runtime]:
-    """Return the runtime of every module that lies in this package now, by its name.
-
-    A folder that is appended to the package's ``__path__`` adds the modules
-    that it holds.
-    """
-    names = sorted(module.name for module in iter_modules(__path__) if not module.ispkg)
-    modules = [import_module(f"{__name__}.{name}") for name in names]
-    return {module.RUNTIME.name: module.RUNTIME for module in modules if hasattr(module, "RUNTIME")}
-
-
 #: Every runtime by its name.
-RUNTIMES: dict[str, Runtime] = discover()
+RUNTIMES: dict[str, Runtime] = {}
+
+
+def discover() -> dict[str, Runtime]:
+    """Fill `RUNTIMES` from the modules of this package that define ``RUNTIME``, and return it.
+
+    It runs once on import; call it again after a folder was added to the
+    package's ``__path__``.  If it fails, the table stays as it was.
+
+    Raises
+    ------
+    ExportError
+        If a module's ``RUNTIME`` is something else, or if two runtimes have the same name.
+    """
+    found = definitions(__name__, __path__, "RUNTIME", Runtime, ExportError, required=False)
+    RUNTIMES.clear()
+    RUNTIMES.update(found)
+    return RUNTIMES
+
+
+discover()
 
 
 def installed() -> list[str]:

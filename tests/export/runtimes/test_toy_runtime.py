@@ -2,8 +2,10 @@
 
 import re
 import sys
+from contextlib import ExitStack
 
 import pytest
+from added_modules import added
 
 import qinvert
 from qinvert.errors import ExportError, VerificationError
@@ -35,18 +37,11 @@ BATCH = 4
 
 
 @pytest.fixture
-def add(tmp_path, monkeypatch):
+def add(tmp_path):
     """Return a function that adds the file of a runtime to the package."""
 
-    def added(text):
-        (tmp_path / "toy.py").write_text(text)
-        monkeypatch.setattr(runtimes, "__path__", [*runtimes.__path__, str(tmp_path)])
-        for name, runtime in runtimes.discover().items():
-            monkeypatch.setitem(runtimes.RUNTIMES, name, runtime)
-
-    yield added
-    sys.modules.pop(MODULE, None)
-    vars(runtimes).pop("toy", None)
+    with ExitStack() as stack:
+        yield lambda text: stack.enter_context(added(runtimes.__name__, tmp_path, toy=text)).discover()
 
 
 @pytest.fixture(params=["int-ops", "npu-qdq-int8"])
@@ -91,9 +86,20 @@ def test_one_that_is_wrong_by_one_is_refused_with_the_first_element(add, exporte
     assert int(said[1]) - int(said[2]) == 1
 
 
+def test_two_of_one_name_are_refused_and_the_table_stays(add):
+    with pytest.raises(ExportError, match="both define 'tvm'; rename one of them"):
+        add(TOY.replace('name="toy"', 'name="tvm"'))
+    assert runtimes.RUNTIMES["tvm"].module == "tvm"
+
+
+def test_something_else_of_that_name_is_refused(add):
+    with pytest.raises(ExportError, match=r"toy defines no RUNTIME of type Runtime; add RUNTIME = Runtime"):
+        add("RUNTIME = 'toy'")
+
+
 def test_nothing_of_it_is_left(exported):
     path, plan, lower = exported
     assert MODULE not in sys.modules
-    assert runtimes.discover() == runtimes.RUNTIMES
+    assert "toy" not in runtimes.RUNTIMES
     with pytest.raises(ExportError, match="unknown runtime 'toy'"):
         qinvert.verify(path, plan, lower, runtimes=("toy",))
