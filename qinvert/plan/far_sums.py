@@ -14,7 +14,8 @@ from qinvert.program.steps import Add, Rescale, Step
 def is_far(step: Step, tensors: Mapping[str, Quantization]) -> bool:
     """Whether a step is a sum of 8-bit grids that folded zero points spoil.
 
-    See `qinvert.numerics.folded_sums`.  A `Rescale` of factor 1 is the sum with a zero on the grid of its result.
+    See `qinvert.numerics.folded_sums`.  A `Rescale` of factor 1 is the sum with
+    a zero on the grid of its result.
     """
     match step:
         case Add():
