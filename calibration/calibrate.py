@@ -200,6 +200,7 @@ def _options(
             scales=_scale_rule(scales, profile),
             ranges=_range_rule(ranges, ladder),
             requantize=profile.requantize,
+            folds=profile.quantized_everywhere,
         ),
         goals=Goals(
             min_sqnr_db=check_decibels("min_sqnr_db", min_sqnr_db, PlanError),

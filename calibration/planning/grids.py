@@ -39,6 +39,8 @@ class GridRules:
     ranges: RangeRule
     #: Requantize form that the target wants where the program allows it.
     requantize: Requantize
+    #: Whether kernels of the target may fold zero points of sums, see `qinvert.plan.far_sums`.
+    folds: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, g
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
 from qinvert.formats import INT8, IntFormat
+from qinvert.plan.far_sums import far_sums_cost
 from qinvert.plan.plan import LayerPlan
 from qinvert.program.program import Program
 from qinvert.systems import Systems
@@ -102,7 +103,7 @@ class Candidate:
             candidate=self,
             formats=formats,
             plan=plan,
-            cost=plan.cost(),
+            cost=plan.cost() + (far_sums_cost(plan) if self._rules.folds else 0),
             sqnr_db=noise.sqnr_db(formats),
             floor_db=noise.floor_db(formats),
         )
@@ -138,7 +139,8 @@ class Prediction:
     #: Format of every group of tensors that share a grid.
     formats: Mapping[str, IntFormat]
     plan: LayerPlan
-    #: int8 multiply-accumulates, see `qinvert.plan.cost.plan_cost`.
+    #: int8 multiply-accumulates, see `qinvert.plan.cost.plan_cost`, and those of
+    #: `qinvert.plan.far_sums` where the target needs them.
     cost: int
     #: From the noise of the grids, each measured by itself.
     sqnr_db: float

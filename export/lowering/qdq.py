@@ -15,7 +15,7 @@ from qinvert.export.interface import ANY_BATCH
 from qinvert.export.lowering.base import GraphLowering, Value
 from qinvert.export.lowering.tensors import IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO
-from qinvert.numerics import folded_sums
+from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
 from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
@@ -111,22 +111,23 @@ class QdqLowering(GraphLowering):
         return [high, self._stored(f"{name}/low", wide, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
-        grids = [self.grid(step.left), self.grid(step.right)]
-        return self._sum(step.output, [self.plain(left).name, self.plain(right).name], grids)
+        return self._sum(step, [self.plain(left).name, self.plain(right).name])
 
-    def _sum(self, tensor: str, operands: list[str], grids: list[Quantization]) -> Value:
+    def _sum(self, step: Add | Rescale, operands: list[str]) -> Value:
         """Append a sum of two dequantized tensors, in a form that none folds where that loses too much.
 
         A sum that begins with a product is its accumulator, and stays a float
         Add: so the identity is multiplied, which changes no value.
         """
-        grid, shape = self.grid(tensor), self.shape(tensor)
-        narrow = all(x.format.container_bits == INT8.container_bits for x in (*grids, grid))
-        if narrow and folded_sums.loses([x.scale for x in grids], grid.scale):
-            eye = np.eye(self.plan.program.shapes[tensor].columns, dtype=np.int8)[None, None]
+        name = step.output
+        if is_far(step, self.plan.tensors):
+            eye = np.eye(self.plan.program.shapes[name].columns, dtype=np.int8)[None, None]
             factors = [operands[0], self.literal(f"identity/{eye.shape[-1]}", eye, MASK_GRID)]
-            operands = [self.graph.node("MatMul", factors, f"{tensor}/unfolded", shape), operands[1]]
-        return self._operator("Add", tensor, operands)
+            operands = [
+                self.graph.node("MatMul", factors, f"{name}/unfolded", self.shape(name)),
+                operands[1],
+            ]
+        return self._operator("Add", name, operands)
 
     def rescale(self, step: Rescale, source: Value) -> Value:
         if self.keeps_integers(step):
@@ -137,7 +138,7 @@ class QdqLowering(GraphLowering):
         # Adding zero keeps an operator between the two scales: back ends merge
         # adjacent quantize/dequantize pairs, which would skip one rounding.
         zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
-        return self._sum(step.output, [source.name, zero], [self.grid(step.source), self.grid(step.output)])
+        return self._sum(step, [source.name, zero])
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
         factor = self.factors[vector_name(step.vector, step.axis)]

@@ -11,6 +11,7 @@ import qinvert
 from qinvert.export.runtimes.onnxruntime_cpu import session_options
 from qinvert.formats import INT8
 from qinvert.numerics.scales import float32
+from qinvert.plan.far_sums import is_far
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.ports import Port
@@ -72,3 +73,17 @@ def test_onnxruntime_agrees_for_all_pairs_of_integers(profile, scales, allowed, 
     (actual,) = session.run(None, {name: x[None, None].contiguous().numpy() for name, x in given.items()})
     expected = layer.execute({name: x[None].contiguous() for name, x in given.items()})["y"].numpy()
     assert np.array_equal(actual[0], expected)
+
+
+def test_the_planner_counts_the_products_that_far_sums_cost():
+    lower = stress_matrices("repeated_keys", 4, 32)
+    plans = {
+        target: qinvert.calibrate(lower, method="neumann_doubling", target=target, min_sqnr_db=0).layer()
+        for target in ("npu-qdq-uint8", "int-ops")
+    }
+    far = [step for step in plans["int-ops"].program.steps if is_far(step, plans["int-ops"].tensors)]
+    assert far
+    costs = {target: plan.provenance["cost"] - plan.cost() for target, plan in plans.items()}
+    assert costs == {"npu-qdq-uint8": len(far) * 32**3, "int-ops": 0}
+    near = qinvert.calibrate(LOWER, method="neumann", target="npu-qdq-uint8", min_sqnr_db=0).layer()
+    assert near.provenance["cost"] == near.cost()
