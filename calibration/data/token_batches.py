@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from qinvert.calibration.data.arrays import read_all, read_arrays
-from qinvert.calibration.data.documents import Document, dataset_documents, file_documents, row_document
+from qinvert.calibration.data.documents import MASK, Document, dataset_documents, file_documents, row_document
 from qinvert.calibration.data.packing import draw, packed
 from qinvert.calibration.data.token_data import NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.calibration.data.tokenizers import find_tokenizer
@@ -26,7 +26,7 @@ ARRAY_FILES: Final = (".npz", ".safetensors")
 #: Endings of names that mean files and not datasets.
 FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
 #: What may lie beside token ids, a number for each: which are real, and what is predicted.
-BESIDE: Final = ("attention_mask", "labels")
+BESIDE: Final = (MASK, "labels")
 
 Batches = Iterator[dict[str, Any]]
 
@@ -235,7 +235,7 @@ def _beside(fields: Mapping[str, Any], tokens: torch.Tensor, has: str) -> dict[s
 
 def attended(batch: Mapping[str, Any]) -> torch.Tensor:
     """Where a batch of `token_batches` has real tokens, not padding; everywhere without a mask for each."""
-    tokens, mask = batch["input_ids"], batch.get("attention_mask")
+    tokens, mask = batch["input_ids"], batch.get(MASK)
     if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
         return mask != 0
     return torch.ones_like(tokens, dtype=torch.bool)

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from keyed_systems import keyed
 
 from qinvert.errors import ProgramError
 from qinvert.methods import block_merge
@@ -126,18 +125,6 @@ def test_an_illegal_argument_is_named_with_what_is_legal(arguments, words):
 
 def test_the_default_base_fits_every_chunk():
     assert block_merge(2).run(torch.zeros(2, 2)).tolist() == [[1, 0], [0, 1]]
-
-
-@st.composite
-def keyed(draw, chunk):
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    own = rng.normal(size=(chunk, draw(st.integers(1, 5))))
-    keys = rng.normal(size=own.shape[1]) + draw(st.sampled_from([0.0, 0.1, 10.0])) * own
-    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    beta = draw(arrays(np.float64, chunk, elements=st.floats(0, draw(st.sampled_from([0.3, 1.0, 2.0])))))
-    decay = np.cumsum(draw(arrays(np.float64, chunk, elements=st.floats(-3, 0))))
-    gates = np.exp(np.minimum(decay[:, None] - decay, 0))
-    return torch.from_numpy(np.tril(beta[:, None] * (keys @ keys.T) * gates, -1)), torch.from_numpy(beta)
 
 
 @given(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from keyed_systems import keyed
 
 import qinvert
 from qinvert.errors import ProgramError
@@ -196,18 +196,6 @@ def test_corrections_remove_rounding_errors(side, solved):
 def test_an_illegal_argument_is_named_with_what_is_legal(arguments, words):
     with pytest.raises(ProgramError, match=words):
         elimination(**{"chunk": 64, **arguments})
-
-
-@st.composite
-def keyed(draw, chunk):
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    own = rng.normal(size=(chunk, draw(st.integers(1, 5))))
-    keys = rng.normal(size=own.shape[1]) + draw(st.sampled_from([0.0, 0.1, 10.0])) * own
-    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
-    beta = draw(arrays(np.float64, chunk, elements=st.floats(0, draw(st.sampled_from([0.3, 1.0, 2.0])))))
-    decay = np.cumsum(draw(arrays(np.float64, chunk, elements=st.floats(-3, 0))))
-    gates = np.exp(np.minimum(decay[:, None] - decay, 0))
-    return torch.from_numpy(np.tril(beta[:, None] * (keys @ keys.T) * gates, -1)), torch.from_numpy(beta)
 
 
 @given(
