@@ -7,13 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 
 from qinvert.discovery import definitions
 from qinvert.errors import ExportError, QInvertError, lookup, reason
+from qinvert.export.runtimes.estimates import CycleEstimate, Request
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
 from qinvert.export.runtimes.subprocesses import interpreter
+from qinvert.files import make_folder
 
-__all__ = ["RUNTIMES", "Execution", "Feed", "Runtime", "discover", "execute", "installed"]
+__all__ = [
+    "RUNTIMES",
+    "CycleEstimate",
+    "Execution",
+    "Feed",
+    "Runtime",
+    "discover",
+    "estimate",
+    "estimators",
+    "execute",
+    "installed",
+]
 
 
 #: Every runtime by its name.
@@ -45,16 +60,94 @@ def installed() -> list[str]:
     return [name for name, runtime in RUNTIMES.items() if interpreter(name, runtime.module) is not None]
 
 
-def execute(name: str, content: bytes, feeds: Sequence[Feed]) -> Iterator[Execution]:
+def execute(
+    name: str, content: bytes, feeds: Sequence[Feed], *, keep: str | PathLike[str] | None = None
+) -> Iterator[Execution]:
     """Yield what each setting of the named runtime makes of a serialized model.
+
+    With ``keep``, the files that its compiler made are copied into that folder.
 
     Raises
     ------
     ExportError
         If there is no such runtime (the message lists the legal names), it
-        is not installed, or it refuses the graph while loading or running it.
+        is not installed, it keeps nothing but is asked to, or it refuses the
+        graph while loading or running it.
     """
-    executions = lookup(RUNTIMES, name, "runtime", ExportError).execute(content, feeds)
+    runtime = lookup(RUNTIMES, name, "runtime", ExportError)
+    if keep is None:
+        return _refused(name, runtime.execute(content, feeds))
+    return _answers(runtime, content, feeds, _request(runtime, (), keep))
+
+
+def estimators() -> dict[str, Runtime]:
+    """Return the runtime that estimates cycles, by the name of each chip.
+
+    Raises
+    ------
+    ExportError
+        If two runtimes estimate for a chip of the same name.
+    """
+    found: dict[str, Runtime] = {}
+    for runtime in RUNTIMES.values():
+        for chip in runtime.hardware:
+            other = found.setdefault(chip, runtime)
+            if other is not runtime:
+                raise ExportError(
+                    f"the runtimes {other.name} and {runtime.name} both estimate {chip}; rename one"
+                )
+    return found
+
+
+def estimate(content: bytes, hardware: str, *, keep: str | PathLike[str] | None = None) -> CycleEstimate:
+    """Return the cycles of one call of a serialized model, as the chip's compiler predicts them.
+
+    Parameters
+    ----------
+    content : bytes
+    hardware : str
+        A key of `estimators`, such as ``"hexagon-v81"``.
+    keep : path, optional
+        Folder that gets the compiled files; it is made if it does not exist.
+
+    Raises
+    ------
+    ExportError
+        If no runtime knows the chip (the message lists the legal names), its
+        toolkit is not installed or refuses the graph, or it has no cost for
+        some operators: their cycles would be missing.
+    """
+    runtime = lookup(estimators(), hardware, "hardware", ExportError)
+    answers = _answers(runtime, content, (), _request(runtime, (hardware,), keep))
+    found = [answer.estimate for answer in answers if answer.estimate is not None]
+    if len(found) != 1 or found[0].hardware != hardware:
+        raise ExportError(f"{runtime.name} gave no estimate for {hardware}; report this with the graph")
+    if found[0].uncosted:
+        raise ExportError(
+            f"{found[0].source}: {found[0].uncosted} operators of this graph have no cost there, so that its "
+            f"{found[0].cycles} cycles are too few; choose another method or profile"
+        )
+    return found[0]
+
+
+def _request(runtime: Runtime, hardware: Sequence[str], keep: str | PathLike[str] | None) -> Request:
+    if keep is None:
+        return Request(hardware=hardware)
+    if not runtime.loading:
+        able = ", ".join(name for name, other in RUNTIMES.items() if other.loading)
+        raise ExportError(f"{runtime.name} makes no file to keep; these do: {able}")
+    make_folder(keep)
+    return Request(hardware=hardware, keep=Path(keep))
+
+
+def _answers(
+    runtime: Runtime, content: bytes, feeds: Sequence[Feed], request: Request
+) -> Iterator[Execution]:
+    assert runtime.compile is not None, "a runtime with hardware or loading has compile"
+    return _refused(runtime.name, runtime.compile(content, feeds, request))
+
+
+def _refused(name: str, executions: Iterator[Execution]) -> Iterator[Execution]:
     while True:
         with _refusals(name):
             found = next(executions, None)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from qinvert.errors import ExportError
+from qinvert.export.runtimes.estimates import CycleEstimate, Request
 from qinvert.numerics.law import Rounding
 
 if TYPE_CHECKING:
@@ -27,10 +30,16 @@ class Execution:
     products: Mapping[str, str] = field(default_factory=dict)
     #: Nodes that the runtime left to another processor than the one it compiled for.
     elsewhere: Sequence[str] = ()
+    #: What the compiler says that the graph costs, where a `Request` asked for it.
+    estimate: CycleEstimate | None = None
+    #: Files that were kept, where a `Request` asked for it.
+    kept: Sequence[Path] = ()
 
 
 #: Yields what each setting of a runtime makes of a serialized model and the feeds.
 Execute: TypeAlias = Callable[[bytes, Sequence[Feed]], Iterator[Execution]]
+#: The same with a request; without feeds the graph is compiled only, for the chips of the request.
+Compile: TypeAlias = Callable[[bytes, Sequence[Feed], Request], Iterator[Execution]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,3 +68,15 @@ class Runtime:
     reorders: bool = False
     #: Whose integers the processor computes, for the plans for which that is known.
     rounding: Rounding = Rounding.ONNX
+    #: Runs or compiles a graph and answers a `Request`, for runtimes that can.
+    compile: Compile | None = None
+    #: What each chip is that the runtime estimates cycles for, by the name that callers give.
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    #: How to load what `Request.keep` leaves, in one sentence; empty where nothing can be kept.
+    loading: str = ""
+
+    def __post_init__(self) -> None:
+        if self.compile is None and (self.hardware or self.loading):
+            raise ExportError(
+                f"runtime {self.name!r} estimates or keeps files, but has no compile; give it one"
+            )

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 from qinvert.errors import ExportError
+from qinvert.export.runtimes.estimates import CycleEstimate, Request
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
 from qinvert.numerics.law import Rounding
 
@@ -40,20 +42,23 @@ def separate(
     inputs: str = "float32",
     reorders: bool = False,
     rounding: Rounding = Rounding.ONNX,
+    hardware: Mapping[str, str] | None = None,
+    loading: str = "",
     seconds: float = 600,
 ) -> Runtime:
     """Return the runtime whose program is ``programs/<name>_program.py``.
 
     Parameters
     ----------
-    name, summary, module, requirement, own_steps, inputs, reorders, rounding
-        See `Runtime`.
+    name, summary, module, requirement, own_steps, inputs, reorders, rounding, hardware, loading
+        See `Runtime`.  With chips or a way to load files the program must answer requests.
     seconds : float
         Time limit for one graph.
     """
+    compiles = partial(_compile, name, module, requirement, seconds)
     return Runtime(
         name=name,
-        execute=partial(_execute, name, module, requirement, seconds),
+        execute=partial(compiles, request=Request()),
         summary=summary,
         module=module,
         requirement=requirement,
@@ -61,6 +66,9 @@ def separate(
         inputs=inputs,
         reorders=reorders,
         rounding=rounding,
+        compile=compiles if hardware or loading else None,
+        hardware=hardware or {},
+        loading=loading,
     )
 
 
@@ -72,8 +80,14 @@ def interpreter(name: str, module: str) -> str | None:
     return sys.executable if find_spec(module) is not None else None
 
 
-def _execute(
-    name: str, module: str, requirement: str, seconds: float, content: bytes, feeds: Sequence[Feed]
+def _compile(
+    name: str,
+    module: str,
+    requirement: str,
+    seconds: float,
+    content: bytes,
+    feeds: Sequence[Feed],
+    request: Request,
 ) -> Iterator[Execution]:
     python = interpreter(name, module)
     if python is None:
@@ -83,32 +97,63 @@ def _execute(
         )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write_job(folder, content, feeds)
+        _write_job(folder, content, feeds, request)
         _run([python, str(PROGRAMS / f"{name}_program.py"), str(folder)], folder, name, seconds)
-        yield from _read_executions(folder)
+        yield from _read_executions(folder, request)
 
 
-def _write_job(folder: Path, content: bytes, feeds: Sequence[Feed]) -> None:
+def _write_job(folder: Path, content: bytes, feeds: Sequence[Feed], request: Request) -> None:
     import numpy as np
 
     (folder / "model.onnx").write_bytes(content)
-    stacked = {name: np.stack([feed[name] for feed in feeds]) for name in feeds[0]}
-    np.savez(folder / "feeds.npz", allow_pickle=False, **stacked)
+    if request != Request():
+        (folder / "request.json").write_text(json.dumps(request.document()), encoding="utf-8")
+    if feeds:
+        stacked = {name: np.stack([feed[name] for feed in feeds]) for name in feeds[0]}
+        np.savez(folder / "feeds.npz", allow_pickle=False, **stacked)
 
 
-def _read_executions(folder: Path) -> Iterator[Execution]:
-    import numpy as np
-
+def _read_executions(folder: Path, request: Request) -> Iterator[Execution]:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for i, entry in enumerate(report):
-        with np.load(folder / f"outputs_{i}.npz", allow_pickle=False) as archive:
-            outputs = list(archive["outputs"])
+        kept = _keep(folder, entry, request)
         yield Execution(
             setting=entry["setting"],
-            outputs=outputs,
+            outputs=_outputs(folder / f"outputs_{i}.npz"),
             products=entry["products"],
             elsewhere=tuple(entry["elsewhere"]),
+            estimate=_estimate(entry, kept),
+            kept=kept,
         )
+
+
+def _outputs(path: Path) -> list[Any]:
+    import numpy as np
+
+    if not path.is_file():
+        return []
+    with np.load(path, allow_pickle=False) as archive:
+        return list(archive["outputs"])
+
+
+def _estimate(entry: Mapping[str, Any], kept: Sequence[Path]) -> CycleEstimate | None:
+    if entry.get("estimate") is None:
+        return None
+    return CycleEstimate(
+        **entry["estimate"], products=entry["products"], elsewhere=tuple(entry["elsewhere"]), kept=kept
+    )
+
+
+def _keep(folder: Path, entry: Mapping[str, Any], request: Request) -> tuple[Path, ...]:
+    if request.keep is None:
+        return ()
+    kept = []
+    for name in entry.get("kept", ()):
+        # A program names files of its own folder only.
+        source, target = folder / Path(name).name, request.keep / Path(name).name
+        shutil.copyfile(source, target)
+        kept.append(target)
+    return tuple(kept)
 
 
 def _run(command: list[str], folder: Path, name: str, seconds: float) -> None:

@@ -4,6 +4,12 @@ A program gets a folder with ``model.onnx`` and ``feeds.npz``, each input
 stacked over calls.  It leaves ``report.json`` with one entry per setting, and
 ``outputs_<i>.npz`` beside it.  A traceback and a nonzero exit code mean that
 the toolkit refused the graph.
+
+A program that answers requests also finds ``request.json`` where there is
+one: ``{"estimate": [names of chips], "keep": true or false}``.  It then adds an
+entry for each chip, with the fields of ``CycleEstimate`` under ``"estimate"``,
+and names files of the folder that are to be kept under ``"kept"``.  Without
+``feeds.npz`` it compiles for those chips only.
 """
 
 from __future__ import annotations
@@ -20,8 +26,11 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 #: ``setting, outputs by call, types of products by node, nodes left to another processor``.
 Outcome = tuple[str, list[Array], dict[str, str], list[str]]
+#: What answers a request: the same, without outputs where there were no feeds, and then
+#: ``{"estimate": ..., "kept": [...]}``.
+Answer = tuple[str, list[Array], dict[str, str], list[str], dict[str, Any]]
 #: ``program(model file, feeds, scratch folder)``.
-Program = Callable[[Path, list[dict[str, Array]], Path], Iterator[Outcome]]
+Program = Callable[[Path, list[dict[str, Array]], Path], Iterator[Outcome | Answer]]
 
 
 def main(program: Program) -> None:
@@ -29,9 +38,11 @@ def main(program: Program) -> None:
     folder = Path(sys.argv[1])
     report = []
     outcomes = program(folder / "model.onnx", read_feeds(folder / "feeds.npz"), folder)
-    for i, (setting, outputs, products, elsewhere) in enumerate(outcomes):
-        np.savez(folder / f"outputs_{i}.npz", outputs=np.stack(outputs))
-        report.append({"setting": setting, "products": products, "elsewhere": elsewhere})
+    for i, (setting, outputs, products, elsewhere, *answer) in enumerate(outcomes):
+        if outputs:
+            np.savez(folder / f"outputs_{i}.npz", outputs=np.stack(outputs))
+        entry = {"setting": setting, "products": products, "elsewhere": elsewhere}
+        report.append({**entry, **(answer[0] if answer else {})})
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
@@ -42,8 +53,19 @@ def log(folder: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
+def request(folder: Path) -> tuple[list[str], bool]:
+    """Chips to estimate cycles for, and whether compiled files are kept."""
+    file = folder / "request.json"
+    if not file.is_file():
+        return [], False
+    asked = json.loads(file.read_text(encoding="utf-8"))
+    return list(asked["estimate"]), bool(asked["keep"])
+
+
 def read_feeds(path: Path) -> list[dict[str, Array]]:
-    """Return the inputs of every call."""
+    """Return the inputs of every call; none where a graph is to be compiled only."""
+    if not path.is_file():
+        return []
     with np.load(path, allow_pickle=False) as archive:
         stacked = {name: archive[name] for name in archive.files}
     calls = len(next(iter(stacked.values())))
