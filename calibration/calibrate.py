@@ -8,11 +8,12 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, TypeVar
 
-from qinvert.calibration.choices import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
+from qinvert.calibration.choices import HARDWARE_LOSS_DB, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule, format_of
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
+from qinvert.calibration.planning.costs import Costs, costs_for
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
@@ -21,7 +22,7 @@ from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Requantize
-from qinvert.profiles import Profile, default_target, find_profile
+from qinvert.profiles import Profile
 from qinvert.program.program import Program
 
 E = TypeVar("E", bound=StrEnum)
@@ -32,6 +33,7 @@ class _Options:
     """The checked arguments of `calibrate` that choose grids."""
 
     profile: Profile
+    costs: Costs
     ladder: tuple[IntFormat, ...]
     rules: GridRules
     goals: Goals
@@ -44,8 +46,10 @@ def calibrate(
     method: str | Program = "auto",
     bits: int | str = "auto",
     target: str | None = None,
+    hardware: str | None = None,
+    batch: int = 8,
     min_sqnr_db: float = 20.0,
-    max_loss_db: float = MAX_LOSS_DB,
+    max_loss_db: float | None = None,
     scales: str = "auto",
     ranges: str = "auto",
     granularity: str = "tensor",
@@ -78,12 +82,19 @@ def calibrate(
         grids that add the most noise for their cost, as far as the target allows.
     target : str, optional
         Export profile to plan for, see `qinvert.profiles`; by default
-        ``npu-qdq-int8``, or the first profile that takes ``bits``.
+        ``npu-qdq-int8``, or the first profile that takes ``bits``; with
+        ``hardware`` the profile of that chip that holds the plan.
+    hardware : str, optional
+        Chip whose costs candidates are compared by, see `qinvert.hardware`;
+        that of the target if left out.
+    batch : int
+        Matrices per call of the graph, for costs on ``hardware``.
     min_sqnr_db : float
         Goal for each layer's sqnr.
-    max_loss_db : float
+    max_loss_db : float, optional
         How far below the floor of its own grids a plan of 8 bits or less may
-        stay before ``auto`` prefers a costlier one.
+        stay before ``auto`` prefers a costlier one: 1 dB by default, and 3 dB
+        where ``hardware`` is named, since there every decibel has its price.
     scales : {"auto", "float", "pow2"}
         Which scales are allowed: any float32, or powers of two only.
         ``"auto"`` means float, unless the target takes powers of two only.
@@ -130,19 +141,22 @@ def calibrate(
         If the method is unknown, has no factored form, or has another chunk
         size than the data.
     """
-    options = _options(bits, target, scales, ranges, min_sqnr_db, max_loss_db)
+    options = _options(
+        bits, target, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch)
+    )
     check_seed(seed, PlanError)
     grain = _member(Granularity, "granularity", granularity)
     observers = observe(
         source,
         with_options(data, num_samples, seq_len, seed),
-        lambda chunk: _programs(method, chunk, factored, options.profile.requantize),
+        lambda chunk: _programs(method, chunk, factored, options),
         granularity=grain,
         seed=seed,
         progress=progress,
         checkpoint=checkpoint,
     )
     layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
+    costs = options.costs
     provenance = {
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
@@ -152,30 +166,33 @@ def calibrate(
         "min_sqnr_db": options.goals.min_sqnr_db,
         "max_loss_db": options.goals.max_loss_db,
         "seed": seed,
+        **costs.provenance,
         **({"factored": True} if factored else {}),
     }
-    return Plan(layers=layers, target=options.profile.name, provenance=provenance)
+    return Plan(layers=layers, target=costs.target_of(layers.values()), provenance=provenance)
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     sample = observer.sampled
-    choice = choose(observer, options.ladder, options.rules, options.goals)
+    costs = options.costs
+    choice = choose(observer, options.ladder, options.rules, options.goals, costs.of)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [
-        Candidate(program, observer.ranges(program), sample, (fmt,), free, choice.best.candidate.truth)
+        Candidate(program, observer.ranges(program), sample, (fmt,), free, costs.of, choice.best.candidate.truth)
         for fmt in (INT8, INT8X2, INT16)
     ]
     provenance = {
         "matrices": observer.matrices,
         "observed": observer.observed,
         "sample": sample.count,
+        **costs.chains(choice.best.plan),
         **explain(choice, wider),
     }
     return replace(choice.best.plan, provenance=provenance)
 
 
-def _programs(method: str | Program, chunk: int, factored: bool, requantize: Requantize) -> list[Program]:
+def _programs(method: str | Program, chunk: int, factored: bool, options: _Options) -> list[Program]:
     if isinstance(method, Program):
         if method.chunk != chunk:
             raise ProgramError(
@@ -185,16 +202,26 @@ def _programs(method: str | Program, chunk: int, factored: bool, requantize: Req
         if factored and not method.inverse_ports.factored:
             raise ProgramError(f"{method.title} does not take beta; build it with factored=True")
         return [method]
-    return candidate_programs(method, chunk, factored, requantize)
+    requantize, on_chips = options.profile.requantize, options.costs.hardware is not None
+    return candidate_programs(method, chunk, factored, requantize, on_chips)
 
 
 def _options(
-    bits: int | str, target: str | None, scales: str, ranges: str, min_sqnr_db: float, max_loss_db: float
+    bits: int | str,
+    target: str | None,
+    scales: str,
+    ranges: str,
+    min_sqnr_db: float,
+    max_loss_db: float | None,
+    costs: Costs,
 ) -> _Options:
-    profile = find_profile(_default_target(bits) if target is None else target)
+    profile = costs.profile
     ladder = _ladder(bits, profile)
+    if max_loss_db is None:
+        max_loss_db = HARDWARE_LOSS_DB if costs.named else MAX_LOSS_DB
     return _Options(
         profile=profile,
+        costs=costs,
         ladder=ladder,
         rules=GridRules(
             scales=_scale_rule(scales, profile),
@@ -231,19 +258,12 @@ def _range_rule(ranges: str, ladder: tuple[IntFormat, ...]) -> RangeRule:
     return RangeRule(ranges)
 
 
-def _default_target(bits: int | str) -> str:
-    fmt = BITS.get(str(bits), INT8)
-    return default_target(fmt)
-
-
 def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:
     if str(bits) == "auto":
         # int4 lies in int8 containers: no target multiplies it faster.
         wide = [fmt for fmt in profile.formats if fmt != INT4]
         return tuple(sorted(wide, key=lambda fmt: fmt.largest)) or profile.formats[:1]
-    fmt = BITS.get(str(bits))
-    if fmt is None:
-        raise PlanError(f"bits {bits!r} is not supported; use auto, {', '.join(BITS)}")
+    fmt = format_of(bits, profile)
     if fmt not in profile.formats:
         names = ", ".join(f.name for f in profile.formats)
         raise PlanError(

@@ -5,12 +5,16 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
+from qinvert.errors import PlanError
+from qinvert.formats import INT4, INT8, INT8X2, INT16, INT16_WHOLE, IntFormat
+from qinvert.profiles import Profile
 
 #: The format for each value of ``bits``; the value "auto" chooses among the formats of the target.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
+#: The same where a chip is named, on which every decibel has its price.
+HARDWARE_LOSS_DB: Final = 3.0
 
 
 class ScaleRule(StrEnum):
@@ -41,3 +45,17 @@ class Granularity(StrEnum):
     TENSOR = "tensor"
     #: The matrices of one head.
     HEAD = "head"
+
+
+def format_of(bits: int | str, profile: Profile) -> IntFormat:
+    """Return the format for a value of ``bits`` other than "auto", as the profile multiplies it.
+
+    Raises
+    ------
+    PlanError
+        If there is no such value.
+    """
+    fmt = BITS.get(str(bits))
+    if fmt is None:
+        raise PlanError(f"bits {bits!r} is not supported; use auto, {', '.join(BITS)}")
+    return INT16_WHOLE if fmt is INT16 and profile.multiplies_wide else fmt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qinvert.errors import ProgramError
-from qinvert.methods import AUTO, Method, in_automatic_order, registered
+from qinvert.methods import AUTO, Candidates, Method, in_automatic_order, registered
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Requantize
@@ -15,7 +15,11 @@ from qinvert.systems import Systems
 
 
 def candidate_programs(
-    method: str, chunk: int, factored: bool = False, requantize: Requantize = Requantize.DIVIDE
+    method: str,
+    chunk: int,
+    factored: bool = False,
+    requantize: Requantize = Requantize.DIVIDE,
+    on_chips: bool = False,
 ) -> list[Program]:
     """Return the programs among which ``method`` leaves a choice, for matrices of that size.
 
@@ -23,6 +27,7 @@ def candidate_programs(
     takes those that the methods offer where no method is named, in their order.
     Residual terms that are not operands of their product need a target that takes
     the divide form; for other targets the factored candidates do not have such terms.
+    With ``on_chips`` methods offer what they have for chips whose costs are known.
 
     Raises
     ------
@@ -32,8 +37,16 @@ def candidate_programs(
     methods = in_automatic_order() if method == AUTO else [registered(method)]
     if factored:
         return _factored(method, methods, chunk, requantize is Requantize.DIVIDE)
-    each = [m.automatic if method == AUTO else m.candidates for m in methods]
-    return [program for candidates in each if candidates is not None for program in candidates(chunk)]
+    each = [_offered(m, named=method != AUTO, on_chips=on_chips) for m in methods]
+    programs = [program for candidates in each if candidates is not None for program in candidates(chunk)]
+    # Small chunks make some candidates equal.
+    return list({program.title: program for program in programs}.values())
+
+
+def _offered(method: Method, named: bool, on_chips: bool) -> Candidates | None:
+    if on_chips and method.on_chips is not None:
+        return method.on_chips
+    return method.candidates if named else method.automatic
 
 
 def _factored(name: str, methods: list[Method], chunk: int, free_residuals: bool) -> list[Program]:

@@ -29,7 +29,7 @@ def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]
         "expected_floor_db": finite(floor_db),
         "predicted_sqnr_db": finite(best.sqnr_db),
         "growth": finite(best.candidate.growth),
-        "cost": best.cost,
+        "cost": round(best.cost),
         "binding": {"tensor": tensor, "share": round(share, 4)},
         "fix": "" if choice.meets_goal else _fix(choice, alternatives),
         "candidates": [_row(p, p is best) for p in choice.predictions],
@@ -46,7 +46,7 @@ def _row(prediction: Prediction, chosen: bool) -> dict[str, Any]:
     return {
         "program": prediction.plan.program.title,
         "formats": prediction.plan.formats,
-        "cost": prediction.cost,
+        "cost": round(prediction.cost),
         "predicted_sqnr_db": finite(prediction.sqnr_db),
         "predicted_floor_db": finite(prediction.floor_db),
         "simulated_sqnr_db": finite(prediction.simulated[0]) if prediction.simulated else None,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
@@ -16,7 +16,7 @@ from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, g
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
 from qinvert.formats import INT8, IntFormat
-from qinvert.plan.far_sums import far_sums_cost
+from qinvert.plan.cost import plan_cost
 from qinvert.plan.plan import LayerPlan
 from qinvert.program.program import Program
 from qinvert.systems import Systems
@@ -41,6 +41,10 @@ class Goals:
     max_loss_db: float
 
 
+#: What a plan costs on its target.
+Costing: TypeAlias = Callable[[LayerPlan], float]
+
+
 class Candidate:
     """One program on one layer: noise by grid and format, predictions, plans."""
 
@@ -51,6 +55,7 @@ class Candidate:
         sample: Systems,
         ladder: Sequence[IntFormat],
         rules: GridRules,
+        costing: Costing = plan_cost,
         truth: torch.Tensor | None = None,
     ) -> None:
         self.program = program
@@ -60,6 +65,7 @@ class Candidate:
         #: Exact inverses of the sample; candidates of one layer share them.
         self.truth = sample.inverse() if truth is None else truth
         self._ranges, self._sample, self._rules = ranges, sample, rules
+        self._costing = costing
         self._known: dict[tuple[IntFormat, ...], Grids] = {}
 
     @cached_property
@@ -103,7 +109,7 @@ class Candidate:
             candidate=self,
             formats=formats,
             plan=plan,
-            cost=plan.cost() + (far_sums_cost(plan) if self._rules.folds else 0),
+            cost=self._costing(plan),
             sqnr_db=noise.sqnr_db(formats),
             floor_db=noise.floor_db(formats),
         )
@@ -139,9 +145,8 @@ class Prediction:
     #: Format of every group of tensors that share a grid.
     formats: Mapping[str, IntFormat]
     plan: LayerPlan
-    #: int8 multiply-accumulates, see `qinvert.plan.cost.plan_cost`, and those of
-    #: `qinvert.plan.far_sums` where the target needs them.
-    cost: int
+    #: In the unit of the target's costs.
+    cost: float
     #: From the noise of the grids, each measured by itself.
     sqnr_db: float
     #: The same for the input and output grids alone.
@@ -212,6 +217,7 @@ def choose(
     ladder: Sequence[IntFormat],
     rules: GridRules,
     goals: Goals,
+    costing: Costing = plan_cost,
 ) -> Choice:
     """Return the cheapest candidate that reaches the goals in simulation, or the best one.
 
@@ -220,7 +226,7 @@ def choose(
     """
     sample = observer.sampled
     truth = sample.inverse()
-    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, truth) for p in observer.programs]
+    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []

@@ -76,6 +76,8 @@ def settle_residues(
     sizes = Counter(groups.values())
     small = SMALL * ranges[program.inverse_ports.matrix]
     free = {name for name, group in groups.items() if sizes[group] == 1 and ranges[name] <= small}
+    if not free:
+        return dict(ranges)
     evaluator = _ResidueEvaluator(sample.count, sample.lower.device, tensors, free)
     inputs = {
         name: evaluator.stored(name, value)

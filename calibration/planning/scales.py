@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from qinvert.calibration.choices import ScaleRule as ScaleRule
-from qinvert.formats import INT8, IntFormat
+from qinvert.formats import IntFormat
 from qinvert.numerics import scales
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program

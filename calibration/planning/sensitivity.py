@@ -302,7 +302,7 @@ def _alone(name: str) -> str:
 
 
 def _input_variants(program: Program, groups: Mapping[str, str]) -> dict[str, str]:
-    """Return the group of every input by the variant that rounds it: the group itself if all else is moved."""
+    """Return the group of every input, by the variant that rounds it: the group itself if all else moves."""
     shares = bool(residual_sums(program))
     ports = [port.tensor for port in program.inputs]
     return {_alone(name) if shares else groups[name]: groups[name] for name in ports}

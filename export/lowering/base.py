@@ -14,12 +14,13 @@ from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import GraphOutput, InputType, Interface
 from qinvert.export.lowering.tensors import AXES, ProgramTensors, vector_name
 from qinvert.numerics import scalar
+from qinvert.plan.carried_identity import CarriedIdentities
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.ports import Meaning, Port
-from qinvert.program.sparsity import Support, constant_support, cut, strictly_lower
+from qinvert.program.sparsity import Support, constant_support, cut
 from qinvert.program.steps import Axis, Concat, Constant, MatMul, Slice
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
@@ -68,8 +69,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         super().__init__(plan, profile, interface, graph)
         #: Quantized vector inputs, by their names along rows or columns.
         self.factors: dict[str, Value] = {}
-        #: Tensors that can carry an identity.
-        self.triangular = strictly_lower(plan.program) if self._integer_residuals else set()
+        self.identities = CarriedIdentities(plan, self.returned)
         self._shifted: dict[tuple[str, int], Value] = {}
 
     @property
@@ -159,31 +159,6 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
             )
         return self._shifted[tensor, sign]
 
-    def carries_identity(self, tensor: str) -> bool:
-        """Whether the tensor can be stored with the identity added to it."""
-        return tensor in self.triangular and self.one_of(tensor) > 0 and not self.returns(tensor)
-
-    def _takes_identity(self, step: MatMul) -> tuple[bool, bool]:
-        """Return which operands take an identity: (left + I) right = left right + right."""
-        terms = list(step.add)
-        left = step.right in terms and self.carries_identity(step.left)
-        if left:
-            terms.remove(step.right)
-        right = step.left in terms and self.carries_identity(step.right)
-        # Both leave the product of the identities, which must be the result's.
-        right = right and not (left and not self._yields_identity(step))
-        # Where a Concat is needed all the same, an Add before it saves nothing.
-        widened = left + right < len(step.add) + len(step.subtract)
-        return (False, False) if widened else (left, right)
-
-    def _yields_identity(self, step: MatMul) -> bool:
-        if not self.carries_identity(step.output):
-            return False
-        product, grid = self.plan.products[step.output], self.grid(step.output)
-        accumulators = [self.one_of(step.left) * k for k in product.identity_planes()]
-        found = scalar.requantize_partial_scalar(accumulators, product.factor, grid.scale, grid.format)
-        return found == self.one_of(step.output)
-
     def _part(self, value: Value, plane: int, step: Concat, grid: Quantization) -> str:
         if value.constant is None:
             return value.planes[plane]
@@ -199,7 +174,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         into as many identity blocks of at most 127 as are needed.  In each case
         the sum happens in the accumulator: it is exact, and uses int8 only.
         """
-        shift_left, shift_right = self._takes_identity(step)
+        shift_left, shift_right = self.identities.taken_by(step)
         lefts = [(self.plus_identity(left) if shift_left else self.plain(left)).name]
         rights = [(self.plus_identity(right) if shift_right else self.plain(right)).name]
         add = list(step.add)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import ANY_BATCH, GraphOutput, Interface
 from qinvert.formats import INT8, IntFormat
+from qinvert.plan.carried_identity import one_of
 from qinvert.plan.quantization import Quantization
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
@@ -140,8 +141,7 @@ class ProgramTensors(ABC):
 
     def one_of(self, tensor: str) -> int:
         """Return the integer that means 1.0 on the tensor's grid, 0 if there is none."""
-        grid = self.grid(tensor)
-        return grid.one if grid.one <= grid.largest_one else 0
+        return one_of(self.grid(tensor))
 
     def diagonal(self, tensor: str, ones: Support, value: int, kind: str) -> str:
         """Add the constant ``value`` where ``ones`` are, for every block of ``tensor``."""

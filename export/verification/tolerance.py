@@ -24,7 +24,6 @@ import numpy.typing as npt
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.runtimes import Runtime
-from qinvert.formats import INT8
 from qinvert.numerics.law import Rounding
 from qinvert.numerics.scales import is_power_of_two
 from qinvert.plan.plan import LayerPlan

@@ -6,7 +6,6 @@ import torch
 
 from qinvert.errors import PlanError
 from qinvert.execution.integers import IntegerEvaluator
-from qinvert.formats import INT8
 from qinvert.numerics import hexagon
 from qinvert.numerics.scales import is_power_of_two
 from qinvert.plan.quantization import Quantization, Requantize

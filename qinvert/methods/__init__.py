@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from qinvert.discovery import definitions
 from qinvert.errors import ProgramError, lookup
-from qinvert.methods._method import AUTO, Method
+from qinvert.methods._method import AUTO, Candidates, Method
 from qinvert.program.program import Program
 
 #: Every method's function by its name.
@@ -76,6 +76,7 @@ __all__ = [
     "AUTO",
     "METHODS",
     "REGISTRY",
+    "Candidates",
     "Method",
     "discover",
     "find_method",

@@ -39,6 +39,9 @@ class Method:
     candidates: Candidates
     #: Programs that it adds to the choice if no method is named; None if it adds nothing.
     automatic: Candidates | None = None
+    #: Programs that it adds instead on chips whose costs are known (`qinvert.hardware`), if no method
+    #: is named; None if they are those of `automatic`.
+    on_chips: Candidates | None = None
     #: Programs that it adds if they must take beta as a separate input, whether this
     #: method is named or no method is; None if it has no such form.
     factored: FactoredCandidates | None = None
@@ -58,8 +61,8 @@ class Method:
             )
         if getattr(self.build, "__name__", None) != self.name:
             raise ProgramError(f"method {self.name!r} is built by {self.build!r}; give both the same name")
-        if self.sequential and (self.automatic is not None or self.factored is not None):
+        if self.sequential and (self.automatic or self.on_chips or self.factored):
             raise ProgramError(
                 f"method {self.name!r} is sequential, and the planner never chooses such a method unasked; "
-                "leave out automatic and factored, or sequential"
+                "leave out automatic, on_chips and factored, or sequential"
             )

@@ -11,6 +11,7 @@ from qinvert.methods._factored_merge import factored_merge
 from qinvert.methods._method import Method
 from qinvert.methods._packed import merge_packed, stack_diagonal
 from qinvert.program.program import Program
+from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.program.steps import check_chunk
 
 #: Tiles in which candidates merge by masked products: these steps are fewer and wider than for blocks.
@@ -178,6 +179,15 @@ def _candidates(chunk: int) -> tuple[Program, ...]:
     return tuple(block_merge(chunk, base, tile=tile, corrections=k) for k in (0, 1) for base in bases)
 
 
+def _on_chips(chunk: int) -> tuple[Program, ...]:
+    tile = min(TILE, chunk)
+    base = min(4, chunk)
+    sums = (block_merge(chunk, 1, layout=Layout.MASKED), block_merge(chunk, base), block_merge(chunk, 1, tile=tile))
+    widened = (block_merge(chunk, 2, layout=Layout.MASKED), block_merge(chunk, base))
+    corrected = tuple(block_merge(chunk, b, tile=tile, corrections=1) for b in (2, base))
+    return (*map(residuals_as_sums, sums), *widened, *corrected)
+
+
 def _factored(chunk: int, free_residuals: bool) -> tuple[Program, ...]:
     # The residual of a correction has the term - W, which is free.
     corrections = (0, 1) if free_residuals else (0,)
@@ -189,6 +199,7 @@ METHOD = Method(
     build=block_merge,
     candidates=_candidates,
     automatic=_candidates,
+    on_chips=_on_chips,
     factored=_factored,
     rank=1,
     automatic_rank=2,

@@ -13,6 +13,7 @@ from qinvert.methods._corrections import check_corrections, correct, correct_fac
 from qinvert.methods._method import Method
 from qinvert.methods._packed import merge_packed, stack_diagonal
 from qinvert.program.program import Program
+from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.program.steps import Axis, Constant, check_chunk
 
 #: Tiles in which candidates eliminate before they merge or restart, as in `qinvert.methods.block_merge`.
@@ -232,13 +233,20 @@ def _candidates(chunk: int) -> tuple[Program, ...]:
     return (*dense, *tiled, elimination(chunk, restart=TILE.bit_length() - 1))
 
 
-# Where no method is named, and where programs must take beta, plans stay what they are: costs
-# are those of a CPU, on which the fewest products are not the fastest program.
+def _on_chips(chunk: int) -> tuple[Program, ...]:
+    dense, *rest = _candidates(chunk)
+    forms = [dense, *rest[1::2], *((elimination(chunk, tile=32),) if chunk > 2 * TILE else ())]
+    return (*map(residuals_as_sums, forms), dense, rest[0])
+
+
+# On a CPU the fewest products are not the fastest program, so plans for one stay what they are
+# where no method is named, and so do those that must take beta.
 METHOD = Method(
     name="elimination",
     build=elimination,
     candidates=_candidates,
     automatic=None,
+    on_chips=_on_chips,
     factored=None,
     rank=1,
 )

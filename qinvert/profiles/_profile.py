@@ -61,6 +61,9 @@ class Profile:
     #: Whether a mask is written out for every matrix of the batch: some chips multiply by a
     #: constant of full size in a tenth of the time that a repeated one takes.
     full_masks: bool = False
+    #: Chip whose costs plans for this profile are compared by, see `qinvert.hardware`; empty where
+    #: they are those of `qinvert.plan.cost`.
+    hardware: str = ""
     #: Options that a session needs for the speed that is stated: ``name=value`` each.
     session_options: tuple[str, ...] = ()
     #: Format in which MatMulInteger takes its left operand; None for the stored one.

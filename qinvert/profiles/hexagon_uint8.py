@@ -13,6 +13,5 @@ PROFILE: Profile = replace(
     summary="npu-qdq-uint8 for Hexagon: masks written out for every matrix; unsigned ends cost no conversion",
     proved=("onnxruntime", "qnn"),
     caveats="as npu-qdq-uint8; the file holds every mask once for each matrix of the batch",
-    full_masks=True,
     session_options=("htp_graph_finalization_optimization_mode=3",),
 )

@@ -21,6 +21,8 @@ PROFILE = Profile(
         | {"Div", "Max", "Transpose"}
     ),
     proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
+    hardware="hexagon-v81",
+    full_masks=True,
     caveats=(
         "back ends that leave a MatMul in float32 may differ by one step at rounding ties; Hexagon (QNN) has "
         "its own rounding, which is known and simulated, RKNN in sums of two scales; both take L in float16, "

@@ -14,4 +14,5 @@ PROFILE: Profile = replace(
     opset=17,
     caveats="the NPU's own compiler is not public: checked in other runtimes only",
     power_of_two_scales=True,
+    hardware="",
 )

@@ -1,4 +1,4 @@
-"""Residual terms of products as sums of their own, for targets that add integers for less than they widen a product."""
+"""Residual terms of products as sums of their own, where those cost less than a wider product."""
 
 from __future__ import annotations
 

@@ -1,0 +1,101 @@
+"""What candidates cost: on a chip with a table, or in the multiply-accumulates of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qinvert.calibration.choices import BITS
+from qinvert.checks import check_integer
+from qinvert.errors import PlanError
+from qinvert.formats import INT8
+from qinvert.hardware import Hardware, find_hardware
+from qinvert.hardware._hardware import MAX_BATCH
+from qinvert.plan.cost import plan_cost
+from qinvert.plan.far_sums import far_sums_cost
+from qinvert.plan.plan import LayerPlan
+from qinvert.profiles import Profile, default_target, find_profile
+
+#: Unit of costs where no chip has a table.
+MULTIPLY_ACCUMULATES = "int8 multiply-accumulates per matrix"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """How plans are compared, and for which target."""
+
+    profile: Profile
+    #: None where the target's costs are those of `qinvert.plan.cost`.
+    hardware: Hardware | None
+    #: Matrices per call.
+    batch: int
+    #: Whether the caller named the chip.
+    named: bool
+    #: Whether the caller left the target to the chip.
+    free_target: bool
+
+    def of(self, plan: LayerPlan) -> float:
+        """Return the cost of one plan, with as many chains as cost the least."""
+        if self.hardware is not None:
+            return self.hardware.best_chains(plan, self.batch)[1]
+        return plan_cost(plan) + (far_sums_cost(plan) if self.profile.quantized_everywhere else 0)
+
+    def chains(self, plan: LayerPlan) -> dict[str, Any]:
+        """Return the number of chains for the provenance of a layer."""
+        return {} if self.hardware is None else {"chains": self.hardware.best_chains(plan, self.batch)[0]}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a plan says of its costs."""
+        if self.hardware is None:
+            return {"cost_unit": MULTIPLY_ACCUMULATES}
+        return {
+            "hardware": self.hardware.name,
+            "batch": self.batch,
+            "cost_unit": f"{self.hardware.unit} for {self.batch} matrices",
+        }
+
+    def target_of(self, layers: Iterable[LayerPlan]) -> str:
+        """Return the target of a whole plan: the chip's first profile that holds every layer."""
+        if self.hardware is None or not self.free_target:
+            return self.profile.name
+        formats = {grid.format for layer in layers for grid in layer.tensors.values()}
+        fits = (name for name in self.hardware.targets if formats <= set(find_profile(name).formats))
+        return next(fits, self.profile.name)
+
+
+def costs_for(target: str | None, hardware: str | None, bits: int | str, batch: int) -> Costs:
+    """Return the costs for what a caller named; each of them may be None.
+
+    Raises
+    ------
+    ExportError, PlanError
+        If one of them is not known, or the batch is not legal.
+    """
+    check_integer("batch", batch, 1, MAX_BATCH, PlanError, "; pass the matrices per call")
+    if target is not None:
+        profile = find_profile(target)
+    elif hardware is None:
+        profile = find_profile(default_target(BITS.get(str(bits), INT8)))
+    else:
+        profile = _profile_on(find_hardware(hardware), bits)
+    name = profile.hardware if hardware is None else hardware
+    return Costs(
+        profile=profile,
+        hardware=find_hardware(name) if name else None,
+        batch=batch,
+        named=hardware is not None,
+        free_target=target is None and hardware is not None,
+    )
+
+
+def _profile_on(hardware: Hardware, bits: int | str) -> Profile:
+    """Return the chip's profile with the most formats, or the first that takes ``bits``."""
+    profiles = [find_profile(name) for name in hardware.targets]
+    wanted = BITS.get(str(bits))
+    if wanted is None:
+        return max(profiles, key=lambda profile: len(profile.formats))
+    width = wanted.container_bits * wanted.planes
+    fits = [p for p in profiles if any(f.container_bits * f.planes == width for f in p.formats)]
+    return fits[0] if fits else profiles[0]

@@ -1,0 +1,124 @@
+"""The type that every module of a chip fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from qinvert.checks import check_integer
+from qinvert.errors import PlanError
+from qinvert.hardware._operators import FEATURES, features, operators
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.profiles import PROFILES
+
+#: Largest batch that a cost is asked for.
+MAX_BATCH: Final = 65536
+#: More chains make graphs that compilers need minutes for.
+MAX_CHAINS: Final = 64
+#: What a call costs whatever it computes.
+CALL: Final = "call"
+#: KiB that enter and leave a graph.
+ENDS: Final = "ends/KiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """``cost = sum_f weight_f feature_f``: an additive model of a chip, for one width of tensors.
+
+    Weights are by the names of `qinvert.hardware._operators.FEATURES`, `CALL` and `ENDS`.
+    """
+
+    #: Graphs whose whole batch runs through one program.
+    whole: Mapping[str, float]
+    #: Graphs in chains, whose operators overlap; empty where the chip has no use for chains.
+    chained: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        legal = {*FEATURES, CALL, ENDS}
+        for weights in (self.whole, self.chained):
+            wrong = [name for name, weight in weights.items() if name not in legal or not weight >= 0]
+            if wrong:
+                raise PlanError(
+                    f"a table of costs has the weight {wrong[0]!r}: {weights[wrong[0]]!r}; weights are at "
+                    f"least 0, and their names are {', '.join(sorted(legal))}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What programs cost on one chip.
+
+    Raises
+    ------
+    PlanError
+        At construction, naming the field and what fits.
+    """
+
+    #: Name on the command line and in plans.
+    name: str
+    #: One line for tables.
+    summary: str
+    #: What a cost counts, such as "cycles, simulated".
+    unit: str
+    #: Who says so: compiler or measurement, its version, the chip.
+    source: str
+    #: Day on which the weights were fitted, year-month-day.
+    date: str
+    #: Mean relative error of predictions on graphs that were not in the fit.
+    error: float
+    #: Rank correlation on the same graphs.
+    correlation: float
+    #: Export profiles for it, the narrowest formats first; the first that fits becomes a plan's target.
+    targets: tuple[str, ...]
+    #: Weights by the bytes of the widest tensor of a plan.
+    tables: Mapping[int, Table]
+
+    def __post_init__(self) -> None:
+        unknown = [target for target in self.targets if target not in PROFILES]
+        if unknown or not self.targets:
+            raise PlanError(
+                f"hardware {self.name!r} has the targets {self.targets}; name at least one of "
+                f"{', '.join(PROFILES)}"
+            )
+        if not self.tables or not set(self.tables) <= {1, 2}:
+            raise PlanError(
+                f"hardware {self.name!r} has tables for {sorted(self.tables)} bytes; give one for 1 or 2"
+            )
+
+    def cost(self, plan: QuantizedProgram, batch: int = 8, chains: int = 1) -> float:
+        """Return what one call of a graph of ``plan`` costs, in `unit`.
+
+        Parameters
+        ----------
+        plan : QuantizedProgram
+        batch : int
+            Matrices per call, between integer ends.
+        chains : int
+            Independent parts of the batch.
+
+        Raises
+        ------
+        PlanError
+            If the batch or the chains are not legal.
+        """
+        check_integer("batch", batch, 1, MAX_BATCH, PlanError, "; pass the matrices per call")
+        if chains < 1 or batch % chains:
+            raise PlanError(f"batch {batch} cannot be cut into {chains} chains; choose a divisor of the batch")
+        width = max(grid.format.container_bits * grid.format.planes for grid in plan.tensors.values()) // 8
+        table = self.tables.get(width) or self.tables[max(self.tables)]
+        weights = table.chained if chains > 1 else table.whole
+        found = features(operators(plan, batch, chains))
+        ends = sum(
+            batch * port.shape.rows * port.shape.columns for port in (*plan.program.inputs, *plan.program.outputs)
+        )
+        known = {**found, CALL: 1.0, ENDS: width * ends / 1024}
+        return sum(weight * known[name] for name, weight in weights.items())
+
+    def best_chains(self, plan: QuantizedProgram, batch: int = 8) -> tuple[int, float]:
+        """Return the number of chains that costs the least, and that cost."""
+        most = max(k for k in range(1, min(batch, MAX_CHAINS) + 1) if batch % k == 0)
+        each = (1, most) if all(table.chained for table in self.tables.values()) else (1,)
+        costs = {chains: self.cost(plan, batch, chains) for chains in dict.fromkeys(each)}
+        best = min(costs, key=lambda chains: costs[chains])
+        return best, costs[best]

@@ -1,0 +1,64 @@
+"""Which operands of a plan's products hold an identity in a graph, so that no product is widened.
+
+``A B + B = (A + I) B``: a strictly lower triangular tensor with room for 1.0 on
+its grid is stored once more with the identity added to it.  The lowering and
+the cost of an operator list both ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from qinvert.numerics import scalar
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.program.sparsity import strictly_lower
+from qinvert.program.steps import MatMul
+
+
+class CarriedIdentities:
+    """What a graph of ``plan`` can store with an identity on the diagonal.
+
+    Parameters
+    ----------
+    plan : QuantizedProgram
+    returned : collection of str
+        Tensors whose integers the graph returns, which must stay as the program has them.
+    """
+
+    def __init__(self, plan: QuantizedProgram, returned: Collection[str] = ()) -> None:
+        self.plan, self.returned = plan, returned
+        exact = plan.requantize is Requantize.MULTIPLIER
+        self._triangular = strictly_lower(plan.program) if exact else set()
+
+    def carries(self, tensor: str) -> bool:
+        """Whether the tensor can be stored with the identity added to it."""
+        fits = tensor in self._triangular and one_of(self.plan.tensors[tensor]) > 0
+        return fits and tensor not in self.returned
+
+    def taken_by(self, step: MatMul) -> tuple[bool, bool]:
+        """Return which operands take an identity: (left + I) right = left right + right."""
+        terms = list(step.add)
+        left = step.right in terms and self.carries(step.left)
+        if left:
+            terms.remove(step.right)
+        right = step.left in terms and self.carries(step.right)
+        # Both leave the product of the identities, which must be the result's.
+        right = right and not (left and not self._yields_identity(step))
+        # Where a Concat is needed all the same, an Add before it saves nothing.
+        widened = left + right < len(step.add) + len(step.subtract)
+        return (False, False) if widened else (left, right)
+
+    def _yields_identity(self, step: MatMul) -> bool:
+        if not self.carries(step.output):
+            return False
+        product, grid = self.plan.products[step.output], self.plan.tensors[step.output]
+        one = one_of(self.plan.tensors[step.left])
+        accumulators = [one * k for k in product.identity_planes()]
+        found = scalar.requantize_partial_scalar(accumulators, product.factor, grid.scale, grid.format)
+        return found == one_of(grid)
+
+
+def one_of(grid: Quantization) -> int:
+    """Return the integer of an operand that means 1.0 on a grid, 0 if there is none."""
+    return grid.one if grid.one <= grid.largest_one else 0
