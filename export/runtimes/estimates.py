@@ -24,6 +24,8 @@ class CycleEstimate:
     #: Ends of the compiler's own range, where it gives one.
     lower: int | None = None
     upper: int | None = None
+    #: Cycles that parts of the chip are busy, at the same time as others, where the tool tells them.
+    parts: Mapping[str, int] = field(default_factory=dict)
     #: What moves through the chip's memories, as the tool reports it (bytes), by a readable name.
     traffic: Mapping[str, int] = field(default_factory=dict)
     #: Operators for which the estimator has no cost: the cycles leave them out.

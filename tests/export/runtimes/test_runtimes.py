@@ -22,6 +22,7 @@ INTEGER = {
     "qnn": lambda types: types == "int8 x int8",
     "iree": lambda types: types == "int8 x int8",
     "rknn": lambda types: types == "exMatMul INT8 NPU",
+    "vela": lambda types: types == "int8 x int8",
     # Its importer keeps QDQ graphs as they are written.
     "tvm": lambda types: types == "float32 x float32",
 }
@@ -32,7 +33,7 @@ METHODS = {
 }
 CASES = [(16, "packed"), (32, "tiled"), (64, "packed"), (64, "corrected"), (128, "packed")]
 #: Compilers that take long see one plan; float scales where grids are an NPU's own.
-SLOW = {name: (64, "packed", "float" if name in ("qnn", "rknn") else "pow2") for name in SEPARATE}
+SLOW = {name: (64, "packed", "float" if name in ("qnn", "rknn", "vela") else "pow2") for name in SEPARATE}
 del SLOW["openvino"]
 
 
