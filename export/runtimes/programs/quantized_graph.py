@@ -20,8 +20,12 @@ from onnx.utils import Extractor
 Array = npt.NDArray[Any]
 #: What a graph's integers exceed the signed ones of the same width by.
 OFFSETS = {"int8": ("int8", 0), "uint8": ("int8", 128), "int16": ("int16", 0)}
+#: The first operator set whose DequantizeLinear onnx evaluates; earlier ones define the same for 8 bits.
+FIRST_OPSET = 19
 #: Operators that move integers and do not change them.
 MOVES = ("Concat", "Slice", "Transpose", "Reshape")
+#: Operators that repeat an operand along axes of size 1.
+BROADCASTS = ("Add", "Sub", "Mul")
 #: Inputs that are tensors, where that is not all of them.
 DATA_INPUTS = {"Slice": 1, "Reshape": 1, "Clip": 1}
 
@@ -111,6 +115,24 @@ def read(model: onnx.ModelProto) -> QuantizedGraph:
     It ends the process, with one line that says why, where a tensor between operators is not quantized.
     """
     return _Reader(onnx.shape_inference.infer_shapes(model, data_prop=True)).graph()
+
+
+def stored_once(graph: QuantizedGraph) -> QuantizedGraph:
+    """Return the graph with constants of sums and masks that are alike for all matrices stored for one."""
+    operators = [
+        replace(operator, inputs=tuple(map(_for_one, operator.inputs)))
+        if operator.kind in BROADCASTS
+        else operator
+        for operator in graph.operators
+    ]
+    return replace(graph, operators=tuple(operators))
+
+
+def _for_one(tensor: Tensor) -> Tensor:
+    values = tensor.values
+    if values is None or values.ndim < 3 or not (values == values[:, :1]).all():
+        return tensor
+    return replace(tensor, name=f"{tensor.name}/once", shape=values[:, :1].shape, values=values[:, :1])
 
 
 def refuse(reason: str) -> NoReturn:
@@ -251,4 +273,8 @@ class _Reader:
                 yield from self._results(self.producers[name].input)
 
     def _part(self, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
-        return Extractor(self.model).extract_model(inputs, outputs)
+        part = Extractor(self.model).extract_model(inputs, outputs)
+        for imported in part.opset_import:
+            if not imported.domain:
+                imported.version = max(imported.version, FIRST_OPSET)
+        return part
