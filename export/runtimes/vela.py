@@ -1,15 +1,15 @@
 """Arm Ethos-U NPUs: compiled by Vela, run in TFLite's reference kernels.
 
-The NPU computes what these kernels do.  They round twice, where ONNX rounds
-once: to a whole number of the accumulator times a factor in [1/2, 1), then to
-the result, both times halves away from zero.
+The NPU computes what these kernels do.  They round every result twice, where
+ONNX rounds once; see `qinvert.numerics.tflite`.
 """
 
 from __future__ import annotations
 
 from qinvert.export.runtimes.subprocesses import separate
+from qinvert.numerics.law import Rounding
 
-#: Steps by which values differ from ONNX's, see `docs/limits.md`.
+#: For plans whose rounding is not simulated: int16.
 OWN_STEPS = 2
 
 RUNTIME = separate(
@@ -18,6 +18,7 @@ RUNTIME = separate(
     module="ethosu",
     requirement="ethos-u-vela ai-edge-litert onnx",
     own_steps=OWN_STEPS,
+    rounding=Rounding.TFLITE,
     hardware={
         "ethos-u85-256": "Ethos-U85 of 256 MACs, DRAM",
         "ethos-u55-128": "Ethos-U55 of 128 MACs, shared SRAM",

@@ -151,6 +151,8 @@ class _Reader:
             value.name: value.type.tensor_type
             for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
         }
+        #: Float tensors that are quantized.
+        self.quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
         #: Integer tensors that are not constants, by name.
         self.tensors: dict[str, Tensor] = {}
         #: The tensors behind dequantized ones.
@@ -166,6 +168,8 @@ class _Reader:
                 self._dequantize(node)
             elif node.op_type == "QuantizeLinear":
                 self._quantize(node)
+            elif self._is_copy(node):
+                self.dequantized[node.output[0]] = self.dequantized[node.input[0]]
             elif any(name in self.behind for name in node.input):
                 self.behind.update(node.output)
         given = [value.name for value in self.model.graph.input]
@@ -191,6 +195,15 @@ class _Reader:
             refuse(f"the integers {source!r} are read on another grid than they were written on")
         self.dequantized[node.output[0]] = self.tensors[source]
         self.behind.add(node.output[0])
+
+    def _is_copy(self, node: onnx.NodeProto) -> bool:
+        """Whether a node multiplies by the identity inside another operator, to keep it from fusing."""
+        if node.op_type != "MatMul" or node.output[0] in self.quantized:
+            return False
+        left, right = (self.dequantized.get(name) for name in node.input)
+        if left is None or right is None or right.values is None:
+            return False
+        return bool((right.values * right.scale == np.eye(right.shape[-1])).all())
 
     def _quantize(self, node: onnx.NodeProto) -> None:
         source, name = node.input[0], node.output[0]

@@ -19,11 +19,12 @@ Builtin, Options = schema.BuiltinOperator, schema.BuiltinOptions
 TYPES = {"int8": schema.TensorType.INT8, "int16": schema.TensorType.INT16, "int32": schema.TensorType.INT32}
 #: Operators whose inputs are those of ONNX, with the type of their options, if they have one.
 PLAIN = {
-    "Add": (Builtin.ADD, "AddOptions"),
-    "Sub": (Builtin.SUB, "SubOptions"),
     "Mul": (Builtin.MUL, "MulOptions"),
     "QuantizeLinear": (Builtin.QUANTIZE, "QuantizeOptions"),
 }
+#: How many times the scale of a sum that of a term may be, by the sum's type: the kernels shift terms by
+#: 20 or 15 bits, and abort the process where the shifted sum needs a factor of 1 or more.
+SUM_RATIOS = {"int8": 2**19, "int16": 2**14}
 #: Versions of operators from which on they take int16 as well as int8.
 VERSIONS = {
     Builtin.BATCH_MATMUL: 4,
@@ -68,6 +69,8 @@ class _Writer:
         self.codes: dict[int, int] = {}
         self.special: dict[str, Callable[[Operator], None]] = {
             "MatMul": self._matmul,
+            "Add": self._sum,
+            "Sub": self._sum,
             "Concat": self._concat,
             "Slice": self._slice,
             "Transpose": self._transpose,
@@ -164,6 +167,16 @@ class _Writer:
         if wide.name not in self.places:
             self._append(*PLAIN["QuantizeLinear"], (tensor,), wide)
         return wide
+
+    def _sum(self, operator: Operator) -> None:
+        largest, ratio = max(tensor.scale for tensor in operator.inputs), SUM_RATIOS[operator.output.element]
+        if largest >= operator.output.scale * ratio:
+            refuse(
+                f"{operator.kind} {operator.name!r} has a scale of {operator.output.scale:g} for terms of "
+                f"{largest:g}; TFLite takes less than {ratio} times as much; use another method"
+            )
+        builtin = Builtin.ADD if operator.kind == "Add" else Builtin.SUB
+        self._append(builtin, f"{operator.kind}Options", operator.inputs, operator.output)
 
     def _concat(self, operator: Operator) -> None:
         axis = int(operator.attributes["axis"])
