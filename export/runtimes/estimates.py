@@ -34,8 +34,8 @@ class CycleEstimate:
     products: Mapping[str, str] = field(default_factory=dict)
     #: Nodes that do not run on the NPU.
     elsewhere: Sequence[str] = ()
-    #: Files that the compiler made and that were kept.
-    kept: Sequence[Path] = ()
+    #: Files of the compiler that were kept, and how to load each.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cycles <= 0 or self.uncosted < 0 or not self.source:
