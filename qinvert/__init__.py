@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.functions import export_layers as export_layers
-    from qinvert.export.verification.comparison import Verification as Verification
     from qinvert.export.runtimes.estimates import CycleEstimate as CycleEstimate
+    from qinvert.export.verification.comparison import Verification as Verification
     from qinvert.export.verification.cycles import estimate as estimate
     from qinvert.export.verification.verify import verify as verify
     from qinvert.export.whole_models.export_model import export_model as export_model
