@@ -24,7 +24,8 @@ class CycleEstimate:
     #: Ends of the compiler's own range, where it gives one.
     lower: int | None = None
     upper: int | None = None
-    #: What moves through the chip's memories, as the tool reports it (bytes), by a readable name.
+    #: What moves between the chip and its memories, by the tool's own names; bytes unless a name says
+    #: otherwise.
     traffic: Mapping[str, int] = field(default_factory=dict)
     #: Operators for which the estimator has no cost: the cycles leave them out.
     uncosted: int = 0

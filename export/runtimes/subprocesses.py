@@ -80,6 +80,14 @@ def interpreter(name: str, module: str) -> str | None:
     return sys.executable if find_spec(module) is not None else None
 
 
+def how_to_install(name: str, requirement: str) -> str:
+    """Say that a runtime is not installed, and what to do about it."""
+    return (
+        f"{name} is not installed; run: pip install {requirement}, or set "
+        f"QINVERT_{name.upper()}_PYTHON to the interpreter of an environment that has it"
+    )
+
+
 def _compile(
     name: str,
     module: str,
@@ -92,10 +100,7 @@ def _compile(
 ) -> Iterator[Execution]:
     python = interpreter(name, module)
     if python is None:
-        raise ExportError(
-            f"{name} is not installed; run: pip install {requirement}, or set "
-            f"QINVERT_{name.upper()}_PYTHON to the interpreter of an environment that has it"
-        )
+        raise ExportError(how_to_install(name, requirement))
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_job(folder, content, feeds, request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from os import PathLike
 
-from qinvert.errors import ExportError
 from qinvert.export import runtimes
 from qinvert.export.exporting import serialize
 from qinvert.export.functions import single_layer
@@ -46,19 +45,3 @@ def estimate(
     whole = read_model(content, path)
     model = single_layer(whole, layer)
     return runtimes.estimate(content if model is whole else serialize(model), hardware, keep=keep)
-
-
-def chips_of(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the chips that the named runtimes estimate cycles for.
-
-    Raises
-    ------
-    ExportError
-        If they estimate none; the message lists all chips.
-    """
-    found = tuple(chip for chip, runtime in runtimes.estimators().items() if runtime.name in names)
-    if not found:
-        raise ExportError(
-            f"{', '.join(names)} estimates no cycles; name a chip: {', '.join(runtimes.estimators())}"
-        )
-    return found
