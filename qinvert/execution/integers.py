@@ -97,6 +97,10 @@ class IntegerEvaluator(TorchEvaluator):
             return source
         if step.factor == 1:
             return self._sum(step.output, self._planes(step.source, source))
+        return self.multiplied(step, source)
+
+    def multiplied(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        """Return the integers of ``step.factor`` times the source."""
         grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
         value = rounding.dequantize(source, grid.scale, grid.format)
         return rounding.requantize_scaled(value, 1.0, step.factor, output.scale, output.format)

@@ -24,9 +24,7 @@ class TfliteEvaluator(IntegerEvaluator):
         rounded = tflite.requantize if isinstance(product.step, MatMul) else tflite.multiply
         return rounded(total, unit, output.scale, output.format)
 
-    def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
-        if step.factor == 1 or self.plan.keeps_integers(step):
-            return super().rescale(step, source)
+    def multiplied(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         output, sign = self.plan.tensors[step.output], 1 if step.factor > 0 else -1
         # Graphs multiply by an integer of 1 on a grid of the factor.
         unit = product_scale(self.plan.tensors[step.source].scale, abs(step.factor))

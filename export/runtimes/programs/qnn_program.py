@@ -1,15 +1,17 @@
-"""Compiles a graph for Hexagon, with the CPU forbidden, and runs it in the emulator."""
+"""Compiles a graph for Hexagon, with the CPU forbidden, runs it in the emulator, and reads its cost."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import onnxruntime_qnn
-from protocol import Array, Outcome, main
+from protocol import Answer, Array, main, request
 
 PROVIDER = "QNNExecutionProvider"
 #: Element types of QNN, as its dumped graphs number them.
@@ -21,20 +23,40 @@ ELEMENTS = {
     0x0408: "uint8",
     0x0416: "uint16",
 }
-#: Chip by Hexagon architecture, as onnxruntime numbers them.
-CHIPS = {"73": "60", "75": "57", "79": "69"}
+#: Number and name of a chip by Hexagon architecture, as onnxruntime numbers them.  Of v73 and v81 these
+#: are chips whose cycles the compiler simulates.
+CHIPS = {"73": ("52", "SA8255"), "75": ("57", "SM8650"), "79": ("69", "SM8750"), "81": ("72", "SA8797")}
+#: How hard the compiler tries: the most.
+MODE = "3"
+#: What the profile calls the cycles and the ends of their range.
+CYCLES = {
+    "cycles": "Simulated (Accelerator exec cycles)",
+    "lower": "Simulated (Accelerator exec cycles (lower estimate))",
+    "upper": "Simulated (Accelerator exec cycles (upper estimate))",
+}
+#: What the profile calls operators without a cost.
+UNCOSTED = "Missing Ops (Number of Ops with no Costs associated)"
+#: Unit of what moves between the chip and its memory.
+TRAFFIC_UNIT = "BYTES"
 
 
-def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Outcome]:
-    """Compile a context binary for every architecture, then run it."""
+def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Answer]:
+    """Compile a context binary for every architecture, then run it; without feeds only what is asked for."""
     onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+    asked, keep = request(folder)
     for architecture in CHIPS:
+        hardware = f"hexagon-v{architecture}"
+        if not feeds and hardware not in asked:
+            continue
         dump = folder / f"v{architecture}"
         dump.mkdir()
-        context = compiled(model, architecture, dump)
-        session = onnxruntime.InferenceSession(context, options(architecture, {}))
-        outputs = [session.run(None, feed)[0] for feed in feeds]
-        yield f"Hexagon v{architecture}", outputs, products(dump), others(context)
+        file = folder / f"{hardware}.onnx"
+        compiled(model, architecture, file, dump)
+        answer: dict[str, Any] = {"kept": [file.name] if keep else []}
+        if hardware in asked:
+            answer["estimate"] = {"hardware": hardware, **cost(dump / "profile.csv", architecture)}
+        outputs = executed(file, architecture, feeds) if feeds else []
+        yield f"Hexagon v{architecture}", outputs, products(dump), others(file), answer
 
 
 def options(architecture: str, extra: dict[str, str], **entries: str) -> Any:
@@ -45,18 +67,49 @@ def options(architecture: str, extra: dict[str, str], **entries: str) -> Any:
     settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for key, value in entries.items():
         settings.add_session_config_entry(key.replace("__", "."), value)
-    chip = {"backend_type": "htp", "soc_model": CHIPS[architecture], "htp_arch": architecture}
+    chip = {"backend_type": "htp", "soc_model": CHIPS[architecture][0], "htp_arch": architecture}
     settings.add_provider_for_devices(devices, {**chip, **extra})
     return settings
 
 
-def compiled(model: Path, architecture: str, folder: Path) -> bytes:
-    """Return an ONNX file that wraps the context binary."""
-    target = folder / "context.onnx"
-    extra = {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": str(folder)}
+def compiled(model: Path, architecture: str, target: Path, folder: Path) -> None:
+    """Write an ONNX file that wraps the context binary, and the dumped graph and profile beside it."""
+    extra = {
+        "dump_json_qnn_graph": "1",
+        "json_qnn_graph_dir": str(folder),
+        "htp_graph_finalization_optimization_mode": MODE,
+        "profiling_level": "detailed",
+        # Profiles are appended to, so that each needs a new file.
+        "profiling_file_path": str(folder / "profile.csv"),
+    }
     entries = {"ep__context_enable": "1", "ep__context_file_path": str(target), "ep__context_embed_mode": "1"}
     onnxruntime.InferenceSession(str(model), options(architecture, extra, **entries))
-    return target.read_bytes()
+
+
+def executed(context: Path, architecture: str, feeds: list[dict[str, Array]]) -> list[Array]:
+    """Return the output of every call in the emulator."""
+    session = onnxruntime.InferenceSession(str(context), options(architecture, {}))
+    return [session.run(None, feed)[0] for feed in feeds]
+
+
+def cost(profile: Path, architecture: str) -> dict[str, Any]:
+    """What the compiler's profile says of the graph, with the names of the protocol."""
+    with profile.open(encoding="utf-8", newline="") as stream:
+        events = list(csv.DictReader(stream))
+    rows = {row["Event Identifier"]: row for row in events}
+    graphs = sum(row["Event Identifier"] == CYCLES["cycles"] for row in events)
+    if graphs != 1:
+        raise RuntimeError(f"the compiler estimated cycles {graphs} times, for as many parts of the graph")
+    chip = CHIPS[architecture][1]
+    numbers = {name: int(rows[event]["Time"]) for name, event in CYCLES.items()}
+    traffic = {
+        event: int(row["Time"]) for event, row in rows.items() if row["Unit of Measurement"] == TRAFFIC_UNIT
+    }
+    source = (
+        f"simulated by Qualcomm's compiler for {chip} (Hexagon v{architecture}), onnxruntime-qnn "
+        f"{version('onnxruntime-qnn')}, optimization mode {MODE}; not measured"
+    )
+    return {**numbers, "traffic": traffic, "uncosted": int(rows[UNCOSTED]["Time"]), "source": source}
 
 
 def products(folder: Path) -> dict[str, str]:
@@ -71,11 +124,11 @@ def products(folder: Path) -> dict[str, str]:
     return found
 
 
-def others(context: bytes) -> list[str]:
+def others(context: Path) -> list[str]:
     """Nodes outside the context binary."""
     import onnx
 
-    nodes = onnx.load_from_string(context).graph.node
+    nodes = onnx.load(context).graph.node
     return [node.name for node in nodes if node.op_type != "EPContext"]
 
 

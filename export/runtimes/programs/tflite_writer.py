@@ -6,7 +6,7 @@ is that of ONNX between DequantizeLinear and QuantizeLinear, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from quantized_graph import Array, Operator, QuantizedGraph, Tensor, refuse
 
 Builtin, Options = schema.BuiltinOperator, schema.BuiltinOptions
 TYPES = {"int8": schema.TensorType.INT8, "int16": schema.TensorType.INT16, "int32": schema.TensorType.INT32}
-#: Operators whose inputs are those of ONNX, with the type of their options, if they have one.
+#: Operators whose inputs are those of ONNX, with the type of their options.
 PLAIN = {
     "Mul": (Builtin.MUL, "MulOptions"),
     "QuantizeLinear": (Builtin.QUANTIZE, "QuantizeOptions"),
@@ -99,8 +99,8 @@ class _Writer:
     def _append(
         self,
         builtin: int,
-        options: str | None,
-        inputs: tuple[Tensor | int, ...],
+        options: str,
+        inputs: Sequence[Tensor | int],
         output: Tensor,
         **fields: Any,
     ) -> None:
@@ -108,11 +108,10 @@ class _Writer:
         made.opcodeIndex = self._code(builtin)
         made.inputs = [self._place(given) if isinstance(given, Tensor) else given for given in inputs]
         made.outputs = [self._place(output)]
-        if options is not None:
-            made.builtinOptionsType = getattr(Options, options)
-            made.builtinOptions = getattr(schema, f"{options}T")()
-            for name, value in fields.items():
-                setattr(made.builtinOptions, name, value)
+        made.builtinOptionsType = getattr(Options, options)
+        made.builtinOptions = getattr(schema, f"{options}T")()
+        for name, value in fields.items():
+            setattr(made.builtinOptions, name, value)
         self.part.operators.append(made)
 
     def _code(self, builtin: int) -> int:
@@ -194,7 +193,7 @@ class _Writer:
         for axis, start, end in zip(axes, given["starts"], given["ends"], strict=True):
             # As Python reads them: negative ones count from the end, others stop there.
             starts[axis], ends[axis], _ = slice(int(start), int(end)).indices(source.shape[axis])
-        corners = (self._indices(starts), self._indices(ends), self._indices([1] * rank))
+        corners = [self._indices(values) for values in (starts, ends, [1] * rank)]
         self._append(Builtin.STRIDED_SLICE, "StridedSliceOptions", (source, *corners), operator.output)
 
     def _transpose(self, operator: Operator) -> None:
@@ -204,8 +203,8 @@ class _Writer:
         self._append(Builtin.TRANSPOSE, "TransposeOptions", places, operator.output)
 
     def _reshape(self, operator: Operator) -> None:
-        shape = list(operator.output.shape)
-        places = (*operator.inputs, self._indices(shape))
+        (source,), shape = operator.inputs, list(operator.output.shape)
+        places = (source, self._indices(shape))
         self._append(Builtin.RESHAPE, "ReshapeOptions", places, operator.output, newShape=shape)
 
     def _clip(self, operator: Operator) -> None:
@@ -220,7 +219,8 @@ class _Writer:
 
     def _end(self, operator: Operator, name: str) -> Tensor:
         source = operator.inputs[0]
-        value = np.rint(np.float32(operator.attributes[name]) / np.float32(source.scale)) + source.zero_point
+        quotient = np.float32(operator.attributes[name]) / np.float32(source.scale)
+        value = round(float(quotient)) + source.zero_point
         limits = np.iinfo(source.element)
         values = np.full((1,) * len(source.shape), np.clip(value, limits.min, limits.max), source.element)
         return replace(source, name=f"{operator.name}/{name}", shape=values.shape, values=values)

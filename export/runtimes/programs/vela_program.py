@@ -38,13 +38,14 @@ CHIPS = {
     "ethos-u85-256": Chip("Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB", once=True),
     "ethos-u55-128": Chip("Ethos_U55_High_End_Embedded", "Shared_Sram", once=False),
 }
-#: Columns of Vela's summary, by what they are.
+#: Columns of Vela's summary by what they are, in bytes.
 TRAFFIC = {
-    "SRAM, bytes": "sram_total_bytes",
-    "DRAM, bytes": "dram_total_bytes",
-    "on-chip flash, bytes": "on_chip_flash_total_bytes",
-    "off-chip flash, bytes": "off_chip_flash_total_bytes",
+    "SRAM": "sram_total_bytes",
+    "DRAM": "dram_total_bytes",
+    "on-chip flash": "on_chip_flash_total_bytes",
+    "off-chip flash": "off_chip_flash_total_bytes",
 }
+#: The same, in cycles.
 PARTS = {
     "NPU": "cycles_npu",
     "SRAM": "cycles_sram_access",

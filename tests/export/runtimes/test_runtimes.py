@@ -148,6 +148,27 @@ def test_hexagon_equals_its_simulation(target, bits, method, scales, tmp_path):
         assert result.exact
 
 
+def test_qualcomms_compiler_says_what_a_graph_costs(tmp_path):
+    needed("qnn")
+    path, plan, lower = exported(tmp_path, 16, "packed", "pow2", 1)
+    found = {chip: qinvert.estimate(path, chip) for chip in RUNTIMES["qnn"].hardware}
+    assert set(found) == {"hexagon-v81", "hexagon-v73"}
+    for chip, cost in found.items():
+        assert cost.hardware == chip
+        assert 1000 < cost.lower <= cost.cycles <= cost.upper < 1_000_000
+        assert set(cost.products.values()) == {"int8 x int8"}
+        assert "not measured" in cost.source
+    # The same whenever it is asked; and what is kept is the model that a device loads.
+    again = qinvert.estimate(path, "hexagon-v81", keep=tmp_path / "kept")
+    assert again.cycles == found["hexagon-v81"].cycles
+    (file,) = again.kept
+    (node,) = onnx.load(file).graph.node
+    assert node.op_type == "EPContext"
+    results = qinvert.verify(path, plan, lower, runtimes=("qnn",), keep=tmp_path / "all")
+    assert [result.runtime for result in results] == [f"qnn (Hexagon v{n})" for n in (73, 75, 79, 81)]
+    assert all(Path(file).is_file() for result in results for file in result.kept)
+
+
 def test_openvino_equals_the_simulator_on_a_million_values(tmp_path):
     needed("openvino")
     if not amx_or_vnni():
