@@ -94,7 +94,7 @@ def test_int4_values_saturate_after_integer_products(name, scales, tmp_path):
     assert result.mismatches <= 1e-4 * result.values or RUNTIMES[name].own_steps
 
 
-@pytest.mark.parametrize("name", ["openvino", "qnn", "rknn"])
+@pytest.mark.parametrize("name", ["openvino", "qnn", "rknn", "vela"])
 def test_graphs_that_build_l_from_keys_agree(name, tmp_path):
     needed(name)
     generator = torch.Generator().manual_seed(0)
@@ -167,6 +167,21 @@ def test_qualcomms_compiler_says_what_a_graph_costs(tmp_path):
     results = qinvert.verify(path, plan, lower, runtimes=("qnn",), keep=tmp_path / "all")
     assert [result.runtime for result in results] == [f"qnn (Hexagon v{n})" for n in (73, 75, 79, 81)]
     assert all(Path(file).is_file() for result in results for file in result.kept)
+
+
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [("npu-qdq-int8", "tiled"), ("npu-qdq-int8", "corrected"), ("npu-qdq-uint8", "packed")],
+)
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+def test_ethos_equals_its_simulation(target, method, scales, tmp_path):
+    needed("vela")
+    lower = torch.cat([stress_matrices(name, 4, 64, seed=7) for name in STRESS])
+    plan = qinvert.calibrate(lower, method=METHODS[method](64), bits=8, target=target, scales=scales)
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=("vela",)):
+        assert (result.rounding, result.exact, result.elsewhere) == ("tflite", True, ())
+        assert result.mismatches == 0
 
 
 def test_openvino_equals_the_simulator_on_a_million_values(tmp_path):
