@@ -8,7 +8,7 @@ from typing import cast
 import onnx
 
 from qinvert.errors import ExportError
-from qinvert.export.interface import AUTO, GraphInput, GraphOutput, Interface
+from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
@@ -28,6 +28,8 @@ def export(
     input: str = AUTO,  # noqa: A002 - the name in the public contract
     output: str = AUTO,
     key_size: int | None = None,
+    input_type: str = InputType.FLOAT32,
+    chains: int | str = 1,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph.
 
@@ -78,7 +80,15 @@ def export(
         If the layer is unknown.
     """
     model = build(
-        plan, profile=profile, layer=layer, batch=batch, input=input, output=output, key_size=key_size
+        plan,
+        profile=profile,
+        layer=layer,
+        batch=batch,
+        input=input,
+        output=output,
+        key_size=key_size,
+        input_type=input_type,
+        chains=chains,
     )
     write_atomically(path, serialize(model))
     return model
@@ -93,6 +103,8 @@ def build(
     input: str = AUTO,  # noqa: A002 - as in `export`
     output: str = AUTO,
     key_size: int | None = None,
+    input_type: str = InputType.FLOAT32,
+    chains: int | str = 1,
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
     chosen = profile_for(plan, profile)
@@ -100,7 +112,7 @@ def build(
     name = layer if layer is not None else next(iter(plan.layers))
     if batch is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
-    interface = interface_of(layer_plan, batch, input, output, key_size)
+    interface = interface_of(layer_plan, batch, input, output, key_size, input_type, chains)
     metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
     graph = lower(layer_plan, chosen, interface)
     model = graph.model(_graph_name(layer_plan), chosen.opset, metadata, describe(layer_plan, interface))
@@ -118,6 +130,8 @@ def interface_of(
     source: str = AUTO,
     result: str = AUTO,
     key_size: int | None = None,
+    input_type: str = InputType.FLOAT32,
+    chains: int | str = 1,
 ) -> Interface:
     """Return checked options of `export`, with the defaults of an inverse or of other programs.
 
@@ -132,7 +146,12 @@ def interface_of(
     if result == AUTO:
         result = GraphOutput.T if inverse else GraphOutput.PORTS
     return Interface(
-        batch=batch, input=cast("GraphInput", source), output=cast("GraphOutput", result), key_size=key_size
+        batch=batch,
+        input=cast("GraphInput", source),
+        output=cast("GraphOutput", result),
+        key_size=key_size,
+        input_type=cast("InputType", input_type),
+        chains=cast("int", chains),
     )
 
 

@@ -31,6 +31,7 @@ ELEMENT_TYPES: Mapping[str, int] = {
     "int8": TensorProto.INT8,
     "uint8": TensorProto.UINT8,
     "int16": TensorProto.INT16,
+    "uint16": TensorProto.UINT16,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
@@ -55,17 +56,25 @@ class GraphBuilder:
         return name in self._values
 
     def shape(self, name: str) -> Sizes:
-        """Shape of a tensor that a node writes."""
-        return [d.dim_param or d.dim_value for d in self._values[name].type.tensor_type.shape.dim]
+        """Shape of an input, or of a tensor that a node writes."""
+        return [d.dim_param or d.dim_value for d in self._value(name).type.tensor_type.shape.dim]
+
+    def element(self, name: str) -> str:
+        """NumPy name of the type of an input, or of a tensor that a node writes."""
+        kind = self._value(name).type.tensor_type.elem_type
+        return next(element for element, number in ELEMENT_TYPES.items() if number == kind)
+
+    def _value(self, name: str) -> onnx.ValueInfoProto:
+        return self._values.get(name) or next(value for value in self._inputs if value.name == name)
 
     def source(self, name: str) -> str:
         """First operand of the node that writes a tensor."""
         found: str = next(node.input[0] for node in reversed(self._nodes) if node.output[0] == name)
         return found
 
-    def input(self, name: str, shape: Sequence[int | str]) -> str:
-        """Declare a float32 input."""
-        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    def input(self, name: str, shape: Sequence[int | str], element: str = "float32") -> str:
+        """Declare an input."""
+        self._inputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[element], shape))
         return name
 
     def output(self, name: str) -> str:
@@ -119,6 +128,25 @@ class GraphBuilder:
         )
         for output, (shape, element) in outputs.items():
             self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
+
+    def inline(self, other: GraphBuilder, prefix: str, inputs: Mapping[str, str]) -> None:
+        """Append the nodes of another graph; their tensors get a prefix, constants are shared.
+
+        ``inputs`` says which tensor of this graph each input of the other one is.
+        """
+        for name, tensor in other._initializers.items():
+            self.initializer(name, numpy_helper.to_array(tensor))
+        names = {name: name for name in other._initializers} | dict(inputs)
+        for node in other._nodes:
+            copy = onnx.NodeProto.FromString(node.SerializeToString())
+            copy.input[:] = [names[name] for name in node.input]
+            copy.name = copy.output[0] = names.setdefault(node.output[0], prefix + node.output[0])
+            value = onnx.ValueInfoProto.FromString(other._values[node.output[0]].SerializeToString())
+            value.name = copy.name
+            if copy.name in self._values:
+                raise ExportError(f"two nodes write {copy.name!r}; rename a step of the program")
+            self._nodes.append(copy)
+            self._values[copy.name] = value
 
     def model(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, cast
@@ -56,6 +56,15 @@ class GraphOutput(StrEnum):
     PORTS = "ports"
 
 
+class InputType(StrEnum):
+    """How matrices enter a graph."""
+
+    #: Real numbers, which the graph quantizes.
+    FLOAT32 = "float32"
+    #: Integers on the plan's grid of M, as the profile stores them at the ends of graphs.
+    INTEGERS = "integers"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
     """Inputs and outputs of a graph.
@@ -72,11 +81,15 @@ class Interface:
     #: Length of a key, for `GraphInput.KEYS` only.
     key_size: int | None = None
     output: GraphOutput = GraphOutput.T
+    input_type: InputType = InputType.FLOAT32
+    #: Independent parts of the batch in one graph: element by element, what one chain does can run
+    #: beside products of another.
+    chains: int = 1
 
     def __post_init__(self) -> None:
         if self.batch is not None:
             check_integer("batch", self.batch, 1, MAX_BATCH, ExportError, "; pass the matrices per call")
-        for name, kind in (("input", GraphInput), ("output", GraphOutput)):
+        for name, kind in (("input", GraphInput), ("output", GraphOutput), ("input_type", InputType)):
             given = getattr(self, name)
             if not isinstance(given, str) or given not in list(kind):
                 raise ExportError(f"{name} {given!r} is unknown; use {' or '.join(kind)}")
@@ -86,6 +99,8 @@ class Interface:
             check_integer("key_size", self.key_size, 1, MAX_KEY_SIZE, ExportError, hint)
         elif self.key_size is not None:
             raise ExportError(f"key_size {self.key_size!r} is for input='keys' only; leave it out")
+        self._check_input_type()
+        self._check_chains()
         if self.output is not GraphOutput.INTEGERS:
             ports = self.input is GraphInput.PORTS
             if ports != (self.output is GraphOutput.PORTS):
@@ -93,6 +108,23 @@ class Interface:
                     f"input {str(self.input)!r} does not go with output {str(self.output)!r}; inverses "
                     "return 'T', other programs return their 'ports', and both can return 'integers'"
                 )
+
+    def _check_input_type(self) -> None:
+        if self.input_type is InputType.INTEGERS and self.input not in (GraphInput.M, GraphInput.PORTS):
+            raise ExportError(
+                f"input_type 'integers' needs input='M', not {str(self.input)!r}: only M is a tensor of the "
+                "program; pass the integers of -L, or leave input_type out"
+            )
+
+    def _check_chains(self) -> None:
+        check_integer("chains", self.chains, 1, MAX_BATCH, ExportError, "; or 'auto'")
+        if self.batch is None and self.chains > 1:
+            raise ExportError(f"chains {self.chains} needs a batch that is fixed; pass batch, or chains=1")
+        if self.batch is not None and self.batch % self.chains:
+            raise ExportError(
+                f"batch {self.batch} cannot be cut into {self.chains} chains of equal size; "
+                "choose a divisor of the batch"
+            )
 
     @staticmethod
     def of(model: onnx.ModelProto, plan: QuantizedProgram) -> Interface:
@@ -116,7 +148,8 @@ class Interface:
                 batch=check_integer("batch of the graph", batch, 1, most, ExportError),
                 input=source,
                 key_size=cast("int", key_size) if source is GraphInput.KEYS else None,
-                output=GraphOutput.INTEGERS if _returns_integers(model) else GraphOutput.T,
+                output=GraphOutput.INTEGERS if _are_integers(model.graph.output) else GraphOutput.T,
+                input_type=InputType.INTEGERS if _are_integers(model.graph.input) else InputType.FLOAT32,
             )
             fits = list(given.items()) == list(found.inputs(plan).items())
             fits = fits and returned == found.outputs(plan)
@@ -196,6 +229,17 @@ class Interface:
         (name,) = self.output_names(plan).values()
         return name
 
+    def part(self, input_type: InputType) -> Interface:
+        """What one chain takes and returns: its share of the batch."""
+        assert self.batch is not None
+        ports = self.input is GraphInput.PORTS
+        return Interface(
+            batch=self.batch // self.chains,
+            input_type=input_type,
+            input=GraphInput.PORTS if ports else GraphInput.M,
+            output=GraphOutput.PORTS if ports else GraphOutput.T,
+        )
+
     def sizes(self, port: Port) -> Sizes:
         """Shape of a port in the graph."""
         _, rows, columns = port.shape
@@ -211,13 +255,48 @@ class Interface:
                 f"use {' or '.join(legal)}"
             )
 
+    def input_elements(self, plan: QuantizedProgram, profile: Profile) -> dict[str, str]:
+        """NumPy name of the type of every input."""
+        found = dict.fromkeys(self.inputs(plan), "float32")
+        integers = self.integer_inputs(plan)
+        return found | {name: profile.end_of(plan.tensors[name].format).element for name in integers}
+
     def elements(self, plan: QuantizedProgram, profile: Profile) -> dict[str, str]:
         """NumPy name of the type of every output."""
         integers = self.output is GraphOutput.INTEGERS
         return {
-            name: profile.storage_of(plan.tensors[tensor].format).element if integers else "float32"
+            name: profile.end_of(plan.tensors[tensor].format).element if integers else "float32"
             for tensor, name in self.result_names(plan).items()
         }
+
+    def _input_metadata(self, plan: QuantizedProgram, profile: Profile) -> dict[str, str]:
+        found = {"qinvert.chains": str(self.chains)} if self.chains > 1 else {}
+        if self.input_type is not InputType.INTEGERS:
+            return found
+        found["qinvert.input_type"] = str(self.input_type)
+        for name in self.integer_inputs(plan):
+            grid = plan.tensors[name]
+            # An inverse has one matrix: no name is needed.
+            suffix = "" if plan.program.is_inverse else f"/{name}"
+            found[f"qinvert.input_scale{suffix}"] = repr(grid.scale)
+            found[f"qinvert.input_zero_point{suffix}"] = str(profile.end_of(grid.format).zero_point)
+        return found
+
+    def integer_inputs(self, plan: QuantizedProgram) -> tuple[str, ...]:
+        """Inputs that the graph takes as integers.
+
+        Raises
+        ------
+        ExportError
+            If the integers of one have two planes.
+        """
+        if self.input_type is not InputType.INTEGERS:
+            return ()
+        vectors = plan.program.vector_inputs
+        names = tuple(port.name for port in plan.program.inputs if port.name not in vectors)
+        for name in names:
+            _check_planes(plan.tensors[name].format, "input_type", name)
+        return names
 
     def square(self, plan: QuantizedProgram) -> Sizes:
         """Shape of L and of the output."""
@@ -225,12 +304,16 @@ class Interface:
 
     def metadata(self, plan: QuantizedProgram, profile: Profile) -> Mapping[str, str]:
         """Return what a user of the graph needs to know about its ends."""
-        found = {"qinvert.input": str(self.input), "qinvert.output": str(self.output)}
+        found = {
+            "qinvert.input": str(self.input),
+            "qinvert.output": str(self.output),
+            **self._input_metadata(plan, profile),
+        }
         if self.output is not GraphOutput.INTEGERS:
             return found
         for tensor, name in self.result_names(plan).items():
             grid = plan.tensors[tensor]
-            zero_point = profile.storage_of(grid.format).zero_point
+            zero_point = profile.end_of(grid.format).zero_point
             # An inverse has one output: no name is needed.
             suffix = "" if plan.program.is_inverse else f"/{name}"
             real = f"scale ({name} - zero_point)" if zero_point else f"scale {name}"
@@ -241,11 +324,11 @@ class Interface:
         return found
 
 
-def _check_planes(fmt: IntFormat) -> None:
+def _check_planes(fmt: IntFormat, option: str = "output", tensor: str = "result") -> None:
     if fmt.planes > 1:
         raise ExportError(
-            f"output='integers' needs one tensor, but the plan's result is {fmt} with {fmt.planes} planes; "
-            "leave output out or calibrate with other bits"
+            f"{option}='integers' needs one tensor, but the plan's {tensor} is {fmt} with {fmt.planes} "
+            f"planes; leave {option} out or calibrate with other bits"
         )
 
 
@@ -254,8 +337,8 @@ def _static_shape(value: onnx.ValueInfoProto) -> Sizes:
     return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
 
 
-def _returns_integers(model: onnx.ModelProto) -> bool:
-    return any(value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT for value in model.graph.output)
+def _are_integers(values: Iterable[onnx.ValueInfoProto]) -> bool:
+    return any(value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT for value in values)
 
 
 #: What stands before the program's result in T, by the result's name.

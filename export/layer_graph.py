@@ -23,11 +23,12 @@ def lower(plan: QuantizedProgram, profile: Profile, interface: Interface) -> Gra
     """
     _require(profile, plan)
     graph = GraphBuilder()
-    lowering = find_lowering(profile.lowering)(plan, profile, interface, graph)
     inputs, outputs = interface.inputs(plan), interface.output_names(plan)
+    elements = interface.input_elements(plan, profile)
     for name, shape in inputs.items():
-        graph.input(name, shape)
+        graph.input(name, shape, elements[name])
     given = _inverse_inputs(graph, plan, interface) if plan.program.is_inverse else {n: n for n in inputs}
+    lowering = find_lowering(profile.lowering)(plan, profile, interface, graph)
     lowering.run(given, outputs)
     for name in outputs.values():
         graph.output(name)

@@ -2,7 +2,7 @@
 
 A format describes the integers; the scale that turns them into real numbers
 belongs to each tensor (`qinvert.plan.quantization.Quantization`).  All formats but
-`UINT8` are symmetric: their zero point is 0, because this is the only 8-bit
+`UINT8` and `UINT16` are symmetric: their zero point is 0, because this is the only 8-bit
 form that every NPU compiler we tried multiplies natively.
 """
 
@@ -16,6 +16,8 @@ from qinvert.errors import PlanError, lookup
 #: One step of the high plane is this many steps of the low one.  Each pair of int8
 #: planes then means a different integer.
 PLANE_RATIO: Final = 256
+#: Bits of the widest operand that every target multiplies.
+NARROW_BITS: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,9 @@ class IntFormat:
     zero_point: int = 0
     #: Containers per value; with 2 the integer is ``PLANE_RATIO * high + low``.
     planes: int = 1
+    #: Whether a right operand of more than 8 bits enters a product as it is, and not as two int8
+    #: planes: for targets that multiply 16 by 16 bits.
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not self.minimum <= self.zero_point <= self.maximum:
@@ -62,6 +67,16 @@ class IntFormat:
         return max(self.maximum - self.zero_point, self.zero_point - self.minimum)
 
     @property
+    def is_wide(self) -> bool:
+        """Whether one container has more than 8 bits."""
+        return self.container_bits > NARROW_BITS
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a right operand of this format must be rounded onto two int8 planes."""
+        return self.is_wide and not self.whole
+
+    @property
     def element(self) -> str:
         """ONNX and NumPy name of the container's type."""
         return f"{'int' if self.minimum < 0 else 'uint'}{self.container_bits}"
@@ -76,8 +91,12 @@ INT4 = IntFormat(name="int4", container_bits=8, minimum=-7, maximum=7)
 INT8 = IntFormat(name="int8", container_bits=8, minimum=-128, maximum=127)
 #: The grid of `INT8` shifted by 128: the same real values, but faster on x86 CPUs.
 UINT8 = IntFormat(name="uint8", container_bits=8, minimum=0, maximum=255, zero_point=128)
-#: It is native only in products int16 x int8 (QNN), or on Ethos-U85.
+#: Right operands are split: products int16 x int8 are native on every target of 16 bits.
 INT16 = IntFormat(name="int16", container_bits=16, minimum=-32768, maximum=32767)
+#: The grid of `INT16` on targets that multiply 16 by 16 bits, with wider accumulators (Hexagon).
+INT16_WHOLE = IntFormat(name="int16-whole", container_bits=16, minimum=-32768, maximum=32767, whole=True)
+#: The grid of `INT16` shifted by 32768: the same real values, for the ends of graphs.
+UINT16 = IntFormat(name="uint16", container_bits=16, minimum=0, maximum=65535, zero_point=32768)
 #: Two int8 planes, ``256 * high + low``: about 15 bits from int8 products only.
 INT8X2 = IntFormat(
     name="int8x2",
@@ -88,7 +107,7 @@ INT8X2 = IntFormat(
 )
 
 #: Every format by its name.
-FORMATS: dict[str, IntFormat] = {f.name: f for f in (INT4, INT8, UINT8, INT16, INT8X2)}
+FORMATS: dict[str, IntFormat] = {f.name: f for f in (INT4, INT8, UINT8, INT16, INT16_WHOLE, UINT16, INT8X2)}
 
 
 def find_format(name: str) -> IntFormat:

@@ -10,6 +10,7 @@ from qinvert.formats import INT8, IntFormat
 from qinvert.numerics import scales
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program
+from qinvert.program.residual_sums import residual_sums
 from qinvert.program.steps import MOVES, MatMul
 
 #: Scales stay between these powers of two, inside what `qinvert.numerics.scales.check_scale` takes.
@@ -40,7 +41,8 @@ def scale_groups(program: Program) -> dict[str, str]:
     """Return for every tensor the representative of the tensors that must share its grid.
 
     Slices, masks and concats move values without rounding, so they connect
-    their inputs and outputs.
+    their inputs and outputs.  So do the sums of `qinvert.program.residual_sums`:
+    on one grid a sum of integers is exact, whatever kernel computes it.
     """
     parent = {name: name for name in program.tensors}
 
@@ -49,11 +51,10 @@ def scale_groups(program: Program) -> dict[str, str]:
             name = parent[name]
         return name
 
-    for step in program.steps:
-        if isinstance(step, MOVES):
-            for name in step.inputs:
-                if name in parent:
-                    parent[find(step.output)] = find(name)
+    for step in (*(s for s in program.steps if isinstance(s, MOVES)), *residual_sums(program)):
+        for name in step.inputs:
+            if name in parent:
+                parent[find(step.output)] = find(name)
     return {name: find(name) for name in parent}
 
 
@@ -121,7 +122,7 @@ def _partial_products(
 ) -> Iterator[tuple[MatMul, float]]:
     """Yield every product of int16 with the range that holds its partial products."""
     for step in program.steps:
-        if isinstance(step, MatMul) and formats[step.output].container_bits > INT8.container_bits:
+        if isinstance(step, MatMul) and formats[step.right].is_split:
             yield step, shared[step.left] * shared[step.right] / MAX_CANCELLATION
 
 
@@ -183,7 +184,7 @@ def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool
         Only ``float32(1 / k)`` for an odd integer k up to `MAX_IDENTITY_BLOCKS`
         times ``fmt.largest``.
     """
-    largest = WIDE_LARGEST if fmt.container_bits > INT8.container_bits else fmt.largest
+    largest = WIDE_LARGEST if fmt.is_split else fmt.largest
     wanted = min(max((limit or 1.0) / largest, SMALLEST), LARGEST)
     if reciprocal:
         wanted = max(wanted, 1 / (MAX_IDENTITY_BLOCKS * largest))

@@ -20,6 +20,7 @@ from qinvert.plan.integer_product import PlanePairs, plane_pairs
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.ports import InversePorts
 from qinvert.program.program import Program
+from qinvert.program.residual_sums import residual_sums
 from qinvert.program.steps import MatMul, Scale
 from qinvert.systems import Systems
 
@@ -56,8 +57,8 @@ class Sensitivities:
     noise: Mapping[tuple[str, str], float]
     #: Format name -> noise with all grids rounded, over the sum of their noises.
     coherence: Mapping[str, float]
-    #: Groups of the inputs.
-    inputs: frozenset[str]
+    #: Group of every input, by the variant that rounds the input without what only shares its grid.
+    inputs: Mapping[str, str]
     #: Group of the result.
     output: str
     #: Format name -> noise of an exact result that is put on the output's grid.
@@ -73,7 +74,7 @@ class Sensitivities:
 
     def floor_db(self, formats: Mapping[str, IntFormat]) -> float:
         """Predicted sqnr of an exact algorithm on the same input and output grids."""
-        noise = sum(self.noise[group, formats[group].name] for group in self.inputs)
+        noise = sum(self.noise[variant, formats[group].name] for variant, group in self.inputs.items())
         return self._decibels(noise + self.rounding[formats[self.output].name])
 
     def shares(self, formats: Mapping[str, IntFormat]) -> dict[str, float]:
@@ -114,7 +115,7 @@ class _VariantEvaluator(FloatEvaluator):
         self.rounded: dict[str, list[tuple[int, Quantization]]] = {name: [] for name in groups}
         for name, group in groups.items():
             self.rounded[name] = [
-                (i, grid[name]) for i, (g, grid) in enumerate(variants) if g in (group, ALL)
+                (i, grid[name]) for i, (g, grid) in enumerate(variants) if g in (group, ALL, _alone(name))
             ]
         self.grids = [grid for _, grid in variants]
 
@@ -226,15 +227,17 @@ def measure_sensitivities(
     unseen = {_format_of(grid, ports): _unseen_saturation(exact, grid, ports, share) for grid in grids}
     sample, exact = sample[:MATRICES].to(torch.float64), exact[:MATRICES]
     groups = scale_groups(program)
-    variants = [(group, grid) for grid in grids for group in (*dict.fromkeys(groups.values()), ALL)]
+    inputs = _input_variants(program, groups)
+    each = dict.fromkeys((*groups.values(), ALL, *inputs))
+    variants = [(variant, grid) for grid in grids for variant in each]
     forms = requantize or {_format_of(grid, ports): Requantize.DIVIDE for grid in grids}
     evaluator = _VariantEvaluator(program, variants, sample.count, sample.lower.device, forms)
     exact_inputs = program_inputs(program, sample, torch.float64)
-    inputs = {
+    given = {
         name: evaluator.stored(name, value.repeat(len(variants) + 1, 1, 1))
         for name, value in exact_inputs.items()
     }
-    result = only(program.evaluate(evaluator, inputs))
+    result = only(program.evaluate(evaluator, given))
     result = result.reshape(len(variants) + 1, *sample.lower.shape)
     rows = torch.ones((), dtype=torch.float64) if ports.beta is None else exact_inputs[ports.beta]
     rounding = {
@@ -247,7 +250,7 @@ def measure_sensitivities(
         (g, _format_of(grid, ports)): math.inf if math.isnan(e) else float(e)
         for (g, grid), e in zip(variants, errors, strict=True)
     }
-    coherence = {f: _coherence(noise, f) for g, f in noise if g == ALL}
+    coherence = {f: _coherence(noise, set(groups.values()), f) for g, f in noise if g == ALL}
     for name, power in unseen.items():
         noise[groups[ports.result], name] += power
     return Sensitivities(
@@ -256,7 +259,7 @@ def measure_sensitivities(
         truncation=_power(result[-1] - exact),
         noise={(g, f): value for (g, f), value in noise.items() if g != ALL},
         coherence=coherence,
-        inputs=frozenset(groups[port.tensor] for port in program.inputs),
+        inputs=inputs,
         output=groups[ports.result],
         rounding=rounding,
     )
@@ -294,7 +297,18 @@ def _power(error: torch.Tensor) -> float:
     return math.inf if math.isnan(power) else power
 
 
-def _coherence(noise: Mapping[tuple[str, str], float], name: str) -> float:
-    apart = sum(value for (group, fmt), value in noise.items() if fmt == name and group != ALL)
+def _alone(name: str) -> str:
+    return f"{name} alone"
+
+
+def _input_variants(program: Program, groups: Mapping[str, str]) -> dict[str, str]:
+    """Return the group of every input by the variant that rounds it: the group itself if all else is moved."""
+    shares = bool(residual_sums(program))
+    ports = [port.tensor for port in program.inputs]
+    return {_alone(name) if shares else groups[name]: groups[name] for name in ports}
+
+
+def _coherence(noise: Mapping[tuple[str, str], float], groups: set[str], name: str) -> float:
+    apart = sum(noise[group, name] for group in groups)
     together = noise[ALL, name]
     return together / apart if 0 < apart < math.inf and together < math.inf else 1.0

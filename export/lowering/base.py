@@ -11,7 +11,7 @@ import numpy as np
 
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder, Sizes
-from qinvert.export.interface import Interface
+from qinvert.export.interface import GraphOutput, InputType, Interface
 from qinvert.export.lowering.tensors import AXES, ProgramTensors, vector_name
 from qinvert.numerics import scalar
 from qinvert.plan.quantization import Quantization, Requantize
@@ -79,6 +79,13 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     @abstractmethod
     def source(self, tensor: str, name: str) -> Value:
         """Quantize the float tensor ``name``, which holds the input ``tensor``, and return the result."""
+
+    def converted(self, name: str, result: Value) -> None:
+        """Append the integers of a result as the ends of graphs store them."""
+        raise ExportError(
+            f"profile {self.profile.name!r} stores {name!r} in another way at the end of the graph than "
+            f"inside, which its lowering {self.profile.lowering!r} cannot write; leave out its field ends"
+        )
 
     @abstractmethod
     def finish(self, name: str, result: Value) -> str:
@@ -249,6 +256,15 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
             What the graph calls every output port; its integers where the
             graph returns those.
         """
+        results = self._chained(inputs) if self.interface.chains > 1 else self.values(inputs)
+        for port in self.plan.program.outputs:
+            if self.interface.output is not GraphOutput.INTEGERS:
+                self._end(port, results[port.name], outputs[port.name], inputs)
+            elif not self.returns(port.tensor):
+                self.converted(outputs[port.name], self.plain(results[port.name]))
+
+    def values(self, inputs: Mapping[str, str]) -> dict[str, Value]:
+        """Append the program between float tensors and the values of its outputs, which it returns."""
         program = self.plan.program
         self.given = next(iter(inputs.values()))
         values = {name: Value("", name) for name in program.vector_inputs}
@@ -257,11 +273,45 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
                 values[port.name] = self.source(port.tensor, inputs[port.name])
         for name, (vector, axis) in self.vectors.items():
             self.factors[name] = self.source(name, self._turned(inputs[vector], vector, axis))
-        results = program.evaluate(self, values)
-        if self.returned:
-            return
-        for port in program.outputs:
-            self._end(port, results[port.name], outputs[port.name], inputs)
+        return program.evaluate(self, values)
+
+    def _chained(self, inputs: Mapping[str, str]) -> dict[str, Value]:
+        """As `values`, with one copy of the program for each part of the batch."""
+        program, part = self.plan.program, self.interface.part(self.entry_type)
+        inner = type(self)(self.plan, self.profile, part, GraphBuilder())
+        results = {port: inner.plain(value) for port, value in inner.values({n: n for n in inputs}).items()}
+        wholes = {
+            name: tensor if name in program.vector_inputs else self.entry(name, tensor)
+            for name, tensor in inputs.items()
+        }
+        assert part.batch is not None
+        for i in range(self.interface.chains):
+            rows = (i * part.batch, (i + 1) * part.batch)
+            cut = {name: self._matrices(f"chain_{i}/{name}", whole, rows) for name, whole in wholes.items()}
+            self.graph.inline(inner.graph, f"chain_{i}/", cut)
+        return {port.name: self._rejoined(port, results[port.name]) for port in program.outputs}
+
+    def _matrices(self, name: str, whole: str, span: tuple[int, int]) -> str:
+        shape = self.graph.shape(whole)
+        shape[1] = span[1] - span[0]
+        bounds = [self._indices((value,)) for value in (*span, 1)]
+        return self.graph.node("Slice", [whole, *bounds], f"{name}/given", shape, self.graph.element(whole))
+
+    def _rejoined(self, port: Port, result: Value) -> Value:
+        grid, shape, names = self.grid(port.tensor), self.shape(port.tensor), []
+        for name, plane in zip(self.plane_names(port.tensor), result.planes, strict=True):
+            parts = [f"chain_{i}/{plane}" for i in range(self.interface.chains)]
+            names.append(self.joined(name, parts, self.axis_of(Axis.BLOCKS), shape, grid))
+        return Value(names[0], port.tensor, low="".join(names[1:]))
+
+    @property
+    def entry_type(self) -> InputType:
+        """Type of what `entry` returns."""
+        return self.interface.input_type
+
+    def entry(self, tensor: str, name: str) -> str:
+        """Return what chains take their matrices from, of an input of the graph."""
+        return name
 
     def _end(self, port: Port, result: Value, name: str, inputs: Mapping[str, str]) -> None:
         """Append an output in float32; T of what an inverse returns."""

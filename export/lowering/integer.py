@@ -22,6 +22,8 @@ class IntegerLowering(GraphLowering):
     """Values are int8 tensors; each node computes one float32 rounding of the simulator."""
 
     def source(self, tensor: str, name: str) -> Value:
+        if name in self.integer_inputs:
+            return Value(name, tensor)
         return self._quantized(tensor, name, self.grid(tensor).scale)
 
     def finish(self, name: str, result: Value) -> str:

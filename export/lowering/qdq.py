@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from qinvert.export.graph import Sizes
-from qinvert.export.interface import ANY_BATCH
+from qinvert.export.interface import ANY_BATCH, InputType
 from qinvert.export.lowering.base import GraphLowering, Value
 from qinvert.export.lowering.tensors import IntArray, vector_name
-from qinvert.formats import INT8, PLANE_RATIO
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
@@ -31,7 +31,27 @@ class QdqLowering(GraphLowering):
     """Values are dequantized float tensors; every one has just been quantized."""
 
     def source(self, tensor: str, name: str) -> Value:
-        return self._finished(tensor, name)
+        if name not in self.integer_inputs:
+            return self._finished(tensor, name)
+        shape, grid = self.shape(tensor), self.grid(tensor)
+        end = self.profile.end_of(grid.format)
+        given = self._dequantize(f"{tensor}/dequantized", name, shape, grid, end)
+        if self.converts(tensor):
+            given = self._stored(f"{tensor}/inside", given, shape, grid)
+        return Value(given, tensor)
+
+    @property
+    def entry_type(self) -> InputType:
+        return InputType.FLOAT32
+
+    def entry(self, tensor: str, name: str) -> str:
+        return self.source(tensor, name).name
+
+    def converted(self, name: str, result: Value) -> None:
+        grid = self.grid(result.tensor)
+        end = self.profile.end_of(grid.format)
+        inputs = [result.name, self.scale_of(grid), self.zero_point(end)]
+        self.graph.node("QuantizeLinear", inputs, name, self.shape(result.tensor), end.element)
 
     def finish(self, name: str, result: Value) -> str:
         # The output has its own DequantizeLinear, because the caller chose its name.
@@ -45,7 +65,7 @@ class QdqLowering(GraphLowering):
 
     def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
         fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
-        shifted = (array.astype(np.int16) + fmt.zero_point).astype(fmt.element)
+        shifted = (array.astype(np.int32) + fmt.zero_point).astype(fmt.element)
         # Every scale has its own integers: onnxruntime-qnn reads a shared constant on one scale only.
         values = self.graph.initializer(f"{output}/{fmt.element}", shifted)
         shape: Sizes = list(array.shape)
@@ -98,7 +118,7 @@ class QdqLowering(GraphLowering):
     def _planes(self, step: MatMul, right: str, shape: Sizes) -> list[str]:
         """Return the right operand; 16 bits become two int8 planes, as no runtime multiplies 16 by 16."""
         grid = self.grid(step.right)
-        if grid.format.container_bits == INT8.container_bits:
+        if not grid.format.is_split:
             return [right]
         high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
         low_grid = Quantization(format=INT8, scale=grid.scale)
@@ -146,10 +166,14 @@ class QdqLowering(GraphLowering):
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
-        matrix = constant_support(constant.constant).astype(np.int8)[None, None]
-        return self._operator(
-            "Mul", step.output, [self.plain(source).name, self.literal(constant.tensor, matrix, MASK_GRID)]
-        )
+        matrix, fmt = constant_support(constant.constant).astype(np.int8), self.grid(step.output).format
+        grid = Quantization(format=fmt, scale=1.0) if fmt.whole else MASK_GRID
+        if self.profile.full_masks and self.batch is not None:
+            blocks = self.plan.program.shapes[step.output].blocks
+            mask = self.repeated(f"{constant.tensor}/{blocks * self.batch}", matrix, blocks, grid)
+        else:
+            mask = self.literal(constant.tensor, matrix[None, None], grid)
+        return self._operator("Mul", step.output, [self.plain(source).name, mask])
 
     def slice(self, step: Slice, source: Value) -> Value:
         source = self.movable(step, source)
@@ -201,8 +225,10 @@ class QdqLowering(GraphLowering):
         self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)
         return self._dequantize(f"{name}/dequantized", stored, shape, grid)
 
-    def _dequantize(self, name: str, values: str, shape: Sizes, grid: Quantization) -> str:
-        inputs = [values, self.scale_of(grid), self.zero_point(self.storage(grid))]
+    def _dequantize(
+        self, name: str, values: str, shape: Sizes, grid: Quantization, stored: IntFormat | None = None
+    ) -> str:
+        inputs = [values, self.scale_of(grid), self.zero_point(stored or self.storage(grid))]
         return self.graph.node("DequantizeLinear", inputs, name, shape)
 
 

@@ -55,9 +55,20 @@ class ProgramTensors(ABC):
             for step in program.steps
             if isinstance(step, Scale)
         }
+        self.interface = interface
+        #: Matrices that the graph takes as integers.
+        self.integer_inputs = interface.integer_inputs(plan)
         integers = interface.output is GraphOutput.INTEGERS
-        #: What the graph calls the integers of results that it returns, by tensor.
-        self.returned = interface.result_names(plan) if integers else {}
+        #: What the graph calls the integers of results that it returns as they are stored, by tensor.
+        self.returned = (
+            {
+                tensor: name
+                for tensor, name in interface.result_names(plan).items()
+                if not self.converts(tensor)
+            }
+            if integers
+            else {}
+        )
         #: Float tensor that has the batch as its second size.
         self.given = ""
 
@@ -75,6 +86,10 @@ class ProgramTensors(ABC):
     def storage(self, grid: Quantization) -> IntFormat:
         """Format whose container and zero point the graph has for values of a grid."""
         return self.profile.storage_of(grid.format)
+
+    def converts(self, tensor: str) -> bool:
+        """Whether integers at an end of the graph are stored in another way than inside."""
+        return self.profile.end_of(self.grid(tensor).format) != self.storage(self.grid(tensor))
 
     def grid(self, tensor: str) -> Quantization:
         """Quantization of a tensor of the program."""

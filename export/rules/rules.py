@@ -260,7 +260,7 @@ def _accumulating(graph: Structure) -> set[str]:
 
 @rule("wide-products", "split the right operand into two int8 planes")
 def _wide_products(case: Case) -> Iterator[tuple[str, str]]:
-    for node, left, right in products(case.graph):
+    for node, left, right in products(case.graph) if not case.profile.multiplies_wide else ():
         if min(np.iinfo(left.element).bits, np.iinfo(right.element).bits) > 8:
             yield (
                 _name(node),

@@ -17,6 +17,9 @@ from qinvert.export.lowering.keys import FROM_KEYS
 from qinvert.export.runtimes import Execution, Feed, Runtime, execute
 from qinvert.export.verification.references import Returned, lower_from_keys
 from qinvert.export.verification.tolerance import KEYS_TOLERANCE
+from qinvert.numerics.rounding import dequantize, quantize
+from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.profiles import Profile
 
 #: Inputs of all matrices by name, each ``[N, rows, columns]``.
 Inputs: TypeAlias = Mapping[str, torch.Tensor]
@@ -33,6 +36,26 @@ def as_taken(inputs: Inputs, runtime: Runtime) -> Inputs:
     """Round inputs to the type in which they enter the processor; they stay float32."""
     element = getattr(torch, runtime.inputs)
     return {name: values.to(element).to(values.dtype) for name, values in inputs.items()}
+
+
+def onto_grids(inputs: Inputs, plan: QuantizedProgram, interface: Interface) -> Inputs:
+    """Round inputs that the graph takes as integers onto their grids; they stay float32."""
+    found = dict(inputs)
+    for name in interface.integer_inputs(plan):
+        grid = plan.tensors[name]
+        found[name] = dequantize(quantize(inputs[name], grid.scale, grid.format), grid.scale, grid.format)
+    return found
+
+
+def stored(inputs: Inputs, plan: QuantizedProgram, interface: Interface, profile: Profile) -> Inputs:
+    """Return inputs as the graph takes them: integers in the format of its ends, or float32."""
+    found = dict(inputs)
+    for name in interface.integer_inputs(plan):
+        grid = plan.tensors[name]
+        end = profile.end_of(grid.format)
+        integers = quantize(inputs[name], grid.scale, grid.format) + (end.zero_point - grid.format.zero_point)
+        found[name] = integers.to(getattr(torch, end.element))
+    return found
 
 
 def feeds(inputs: Inputs, batch: int) -> list[Feed]:

@@ -203,7 +203,7 @@ def tolerance_for(
     """
     known, own = rounding is not Rounding.ONNX, runtime.own_steps != 0
     promised = is_exact(profile, plan) and not from_keys
-    wide = plan.output.format.container_bits > INT8.container_bits
+    wide = plan.output.format.is_wide
     every_bit = NOISE if runtime.reorders else 0.0
     # The first row that fits: what is known of a processor comes before what ONNX promises.
     match (known, own, promised, wide):

@@ -19,7 +19,17 @@ from qinvert.export.reading import read_model
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute
 from qinvert.export.verification.comparison import Verification, compare, judge
 from qinvert.export.verification.references import Reference, graph_inputs, reference
-from qinvert.export.verification.runs import Inputs, as_taken, built_lower, feeds, filled, given_lower, joined
+from qinvert.export.verification.runs import (
+    Inputs,
+    as_taken,
+    built_lower,
+    feeds,
+    filled,
+    given_lower,
+    joined,
+    onto_grids,
+    stored,
+)
 from qinvert.export.verification.tolerance import tolerance_for
 from qinvert.files import read_bytes
 from qinvert.numerics.law import Rounding
@@ -192,10 +202,12 @@ class _Check:
     def run(self, name: str) -> Iterator[Verification]:
         """Run the graph in every setting of a runtime, and judge what it returns."""
         runtime = lookup(RUNTIMES, name, "runtime", ExportError)
-        given = as_taken(self.inputs, runtime)
+        plan, interface = self.graph.plan, self.graph.interface
+        given = onto_grids(as_taken(self.inputs, runtime), plan, interface)
         wanted = self._built(runtime, given) if self.graph.from_keys else self._given(runtime, given)
+        taken = stored(given, plan, interface, self.profile)
         keep = self.keep if runtime.loading else None
-        for execution in execute(name, self.graph.content, feeds(given, self.graph.batch), keep=keep):
+        for execution in execute(name, self.graph.content, feeds(taken, self.graph.batch), keep=keep):
             yield self._judged(runtime, execution, wanted(execution.setting))
 
     def _given(self, runtime: Runtime, given: Inputs) -> Wanted:
@@ -214,7 +226,7 @@ class _Check:
     def _reference(self, runtime: Runtime, given: Inputs, lower: torch.Tensor) -> Reference:
         plan, interface = self.graph.plan, self.graph.interface
         beta = given[BETA].squeeze(-1) if plan.program.inverse_ports.factored else None
-        storage = self.profile.storage_of(plan.output.format)
+        storage = self.profile.end_of(plan.output.format)
         return reference(plan, interface, storage, Systems(lower=lower, beta=beta), runtime.rounding)
 
     def _judged(self, runtime: Runtime, execution: Execution, wanted: Reference) -> Verification:

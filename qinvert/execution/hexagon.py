@@ -45,7 +45,7 @@ def check_plan(plan: QuantizedProgram) -> None:
         if not kept and not sums and not isinstance(step, (MatMul, Slice, Concat, Mask)):
             raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")
     for name, grid in plan.tensors.items():
-        if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:
+        if grid.format.planes > 1 or grid.format.is_wide:
             raise PlanError(f"tensor {name!r} is {grid.format}, but only int8 is known on Hexagon; {remedy}")
         if not hexagon.SCALES[0] <= grid.scale <= hexagon.SCALES[1]:
             raise PlanError(f"the scale of tensor {name!r}, {grid.scale:g}, is beyond float16; {remedy}")

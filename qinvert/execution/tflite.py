@@ -6,7 +6,6 @@ import torch
 
 from qinvert.errors import PlanError
 from qinvert.execution.integers import IntegerEvaluator
-from qinvert.formats import INT8
 from qinvert.numerics import tflite
 from qinvert.numerics.scales import product_scale
 from qinvert.plan.integer_product import IntegerProduct
@@ -53,5 +52,5 @@ def check_plan(plan: QuantizedProgram) -> None:
         if isinstance(step, (Add, Rescale)) and not tflite.adds([grid.scale for grid in grids]):
             raise PlanError(f"TFLite does not sum on the grids of step {step.output!r}; {remedy}")
     for name, grid in plan.tensors.items():
-        if grid.format.planes > 1 or grid.format.container_bits > INT8.container_bits:
+        if grid.format.planes > 1 or grid.format.is_wide:
             raise PlanError(f"tensor {name!r} is {grid.format}, but only int8 is known in TFLite; {remedy}")

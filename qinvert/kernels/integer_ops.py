@@ -48,7 +48,7 @@ class IntegerOps(TritonOps):
         super().__init__(source)
         self.plan = plan
         for name, quantization in plan.tensors.items():
-            if quantization.format.container_bits > INT8.container_bits:
+            if quantization.format.is_wide:
                 raise UnsupportedError(f"{quantization.format} of tensor {name!r} is not a float16 operand")
             if not 1 / SCALE_LIMIT <= quantization.scale <= SCALE_LIMIT:
                 raise UnsupportedError(f"the scale of tensor {name!r} is outside [2**-30, 2**30]")

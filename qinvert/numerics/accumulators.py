@@ -11,13 +11,15 @@ from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 FLOAT32_EXACT: Final = 2**24
 #: Integers up to this magnitude are exact in bfloat16, and so in TF32.
 BFLOAT16_EXACT: Final = 2**8
-#: Accumulators of every target are int32.
+#: Accumulators of products with an operand of 8 bits are int32 on every target.
 INT32_LIMIT: Final = 2**31
+#: Accumulators of 16 by 16 bits: what a float64 holds exactly.
+WIDE_LIMIT: Final = 2**53
 
 
 def operand_magnitudes(fmt: IntFormat, right: bool) -> tuple[int, ...]:
     """Largest magnitude of every plane of an operand, high first."""
-    split = fmt.planes == 2 or (right and fmt.container_bits > INT8.container_bits)
+    split = fmt.planes == 2 or (right and fmt.is_split)
     return (INT8.magnitude, INT8.magnitude) if split else (fmt.magnitude,)
 
 
@@ -45,16 +47,24 @@ def partial_factors(factor: float, planes: int) -> list[float]:
     return [factor * PLANE_RATIO**i for i in reversed(range(planes))]
 
 
-def check_accumulator(bound: int) -> None:
-    """Refuse an accumulator that can reach ``2**31``.
+def accumulator_limit(magnitude: int) -> int:
+    """Return what an accumulator of products stays below, by the magnitude of the narrower operand.
+
+    Targets that multiply 16 by 16 bits have accumulators wider than int32.
+    """
+    return INT32_LIMIT if magnitude <= INT8.magnitude else WIDE_LIMIT
+
+
+def check_accumulator(bound: int, limit: int = INT32_LIMIT) -> None:
+    """Refuse an accumulator that can reach ``limit``.
 
     Raises
     ------
     PlanError
         With the bound and the remedy.
     """
-    if bound >= INT32_LIMIT:
+    if bound >= limit:
         raise PlanError(
-            f"an accumulator can reach {bound}, but an int32 holds less than {INT32_LIMIT}; "
+            f"an accumulator can reach {bound}, but this target's hold less than {limit}; "
             "use a narrower format or a larger scale"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from qinvert.formats import PLANE_RATIO, IntFormat
-from qinvert.numerics.accumulators import BFLOAT16_EXACT, FLOAT32_EXACT, check_accumulator
+from qinvert.numerics.accumulators import BFLOAT16_EXACT, FLOAT32_EXACT, accumulator_limit, check_accumulator
 
 
 def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
@@ -48,9 +48,9 @@ def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int, magnitud
     Raises
     ------
     PlanError
-        If ``bound`` does not fit an int32 accumulator.
+        If ``bound`` does not fit the accumulator, see `accumulator_limit`.
     """
-    check_accumulator(bound)
+    check_accumulator(bound, accumulator_limit(magnitude))
     if bound < FLOAT32_EXACT and magnitude <= BFLOAT16_EXACT:
         return left @ right
     return left.to(torch.float64) @ right.to(torch.float64)

@@ -86,7 +86,7 @@ def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[
     No runtime multiplies int16 by int16: the graph rounds the dequantized
     operand to int8, and then the rest to int8.  This function does the same.
     """
-    if fmt.container_bits > INT8.container_bits:
+    if fmt.is_split:
         q, fmt = _round(dequantize(q, scale, fmt), scale, INT8X2), INT8X2
     return planes(q, scale, fmt)
 

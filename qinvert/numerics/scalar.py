@@ -97,6 +97,6 @@ def planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float
 
 def operand_planes_scalar(q: int, scale: float, fmt: IntFormat) -> list[tuple[int, float]]:
     """Scalar twin of `qinvert.numerics.rounding.operand_planes`."""
-    if fmt.container_bits > INT8.container_bits:
+    if fmt.is_split:
         q, fmt = quantize_scalar(dequantize_scalar(q, scale, fmt), scale, INT8X2), INT8X2
     return planes_scalar(q, scale, fmt)

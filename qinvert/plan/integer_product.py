@@ -15,7 +15,13 @@ from typing import NamedTuple
 
 from qinvert.errors import PlanError
 from qinvert.formats import IntFormat
-from qinvert.numerics.accumulators import operand_magnitudes, partial_factors, partial_products, plane_scales
+from qinvert.numerics.accumulators import (
+    accumulator_limit,
+    operand_magnitudes,
+    partial_factors,
+    partial_products,
+    plane_scales,
+)
 from qinvert.numerics.scalar import operand_planes_scalar, planes_scalar
 from qinvert.numerics.scales import multiplier, product_scale
 from qinvert.plan.quantization import Quantization, Requantize
@@ -133,6 +139,15 @@ class IntegerProduct:
         """Largest magnitude of a plane of an operand."""
         left, right = self.left.format, self.right.format
         return max(*operand_magnitudes(left, right=False), *operand_magnitudes(right, right=True))
+
+    @property
+    def limit(self) -> int:
+        """What its accumulators must stay below: an operand of at most 8 bits leaves them int32."""
+        left, right = self.left.format, self.right.format
+        narrower = min(
+            max(operand_magnitudes(fmt, right=side)) for fmt, side in ((left, False), (right, True))
+        )
+        return accumulator_limit(narrower)
 
     @property
     def cost(self) -> int:

@@ -60,7 +60,7 @@ class Quantization:
         """Largest integer that an operand can hold on its diagonal, whichever side it is on."""
         # An int16 right operand is split into int8 planes, which end earlier than int16.
         fmt = self.format
-        return PLANE_RATIO * INT8.maximum if fmt.container_bits > INT8.container_bits else fmt.largest
+        return PLANE_RATIO * INT8.maximum if fmt.is_split else fmt.largest
 
     def __str__(self) -> str:
         return f"{self.format} s={self.scale:.4g}"

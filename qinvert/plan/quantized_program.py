@@ -26,7 +26,7 @@ class QuantizedProgram:
 
     Invariants: every tensor of the program has a quantization and no other
     name has one; tensors that slices, masks and concats connect share it;
-    every accumulator fits int32; with `Requantize.MULTIPLIER`, residual terms
+    every accumulator fits the target's; with `Requantize.MULTIPLIER`, residual terms
     are exact integers of the accumulator (see `IntegerProduct.identity`).
 
     Raises
@@ -52,7 +52,7 @@ class QuantizedProgram:
             check_single_planes(self.tensors)
         object.__setattr__(self, "products", MappingProxyType(self._read_products()))
         for product in self.products.values():
-            check_accumulator(product.bound)
+            check_accumulator(product.bound, product.limit)
             if self.requantize is Requantize.MULTIPLIER:
                 # This refuses factors that overflow.
                 _ = product.factor

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.formats import INT8, IntFormat
-from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT
+from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT, WIDE_LIMIT
 from qinvert.plan.quantization import Requantize
 
 #: Largest operator set that is accepted; ONNX numbers its sets one by one and is far below.
@@ -54,6 +55,14 @@ class Profile:
     caveats: str
     #: How tensors of the int8 grid are stored: `INT8`, or `UINT8`, the same real values shifted by 128.
     storage: IntFormat = INT8
+    #: Formats in which graphs take and return integers, by the name of the format inside: signed
+    #: integers at the ends cost a conversion on some chips.  Others are stored as inside.
+    ends: Mapping[str, IntFormat] = field(default_factory=dict, hash=False)
+    #: Whether a mask is written out for every matrix of the batch: some chips multiply by a
+    #: constant of full size in a tenth of the time that a repeated one takes.
+    full_masks: bool = False
+    #: Options that a session needs for the speed that is stated: ``name=value`` each.
+    session_options: tuple[str, ...] = ()
     #: Format in which MatMulInteger takes its left operand; None for the stored one.
     left_operand: IntFormat | None = None
     #: Whether every scale must be a power of two.
@@ -74,16 +83,26 @@ class Profile:
             )
         if not self.formats or not self.operators:
             raise ExportError(f"profile {self.name!r} needs at least one format and one operator")
-        for name, most in (("opset", MAX_OPSET), ("accumulator_limit", INT32_LIMIT - 1)):
+        widest = (WIDE_LIMIT if self.multiplies_wide else INT32_LIMIT) - 1
+        for name, most in (("opset", MAX_OPSET), ("accumulator_limit", widest)):
             check_integer(name, getattr(self, name), 1, most, ExportError, f"; see profile {self.name!r}")
 
     def storage_of(self, fmt: IntFormat) -> IntFormat:
         """Return the format whose container and zero point graphs use for values of ``fmt``."""
         return self.storage if fmt.container_bits == INT8.container_bits else fmt
 
+    def end_of(self, fmt: IntFormat) -> IntFormat:
+        """Return the format whose container and zero point integers at the ends of graphs have."""
+        return self.ends.get(fmt.name, self.storage_of(fmt))
+
+    @property
+    def multiplies_wide(self) -> bool:
+        """Whether products of two operands of more than 8 bits are native."""
+        return any(fmt.whole for fmt in self.formats)
+
     @property
     def stored(self) -> dict[str, int]:
         """ONNX element types of quantized tensors, each with its zero point."""
-        wide = [fmt for fmt in self.formats if fmt.container_bits > INT8.container_bits]
+        wide = [fmt for fmt in self.formats if fmt.is_wide]
         narrow = [self.storage] if len(wide) < len(self.formats) else []
-        return {fmt.element: fmt.zero_point for fmt in (*narrow, *wide)}
+        return {fmt.element: fmt.zero_point for fmt in (*narrow, *wide, *self.ends.values())}

@@ -19,7 +19,12 @@ from onnx.utils import Extractor
 
 Array = npt.NDArray[Any]
 #: What a graph's integers exceed the signed ones of the same width by.
-OFFSETS = {"int8": ("int8", 0), "uint8": ("int8", 128), "int16": ("int16", 0)}
+OFFSETS = {
+    "int8": ("int8", 0),
+    "uint8": ("int8", 128),
+    "int16": ("int16", 0),
+    "uint16": ("int16", 32768),
+}
 #: The first operator set whose DequantizeLinear onnx evaluates; earlier ones define the same for 8 bits.
 FIRST_OPSET = 19
 #: Operators that move integers and do not change them.
@@ -34,7 +39,7 @@ DATA_INPUTS = {"Slice": 1, "Reshape": 1, "Clip": 1}
 class Tensor:
     """Integers ``q`` that stand for ``scale (q - zero_point)``.
 
-    uint8 is kept as int8: ``q - 128``, with a zero point that is 128 smaller.
+    Unsigned ones are kept as signed: ``q - 128`` of uint8, with a zero point that is 128 smaller.
     """
 
     name: str
@@ -59,7 +64,9 @@ class Tensor:
 
     def unsigned(self, integers: Array) -> Array:
         """Return these integers as the graph's."""
-        return (integers.astype(np.int32) + self.offset).astype("uint8" if self.offset else self.element)
+        return (integers.astype(np.int32) + self.offset).astype(
+            f"u{self.element}" if self.offset else self.element
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,9 +19,14 @@ Builtin, Options = schema.BuiltinOperator, schema.BuiltinOptions
 TYPES = {"int8": schema.TensorType.INT8, "int16": schema.TensorType.INT16, "int32": schema.TensorType.INT32}
 #: Operators whose inputs are those of ONNX, with the type of their options.
 PLAIN = {
+    "MatMul": (Builtin.BATCH_MATMUL, "BatchMatMulOptions"),
+    "Add": (Builtin.ADD, "AddOptions"),
+    "Sub": (Builtin.SUB, "SubOptions"),
     "Mul": (Builtin.MUL, "MulOptions"),
     "QuantizeLinear": (Builtin.QUANTIZE, "QuantizeOptions"),
 }
+#: Operators whose terms the kernels bring onto one grid.
+SUMS = ("Add", "Sub")
 #: How many times the scale of a sum that of a term may be, by the sum's type: the kernels shift terms by
 #: 20 or 15 bits, and abort the process where the shifted sum needs a factor of 1 or more.
 SUM_RATIOS = {"int8": 2**19, "int16": 2**14}
@@ -49,8 +54,8 @@ def write(graph: QuantizedGraph) -> bytes:
     return _Writer().file(graph)
 
 
-def product_element(operator: Operator) -> str:
-    """Type of both operands of a product in the file."""
+def operand_element(operator: Operator) -> str:
+    """Type of all operands in the file: TFLite takes tensors of one type only."""
     return max((tensor.element for tensor in operator.inputs), key=lambda name: np.iinfo(name).bits)
 
 
@@ -68,9 +73,6 @@ class _Writer:
         self.places: dict[str, int] = {}
         self.codes: dict[int, int] = {}
         self.special: dict[str, Callable[[Operator], None]] = {
-            "MatMul": self._matmul,
-            "Add": self._sum,
-            "Sub": self._sum,
             "Concat": self._concat,
             "Slice": self._slice,
             "Transpose": self._transpose,
@@ -82,8 +84,7 @@ class _Writer:
         self.part.inputs = [self._place(tensor) for tensor in graph.inputs]
         for operator in graph.operators:
             if operator.kind in PLAIN:
-                builtin, options = PLAIN[operator.kind]
-                self._append(builtin, options, operator.inputs, operator.output)
+                self._append(*PLAIN[operator.kind], self._operands(operator), operator.output)
             elif operator.kind in self.special:
                 self.special[operator.kind](operator)
             else:
@@ -151,13 +152,13 @@ class _Writer:
         self.part.tensors.append(made)
         return made
 
-    def _matmul(self, operator: Operator) -> None:
-        element = product_element(operator)
-        inputs = tuple(self._widened(tensor, element) for tensor in operator.inputs)
-        self._append(Builtin.BATCH_MATMUL, "BatchMatMulOptions", inputs, operator.output)
+    def _operands(self, operator: Operator) -> list[Tensor]:
+        if operator.kind in SUMS:
+            _check_sum(operator)
+        return [self._widened(tensor, operand_element(operator)) for tensor in operator.inputs]
 
     def _widened(self, tensor: Tensor, element: str) -> Tensor:
-        """Return the same integers in a wider type: TFLite multiplies tensors of one type only."""
+        """Return the same integers in a wider type: operands are of one type."""
         if tensor.element == element:
             return tensor
         wide = replace(tensor, name=f"{tensor.name}/{element}", element=element)
@@ -166,16 +167,6 @@ class _Writer:
         if wide.name not in self.places:
             self._append(*PLAIN["QuantizeLinear"], (tensor,), wide)
         return wide
-
-    def _sum(self, operator: Operator) -> None:
-        largest, ratio = max(tensor.scale for tensor in operator.inputs), SUM_RATIOS[operator.output.element]
-        if largest >= operator.output.scale * ratio:
-            refuse(
-                f"{operator.kind} {operator.name!r} has a scale of {operator.output.scale:g} for terms of "
-                f"{largest:g}; TFLite takes less than {ratio} times as much; use another method"
-            )
-        builtin = Builtin.ADD if operator.kind == "Add" else Builtin.SUB
-        self._append(builtin, f"{operator.kind}Options", operator.inputs, operator.output)
 
     def _concat(self, operator: Operator) -> None:
         axis = int(operator.attributes["axis"])
@@ -224,3 +215,12 @@ class _Writer:
         limits = np.iinfo(source.element)
         values = np.full((1,) * len(source.shape), np.clip(value, limits.min, limits.max), source.element)
         return replace(source, name=f"{operator.name}/{name}", shape=values.shape, values=values)
+
+
+def _check_sum(operator: Operator) -> None:
+    largest, ratio = max(tensor.scale for tensor in operator.inputs), SUM_RATIOS[operator.output.element]
+    if largest >= operator.output.scale * ratio:
+        refuse(
+            f"{operator.kind} {operator.name!r} has a scale of {operator.output.scale:g} for terms of "
+            f"{largest:g}; TFLite takes less than {ratio} times as much; use another method"
+        )

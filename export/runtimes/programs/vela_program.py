@@ -20,7 +20,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from protocol import Answer, Array, main, request
 from quantized_graph import QuantizedGraph, read, stored_once
-from tflite_writer import product_element, write
+from tflite_writer import operand_element, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def products(graph: QuantizedGraph) -> dict[str, str]:
     found = dict.fromkeys(graph.float_products(), "float32 x float32")
     for operator in graph.operators:
         if operator.kind == "MatMul":
-            found[operator.name] = f"{product_element(operator)} x {product_element(operator)}"
+            found[operator.name] = f"{operand_element(operator)} x {operand_element(operator)}"
     return found
 
 

@@ -360,7 +360,7 @@ def test_the_summary_is_read_by_its_columns(load, monkeypatch, tmp_path):
     for name, names in {
         "ai_edge_litert": ["schema_py_generated"],
         "ai_edge_litert.interpreter": ["Interpreter", "OpResolverType"],
-        "tflite_writer": ["product_element", "write"],
+        "tflite_writer": ["operand_element", "write"],
     }.items():
         fake = ModuleType(name)
         vars(fake).update(dict.fromkeys(names))
