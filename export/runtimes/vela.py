@@ -1,7 +1,7 @@
 """Arm Ethos-U NPUs: compiled by Vela, run in TFLite's reference kernels.
 
-The NPU computes what these kernels do.  They round every result twice, where
-ONNX rounds once; see `qinvert.numerics.tflite`.
+Arm compares its NPUs with these kernels bit for bit.  They round every result
+twice, where ONNX rounds once; see `qinvert.numerics.tflite`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """How TFLite's reference kernels round int8 graphs, bit for bit: differently from ONNX.
 
-Arm's Ethos-U NPUs compute the same integers.  The laws are those of gemmlowp
-and of the kernels BATCH_MATMUL, ADD and MUL; they were compared with
-ai-edge-litert 2.3 on products with float and power-of-two scales and on all
-pairs of int8.  `qinvert.verify` compares every value of whole graphs with them.
+Arm compares its Ethos-U NPUs with these kernels bit for bit (README of Vela);
+no NPU was used here.  The laws are those of gemmlowp and of the kernels
+BATCH_MATMUL, ADD and MUL; they were compared with ai-edge-litert 2.3 on
+products with float and power-of-two scales and on all pairs of int8.
+`qinvert.verify` compares every value of whole graphs with them.
 """
 
 from __future__ import annotations
