@@ -39,9 +39,10 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/runtimes.py
 
 # Each runtime in an environment of its own; one that has no wheel for this platform is left out.
-LIGHT := openvino qnn
+LIGHT := openvino qnn vela
 openvino_PACKAGES := openvino
 qnn_PACKAGES := onnxruntime onnxruntime-qnn onnx
+vela_PACKAGES := ethos-u-vela ai-edge-litert onnx
 
 verify-npu: $(INSTALLED) $(LIGHT:%=.venv-%/.tried)
 	for name in $(LIGHT); do \
@@ -49,7 +50,7 @@ verify-npu: $(INSTALLED) $(LIGHT:%=.venv-%/.tried)
 			export QINVERT_$$(echo $$name | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$$name/bin/python; \
 		else echo "$$name does not install here: left out"; fi; \
 	done; \
-	$(BIN)/python -m pytest -q -rs tests/export/runtimes/test_runtimes.py
+	$(BIN)/python -m pytest -q -rs tests/export/runtimes
 
 .venv-%/.tried: Makefile
 	$(PYTHON) -m venv .venv-$*

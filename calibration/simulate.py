@@ -164,7 +164,7 @@ def simulate(
     num_samples, seq_len : int, optional
         How many sequences of ``data`` to read, and how many tokens each of
         them has; see `qinvert.TokenData`.
-    rounding : {"onnx", "hexagon"}
+    rounding : {"onnx", "hexagon", "tflite"}
         Whose rounding the integers follow, see `LayerPlan.inverse`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.

@@ -2,8 +2,8 @@
 
 ``qinvert.calibrate`` measures the ranges of a model's matrices and returns a
 `Plan`; ``simulate`` runs it bit-exactly, ``export`` writes it as ONNX,
-``verify`` compares it with runtimes, and ``patched`` and ``evaluate`` put it into
-the model.
+``verify`` compares it with runtimes, ``estimate`` asks compilers for its cycles,
+and ``patched`` and ``evaluate`` put it into the model.
 
 Names load on first use, so that ``import qinvert`` stays quick.
 """
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.functions import export_layers as export_layers
+    from qinvert.export.runtimes.estimates import CycleEstimate as CycleEstimate
     from qinvert.export.verification.comparison import Verification as Verification
+    from qinvert.export.verification.cycles import estimate as estimate
     from qinvert.export.verification.verify import verify as verify
     from qinvert.export.whole_models.export_model import export_model as export_model
     from qinvert.export.whole_models.graft import graft as graft
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 #: Public name -> module that defines it.
 _HOMES = {
+    "CycleEstimate": "export.runtimes.estimates",
     "Evaluation": "calibration.evaluate",
     "ExportError": "errors",
     "InputError": "errors",
@@ -88,6 +91,7 @@ _HOMES = {
     "column_sweep": "methods",
     "compare": "calibration.evaluate",
     "elimination": "methods",
+    "estimate": "export.verification.cycles",
     "evaluate": "calibration.evaluate",
     "exact_inverse": "matrices",
     "export_layers": "export.functions",

@@ -68,6 +68,7 @@ TOUCHES_PATHS = {
     "qinvert.export.runtimes.programs.qnn_program": "runs in a process of its own on files",
     "qinvert.export.runtimes.programs.rknn_program": "runs in a process of its own on files",
     "qinvert.export.runtimes.programs.tvm_program": "runs in a process of its own on files",
+    "qinvert.export.runtimes.programs.vela_program": "runs in a process of its own on files",
     "qinvert.export.whole_models.check": "writes a graph beside its weights, for onnxruntime, and removes it",
     "qinvert.export.whole_models.export_model": "writes weights beside a graph, then renames all into place",
     "qinvert.export.whole_models.linear_attention_nodes": "reads a graph whose weights are in other files",
@@ -88,6 +89,7 @@ ROUNDS = {
     "qinvert.numerics.rounding": "the roundings of ONNX, on tensors",
     "qinvert.numerics.scalar": "the same, on Python numbers",
     "qinvert.numerics.hexagon": "the roundings of a processor that differ from those of ONNX",
+    "qinvert.numerics.tflite": "the roundings of kernels that differ from those of ONNX",
     "qinvert.numerics.exact": "splits integers into planes, which loses nothing",
     "qinvert.kernels.division": "counts how many steps of a division round as the division does",
     "qinvert.plan.quantization": "finds the integer that is exactly 1.0, if there is one",
@@ -97,6 +99,7 @@ ROUNDS = {
     "qinvert.calibration.planning.explanation": "shows four digits of a share",
     "qinvert.calibration.planning.scales": "chooses a scale: a power of two, or one over an odd integer",
     "qinvert.calibration.planning.sensitivity": "models the noise of a rounding, for an estimate",
+    "qinvert.export.runtimes.programs.tflite_writer": "finds the integer at which ONNX cuts a value",
     "qinvert.export.rules.product_bounds": "bounds what a QuantizeLinear of any graph may write",
 }
 ROUNDING = re.compile(r"round|.*\.(around|ceil_?|fix|floor_?|rint|round_?|trunc_?)")
@@ -118,7 +121,9 @@ OTHER_ERRORS = {
     "qinvert.strict_json": "caught in the same file, which makes one error of it",
     "qinvert.calibration.observation.statistics": "no caller can cause it",
     "qinvert.export.runtimes.programs.iree_program": "ends a process of its own",
+    "qinvert.export.runtimes.programs.quantized_graph": "ends a process of its own",
     "qinvert.export.runtimes.programs.rknn_program": "ends a process of its own",
+    "qinvert.export.runtimes.programs.vela_program": "ends a process of its own",
 }
 
 #: Modules that define an interpreter of their own; others are made from one of these.
@@ -434,8 +439,9 @@ def test_every_rounding_has_a_scalar_twin(package):
     trees = {name: module.tree for name, module in package.modules.items()}
     scalar = trees["qinvert.numerics.scalar"]
     assert without_twin(trees["qinvert.numerics.rounding"], scalar) == set()
-    # `factor_of` works on numbers already.
+    # `factor_of` and `adds` work on numbers already.
     assert without_twin(trees["qinvert.numerics.hexagon"]) == {"factor_of"}
+    assert without_twin(trees["qinvert.numerics.tflite"]) == {"adds", "factor_of"}
     assert without_twin(ast.parse("def f(): ...\ndef g(): ...\ndef g_scalar(): ..."), scalar) == {"f"}
 
 

@@ -24,7 +24,10 @@ class CycleEstimate:
     #: Ends of the compiler's own range, where it gives one.
     lower: int | None = None
     upper: int | None = None
-    #: What moves through the chip's memories, as the tool reports it (bytes), by a readable name.
+    #: Cycles that parts of the chip are busy, at the same time as others, where the tool tells them.
+    parts: Mapping[str, int] = field(default_factory=dict)
+    #: What moves between the chip and its memories, by the tool's own names; bytes unless a name says
+    #: otherwise.
     traffic: Mapping[str, int] = field(default_factory=dict)
     #: Operators for which the estimator has no cost: the cycles leave them out.
     uncosted: int = 0
@@ -34,8 +37,8 @@ class CycleEstimate:
     products: Mapping[str, str] = field(default_factory=dict)
     #: Nodes that do not run on the NPU.
     elsewhere: Sequence[str] = ()
-    #: Files that the compiler made and that were kept.
-    kept: Sequence[Path] = ()
+    #: Files of the compiler that were kept, and how to load each.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cycles <= 0 or self.uncosted < 0 or not self.source:

@@ -22,6 +22,7 @@ RUNTIME = separate(
     own_steps=OWN_STEPS,
     # The toolkit takes float32 from the host and hands float16 to the NPU.
     inputs="float16",
+    loading="RKNNLite.load_rknn, or rknn_init of the C API, on a board with that chip",
     # On graphs that it does not like the optimizer never ends.
     seconds=180,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qinvert.errors import ExportError
@@ -32,8 +31,8 @@ class Execution:
     elsewhere: Sequence[str] = ()
     #: What the compiler says that the graph costs, where a `Request` asked for it.
     estimate: CycleEstimate | None = None
-    #: Files that were kept, where a `Request` asked for it.
-    kept: Sequence[Path] = ()
+    #: Files that were kept, where a `Request` asked for it, and how to load each.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 #: Yields what each setting of a runtime makes of a serialized model and the feeds.

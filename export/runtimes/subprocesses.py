@@ -55,7 +55,7 @@ def separate(
     seconds : float
         Time limit for one graph.
     """
-    compiles = partial(_compile, name, module, requirement, seconds)
+    compiles = partial(_compile, name, module, requirement, loading, seconds)
     return Runtime(
         name=name,
         execute=partial(compiles, request=Request()),
@@ -80,10 +80,19 @@ def interpreter(name: str, module: str) -> str | None:
     return sys.executable if find_spec(module) is not None else None
 
 
+def how_to_install(name: str, requirement: str) -> str:
+    """Say that a runtime is not installed, and what to do about it."""
+    return (
+        f"{name} is not installed; run: pip install {requirement}, or set "
+        f"QINVERT_{name.upper()}_PYTHON to the interpreter of an environment that has it"
+    )
+
+
 def _compile(
     name: str,
     module: str,
     requirement: str,
+    loading: str,
     seconds: float,
     content: bytes,
     feeds: Sequence[Feed],
@@ -91,15 +100,12 @@ def _compile(
 ) -> Iterator[Execution]:
     python = interpreter(name, module)
     if python is None:
-        raise ExportError(
-            f"{name} is not installed; run: pip install {requirement}, or set "
-            f"QINVERT_{name.upper()}_PYTHON to the interpreter of an environment that has it"
-        )
+        raise ExportError(how_to_install(name, requirement))
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_job(folder, content, feeds, request)
         _run([python, str(PROGRAMS / f"{name}_program.py"), str(folder)], folder, name, seconds)
-        yield from _read_executions(folder, request)
+        yield from _read_executions(folder, request, loading)
 
 
 def _write_job(folder: Path, content: bytes, feeds: Sequence[Feed], request: Request) -> None:
@@ -113,10 +119,10 @@ def _write_job(folder: Path, content: bytes, feeds: Sequence[Feed], request: Req
         np.savez(folder / "feeds.npz", allow_pickle=False, **stacked)
 
 
-def _read_executions(folder: Path, request: Request) -> Iterator[Execution]:
+def _read_executions(folder: Path, request: Request, loading: str) -> Iterator[Execution]:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for i, entry in enumerate(report):
-        kept = _keep(folder, entry, request)
+        kept = dict.fromkeys(_keep(folder, entry, request), loading)
         yield Execution(
             setting=entry["setting"],
             outputs=_outputs(folder / f"outputs_{i}.npz"),
@@ -136,7 +142,7 @@ def _outputs(path: Path) -> list[Any]:
         return list(archive["outputs"])
 
 
-def _estimate(entry: Mapping[str, Any], kept: Sequence[Path]) -> CycleEstimate | None:
+def _estimate(entry: Mapping[str, Any], kept: Mapping[str, str]) -> CycleEstimate | None:
     if entry.get("estimate") is None:
         return None
     return CycleEstimate(
@@ -144,16 +150,16 @@ def _estimate(entry: Mapping[str, Any], kept: Sequence[Path]) -> CycleEstimate |
     )
 
 
-def _keep(folder: Path, entry: Mapping[str, Any], request: Request) -> tuple[Path, ...]:
+def _keep(folder: Path, entry: Mapping[str, Any], request: Request) -> list[str]:
+    kept: list[str] = []
     if request.keep is None:
-        return ()
-    kept = []
+        return kept
     for name in entry.get("kept", ()):
         # A program names files of its own folder only.
         source, target = folder / Path(name).name, request.keep / Path(name).name
         shutil.copyfile(source, target)
-        kept.append(target)
-    return tuple(kept)
+        kept.append(str(target))
+    return kept
 
 
 def _run(command: list[str], folder: Path, name: str, seconds: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class Verification:
     products: Mapping[str, int]
     #: Nodes that the runtime left to another processor than the one it compiled for.
     elsewhere: tuple[str, ...]
+    #: Files of the compiler that were kept, and how to load each.
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         equal = f"{self.values - self.mismatches} of {self.values} values equal"
@@ -84,6 +86,7 @@ def compare(
         sqnr_db=_sqnr_db(actual, wanted),
         products=Counter(execution.products.values()),
         elsewhere=tuple(execution.elsewhere),
+        kept=execution.kept,
     )
 
 

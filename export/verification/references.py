@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from qinvert.errors import InputError, PlanError
-from qinvert.execution.hexagon import check_plan
 from qinvert.execution.inputs import assemble, needed
+from qinvert.execution.laws import LAWS
 from qinvert.execution.simulator import simulate_integers
 from qinvert.export.interface import KEYS, LOG_DECAY, GraphInput, GraphOutput, Interface
 from qinvert.formats import IntFormat
@@ -91,11 +91,10 @@ def reference(
 
 
 def _is_known(rounding: Rounding, plan: LayerPlan) -> bool:
-    if rounding is Rounding.HEXAGON:
-        try:
-            check_plan(plan)
-        except PlanError:
-            return False
+    try:
+        LAWS[rounding].check(plan)
+    except PlanError:
+        return False
     return True
 
 

@@ -50,6 +50,7 @@ def verify(
     runtimes: Sequence[str] = ("onnxruntime",),
     layer: str | None = None,
     beta: Any = None,
+    keep: str | PathLike[str] | None = None,
 ) -> list[Verification]:
     """Run an exported graph and compare every value with the simulator.
 
@@ -82,6 +83,9 @@ def verify(
         a function per layer that function is run, alone and inlined.
     beta : tensor or array, shape ``(..., C)``, optional
         In [0, 2]; a factored plan needs it, others ignore it.
+    keep : path, optional
+        Folder that gets the files that the runtimes' compilers made; `Verification.kept`
+        names them and says how to load them.
 
     Returns
     -------
@@ -94,7 +98,7 @@ def verify(
         If a difference is not allowed; the message has the first differing element.
     ExportError
         If the file is not a graph of this package, or a runtime is unknown
-        or refuses the graph.
+        or refuses the graph, or none of them makes files to keep.
     InputError
         If ``L`` or ``beta`` is not legal.
     """
@@ -102,10 +106,24 @@ def verify(
     inputs = graph_inputs(graph.plan, graph.interface, L, beta)
     if not runtimes:
         raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
+    if keep is not None:
+        _check_keeping(runtimes)
     check = _Check(
-        graph=graph, profile=graph.profile(plan), inputs=filled(inputs, graph.batch), hint=graph.hint(plan)
+        graph=graph,
+        profile=graph.profile(plan),
+        inputs=filled(inputs, graph.batch),
+        hint=graph.hint(plan),
+        keep=keep,
     )
     return [result for name in runtimes for result in check.run(name)]
+
+
+def _check_keeping(names: Sequence[str]) -> None:
+    able = [name for name, runtime in RUNTIMES.items() if runtime.loading]
+    if not set(able) & set(names):
+        raise ExportError(
+            f"{', '.join(names)} makes no file to keep; add one of these runtimes: {', '.join(able)}"
+        )
 
 
 def read_interface(path: str | PathLike[str], plan: Plan, layer: str) -> Interface:
@@ -176,6 +194,8 @@ class _Check:
     inputs: Inputs
     #: The end of the message of a refusal.
     hint: str
+    #: Folder for what compilers make, if anything is kept.
+    keep: str | PathLike[str] | None = None
     #: What was simulated, by the type of the inputs and by whose rounding: once for all runtimes.
     simulated: dict[tuple[str, Rounding], Reference] = field(default_factory=dict)
 
@@ -186,7 +206,8 @@ class _Check:
         given = onto_grids(as_taken(self.inputs, runtime), plan, interface)
         wanted = self._built(runtime, given) if self.graph.from_keys else self._given(runtime, given)
         taken = stored(given, plan, interface, self.profile)
-        for execution in execute(name, self.graph.content, feeds(taken, self.graph.batch)):
+        keep = self.keep if runtime.loading else None
+        for execution in execute(name, self.graph.content, feeds(taken, self.graph.batch), keep=keep):
             yield self._judged(runtime, execution, wanted(execution.setting))
 
     def _given(self, runtime: Runtime, given: Inputs) -> Wanted:

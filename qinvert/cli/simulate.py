@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("plan_path", metavar="PLAN")
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
 @click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below this sqnr, dB.")
-@click.option("--rounding", default="onnx", help="`onnx`, or `hexagon`: as Qualcomm's NPU rounds int8 plans.")
+@click.option("--rounding", default="onnx", help="`onnx`, or how NPUs round int8 plans: `hexagon`, `tflite`.")
 @data_options
 @output_options
 def simulate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qinvert.cli import cost as costs
 from qinvert.cli.data_options import DataOptions
 from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.graph_folder import PLAN_FILE, exported_graphs
@@ -49,12 +50,28 @@ STRESS_KEYS = 8
     type=DECIBELS,
     help="Exit with code 1 if a runtime's T stays below this sqnr, dB, on --data or the plan's own data.",
 )
+@click.option(
+    "--cost",
+    is_flag=True,
+    help="Also show the cycles that the compilers of --hardware predict; nothing is measured.",
+)
+@click.option(
+    "--hardware",
+    multiple=True,
+    help="Chip to predict cycles for, repeatable; all chips of the runtimes by default. Implies --cost.",
+)
+@click.option(
+    "--keep", type=click.Path(file_okay=False), help="Folder for compiled files, one folder a layer."
+)
 @output_options
 def verify(
     folder: str,
     data: str | None,
     runtimes: tuple[str, ...],
     min_sqnr: float | None,
+    cost: bool,
+    hardware: tuple[str, ...],
+    keep: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -68,8 +85,11 @@ def verify(
     Example: qinvert verify graphs/
              qinvert verify graphs/ --data L.npz --min-sqnr 20
              qinvert verify graphs/ --runtime openvino --runtime qnn
+             qinvert verify graphs/ --runtime qnn --cost --keep compiled/
     """
     output = Output(as_json=as_json, quiet=quiet)
+    asked = costs.chips(hardware, runtimes) if cost or hardware else ()
+    missing = costs.missing_toolkits(asked)
     plan = Plan.load(Path(folder) / PLAN_FILE)
     found = exported_graphs(plan, Path(folder))
     if not found:
@@ -78,10 +98,16 @@ def verify(
     if own is None and min_sqnr is not None:
         # A goal is about the data that the plan is for, not about stress matrices.
         own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
-    results = run_graphs(output, plan, found, own, runtimes)
+    kept_by = any(RUNTIMES[name].loading for name in runtimes if name in RUNTIMES)
+    # Where only the estimates make files, verification is not asked for any.
+    results = run_graphs(output, plan, found, own, runtimes, None if asked and not kept_by else keep)
+    present = tuple(chip for chip in asked if chip not in missing)
+    estimates = costs.estimate_graphs(output, plan, found, present, keep) if present else {}
     show_findings(output, [file for _, file in found.values()])
     show_verifications(output, results, own_data=own is not None)
-    output.result(results)
+    costs.show_costs(output, estimates, missing)
+    costs.show_kept(output, [*results.values(), *estimates.values()])
+    output.result({"verified": results, "cost": estimates, "not_installed": missing} if asked else results)
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
         output.say(f"missed: the worst runtime has {worst:.1f} dB, the goal is {min_sqnr:.1f}")
@@ -94,6 +120,7 @@ def run_graphs(
     found: dict[str, tuple[str, Path]],
     own: tuple[Any, Any] | None,
     runtimes: tuple[str, ...],
+    keep: str | None,
 ) -> dict[str, list[Verification]]:
     """Return what every runtime makes of every graph, by the graph's label."""
     from qinvert.export.verification.verify import verify as verify_layer
@@ -102,7 +129,10 @@ def run_graphs(
     for label, (name, file) in found.items():
         given, beta = inputs_for(file, plan, name, own)
         with output.progress(f"verifying {label}"):
-            results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
+            folder = costs.keep_folder(plan, name, file, keep)
+            results[label] = verify_layer(
+                file, plan, given, runtimes=runtimes, layer=name, beta=beta, keep=folder
+            )
     return results
 
 

@@ -8,7 +8,8 @@ from qinvert.errors import PlanError
 from qinvert.execution.integers import IntegerEvaluator
 from qinvert.numerics import hexagon
 from qinvert.numerics.scales import is_power_of_two
-from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.integer_product import IntegerProduct
+from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.steps import Add, Concat, Mask, MatMul, Rescale, Slice
 
@@ -16,9 +17,9 @@ from qinvert.program.steps import Add, Concat, Mask, MatMul, Rescale, Slice
 class HexagonEvaluator(IntegerEvaluator):
     """Integer meaning of the steps on Hexagon, for plans that `check_plan` accepts."""
 
-    def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
+    def requantized(self, totals: list[torch.Tensor], product: IntegerProduct) -> torch.Tensor:
         (total,) = totals
-        return hexagon.requantize(total, factor, output.format)
+        return hexagon.requantize(total, product.factor, product.output.format)
 
     def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
         output = self.plan.tensors[name]

@@ -11,7 +11,7 @@ from qinvert.execution.tensors import TorchEvaluator, along
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import integer_matmul, planes
 from qinvert.plan.integer_product import Accumulator, IntegerProduct, Residual
-from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.steps import Add, MatMul, Rescale, Scale
 
@@ -62,7 +62,7 @@ class IntegerEvaluator(TorchEvaluator):
             for total, part in zip(totals, product.accumulators, strict=True):
                 for term in part.residuals:
                     total += term.factor * self._residual(term, terms[term.tensor]).to(total.dtype)
-            return self.requantized(totals, product.factor, product.output)
+            return self.requantized(totals, product)
         units = [part.unit for part in product.accumulators]
         addends = [*zip(totals[1:], units[1:], strict=True)]
         addends += [
@@ -80,9 +80,10 @@ class IntegerEvaluator(TorchEvaluator):
         grid = self.plan.tensors[term.tensor]
         return rounding.operand_planes(value, grid.scale, grid.format)[term.plane][0]
 
-    def requantized(self, totals: list[torch.Tensor], factor: float, output: Quantization) -> torch.Tensor:
+    def requantized(self, totals: list[torch.Tensor], product: IntegerProduct) -> torch.Tensor:
         """Return the integers of the accumulators of one or two planes; their memory may be reused."""
-        return rounding.requantize_partial(totals, factor, output.scale, output.format, overwrite=True)
+        grid = product.output
+        return rounding.requantize_partial(totals, product.factor, grid.scale, grid.format, overwrite=True)
 
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
         grid = self.plan.tensors[name]
@@ -96,6 +97,10 @@ class IntegerEvaluator(TorchEvaluator):
             return source
         if step.factor == 1:
             return self._sum(step.output, self._planes(step.source, source))
+        return self.multiplied(step, source)
+
+    def multiplied(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
+        """Return the integers of ``step.factor`` times the source."""
         grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
         value = rounding.dequantize(source, grid.scale, grid.format)
         return rounding.requantize_scaled(value, 1.0, step.factor, output.scale, output.format)

@@ -13,12 +13,10 @@ from typing import TypeAlias
 
 import torch
 
-from qinvert.execution.hexagon import HexagonEvaluator, check_plan
 from qinvert.execution.inputs import assemble, fold, only, program_inputs, unfold
-from qinvert.execution.integers import IntegerEvaluator
-from qinvert.numerics import hexagon
+from qinvert.execution.laws import LAWS
 from qinvert.numerics.law import Rounding
-from qinvert.numerics.rounding import dequantize, quantize
+from qinvert.numerics.rounding import dequantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.systems import Systems
 
@@ -94,15 +92,13 @@ def evaluate(
     PlanError
         If that rounding is not known for the plan.
     """
-    evaluator, onto_grid = IntegerEvaluator, quantize
-    if rounding is Rounding.HEXAGON:
-        check_plan(plan)
-        evaluator, onto_grid = HexagonEvaluator, hexagon.quantize
+    law = LAWS[rounding]
+    law.check(plan)
     integers = {
-        name: onto_grid(value, plan.tensors[name].scale, plan.tensors[name].format)
+        name: law.quantize(value, plan.tensors[name].scale, plan.tensors[name].format)
         for name, value in inputs.items()
     }
     first = next(iter(integers.values()))
     # Autocast would compute the products of the float32 integers in 16 bits.
     with torch.autocast(first.device.type, enabled=False):
-        return plan.program.evaluate(evaluator(plan, first.shape[0], first.device), integers, observe)
+        return plan.program.evaluate(law.evaluator(plan, first.shape[0], first.device), integers, observe)

@@ -14,6 +14,8 @@ class Rounding(StrEnum):
     ONNX = "onnx"
     #: Those of Qualcomm's Hexagon, for int8 plans; see `qinvert.numerics.hexagon`.
     HEXAGON = "hexagon"
+    #: Those of TFLite and of Arm's Ethos-U, for int8 plans; see `qinvert.numerics.tflite`.
+    TFLITE = "tflite"
 
     @staticmethod
     def named(name: str) -> Rounding:

@@ -47,9 +47,10 @@ class LayerPlan(QuantizedProgram):
             Strictly lower triangular; any float dtype, quantized from float32.
         beta : tensor or array, shape ``(..., C)``, optional
             In [0, 2]; a factored program needs it, others ignore it.
-        rounding : {"onnx", "hexagon"}
-            Whose rounding to simulate: that of ONNX, or that of Qualcomm's
-            Hexagon for int8 graphs, see `qinvert.numerics.hexagon`.
+        rounding : {"onnx", "hexagon", "tflite"}
+            Whose rounding to simulate: that of ONNX, or for int8 graphs that of
+            Qualcomm's Hexagon or of TFLite and Arm's Ethos-U, see
+            `qinvert.numerics.hexagon` and `qinvert.numerics.tflite`.
 
         Returns
         -------

@@ -95,13 +95,15 @@ def executed(context: Path, architecture: str, feeds: list[dict[str, Array]]) ->
 def cost(profile: Path, architecture: str) -> dict[str, Any]:
     """What the compiler's profile says of the graph, with the names of the protocol."""
     with profile.open(encoding="utf-8", newline="") as stream:
-        rows = {row["Event Identifier"]: row for row in csv.DictReader(stream)}
+        events = list(csv.DictReader(stream))
+    rows = {row["Event Identifier"]: row for row in events}
+    graphs = sum(row["Event Identifier"] == CYCLES["cycles"] for row in events)
+    if graphs != 1:
+        raise RuntimeError(f"the compiler estimated cycles {graphs} times, for as many parts of the graph")
     chip = CHIPS[architecture][1]
     numbers = {name: int(rows[event]["Time"]) for name, event in CYCLES.items()}
     traffic = {
-        f"{event}, bytes": int(row["Time"])
-        for event, row in rows.items()
-        if row["Unit of Measurement"] == TRAFFIC_UNIT
+        event: int(row["Time"]) for event, row in rows.items() if row["Unit of Measurement"] == TRAFFIC_UNIT
     }
     source = (
         f"simulated by Qualcomm's compiler for {chip} (Hexagon v{architecture}), onnxruntime-qnn "

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from protocol import Array, Outcome, log, main
+from protocol import Answer, Array, log, main, request
 from rknn.api import RKNN
 
 #: One chip of every generation.
@@ -24,15 +24,17 @@ LAYER = re.compile(r"^D RKNN: \[[^\]]*\] \d+ +(\w+) +(\w+) +([CGN]PU) .* \w+:(\S
 ENDS = ("InputOperator", "OutputOperator")
 
 
-def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Outcome]:
+def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Answer]:
     """Compile for every chip and simulate it."""
+    _, keep = request(folder)
     narrowed = folder / "narrowed.onnx"
     onnx.save(with_narrowed_scales(with_own_dequantization(onnx.load(model))), narrowed)
     for chip in CHIPS:
         start = len(log(folder))
         outputs = simulated(chip, narrowed, feeds, folder)
         layers = LAYER.findall(log(folder)[start:])
-        yield f"{chip}, scales times 127/128", outputs, products(layers), elsewhere(layers)
+        answer = {"kept": [f"{chip}.rknn"] if keep else []}
+        yield f"{chip}, scales times 127/128", outputs, products(layers), elsewhere(layers), answer
 
 
 def with_narrowed_scales(model: onnx.ModelProto) -> onnx.ModelProto:

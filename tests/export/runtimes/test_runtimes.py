@@ -22,6 +22,7 @@ INTEGER = {
     "qnn": lambda types: types == "int8 x int8",
     "iree": lambda types: types == "int8 x int8",
     "rknn": lambda types: types == "exMatMul INT8 NPU",
+    "vela": lambda types: types == "int8 x int8",
     # Its importer keeps QDQ graphs as they are written.
     "tvm": lambda types: types == "float32 x float32",
 }
@@ -32,7 +33,7 @@ METHODS = {
 }
 CASES = [(16, "packed"), (32, "tiled"), (64, "packed"), (64, "corrected"), (128, "packed")]
 #: Compilers that take long see one plan; float scales where grids are an NPU's own.
-SLOW = {name: (64, "packed", "float" if name in ("qnn", "rknn") else "pow2") for name in SEPARATE}
+SLOW = {name: (64, "packed", "float" if name in ("qnn", "rknn", "vela") else "pow2") for name in SEPARATE}
 del SLOW["openvino"]
 
 
@@ -93,7 +94,7 @@ def test_int4_values_saturate_after_integer_products(name, scales, tmp_path):
     assert result.mismatches <= 1e-4 * result.values or RUNTIMES[name].own_steps
 
 
-@pytest.mark.parametrize("name", ["openvino", "qnn", "rknn"])
+@pytest.mark.parametrize("name", ["openvino", "qnn", "rknn", "vela"])
 def test_graphs_that_build_l_from_keys_agree(name, tmp_path):
     needed(name)
     generator = torch.Generator().manual_seed(0)
@@ -145,6 +146,42 @@ def test_hexagon_equals_its_simulation(target, bits, method, scales, tmp_path):
             continue
         assert result.mismatches == 0
         assert result.exact
+
+
+def test_qualcomms_compiler_says_what_a_graph_costs(tmp_path):
+    needed("qnn")
+    path, plan, lower = exported(tmp_path, 16, "packed", "pow2", 1)
+    found = {chip: qinvert.estimate(path, chip) for chip in RUNTIMES["qnn"].hardware}
+    assert set(found) == {"hexagon-v81", "hexagon-v73"}
+    for chip, cost in found.items():
+        assert cost.hardware == chip
+        assert 1000 < cost.lower <= cost.cycles <= cost.upper < 1_000_000
+        assert set(cost.products.values()) == {"int8 x int8"}
+        assert "not measured" in cost.source
+    # The same whenever it is asked; and what is kept is the model that a device loads.
+    again = qinvert.estimate(path, "hexagon-v81", keep=tmp_path / "kept")
+    assert again.cycles == found["hexagon-v81"].cycles
+    (file,) = again.kept
+    (node,) = onnx.load(file).graph.node
+    assert node.op_type == "EPContext"
+    results = qinvert.verify(path, plan, lower, runtimes=("qnn",), keep=tmp_path / "all")
+    assert [result.runtime for result in results] == [f"qnn (Hexagon v{n})" for n in (73, 75, 79, 81)]
+    assert all(Path(file).is_file() for result in results for file in result.kept)
+
+
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [("npu-qdq-int8", "tiled"), ("npu-qdq-int8", "corrected"), ("npu-qdq-uint8", "packed")],
+)
+@pytest.mark.parametrize("scales", ["float", "pow2"])
+def test_ethos_equals_its_simulation(target, method, scales, tmp_path):
+    needed("vela")
+    lower = torch.cat([stress_matrices(name, 4, 64, seed=7) for name in STRESS])
+    plan = qinvert.calibrate(lower, method=METHODS[method](64), bits=8, target=target, scales=scales)
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=("vela",)):
+        assert (result.rounding, result.exact, result.elsewhere) == ("tflite", True, ())
+        assert result.mismatches == 0
 
 
 def test_openvino_equals_the_simulator_on_a_million_values(tmp_path):
