@@ -118,6 +118,7 @@ OTHER_ERRORS = {
     "qinvert.strict_json": "caught in the same file, which makes one error of it",
     "qinvert.calibration.observation.statistics": "no caller can cause it",
     "qinvert.export.runtimes.programs.iree_program": "ends a process of its own",
+    "qinvert.export.runtimes.programs.qnn_program": "ends a process of its own",
     "qinvert.export.runtimes.programs.rknn_program": "ends a process of its own",
 }
 
