@@ -8,7 +8,14 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, TypeVar
 
-from qinvert.calibration.choices import HARDWARE_LOSS_DB, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule, format_of
+from qinvert.calibration.choices import (
+    HARDWARE_LOSS_DB,
+    MAX_LOSS_DB,
+    Granularity,
+    RangeRule,
+    ScaleRule,
+    format_of,
+)
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
@@ -179,7 +186,9 @@ def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [
-        Candidate(program, observer.ranges(program), sample, (fmt,), free, costs.of, choice.best.candidate.truth)
+        Candidate(
+            program, observer.ranges(program), sample, (fmt,), free, costs.of, choice.best.candidate.truth
+        )
         for fmt in (INT8, INT8X2, INT16)
     ]
     provenance = {

@@ -122,6 +122,7 @@ OTHER_ERRORS = {
     "qinvert.calibration.observation.statistics": "no caller can cause it",
     "qinvert.export.runtimes.programs.iree_program": "ends a process of its own",
     "qinvert.export.runtimes.programs.quantized_graph": "ends a process of its own",
+    "qinvert.export.runtimes.programs.qnn_program": "ends a process of its own",
     "qinvert.export.runtimes.programs.rknn_program": "ends a process of its own",
     "qinvert.export.runtimes.programs.vela_program": "ends a process of its own",
 }

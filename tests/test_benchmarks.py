@@ -1,6 +1,12 @@
+import importlib
 import os
 import subprocess
 import sys
+
+import numpy as np
+import pytest
+
+from qinvert.stress import stress_matrices
 
 
 def test_the_benchmark_of_runtimes_runs_as_documented(pytestconfig):
@@ -18,3 +24,36 @@ def test_the_benchmark_of_runtimes_runs_as_documented(pytestconfig):
     assert done.returncode == 0, done.stderr
     for row in ("npu-qdq-int8", "solve_triangular", "copy"):
         assert row in done.stdout
+
+
+@pytest.fixture
+def sequential(pytestconfig, monkeypatch):
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+    yield importlib.import_module("sequential_graphs")
+    for name in ("sequential_graphs", "integer_graph", "float_graphs"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(("element", "least"), [("int8", 25), ("uint8", 25), ("float16", 55)])
+def test_every_sequential_baseline_computes_the_inverse(element, least, sequential):
+    # A baseline that is wrong would be no baseline.
+    for data in sequential.DATA:
+        lower = stress_matrices(data, 8, 16).numpy()
+        for name, form in sequential.FORMS.items():
+            for chains in (1, 2):
+                model, found = sequential.sequential(form, element, chains, lower)
+                assert found > least, (data, name, chains)
+                # C - 2 steps that wait for each other, whichever operator multiplies.
+                kinds = [node.op_type for node in model.graph.node]
+                products = kinds.count("MatMul") + ("vector" in name) * kinds.count("Mul")
+                assert products == 14 * chains
+
+
+def test_a_wrong_baseline_is_found(sequential):
+    lower = stress_matrices("half_random", 4, 16).numpy()
+    assert sequential.sqnr_db(np.zeros_like(lower), lower) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_batch_that_makes_no_equal_chains_is_refused(sequential):
+    with pytest.raises(ValueError, match="4 matrices do not make 3 equal parts"):
+        sequential.sequential(sequential.horner, "int8", 3, stress_matrices("half_random", 4, 16).numpy())

@@ -226,7 +226,9 @@ def choose(
     """
     sample = observer.sampled
     truth = sample.inverse()
-    candidates = [Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs]
+    candidates = [
+        Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs
+    ]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []

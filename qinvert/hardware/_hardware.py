@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -104,15 +105,12 @@ class Hardware:
         """
         check_integer("batch", batch, 1, MAX_BATCH, PlanError, "; pass the matrices per call")
         if chains < 1 or batch % chains:
-            raise PlanError(f"batch {batch} cannot be cut into {chains} chains; choose a divisor of the batch")
-        width = max(grid.format.container_bits * grid.format.planes for grid in plan.tensors.values()) // 8
-        table = self.tables.get(width) or self.tables[max(self.tables)]
+            raise PlanError(
+                f"batch {batch} cannot be cut into {chains} chains; choose a divisor of the batch"
+            )
+        table = self.tables.get(width_of(plan)) or self.tables[max(self.tables)]
         weights = table.chained if chains > 1 else table.whole
-        found = features(operators(plan, batch, chains))
-        ends = sum(
-            batch * port.shape.rows * port.shape.columns for port in (*plan.program.inputs, *plan.program.outputs)
-        )
-        known = {**found, CALL: 1.0, ENDS: width * ends / 1024}
+        known = known_features(plan, batch, chains)
         return sum(weight * known[name] for name, weight in weights.items())
 
     def best_chains(self, plan: QuantizedProgram, batch: int = 8) -> tuple[int, float]:
@@ -122,3 +120,16 @@ class Hardware:
         costs = {chains: self.cost(plan, batch, chains) for chains in dict.fromkeys(each)}
         best = min(costs, key=lambda chains: costs[chains])
         return best, costs[best]
+
+
+def width_of(plan: QuantizedProgram) -> int:
+    """Return the bytes of the widest tensor."""
+    return max(grid.format.container_bits * grid.format.planes for grid in plan.tensors.values()) // 8
+
+
+def known_features(plan: QuantizedProgram, batch: int, chains: int) -> Mapping[str, float]:
+    """Return the features that weights multiply, by their names."""
+    ports = (*plan.program.inputs, *plan.program.outputs)
+    ends = sum(batch * math.prod(port.shape) for port in ports)
+    found = features(operators(plan, batch, chains))
+    return {**found, CALL: 1.0, ENDS: width_of(plan) * ends / 1024}

@@ -104,9 +104,7 @@ class OperatorCounter(Evaluator[_Stored]):
         width = product.left.format.container_bits // 8
         wide = width * (2 if product.right.format.whole else 1)
         for _ in range(count):
-            self._append(
-                Kind.PRODUCT, step.output, self.batch * math.prod(shape) * inner * depth * wide
-            )
+            self._append(Kind.PRODUCT, step.output, self.batch * math.prod(shape) * inner * depth * wide)
         for _ in range(count - 1):
             self._elementwise(step.output)
 

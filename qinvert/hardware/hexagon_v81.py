@@ -15,8 +15,22 @@ HARDWARE = Hardware(
     targets=("hexagon-uint8", "hexagon-int16"),
     tables={
         1: Table(
-            whole={"call": 8500, "product/matrix": 312, "elementwise": 927, "elementwise/KiB": 29.7, "move": 1500, "move/KiB": 69},
-            chained={"call": 8500, "product/matrix": 200, "elementwise": 60, "elementwise/KiB": 15, "move": 150, "move/KiB": 69},
+            whole={
+                "call": 8500,
+                "product/matrix": 312,
+                "elementwise": 927,
+                "elementwise/KiB": 29.7,
+                "move": 1500,
+                "move/KiB": 69,
+            },
+            chained={
+                "call": 8500,
+                "product/matrix": 200,
+                "elementwise": 60,
+                "elementwise/KiB": 15,
+                "move": 150,
+                "move/KiB": 69,
+            },
         )
     },
 )

@@ -182,7 +182,11 @@ def _candidates(chunk: int) -> tuple[Program, ...]:
 def _on_chips(chunk: int) -> tuple[Program, ...]:
     tile = min(TILE, chunk)
     base = min(4, chunk)
-    sums = (block_merge(chunk, 1, layout=Layout.MASKED), block_merge(chunk, base), block_merge(chunk, 1, tile=tile))
+    sums = (
+        block_merge(chunk, 1, layout=Layout.MASKED),
+        block_merge(chunk, base),
+        block_merge(chunk, 1, tile=tile),
+    )
     widened = (block_merge(chunk, 2, layout=Layout.MASKED), block_merge(chunk, base))
     corrected = tuple(block_merge(chunk, b, tile=tile, corrections=1) for b in (2, base))
     return (*map(residuals_as_sums, sums), *widened, *corrected)

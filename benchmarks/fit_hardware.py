@@ -1,0 +1,212 @@
+"""Fits the tables of `qinvert.hardware`: cycles of many graphs, and the weights that predict them.
+
+    python benchmarks/fit_hardware.py hexagon-v81 --cases 200 --cache cycles.jsonl
+
+Every graph goes through the chip's compiler, or is timed on this processor.
+The weights minimize the squared relative error and are not negative; 30 graphs
+are left out of the fit, and the printed error and rank correlation are theirs.
+The cache holds what was measured, so that a run can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+
+import qinvert
+from qinvert.errors import QInvertError
+from qinvert.export.exporting import build, serialize
+from qinvert.export.runtimes import estimate
+from qinvert.hardware import find_hardware
+from qinvert.hardware._hardware import known_features
+from qinvert.methods import block_merge, elimination, neumann, neumann_doubling
+from qinvert.plan.plan import Plan
+from qinvert.program.program import Program
+from qinvert.program.residual_sums import residuals_as_sums
+
+#: Graphs that are left out of a fit.
+HELD_OUT = 30
+#: Matrices from which the grids of the plans come.
+MATRICES = 32
+#: Batch and chains of the graphs.
+CALLS = ((1, 1), (8, 1), (8, 2), (8, 8), (16, 16), (32, 1), (64, 1), (64, 8))
+#: Smaller matrices are not whole tiles of the units that multiply, and cost more than larger ones.
+CHUNKS = (32, 64, 128)
+#: Features that are enough; with all of them, weights of few graphs are arbitrary.
+FEATURES = (
+    "call",
+    "ends/KiB",
+    "product",
+    "product/matrix",
+    "product/Mmac",
+    "elementwise",
+    "elementwise/matrix",
+    "elementwise/KiB",
+    "move",
+    "move/matrix",
+    "move/KiB",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One graph."""
+
+    program: Program
+    target: str
+    batch: int
+    chains: int
+
+    @property
+    def key(self) -> str:
+        """Name in the cache."""
+        return f"{self.program.title} {self.target} batch={self.batch} chains={self.chains}"
+
+
+def programs(chunk: int) -> Iterator[Program]:
+    """Yield what the tables must tell apart."""
+    yield elimination(chunk)
+    yield elimination(chunk, corrections=1)
+    yield elimination(chunk, restart=3)
+    yield block_merge(chunk, 1, layout="masked")
+    yield block_merge(chunk, 2, layout="masked")
+    yield block_merge(chunk, 4)
+    yield block_merge(chunk, 16)
+    yield block_merge(chunk, 2, tile=16)
+    yield neumann(chunk, order=3)
+    yield neumann_doubling(chunk)
+    sums = (
+        elimination(chunk),
+        elimination(chunk, side="right"),
+        elimination(chunk, restart=3),
+        elimination(chunk, tile=16),
+        block_merge(chunk, 1, layout="masked"),
+        block_merge(chunk, 1, tile=16),
+        block_merge(chunk, 1),
+        block_merge(chunk, 4),
+    )
+    yield from map(residuals_as_sums, sums)
+
+
+def cases(hardware: str, count: int, seed: int) -> list[Case]:
+    """Return ``count`` graphs for the targets of a chip, drawn at random."""
+    found = [
+        Case(program=program, target=target, batch=batch, chains=chains)
+        for chunk in CHUNKS
+        for program in programs(chunk)
+        for target in find_hardware(hardware).targets
+        for batch, chains in CALLS
+    ]
+    random.Random(seed).shuffle(found)
+    return found[:count]
+
+
+@lru_cache(maxsize=256)
+def plan_of(title: str, target: str) -> Plan:
+    """Return the plan of a program whose title is in `programs`."""
+    program = next(p for chunk in CHUNKS for p in programs(chunk) if p.title == title)
+    lower = qinvert.stress_matrices("correlated_keys", MATRICES, program.chunk)
+    bits = 16 if "int16" in target else 8
+    return qinvert.calibrate(
+        lower, method=program, target=target, bits=bits, min_sqnr_db=0.0, max_loss_db=1000.0
+    )
+
+
+def measured(hardware: str, selected: list[Case], cache: Path, offline: bool) -> dict[str, float]:
+    """Return the cost of every graph that the chip's compiler takes, by the key of its case."""
+    known: dict[str, float] = {}
+    if cache.is_file():
+        rows = [json.loads(line) for line in cache.read_text(encoding="utf-8").splitlines()]
+        known = {row["case"]: row["cost"] for row in rows if row["hardware"] == hardware}
+    for case in () if offline else selected:
+        if case.key in known:
+            continue
+        plan = plan_of(case.program.title, case.target)
+        try:
+            model = build(
+                plan,
+                batch=case.batch,
+                chains=case.chains,
+                input="M",
+                input_type="integers",
+                output="integers",
+            )
+            known[case.key] = estimate(serialize(model), hardware).cycles
+        except QInvertError as error:
+            print(f"left out: {case.key}: {error}")
+            continue
+        row = {"hardware": hardware, "case": case.key, "cost": known[case.key]}
+        with cache.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+    return {case.key: known[case.key] for case in selected if case.key in known}
+
+
+def width(case: Case) -> int:
+    """Bytes of the tensors of a case."""
+    return 2 if "int16" in case.target else 1
+
+
+def fitted(rows: list[Mapping[str, float]], costs: npt.NDArray[Any]) -> dict[str, float]:
+    """Return the weights with the least squared relative error, none of them negative."""
+    matrix = np.array([[row[name] for name in FEATURES] for row in rows])
+    weights, _ = nnls(matrix / costs[:, None], np.ones(len(costs)))
+    return {name: float(f"{w:.4g}") for name, w in zip(FEATURES, weights, strict=True) if w > 0}
+
+
+def predicted(weights: Mapping[str, float], row: Mapping[str, float]) -> float:
+    """Return the cost of one graph."""
+    return sum(weight * row[name] for name, weight in weights.items())
+
+
+def show(hardware: str, selected: list[Case], costs: Mapping[str, float], seed: int) -> None:
+    """Print the weights of every table, and how they predict the graphs that were left out."""
+    held = set(random.Random(seed).sample(sorted(costs), min(HELD_OUT, len(costs) // 4)))
+    tables: dict[tuple[int, bool], dict[str, float]] = {}
+    rows = {
+        c.key: known_features(plan_of(c.program.title, c.target).layer(), c.batch, c.chains) for c in selected
+    }
+    for key in sorted({(width(c), c.chains > 1) for c in selected}):
+        mine = [c.key for c in selected if (width(c), c.chains > 1) == key and c.key in costs]
+        used = [name for name in mine if name not in held]
+        tables[key] = fitted([rows[name] for name in used], np.array([costs[name] for name in used]))
+        print(f"{key[0]} bytes, {'chained' if key[1] else 'whole'}, {len(used)} graphs: {tables[key]}")
+    pairs = [
+        (costs[c.key], predicted(tables[width(c), c.chains > 1], rows[c.key]))
+        for c in selected
+        if c.key in held
+    ]
+    truth, guess = np.array(pairs).T
+    errors = np.abs(guess / truth - 1)
+    correlation = spearmanr(truth, guess).statistic
+    print(
+        f"{hardware}, {len(held)} graphs that were left out: mean error {errors.mean():.3f}, median "
+        f"{np.median(errors):.3f}, rank correlation {correlation:.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("hardware")
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=Path("cycles.jsonl"))
+    parser.add_argument("--offline", action="store_true", help="Fit what the cache holds.")
+    options = parser.parse_args()
+    selected = cases(options.hardware, options.cases, options.seed)
+    costs = measured(options.hardware, selected, options.cache, options.offline)
+    show(options.hardware, [c for c in selected if c.key in costs], costs, options.seed)
+
+
+if __name__ == "__main__":
+    main()
