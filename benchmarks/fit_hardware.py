@@ -34,6 +34,7 @@ from qinvert.methods import block_merge, elimination, neumann, neumann_doubling
 from qinvert.plan.plan import Plan
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
+from qinvert.stress import stress_matrices
 
 #: Graphs that are left out of a fit.
 HELD_OUT = 30
@@ -116,7 +117,7 @@ def cases(hardware: str, count: int, seed: int) -> list[Case]:
 def plan_of(title: str, target: str) -> Plan:
     """Return the plan of a program whose title is in `programs`."""
     program = next(p for chunk in CHUNKS for p in programs(chunk) if p.title == title)
-    lower = qinvert.stress_matrices("correlated_keys", MATRICES, program.chunk)
+    lower = stress_matrices("correlated_keys", MATRICES, program.chunk)
     bits = 16 if "int16" in target else 8
     return qinvert.calibrate(
         lower, method=program, target=target, bits=bits, min_sqnr_db=0.0, max_loss_db=1000.0
@@ -196,6 +197,7 @@ def show(hardware: str, selected: list[Case], costs: Mapping[str, float], seed: 
 
 
 def main() -> None:
+    """Measure, fit and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("hardware")
     parser.add_argument("--cases", type=int, default=200)

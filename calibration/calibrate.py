@@ -149,7 +149,7 @@ def calibrate(
         size than the data.
     """
     options = _options(
-        bits, target, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch)
+        bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch)
     )
     check_seed(seed, PlanError)
     grain = _member(Granularity, "granularity", granularity)
@@ -217,7 +217,6 @@ def _programs(method: str | Program, chunk: int, factored: bool, options: _Optio
 
 def _options(
     bits: int | str,
-    target: str | None,
     scales: str,
     ranges: str,
     min_sqnr_db: float,

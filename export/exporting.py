@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
-from typing import cast
+from typing import Unpack, cast
 
 import onnx
 
 from qinvert.errors import ExportError
-from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface
+from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
 from qinvert.files import write_atomically
+from qinvert.hardware import HARDWARE, find_hardware
 from qinvert.plan.plan import Plan
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile, find_profile
@@ -29,7 +31,7 @@ def export(
     output: str = AUTO,
     key_size: int | None = None,
     input_type: str = InputType.FLOAT32,
-    chains: int | str = 1,
+    chains: int | str = AUTO,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph.
 
@@ -66,6 +68,16 @@ def export(
         ``qinvert.output_zero_point``.
     key_size : int, optional
         Length of a key, for ``input="keys"``.
+    input_type : {"float32", "integers"}
+        ``"integers"`` takes M, for ``input="M"``, or the matrices of ``"ports"`` as
+        integers on the plan's grid, stored as the profile stores them at the ends of
+        graphs: for a host whose M is already on the grid.  Scale and zero point are
+        the metadata ``qinvert.input_scale`` and ``qinvert.input_zero_point``.
+    chains : int or "auto"
+        Independent parts into which the graph cuts the batch, and which it joins at
+        the end: on some chips elementwise work of one part runs beside products of
+        another.  The values do not depend on it.  ``"auto"`` takes what costs the least
+        on the plan's chip, see `qinvert.hardware`.
 
     Returns
     -------
@@ -95,24 +107,15 @@ def export(
 
 
 def build(
-    plan: Plan,
-    *,
-    profile: str | None = None,
-    layer: str | None = None,
-    batch: int = 8,
-    input: str = AUTO,  # noqa: A002 - as in `export`
-    output: str = AUTO,
-    key_size: int | None = None,
-    input_type: str = InputType.FLOAT32,
-    chains: int | str = 1,
+    plan: Plan, *, profile: str | None = None, layer: str | None = None, **options: Unpack[Options]
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
     chosen = profile_for(plan, profile)
     layer_plan = plan.layer(layer)
     name = layer if layer is not None else next(iter(plan.layers))
-    if batch is None:
+    if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
-    interface = interface_of(layer_plan, batch, input, output, key_size, input_type, chains)
+    interface = interface_of(plan, layer_plan, chosen, **options)
     metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
     graph = lower(layer_plan, chosen, interface)
     model = graph.model(_graph_name(layer_plan), chosen.opset, metadata, describe(layer_plan, interface))
@@ -125,34 +128,41 @@ def _graph_name(plan: QuantizedProgram) -> str:
 
 
 def interface_of(
-    plan: QuantizedProgram,
-    batch: int | None,
-    source: str = AUTO,
-    result: str = AUTO,
-    key_size: int | None = None,
-    input_type: str = InputType.FLOAT32,
-    chains: int | str = 1,
+    plan: Plan, layer: QuantizedProgram, profile: Profile, **options: Unpack[Options]
 ) -> Interface:
-    """Return checked options of `export`, with the defaults of an inverse or of other programs.
+    """Return checked options of `export` for one layer, with the defaults of an inverse or of other programs.
 
     Raises
     ------
     ExportError
         If one of them is not legal.
     """
-    inverse = plan.program.is_inverse
+    inverse = layer.program.is_inverse
+    source, result = options.get("input", AUTO), options.get("output", AUTO)
     if source == AUTO:
         source = GraphInput.L if inverse else GraphInput.PORTS
     if result == AUTO:
         result = GraphOutput.T if inverse else GraphOutput.PORTS
-    return Interface(
-        batch=batch,
+    whole = Interface(
+        batch=options.get("batch", 8),
         input=cast("GraphInput", source),
         output=cast("GraphOutput", result),
-        key_size=key_size,
-        input_type=cast("InputType", input_type),
-        chains=cast("int", chains),
+        key_size=options.get("key_size"),
+        input_type=cast("InputType", options.get("input_type", InputType.FLOAT32)),
     )
+    chains = options.get("chains", AUTO)
+    if chains == AUTO:
+        chains = _cheapest_chains(plan, layer, profile, whole.batch)
+    return replace(whole, chains=cast("int", chains))
+
+
+def _cheapest_chains(plan: Plan, layer: QuantizedProgram, profile: Profile, batch: int | None) -> int:
+    """Return the chains that cost the least on the plan's chip or on the profile's; 1 if none is known."""
+    named = plan.provenance.get("hardware")
+    name = named if isinstance(named, str) and named in HARDWARE else profile.hardware
+    if batch is None or not name:
+        return 1
+    return find_hardware(name).best_chains(layer, batch)[0]
 
 
 def profile_for(plan: Plan, name: str | None) -> Profile:

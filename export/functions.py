@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from os import PathLike
-from typing import Final
+from typing import Final, Unpack
 
 import onnx
 import onnx.inliner
@@ -13,7 +13,7 @@ import onnx.inliner
 from qinvert.errors import ExportError
 from qinvert.export.exporting import ensure, interface_of, profile_for, serialize
 from qinvert.export.graph import DOMAIN, MAX_BYTES, GraphBuilder
-from qinvert.export.interface import AUTO, Interface
+from qinvert.export.interface import AUTO, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.reading import inlined, parse_model
@@ -35,6 +35,8 @@ def export_layers(
     input: str = AUTO,  # noqa: A002 - as in `qinvert.export`
     output: str = AUTO,
     key_size: int | None = None,
+    input_type: str = InputType.FLOAT32,
+    chains: int | str = AUTO,
 ) -> onnx.ModelProto:
     """Write one model whose graph calls a local function for each layer.
 
@@ -57,7 +59,7 @@ def export_layers(
     batch : int or None
         Matrices per call.  None leaves the batch open: for onnxruntime, or to
         be called by a larger model; compilers for NPUs want a number.
-    input, output, key_size
+    input, output, key_size, input_type, chains
         As in `qinvert.export`, for all layers.
 
     Returns
@@ -73,7 +75,15 @@ def export_layers(
         If a layer is unknown.
     """
     model = build_layers(
-        plan, profile=profile, layers=layers, batch=batch, input=input, output=output, key_size=key_size
+        plan,
+        profile=profile,
+        layers=layers,
+        batch=batch,
+        input=input,
+        output=output,
+        key_size=key_size,
+        input_type=input_type,
+        chains=chains,
     )
     write_atomically(path, serialize(model))
     return model
@@ -84,19 +94,16 @@ def build_layers(
     *,
     profile: str | None = None,
     layers: Sequence[str] | None = None,
-    batch: int | None = 8,
-    input: str = AUTO,  # noqa: A002 - as in `qinvert.export`
-    output: str = AUTO,
-    key_size: int | None = None,
+    **options: Unpack[Options],
 ) -> onnx.ModelProto:
     """Return the model that `export_layers` writes."""
     chosen = profile_for(plan, profile)
     names = _checked(plan, layers)
-    interface = interface_of(plan.layer(names[0]), batch, input, output, key_size)
     functions = []
     graph = GraphBuilder()
     for layer, name in function_names(names).items():
         layer_plan = plan.layer(layer)
+        interface = interface_of(plan, layer_plan, chosen, **options)
         functions.append(layer_function(layer_plan, chosen, interface, name=name, layer=layer))
         if sum(function.ByteSize() for function in functions) > MAX_BYTES:
             raise ExportError(
@@ -107,7 +114,7 @@ def build_layers(
     metadata = provenance(plan, chosen) | {"qinvert.layers": str(len(names))}
     doc = f"T = (I + L)^-1 of {len(names)} layers"
     model = graph.model("triangular_inverses", chosen.opset, metadata, doc, functions)
-    if batch is not None:
+    if options.get("batch", 8) is not None:
         # The rules are those of compilers, which do not take an open batch.
         ensure(chosen, inlined(model))
     return model
@@ -200,8 +207,8 @@ def _append_call(
     interface: Interface,
     layer: str,
 ) -> None:
-    shapes = interface.inputs(plan)
-    inputs = [graph.input(f"{layer}/{name}", shapes[name]) for name in function.input]
+    shapes, types = interface.inputs(plan), interface.input_elements(plan, profile)
+    inputs = [graph.input(f"{layer}/{name}", shapes[name], types[name]) for name in function.input]
     elements = interface.elements(plan, profile)
     results = {f"{layer}/{name}": (shape, elements[name]) for name, shape in interface.outputs(plan).items()}
     graph.call(function, inputs, layer, results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, cast
+from typing import Final, TypedDict, cast
 
 import onnx
 
@@ -54,6 +54,17 @@ class GraphOutput(StrEnum):
     INTEGERS = "integers"
     #: The output ports of a program that does not compute an inverse, in float32.
     PORTS = "ports"
+
+
+class Options(TypedDict, total=False):
+    """What graphs take and return, as in `qinvert.export`."""
+
+    batch: int | None
+    input: str
+    output: str
+    key_size: int | None
+    input_type: str
+    chains: int | str
 
 
 class InputType(StrEnum):

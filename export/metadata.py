@@ -24,6 +24,7 @@ def layer_metadata(name: str, plan: LayerPlan, profile: Profile, interface: Inte
         "qinvert.program": plan.program.title,
         "qinvert.requantize": str(plan.requantize),
         **interface.metadata(plan, profile),
+        **({"qinvert.session_options": " ".join(profile.session_options)} if profile.session_options else {}),
     }
 
 

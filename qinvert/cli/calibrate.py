@@ -6,12 +6,20 @@ import sys
 
 import click
 
-from qinvert.calibration.choices import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
+from qinvert.calibration.choices import (
+    BITS,
+    HARDWARE_LOSS_DB,
+    MAX_LOSS_DB,
+    Granularity,
+    RangeRule,
+    ScaleRule,
+)
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
+from qinvert.hardware import HARDWARE
 from qinvert.methods import METHODS
 from qinvert.profiles import PROFILES
 
@@ -22,6 +30,10 @@ from qinvert.profiles import PROFILES
 @click.option("--method", default="auto", show_default=True, help=f"auto, {', '.join(METHODS)}.")
 @click.option("--bits", default="auto", show_default=True, type=click.Choice(("auto", *BITS)))
 @click.option("--target", help=f"{', '.join(PROFILES)}; by default npu-qdq-int8, if it takes the bits.")
+@click.option(
+    "--hardware", help=f"Chip whose costs decide: {', '.join(HARDWARE)}; by default that of the target."
+)
+@click.option("--batch", default=8, show_default=True, help="Matrices per call, for costs on --hardware.")
 @click.option(
     "--scales",
     default="auto",
@@ -46,10 +58,9 @@ from qinvert.profiles import PROFILES
 @click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
 @click.option(
     "--max-loss",
-    default=MAX_LOSS_DB,
     type=DECIBELS,
-    show_default=True,
-    help="Goal for the distance to the floor, dB.",
+    help=f"Goal for the distance to the floor, dB; {MAX_LOSS_DB:g} by default, {HARDWARE_LOSS_DB:g} with "
+    "--hardware.",
 )
 @click.option("--factored", is_flag=True, help="Quantize L / beta; a file needs arrays NAME.beta.")
 @click.option(
@@ -65,12 +76,14 @@ def calibrate(
     method: str,
     bits: str,
     target: str | None,
+    hardware: str | None,
+    batch: int,
     scales: str,
     ranges: str,
     granularity: str,
     factored: bool,
     min_sqnr: float,
-    max_loss: float,
+    max_loss: float | None,
     checkpoint: str | None,
     given: DataOptions,
     as_json: bool,
@@ -86,6 +99,7 @@ def calibrate(
     Example: qinvert calibrate recall -o plan.json
              qinvert calibrate ./my-model --data book.txt --num-samples 64 -o plan.json
              qinvert calibrate ./my-model --data rows.jsonl --column content -o plan.json
+             qinvert calibrate ./my-model --data book.txt --hardware hexagon-v81 -o plan.json
              qinvert calibrate L.npz --bits 8x2 --min-sqnr 60 -o plan.json
              qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
              torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
@@ -103,6 +117,8 @@ def calibrate(
                 method=method,
                 bits=bits,
                 target=target,
+                hardware=hardware,
+                batch=batch,
                 min_sqnr_db=min_sqnr,
                 max_loss_db=max_loss,
                 scales=scales,

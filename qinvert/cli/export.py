@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from qinvert.cli.graph_folder import ALL_LAYERS, Options, encodings_file, export_all, export_together
+from qinvert.cli.graph_folder import ALL_LAYERS, encodings_file, export_all, export_together
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
 from qinvert.export.encodings import STYLES
-from qinvert.export.interface import AUTO, GraphInput, GraphOutput
+from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Options
 from qinvert.plan.plan import Plan
 from qinvert.profiles import find_profile
+
+
+class ChainCount(click.ParamType["int | str"]):
+    """A number of chains, or ``auto``."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Return an int, or ``"auto"``."""
+        return AUTO if value == AUTO else int(click.INT.convert(value, param, ctx))
 
 
 @click.command()
@@ -39,6 +51,20 @@ from qinvert.profiles import find_profile
     type=click.Choice([AUTO, *(kind.value for kind in GraphOutput)]),
     help="integers returns what T is made of, as it is stored; its scale is in the metadata.",
 )
+@click.option(
+    "--input-type",
+    default=InputType.FLOAT32.value,
+    show_default=True,
+    type=click.Choice([kind.value for kind in InputType]),
+    help="integers takes M on the plan's grid, with --input M; its scale is in the metadata.",
+)
+@click.option(
+    "--chains",
+    default=AUTO,
+    show_default=True,
+    type=ChainCount(),
+    help="Parts into which the graph cuts the batch; auto takes what costs the least on the plan's chip.",
+)
 @click.option("--one-file", is_flag=True, help=f"Write one {ALL_LAYERS} with a local function per layer.")
 @click.option(
     "--encodings", "style", type=click.Choice(tuple(STYLES)), help="Also write the scales as JSON, QDQ only."
@@ -53,6 +79,8 @@ def export(
     source: str,
     key_size: int | None,
     result: str,
+    input_type: str,
+    chains: int | str,
     one_file: bool,
     style: str | None,
     as_json: bool,
@@ -65,13 +93,21 @@ def export(
              qinvert export plan.json -o graphs/ --encodings aimet-2.0.0
              qinvert export plan.json -o graphs/ --one-file --output-type integers
              qinvert export plan.json -o graphs/ --input keys --key-size 128
+             qinvert export plan.json -o graphs/ --input M --input-type integers --output-type integers
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     find_profile(profile if profile is not None else plan.target)
     for name in layers:
         plan.layer(name)
-    options: Options = {"batch": batch, "input": source, "output": result, "key_size": key_size}
+    options: Options = {
+        "batch": batch,
+        "input": source,
+        "output": result,
+        "key_size": key_size,
+        "input_type": input_type,
+        "chains": chains,
+    }
     if one_file:
         if style is not None:
             raise InputError("--encodings describes one graph per layer; leave out --one-file")

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final, TypedDict, Unpack
+from typing import TYPE_CHECKING, Final, Unpack
 
 from qinvert.files import make_folder, write_together
 from qinvert.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from qinvert.export.interface import Options
 
 #: Name of the plan beside the graphs.
 PLAN_FILE: Final = "plan.json"
 #: Name of the file that has a function for each layer.
 ALL_LAYERS: Final = "all_layers.onnx"
-
-
-class Options(TypedDict, total=False):
-    """What graphs take and return, as in `qinvert.export`."""
-
-    batch: int
-    input: str
-    output: str
-    key_size: int | None
 
 
 def export_all(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
-from qinvert.program.program import Program
 from qinvert.program.step_list import StepList
 from qinvert.program.steps import Add, MatMul, Step
+
+P = TypeVar("P", bound=StepList)
 
 #: Parameter in the title of a program whose residual terms are sums.
 PARAMETER: Final = "residuals"
@@ -18,7 +19,7 @@ SUMS: Final = "sums"
 INPUT_BOUND: Final = 1.0
 
 
-def residuals_as_sums(program: Program) -> Program:
+def residuals_as_sums(program: P) -> P:
     """``P = A B``, then ``output = P + sum(add)``, for every product with residual terms that are added.
 
     The result is the same program in exact arithmetic.  In integers a product
@@ -33,12 +34,12 @@ def residuals_as_sums(program: Program) -> Program:
 
     Parameters
     ----------
-    program : Program
+    program : StepList
 
     Returns
     -------
-    Program
-        With the parameter ``residuals=sums``, or ``program`` itself where it has
+    StepList
+        Of the same type, with the parameter ``residuals=sums``, or ``program`` itself where it has
         no such product.
     """
     bounds: dict[str, float | None] = {port.name: INPUT_BOUND for port in program.inputs}
