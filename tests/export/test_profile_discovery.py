@@ -72,7 +72,7 @@ def test_a_graph_names_its_profile_until_the_profile_is_gone(tmp_path):
     assert list(PROFILES.items()) == list(before.items())
     entries = {e.key: e.value for e in onnx.load(tmp_path / "t.onnx").metadata_props}
     assert "toy-ops" in entries.values()
-    with pytest.raises(ExportError, match="unknown profile 'toy-ops'; use one of .*int-ops, "):
+    with pytest.raises(ExportError, match=r"unknown profile 'toy-ops'; use one of .*int-ops, "):
         qinvert.export(plan, tmp_path / "t.onnx")
 
 
