@@ -194,7 +194,9 @@ class _Reader:
         source = node.input[0]
         tensor = self._tensor(source, node)
         if source in self.constants:
-            self.dequantized[node.output[0]] = replace(tensor, values=tensor.signed(self.constants[source]))
+            # Two grids may share the integers of a constant, but not its name.
+            values, name = tensor.signed(self.constants[source]), node.output[0]
+            self.dequantized[name] = replace(tensor, name=name, values=values)
             return
         if source not in self.tensors:
             self._enter(tensor)

@@ -71,17 +71,23 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[An
             answer["kept"] = [file.name] if keep else []
             if hardware in asked:
                 answer["estimate"] = {"hardware": hardware, "uncosted": len(others), **cost(hardware, folder)}
+        elif hardware in asked:
+            raise SystemExit(f"the graph has no operators on integers: nothing of it runs on {hardware}")
         yield hardware, outputs, products(graph), left, answer
 
 
 def executed(graph: QuantizedGraph, content: bytes, feeds: list[dict[str, Array]]) -> list[Array]:
     """Return the graph's first output for every call."""
-    kernels = OpResolverType.BUILTIN_REF
+    given = [graph.quantized(feed) for feed in feeds]
     if not content:
-        return [graph.returned(feed, {})[0] for feed in feeds]
+        return [graph.returned(feed, integers)[0] for feed, integers in zip(feeds, given, strict=True)]
+    kernels = OpResolverType.BUILTIN_REF
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=kernels)
     interpreter.allocate_tensors()
-    return [graph.returned(feed, invoked(interpreter, graph.quantized(feed)))[0] for feed in feeds]
+    return [
+        graph.returned(feed, invoked(interpreter, integers))[0]
+        for feed, integers in zip(feeds, given, strict=True)
+    ]
 
 
 def invoked(interpreter: Any, integers: dict[str, Array]) -> dict[str, Array]:

@@ -249,6 +249,32 @@ def returned_width(model, name):
     return found.type.tensor_type.shape.dim[1].dim_value
 
 
+def test_two_grids_of_one_constant_stay_two(reader):
+    graph = Graph()
+    integers = graph.constant(np.ones((1, 1, 1, 1), np.int8), "ones")
+    ones = [graph.node("DequantizeLinear", [integers, *graph.grid(s, "int8", 0)]) for s in (0.5, 2)]
+    scaled = graph.node("Mul", [graph.quantized("x", 1 / 32), ones[0]])
+    scaled = graph.node("Mul", [graph.quantized(scaled, 1 / 32), ones[1]])
+    graph.returns("T", graph.quantized(scaled, 1 / 32), 1 / 32)
+    model, feed = graph.model(), {"x": np.full((1, 2, 4, 4), 2, np.float32)}
+    found = reader.read(model)
+    constants = {t.name: t.scale for o in found.operators for t in o.inputs if t.values is not None}
+    assert sorted(constants.values()) == [0.5, 2]
+    results = computed(found, found.quantized(feed))
+    assert np.array_equal(found.returned(feed, results)[0], returned(model, feed))
+
+
+def test_a_graph_without_operators_on_integers_runs(needs_vela):
+    graph = Graph()
+    graph.returns("x", graph.quantized("x", 0.5), 0.5)
+    feed = {"x": np.linspace(-100, 100, 32, dtype=np.float32).reshape(1, 2, 4, 4)}
+    model = graph.model()
+    for execution in execute("vela", model.SerializeToString(), [feed]):
+        assert np.array_equal(execution.outputs[0], returned(model, feed))
+    with pytest.raises(ExportError, match=r"no operators on integers: nothing of it runs on ethos-u85-256"):
+        estimate(model.SerializeToString(), "ethos-u85-256")
+
+
 def test_a_graph_that_takes_integers_is_read(reader):
     graph = Graph()
     graph.returns("x", graph.node("DequantizeLinear", ["x", *graph.grid(0.5, "int8", 0)]), 0.5)
