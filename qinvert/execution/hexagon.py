@@ -40,7 +40,7 @@ def check_plan(plan: QuantizedProgram) -> None:
     for step in plan.program.steps:
         grids = [plan.tensors[name] for name in (*step.inputs, step.output) if name in plan.tensors]
         kept = isinstance(step, Rescale) and plan.keeps_integers(step)
-        sums = isinstance(step, Add) and all(is_power_of_two(grid.scale) for grid in grids)
+        sums = isinstance(step, Add) and _is_known_sum({grid.scale for grid in grids})
         if not kept and not sums and not isinstance(step, (MatMul, Slice, Concat, Mask)):
             raise PlanError(f"how Hexagon rounds step {step.output!r} is not known; {remedy}")
     for name, grid in plan.tensors.items():
@@ -48,3 +48,8 @@ def check_plan(plan: QuantizedProgram) -> None:
             raise PlanError(f"tensor {name!r} is {grid.format}, but only int8 is known on Hexagon; {remedy}")
         if not hexagon.SCALES[0] <= grid.scale <= hexagon.SCALES[1]:
             raise PlanError(f"the scale of tensor {name!r}, {grid.scale:g}, is beyond float16; {remedy}")
+
+
+def _is_known_sum(scales: set[float]) -> bool:
+    """Whether a sum of grids with these scales is known: on one grid it is a sum of integers."""
+    return len(scales) == 1 or all(map(is_power_of_two, scales))

@@ -100,8 +100,8 @@ def add(terms: list[tuple[torch.Tensor, float]], scale: float, fmt: IntFormat) -
     Parameters
     ----------
     terms : list of (torch.Tensor, float)
-        Integers and their scales, which are powers of two like ``scale``.  For
-        other scales the emulator's fixed-point factors are not known.
+        Integers and their scales, which all equal ``scale``, or are powers of two
+        like ``scale``.  For others the emulator's fixed-point factors are not known.
     scale, fmt
         Grid of the result, with a format of one plane and 8 bits.
     """
