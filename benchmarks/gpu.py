@@ -10,7 +10,8 @@ import argparse
 import importlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def programs(chunk: int) -> dict[str, qinvert.Program]:
     }
 
 
+@cache
 def plans(chunk: int) -> dict[str, LayerPlan]:
     """Return the plans that are timed, those of both programs, and the planner's own choice."""
     seen = torch.cat([stress_matrices(n, 32, chunk) for n in ("correlated_keys", "independent_keys")])
@@ -132,6 +134,18 @@ def contenders(lower: torch.Tensor, known: dict[str, LayerPlan]) -> Iterator[tup
             lambda: torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True),
         )
         yield "simulator, torch path", lambda: simulate_batched(known["int8, merge"], Systems(lower=lower))
+
+
+def warm(chunk: int, name: str) -> None:
+    """Run one contender on a few matrices, which leaves its kernel in Triton's cache on the disk."""
+    dict(contenders(matrices(64, chunk), plans(chunk)))[name]()
+
+
+def compile_all(chunks: list[int]) -> None:
+    """Compile all kernels, in as many processes as there are cores: the longest take minutes."""
+    jobs = [(chunk, name) for chunk in chunks for name, _ in contenders(matrices(64, chunk), plans(chunk))]
+    with get_context("spawn").Pool() as pool:
+        pool.starmap(warm, jobs[::-1], 1)
 
 
 def by_size(chunks: list[int], batches: list[int]) -> dict[tuple[int, int], dict[str, float]]:
@@ -253,6 +267,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 65536, 1048576])
     arguments = parser.parse_args()
     card = torch.cuda.get_device_name()
+    compile_all(arguments.chunks)
     types = ["types", "precision", "copy", "fla", "merge", "elimination", "`solve_tril` runs"]
     types += ["fla / it", "it / copy", "error, merge", "error, elimination"]
     parts = [
