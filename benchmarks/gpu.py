@@ -10,7 +10,8 @@ import argparse
 import importlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from triton.testing import do_bench
 
 import qinvert
 from qinvert.execution.simulator import simulate_batched
-from qinvert.kernels import solve_tril
+from qinvert.kernels import Precision, solve_tril
+from qinvert.kernels.dispatch import EXACT
+from qinvert.kernels.generator import float_program, program_kernel
+from qinvert.kernels.launch import launch
 from qinvert.plan.plan import LayerPlan
 from qinvert.stress import stress_matrices
+from qinvert.systems import Systems
 
 Contender = Callable[[], Any]
 Table = list[list[str]]
@@ -52,18 +57,28 @@ def matrices(count: int, chunk: int, seed: int = 0) -> torch.Tensor:
     return lower
 
 
-def plans(chunk: int) -> dict[str, LayerPlan]:
-    """Return the plans that are timed, one program for all, and the planner's own choice."""
-    seen = torch.cat([stress_matrices(n, 32, chunk) for n in ("correlated_keys", "independent_keys")])
-    program = qinvert.block_merge(chunk, base=2, tile=16)
-    options: dict[str, dict[str, Any]] = {
-        "int8": {"bits": 8, "method": program},
-        "int8, divide": {"bits": 8, "method": program, "target": "int-ops"},
-        "int8, planner": {"bits": 8},
-        "int4": {"bits": 4, "method": program},
-        "int8x2": {"bits": "8x2", "method": program},
-        "int8x2, pow2": {"bits": "8x2", "method": program, "scales": "pow2"},
+def programs(chunk: int) -> dict[str, qinvert.Program]:
+    """Return the programs that kernels in floating point are compared with."""
+    return {
+        "merge": qinvert.block_merge(chunk, base=1, tile=16),
+        "elimination": qinvert.elimination(chunk, tile=16),
     }
+
+
+@cache
+def plans(chunk: int) -> dict[str, LayerPlan]:
+    """Return the plans that are timed, those of both programs, and the planner's own choice."""
+    seen = torch.cat([stress_matrices(n, 32, chunk) for n in ("correlated_keys", "independent_keys")])
+    options: dict[str, dict[str, Any]] = {"int8, planner": {"bits": 8}}
+    for program in (qinvert.block_merge(chunk, base=2, tile=16), qinvert.elimination(chunk, tile=16)):
+        method, name = {"method": program}, program.name.removeprefix("block_")
+        options |= {
+            f"int8, {name}": {"bits": 8, **method},
+            f"int8, divide, {name}": {"bits": 8, "target": "int-ops", **method},
+            f"int4, {name}": {"bits": 4, **method},
+            f"int8x2, {name}": {"bits": "8x2", **method},
+            f"int8x2, pow2, {name}": {"bits": "8x2", "scales": "pow2", **method},
+        }
     return {n: qinvert.calibrate(seen, min_sqnr_db=0, **o).layer() for n, o in options.items()}
 
 
@@ -85,12 +100,28 @@ def rows(lower: torch.Tensor) -> torch.Tensor:
     return lower.view(1, -1, 1, lower.shape[-1])
 
 
+def float_call(
+    given: torch.Tensor, target: torch.dtype, program: qinvert.Program, precision: str
+) -> Callable[[], torch.Tensor]:
+    """Return a call of a program's float kernel, which returns T."""
+    exact = given.dtype in EXACT.get(Precision(precision), ())
+    generated = program_kernel(program, Precision(precision), exact)
+    A, out = rows(given), torch.empty_like(rows(given), dtype=target)  # noqa: N806
+
+    def call() -> torch.Tensor:
+        launch(generated, A, out)
+        return out.view_as(given)
+
+    return call
+
+
 def contenders(lower: torch.Tensor, known: dict[str, LayerPlan]) -> Iterator[tuple[str, Contender]]:
     """Yield what is compared in float32."""
     chunk, A, out = lower.shape[-1], rows(lower), torch.empty_like(lower)  # noqa: N806
     yield "copy", lambda: out.copy_(lower)
-    yield "float, fp16", lambda: solve_tril(A)
-    yield "float, fp16x3", lambda: solve_tril(A, precision="fp16x3")
+    for precision in ("fp16", "tf32", "fp16x3"):
+        for name, program in programs(chunk).items():
+            yield f"{precision}, {name}", float_call(lower, lower.dtype, program, precision)
     for name, plan in known.items():
         yield name, partial(solve_tril, A, plan=plan)
     theirs = library()
@@ -102,7 +133,19 @@ def contenders(lower: torch.Tensor, known: dict[str, LayerPlan]) -> Iterator[tup
             "torch.linalg",
             lambda: torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True),
         )
-        yield "simulator, torch path", lambda: simulate_batched(known["int8"], lower)
+        yield "simulator, torch path", lambda: simulate_batched(known["int8, merge"], Systems(lower=lower))
+
+
+def warm(chunk: int, name: str) -> None:
+    """Run one contender on a few matrices, which leaves its kernel in Triton's cache on the disk."""
+    dict(contenders(matrices(64, chunk), plans(chunk)))[name]()
+
+
+def compile_all(chunks: list[int]) -> None:
+    """Compile all kernels, in as many processes as there are cores: the longest take minutes."""
+    jobs = [(chunk, name) for chunk in chunks for name, _ in contenders(matrices(64, chunk), plans(chunk))]
+    with get_context("spawn").Pool() as pool:
+        pool.starmap(warm, jobs[::-1], 1)
 
 
 def by_size(chunks: list[int], batches: list[int]) -> dict[tuple[int, int], dict[str, float]]:
@@ -131,13 +174,18 @@ def _by_precision(given: torch.Tensor, target: torch.dtype, truth: torch.Tensor)
     copy = microseconds(lambda: out.copy_(given))
     other = microseconds(lambda: theirs(rows(given), output_dtype=target)) if theirs else math.nan
     for precision in ("fp16", "bf16", "tf32", "fp16x3"):
-        call = partial(solve_tril, rows(given), output_dtype=target, precision=precision)
-        ours = microseconds(call)
-        result = call().view_as(given)[:512].double()
-        error = float((result - truth).norm() / truth.norm())
-        numbers = [f"{1000 * t / batch:.2f}" for t in (copy, other, ours)]
-        ratios = [f"{other / ours:.1f}", f"{ours / copy:.2f}", f"{error:.1e}"]
-        yield [f"{_short(given.dtype)} -> {_short(target)}", precision, *numbers, *ratios]
+        calls = {n: float_call(given, target, p, precision) for n, p in programs(64).items()}
+        times = {name: microseconds(call) for name, call in calls.items()}
+        errors = {name: _error(call(), truth) for name, call in calls.items()}
+        run = float_program(64, Precision(precision)).name.removeprefix("block_")
+        numbers = [f"{1000 * t / batch:.2f}" for t in (copy, other, *times.values())]
+        ratios = [run, f"{other / times[run]:.1f}", f"{times[run] / copy:.2f}"]
+        kinds = [f"{_short(given.dtype)} -> {_short(target)}", precision]
+        yield [*kinds, *numbers, *ratios, *(f"{e:.1e}" for e in errors.values())]
+
+
+def _error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((result[: len(truth)].double() - truth).norm() / truth.norm())
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -219,7 +267,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1024, 65536, 1048576])
     arguments = parser.parse_args()
     card = torch.cuda.get_device_name()
-    types = ["types", "precision", "copy", "fla", "ours", "fla / ours", "ours / copy", "relative error"]
+    compile_all(arguments.chunks)
+    types = ["types", "precision", "copy", "fla", "merge", "elimination", "`solve_tril` runs"]
+    types += ["fla / it", "it / copy", "error, merge", "error, elimination"]
     parts = [
         f"Measured on one {card}, torch {torch.__version__}, Triton {triton.__version__}.",
         "64 x 64, 65,536 matrices, nanoseconds per matrix:",

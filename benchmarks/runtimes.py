@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from contenders import RUNTIMES, Case, contenders, graph, program
+from contenders import ELIMINATION, RUNTIMES, Case, contenders, graph, programs
 from page import Row, page
 from profiling import operator_seconds
 from timing import interleaved
@@ -23,8 +23,8 @@ from qinvert.stress import stress_matrices
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 #: Calls in a row, so that caches are warm, and seconds between two turns.
 REPEAT, PAUSE = 5, 0.02
-#: Profiles whose time is split by operator.
-SPENT = ["npu-qdq-uint8", "int-ops-x86"]
+#: Graphs whose time is split by operator.
+SPENT = ["npu-qdq-uint8", f"qlinear-uint8{ELIMINATION}", "int-ops-x86"]
 
 
 def measure(case: Case, profiles: list[str], rounds: int, limit: float) -> list[Row]:
@@ -67,7 +67,7 @@ def main() -> None:
         rows,
         {profile: export_seconds(profile) for profile in arguments.profiles},
         {profile: spent(profile, max(arguments.batches)) for profile in arguments.spent},
-        program(64).title,
+        [program.title for program in programs(64).values()],
     )
     print(content)
     if arguments.write:
@@ -93,7 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--profiles", nargs="+", default=list(PROFILES), choices=list(PROFILES))
-    parser.add_argument("--spent", nargs="*", default=SPENT, choices=list(PROFILES), help="profiled by node")
+    graphs = [profile + suffix for profile in PROFILES for suffix in ("", ELIMINATION)]
+    parser.add_argument("--spent", nargs="*", default=SPENT, choices=graphs, help="profiled by node")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--limit", type=float, default=0.2, help="seconds for one contender of one case")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
 from qinvert.export.lowering.base import GraphLowering, Value
 from qinvert.export.lowering.tensors import IntArray, vector_name
-from qinvert.formats import PLANE_RATIO
+from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scalar import planes_scalar
 from qinvert.plan.integer_product import PlanePair
 from qinvert.plan.quantization import Quantization
@@ -19,7 +20,10 @@ from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
 
 
 class IntegerLowering(GraphLowering):
-    """Values are int8 tensors; each node computes one float32 rounding of the simulator."""
+    """Values are 8-bit tensors; each node computes one float32 rounding of the simulator."""
+
+    #: How the graph stores integers.
+    stored_format: ClassVar[IntFormat] = INT8
 
     def source(self, tensor: str, name: str) -> Value:
         if name in self.integer_inputs:
@@ -30,7 +34,7 @@ class IntegerLowering(GraphLowering):
         grid, tensor = self.grid(result.tensor), result.tensor
         if grid.format.planes > 1:
             return self._sum(name, tensor, [("Add", result)])
-        inputs = [result.name, self.scale_of(grid), self.zero_point()]
+        inputs = [result.name, self.scale_of(grid), self.zero_point(self.stored_format)]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(tensor))
 
     def value(self, tensor: str) -> Value:
@@ -46,7 +50,7 @@ class IntegerLowering(GraphLowering):
         return self.spread(values, array, "int8") if spread else values
 
     def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
-        return self.graph.node("Concat", parts, name, shape, "int8", axis=axis)
+        return self.graph.node("Concat", parts, name, shape, self.stored_format.element, axis=axis)
 
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
@@ -84,7 +88,7 @@ class IntegerLowering(GraphLowering):
     def _product(self, name: str, step: MatMul, operands: Sequence[str]) -> str:
         shape, (left, right) = self.shape(step.output), operands
         left, left_zero = self._left_operand(left)
-        inputs = [left, right, left_zero, self.zero_point()]
+        inputs = [left, right, left_zero, self.zero_point(self.stored_format)]
         accumulator = self.graph.node("MatMulInteger", inputs, f"{name}/accumulator", shape, "int32")
         return self.graph.node("Cast", [accumulator], f"{name}/cast", shape, to=1)
 
@@ -92,7 +96,7 @@ class IntegerLowering(GraphLowering):
         """Return an int8 tensor as the profile multiplies it from the left, and its zero point."""
         fmt = self.profile.left_operand
         if fmt is None:
-            return tensor, self.zero_point()
+            return tensor, self.zero_point(self.stored_format)
         name = f"{tensor}/{fmt.element}"
         if name not in self.graph:
             # The cast wraps modulo 256; flipping the top bit is adding 128.
@@ -164,7 +168,11 @@ class IntegerLowering(GraphLowering):
     def _cast(self, plane: str, shape: Sizes) -> str:
         # What a product wrote has that name for its accumulator.
         output = f"{plane}/integers" if f"{plane}/accumulator" in self.graph else f"{plane}/cast"
-        return output if output in self.graph else self.graph.node("Cast", [plane], output, shape, to=1)
+        return output if output in self.graph else self._integers(plane, output, shape)
+
+    def _integers(self, plane: str, output: str, shape: Sizes) -> str:
+        """Append the integers of a plane in float32."""
+        return self.graph.node("Cast", [plane], output, shape, to=1)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
@@ -183,7 +191,7 @@ class IntegerLowering(GraphLowering):
         shape = self.shape(step.output)
         names = zip(source.planes, self.plane_names(step.output), strict=True)
         for plane, name in names:
-            self.graph.node(operator, [plane, *inputs], name, shape, "int8")
+            self.graph.node(operator, [plane, *inputs], name, shape, self.stored_format.element)
         return self.value(step.output)
 
     def _reals(self, name: str, value: Value) -> list[str]:
@@ -193,7 +201,7 @@ class IntegerLowering(GraphLowering):
         reals: list[str] = []
         for plane, scale in zip(value.planes, self._plane_scales(value.tensor), strict=True):
             stem = f"{name}/{len(reals)}"
-            real = self.graph.node("Cast", [plane], f"{stem}/cast", shape, to=1)
+            real = self._integers(plane, f"{stem}/cast", shape)
             constant = self.graph.scalar(f"scale/{scale!r}", scale)
             reals.append(self.graph.node("Mul", [real, constant], stem, shape))
         return reals
@@ -214,10 +222,10 @@ class IntegerLowering(GraphLowering):
         return self.value(tensor)
 
     def _rounded(self, tensor: str, value: str, scale: float, output: str) -> str:
-        fmt, shape = self.grid(tensor).format, self.shape(tensor)
-        inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point()]
+        fmt, shape, stored = self.grid(tensor).format, self.shape(tensor), self.stored_format
+        inputs = [value, self.graph.scalar(f"scale/{scale!r}", scale), self.zero_point(stored)]
         if fmt.planes > 1 or (fmt.minimum, fmt.maximum) == (-128, 127):
-            return self.graph.node("QuantizeLinear", inputs, output, shape, "int8")
+            return self.graph.node("QuantizeLinear", inputs, output, shape, stored.element)
         # On the integers: optimizers drop a float Clip whose bounds are tiny.
         wide = self.graph.node("QuantizeLinear", inputs, f"{output}/wide", shape, "int8")
         bounds = [

@@ -20,12 +20,13 @@ class QLinearLowering(IntegerLowering):
             # QLinearMatMul rounds by one factor, which is not the plan's rounding.
             return super().matmul(step, left, right, add, subtract)
         *operands, ones = self.widened(step, left, right)
+        zero, element = self.zero_point(self.stored_format), self.stored_format.element
         inputs: list[str] = []
         for operand, tensor in zip(operands, (step.left, step.right), strict=True):
-            inputs += [operand, self.scale_of(self.grid(tensor)), self.zero_point()]
-        inputs += [self.scale_of(self.grid(step.output)), self.zero_point()]
+            inputs += [operand, self.scale_of(self.grid(tensor)), zero]
+        inputs += [self.scale_of(self.grid(step.output)), zero]
         output, shape = self.stored(step.output), self.shape(step.output)
-        self.graph.node("QLinearMatMul", inputs, output, shape, "int8")
+        self.graph.node("QLinearMatMul", inputs, output, shape, element)
         return replace(self.value(step.output), ones=ones)
 
 

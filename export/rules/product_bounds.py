@@ -86,25 +86,26 @@ def accumulator_bound(structure: Structure, left: Operand, right: Operand, enoug
 
 def _magnitudes(structure: Structure, operand: Operand, shape: list[int]) -> Magnitudes:
     """Largest magnitude of each element over all blocks, ``[rows, columns]``."""
-    tensor = operand.tensor
+    tensor, zero = operand.tensor, operand.zero_point
     while structure.operator(tensor) in CASTS:
-        tensor = structure.writers[tensor].input[0]
+        # They shift int8 to the operand's zero point.
+        tensor, zero = structure.writers[tensor].input[0], 0
     node = structure.writers.get(tensor)
     found = None
     if node is not None and node.op_type == "QuantizeLinear":
         found = _rounded(structure, node, MAX_STEPS)
     elif node is not None:
-        found = _joined(node, [_integer_magnitudes(structure, name) for name in node.input])
+        found = _joined(node, [_integer_magnitudes(structure, name, zero) for name in node.input])
     return np.full(shape[-2:], float(operand.magnitude)) if found is None else found
 
 
-def _integer_magnitudes(structure: Structure, name: str) -> Magnitudes | None:
-    operand = _integers(structure, name, None)
+def _integer_magnitudes(structure: Structure, name: str, zero: int) -> Magnitudes | None:
+    operand = _integers(structure, name, ("", zero))
     if operand is None:
         return None
     constant = structure.constant(name)
     if constant is not None:
-        return _largest(np.abs(constant.astype(np.float64)))
+        return _largest(np.abs(constant.astype(np.float64) - zero))
     return np.full((structure.shape(name) or [1, 1])[-2:], float(operand.magnitude))
 
 

@@ -30,20 +30,31 @@ def rolled(statements: Sequence[Statement], later: Sequence[Statement], count: i
 
     The loop carries the float16 operands that later statements read, 4
     registers per tile and plane; float32 values are converted back from them.
-    Statements that the tiles do not have in common stay as they are.
+    Statements that the tiles do not have in common stay as they are, behind it.
     """
     groups = _diagonals(statements, count)
     body = _common([_canonical(group) for group in groups])
     groups = [group[: len(body)] for group in groups]
-    taken = {statement.variable for group in groups for statement in group}
-    end = max((i for i, statement in enumerate(statements) if statement.variable in taken), default=-1)
-    early = [statement for statement in statements[:end] if statement.variable not in taken]
-    if count < 2 or len(body) < 2 or taken & _read(early):
+    if count < 2 or len(body) < 2:
         return list(statements)
-    late = statements[end + 1 :]
+    taken = {statement.variable for group in groups for statement in group}
+    others = [statement for statement in statements if statement.variable not in taken]
+    # What the loop reads comes before it, and all else behind it, where it may read what the loop defines.
+    needed = _needed(others, body)
+    early = [statement for statement in others if statement.variable in needed]
+    late = [statement for statement in others if statement.variable not in needed]
     used = taken & _read([*late, *later])
     wanted = [statement for statement in statements if statement.variable in used]
     return [*early, *_loop(groups, body, wanted), *late]
+
+
+def _needed(statements: Sequence[Statement], body: Sequence[Statement]) -> set[str]:
+    """Return the variables of ``statements`` that ``body`` reads, and all that those are made of."""
+    needed = _read(body)
+    for statement in reversed(statements):
+        if statement.variable in needed:
+            needed |= set(statement.reads)
+    return needed
 
 
 def _read(statements: Sequence[Statement]) -> set[str]:

@@ -16,7 +16,9 @@ from qinvert.kernels.template import TEMPLATE
 from qinvert.kernels.tile_evaluator import TileEvaluator
 from qinvert.kernels.tiles import TILE, Placed, UnsupportedError
 from qinvert.methods.block_merge import block_merge
+from qinvert.methods.elimination import elimination
 from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.program.program import Program
 from qinvert.program.step_list import StepList
 
 #: Largest number of products of tiles in one kernel: with more, compiling takes minutes and
@@ -32,6 +34,8 @@ LOADED_SCALARS: Final = 12
 #: Rows of tiles are joined and stored together up to this chunk; in larger chunks and long kernels
 #: each tile is stored as soon as it is complete, to free its registers.
 JOINED_CHUNK: Final = 64
+#: From this chunk on, float kernels of one product for each pair of tiles wait for memory.
+MEMORY_BOUND_CHUNK: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +97,9 @@ def integer_kernel(plan: QuantizedProgram, count: bool = False, interpreted: boo
 
 @lru_cache(maxsize=64)
 def float_kernel(chunk: int, precision: Precision, exact: bool) -> Generated:
-    """Return the kernel of a block merge in floating point.
+    """Return the kernel that `qinvert.kernels.solve_tril` runs in floating point.
 
-    Merges start from base 1, so that no intermediate exceeds what the result needs.
+    Its program is `float_program`.
 
     Parameters
     ----------
@@ -110,7 +114,32 @@ def float_kernel(chunk: int, precision: Precision, exact: bool) -> Generated:
     UnsupportedError
         If there is no kernel for that chunk.
     """
-    program = block_merge(chunk, base=1, tile=min(TILE, chunk))
+    return program_kernel(float_program(chunk, precision), precision, exact)
+
+
+def float_program(chunk: int, precision: Precision) -> Program:
+    """Return the fastest program of a precision, on tiles, as `benchmarks/gpu.py` measured it.
+
+    Elimination inside tiles takes 32 products of tiles at C = 64, and a block
+    merge 40.  From C = 64 on, kernels with one product of float16 or bfloat16
+    operands for each of them wait for memory with both, and the merge rounds
+    less: it stays.  Merges start from base 1, so that no intermediate exceeds
+    what the result needs; in elimination none ever does.
+    """
+    tile = min(TILE, chunk)
+    if chunk >= MEMORY_BOUND_CHUNK and precision in (Precision.FP16, Precision.BF16):
+        return block_merge(chunk, base=1, tile=tile)
+    return elimination(chunk, tile=tile)
+
+
+def program_kernel(program: StepList, precision: Precision, exact: bool) -> Generated:
+    """Return the kernel of any inverse in floating point; the arguments are those of `float_kernel`.
+
+    Raises
+    ------
+    UnsupportedError
+        If the program has no kernel.
+    """
     source = Source()
     ops = FloatOps(source, precision, exact)
     return _generated(program, source, ops, TileEvaluator(program, ops).run(), ())
@@ -136,7 +165,7 @@ def _generated(
         counted=counted,
         chunk=program.chunk,
         group=4 if long or (len(body) <= SHORT_KERNEL and not floating) else 1,
-        registers=_registers(program.chunk, len(body), floating),
+        registers=_registers(program.chunk, len(body), ops),
         fused=ops.fusable,
     )
 
@@ -159,10 +188,14 @@ def _text(statements: Sequence[Statement], scalars: int, loaded: bool) -> str:
     return TEMPLATE.replace("<arguments>", arguments) + "".join(f"    {line}\n" for line in lines)
 
 
-def _registers(chunk: int, statements: int, floating: bool) -> int | None:
-    """Return a limit that costs few spills and lets one or four more warps run, if there is one."""
-    if floating or statements > LONG_KERNEL:
-        return 168 if chunk <= JOINED_CHUNK else None
+def _registers(chunk: int, statements: int, ops: TritonOps) -> int | None:
+    """Return a limit that costs few spills and lets more warps run, if there is one, as measured."""
+    joined = chunk <= JOINED_CHUNK
+    if isinstance(ops, FloatOps):
+        few = ops.precision is Precision.TF32
+        return (128 if few else 168) if joined else None
+    if statements > LONG_KERNEL:
+        return 128 if joined else 168
     return 128 if statements <= SHORT_KERNEL else None
 
 

@@ -222,7 +222,7 @@ def test_equal_graphs_give_equal_bytes():
         assert first == second
 
 
-@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear"])
+@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear", "qlinear-uint8"])
 def test_integer_graphs_have_no_encodings(profile):
     with pytest.raises(ExportError, match=r"multiplies integers.*export under a QDQ profile"):
         encodings(exported(profile), "aimet-2.0.0")

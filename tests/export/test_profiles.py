@@ -19,6 +19,7 @@ from qinvert.stress import stress_matrices
 PROMISES = {
     ("int-ops-x86", "float"): 0.0,
     ("qlinear", "float"): 0.0,
+    ("qlinear-uint8", "float"): 0.0,
     ("npu-qdq-uint8", "pow2"): 0.0,
     ("npu-qdq-uint8", "float"): 1e-4,
     ("ryzen-xint8", "auto"): 0.0,
@@ -91,6 +92,39 @@ def test_qlinear_multiplies_int8_to_int8_and_nothing_else():
         scales = [plan.layer().tensors[name].scale for name in (step.left, step.right, step.output)]
         assert [float(constants[node.input[i]]) for i in (1, 4, 6)] == scales
         assert {kinds[node.input[i]] for i in (0, 3)} == {kinds[step.output]} == {"int8"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [qinvert.block_merge(16, layout="masked"), qinvert.elimination(16), qinvert.elimination(16, tile=4)],
+)
+def test_unsigned_graphs_store_uint8_and_mask_it_without_arithmetic(method):
+    plan = qinvert.calibrate(LOWER, method=method, target="qlinear-uint8", min_sqnr_db=0)
+    model, signed = build(plan), build(plan, profile="qlinear")
+    kinds, constants = types(model), initializers(model)
+    assert {kinds[n] for node in nodes(model, "QLinearMatMul") for n in node.output} == {"uint8"}
+    # T is the one float that an identity may be added to, where 1.0 is not exact on its grid.
+    assert [node.output[0] for node in nodes(model, "Add")] in ([], ["T"])
+    assert nodes(model, "BitwiseAnd") == []
+    masks, bits = nodes(model, "Where"), nodes(signed, "BitwiseAnd")
+    assert len(masks) == len(bits)
+    for mask, bit in zip(masks, bits, strict=True):
+        assert np.array_equal(constants[mask.input[0]], initializers(signed)[bit.input[1]] != 0)
+        assert int(constants[mask.input[2]]) == 128
+    for node in nodes(model, "Max"):
+        bound = constants[node.input[1]]
+        assert set(np.unique(bound)) == {0, bound.max()}
+        assert bound.max() > 128
+
+
+def test_unsigned_graphs_multiply_and_add_what_qlinear_does(everything, tmp_path):
+    lower = everything(16, 40)
+    for method in ("newton_schulz", "banded_residual", qinvert.elimination(16, corrections=1)):
+        plan = qinvert.calibrate(lower[::5], method=method, target="qlinear-uint8", min_sqnr_db=0)
+        for output in ("T", "integers"):
+            qinvert.export(plan, tmp_path / "t.onnx", batch=40, output=output)
+            results = qinvert.verify(tmp_path / "t.onnx", plan, 2 * lower)
+            assert all(r.exact and r.mismatches == 0 for r in results)
 
 
 def test_qlinear_keeps_the_divide_form_as_it_is(everything, tmp_path):

@@ -64,6 +64,20 @@ def test_every_layout_equals_the_simulator(chunk, layout, target):
     assert torch.equal(result, simulate_batched(plan, Systems(lower=lower)))
 
 
+@pytest.mark.parametrize("target", ["npu-qdq-int8", "int-ops"])
+@pytest.mark.parametrize(
+    "options", [{}, {"side": "right"}, {"tile": 16}, {"tile": 16, "corrections": 1}, {"restart": 4}], ids=str
+)
+def test_elimination_equals_the_simulator(options, target):
+    lower = everything(32, 2)
+    program = qinvert.elimination(32, **options)
+    plan = qinvert.calibrate(lower, method=program, bits=8, target=target, min_sqnr_db=0).layer()
+    integer_kernel(plan)
+    for matrices in (lower, 2 * lower):
+        result = solve_tril(rows(matrices), plan=plan).cpu().reshape(lower.shape)
+        assert torch.equal(result, simulate_batched(plan, Systems(lower=matrices)))
+
+
 @pytest.mark.parametrize("scales", ["float", "pow2"])
 @pytest.mark.parametrize("bits", [4, 8, "8x2", "auto"])
 def test_every_format_equals_the_simulator(bits, scales):
@@ -89,14 +103,29 @@ def test_every_input_type_equals_the_simulator(dtype):
 @pytest.mark.parametrize("scales", ["float", "pow2"])
 @pytest.mark.parametrize("chunk", [64, 128])
 @pytest.mark.parametrize("bits", [8, "8x2"])
-def test_large_chunks_equal_the_simulator(bits, chunk, scales):
+@pytest.mark.parametrize("method", ["block_merge", "elimination"])
+def test_large_chunks_equal_the_simulator(method, bits, chunk, scales):
     lower = everything(chunk, 2)
-    program = qinvert.block_merge(chunk, base=2, tile=16)
+    if method == "elimination":
+        program = qinvert.elimination(chunk, tile=16)
+    else:
+        program = qinvert.block_merge(chunk, base=2, tile=16)
     plan = qinvert.calibrate(lower, method=program, bits=bits, scales=scales, min_sqnr_db=0).layer()
     integer_kernel(plan)
     for matrices in (lower, 2 * lower):
         result = solve_tril(rows(matrices), plan=plan).reshape(matrices.shape)
         assert torch.equal(result.cpu(), simulate_batched(plan, Systems(lower=matrices)))
+
+
+@pytest.mark.parametrize("bits", [8, "8x2"])
+def test_long_kernels_equal_the_simulator(bits):
+    # Their tiles of the diagonal are in one loop.
+    lower = stress_matrices("repeated_keys", 2, 128, seed=5)
+    program = qinvert.elimination(128, tile=16)
+    plan = qinvert.calibrate(lower, method=program, bits=bits, min_sqnr_db=0).layer()
+    assert "for p in tl.range(0, 8" in integer_kernel(plan).text
+    result = solve_tril(rows(lower), plan=plan).cpu().reshape(lower.shape)
+    assert torch.equal(result, simulate_batched(plan, Systems(lower=lower)))
 
 
 def test_counts_of_saturated_values_equal_the_simulator(monkeypatch):

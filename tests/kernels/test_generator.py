@@ -10,7 +10,13 @@ from qinvert.calibration.planning.scales import scale_groups
 from qinvert.errors import ProgramError
 from qinvert.kernels import generator
 from qinvert.kernels.float_ops import Precision
-from qinvert.kernels.generator import float_kernel, hoisted, integer_kernel
+from qinvert.kernels.generator import (
+    float_kernel,
+    float_program,
+    hoisted,
+    integer_kernel,
+    program_kernel,
+)
 from qinvert.kernels.source import Source
 from qinvert.kernels.statements import rendered, variable
 from qinvert.kernels.tiles import UnsupportedError
@@ -109,6 +115,34 @@ def test_float_kernels_exist_for_every_chunk(chunk, precision):
     assert generated.fused
     assert generated.scalars == ()
     assert statements(generated.text)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_kernels_that_compute_for_long_run_the_program_of_fewest_products(chunk, precision):
+    program = float_program(chunk, precision)
+    products = {
+        name: program_kernel(found, precision, exact=False).text.count("tl.dot(")
+        for name, found in (
+            ("block_merge", qinvert.block_merge(chunk, base=1, tile=16)),
+            ("elimination", qinvert.elimination(chunk, tile=16)),
+        )
+    }
+    assert products["elimination"] < products["block_merge"]
+    waits = chunk >= 64 and precision in (Precision.FP16, Precision.BF16)
+    assert program.name == ("block_merge" if waits else "elimination")
+    text = float_kernel(chunk, precision, exact=False).text
+    assert text.count("tl.dot(") == products[program.name]
+
+
+def test_the_diagonal_of_a_long_int8_kernel_is_one_loop():
+    lower = stress_matrices("correlated_keys", 2, 128, seed=1)
+    for program in (qinvert.block_merge(128, base=2, tile=16), qinvert.elimination(128, tile=16)):
+        plan = qinvert.calibrate(lower, bits=8, method=program, min_sqnr_db=0).layer()
+        body = integer_kernel(plan).text.partition("def kernel")[2]
+        # 28 tiles beside the diagonal, and one in the loop.
+        assert body.count("load_tile(") == 29
+        assert body.count("for p in tl.range(0, 8") == 1
 
 
 @pytest.mark.parametrize("requantize", ["npu-qdq-int8", "int-ops"])

@@ -370,7 +370,9 @@ def test_onnxruntime_equals_the_simulator(profile, chunk, form, tmp_path):
 
 
 @every_side
-@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear", "npu-qdq-int8", "npu-qdq-uint8"])
+@pytest.mark.parametrize(
+    "profile", ["int-ops", "int-ops-x86", "qlinear", "qlinear-uint8", "npu-qdq-int8", "npu-qdq-uint8"]
+)
 def test_factored_graphs_equal_the_simulator(profile, side, tmp_path):
     keys = unit_keys(16, 16, 0.5, torch.Generator().manual_seed(1))
     beta = torch.rand(16, 16, generator=torch.Generator().manual_seed(2))

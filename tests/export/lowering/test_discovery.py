@@ -13,6 +13,7 @@ from qinvert.export.lowering import find_lowering
 from qinvert.export.lowering.integer import IntegerLowering
 from qinvert.export.lowering.qdq import QdqLowering
 from qinvert.export.lowering.qlinear import QLinearLowering
+from qinvert.export.lowering.qlinear_uint8 import UnsignedLowering
 from qinvert.profiles import PROFILES
 from qinvert.stress import stress_matrices
 
@@ -33,7 +34,12 @@ class ToyLowering(IntegerLowering):
 
 LOWERING = ToyLowering
 '''
-OWN = {"integer": IntegerLowering, "qdq": QdqLowering, "qlinear": QLinearLowering}
+OWN = {
+    "integer": IntegerLowering,
+    "qdq": QdqLowering,
+    "qlinear": QLinearLowering,
+    "qlinear_uint8": UnsignedLowering,
+}
 LOWER = stress_matrices("correlated_keys", 8, 16)
 
 
@@ -73,7 +79,7 @@ def test_a_lowering_of_one_file_exports_a_graph_that_runs(toy_profile, plan, tmp
 
 
 def test_a_lowering_that_does_not_exist_lists_those_that_do(toy_profile, plan, tmp_path):
-    legal = r"integer, qdq, qlinear, or add a module to qinvert\.export\.lowering that defines LOWERING"
+    legal = rf"{', '.join(OWN)}, or add a module to qinvert\.export\.lowering that defines LOWERING"
     with pytest.raises(ExportError, match=f"unknown lowering 'toy'; use one of {legal}"):
         qinvert.export(plan, tmp_path / "t.onnx", profile="toy-ops")
     with pytest.raises(ExportError, match="unknown lowering 'base'; use one of"):

@@ -58,7 +58,7 @@ def test_what_is_exported_is_clean(profile, method, tmp_path):
         assert qinvert.export.lint(tmp_path / "t.onnx") == []
 
 
-@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear", "npu-qdq-uint8"])
+@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear", "qlinear-uint8", "npu-qdq-uint8"])
 def test_plans_of_another_target_are_clean_too(profile):
     assert broken(build(planned("npu-qdq-int8"), profile=profile)) == set()
 
@@ -301,7 +301,7 @@ def test_int32_accumulators_that_overflow_are_found():
     assert broken(int16_sketch(512, "int8"), "npu-qdq-int16") == {"accumulators"}
 
 
-@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear", "npu-qdq-int8"])
+@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86", "qlinear", "qlinear-uint8", "npu-qdq-int8"])
 def test_identity_blocks_are_counted_once_a_row(profile):
     # 1.0 is 16 times the largest integer: products widen to 17 times their depth.
     program = qinvert.block_merge(64, base=16, corrections=1)
