@@ -20,7 +20,7 @@ from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
-from qinvert.calibration.planning.costs import Costs, costs_for
+from qinvert.calibration.planning.costs import Costs, Measure, costs_for
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
@@ -55,6 +55,7 @@ def calibrate(
     target: str | None = None,
     hardware: str | None = None,
     batch: int = 8,
+    measure: Measure | None = None,
     min_sqnr_db: float = 20.0,
     max_loss_db: float | None = None,
     scales: str = "auto",
@@ -96,6 +97,9 @@ def calibrate(
         that of the target if left out.
     batch : int
         Matrices per call of the graph, for costs on ``hardware``.
+    measure : callable, optional
+        Such as `qinvert.compiled_cost("hexagon-v81")`: the few cheapest candidates
+        that reach the goals are compiled, and the compiler's cycles decide.
     min_sqnr_db : float
         Goal for each layer's sqnr.
     max_loss_db : float, optional
@@ -149,7 +153,7 @@ def calibrate(
         size than the data.
     """
     options = _options(
-        bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch)
+        bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch, measure)
     )
     check_seed(seed, PlanError)
     grain = _member(Granularity, "granularity", granularity)
@@ -182,7 +186,7 @@ def calibrate(
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     sample = observer.sampled
     costs = options.costs
-    choice = choose(observer, options.ladder, options.rules, options.goals, costs.of)
+    choice = choose(observer, options.ladder, options.rules, options.goals, costs)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [
@@ -195,7 +199,7 @@ def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
         "matrices": observer.matrices,
         "observed": observer.observed,
         "sample": sample.count,
-        **costs.chains(choice.best.plan),
+        **costs.chains(choice.best.plan, choice.best.compiled),
         **explain(choice, wider),
     }
     return replace(choice.best.plan, provenance=provenance)

@@ -15,7 +15,7 @@ from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
 from qinvert.files import write_atomically
 from qinvert.hardware import HARDWARE, find_hardware
-from qinvert.plan.plan import Plan
+from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile, find_profile
 
@@ -127,9 +127,7 @@ def _graph_name(plan: QuantizedProgram) -> str:
     return "triangular_inverse" if plan.program.is_inverse else plan.program.name
 
 
-def interface_of(
-    plan: Plan, layer: QuantizedProgram, profile: Profile, **options: Unpack[Options]
-) -> Interface:
+def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpack[Options]) -> Interface:
     """Return checked options of `export` for one layer, with the defaults of an inverse or of other programs.
 
     Raises
@@ -156,12 +154,16 @@ def interface_of(
     return replace(whole, chains=cast("int", chains))
 
 
-def _cheapest_chains(plan: Plan, layer: QuantizedProgram, profile: Profile, batch: int | None) -> int:
+def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int | None) -> int:
     """Return the chains that cost the least on the plan's chip or on the profile's; 1 if none is known."""
     named = plan.provenance.get("hardware")
     name = named if isinstance(named, str) and named in HARDWARE else profile.hardware
     if batch is None or not name:
         return 1
+    known = layer.provenance.get("chains")
+    if isinstance(known, int) and plan.provenance.get("batch") == batch and batch % max(1, known) == 0:
+        # What calibration chose, perhaps by the compiler.
+        return max(1, known)
     return find_hardware(name).best_chains(layer, batch)[0]
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qinvert.errors import ProgramError as ProgramError
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
+    from qinvert.export.compiled_cost import compiled_cost as compiled_cost
     from qinvert.export.functions import export_layers as export_layers
     from qinvert.export.runtimes.estimates import CycleEstimate as CycleEstimate
     from qinvert.export.verification.comparison import Verification as Verification
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from qinvert.plan.plan import Plan as Plan
     from qinvert.plan.quantization import Quantization as Quantization
     from qinvert.program.program import Program as Program
+    from qinvert.program.residual_sums import residuals_as_sums as residuals_as_sums
 
 #: Public name -> module that defines it.
 _HOMES = {
@@ -90,6 +92,7 @@ _HOMES = {
     "chunk_gated_delta_rule": "delta_rule.rule",
     "column_sweep": "methods",
     "compare": "calibration.evaluate",
+    "compiled_cost": "export.compiled_cost",
     "elimination": "methods",
     "estimate": "export.verification.cycles",
     "evaluate": "calibration.evaluate",
@@ -103,11 +106,12 @@ _HOMES = {
     "newton_schulz": "methods",
     "patched": "calibration.patching",
     "range_growth": "calibration.growth",
+    "residuals_as_sums": "program.residual_sums",
     "simulate": "calibration.simulate",
     "verify": "export.verification.verify",
 }
 #: Packages that are public as a whole; ``export`` can also be called.
-_PACKAGES = ("calibration", "export", "stress")
+_PACKAGES = ("calibration", "export", "hardware", "stress")
 
 __all__ = ["__version__", *sorted(_HOMES), *_PACKAGES]
 

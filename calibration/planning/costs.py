@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from qinvert.calibration.choices import BITS
 from qinvert.checks import check_integer
 from qinvert.errors import PlanError
 from qinvert.formats import INT8
-from qinvert.hardware import Hardware, find_hardware
-from qinvert.hardware._hardware import MAX_BATCH
+from qinvert.hardware import MAX_BATCH, Hardware, find_hardware
 from qinvert.plan.cost import plan_cost
 from qinvert.plan.far_sums import far_sums_cost
 from qinvert.plan.plan import LayerPlan
@@ -19,6 +18,19 @@ from qinvert.profiles import Profile, default_target, find_profile
 
 #: Unit of costs where no chip has a table.
 MULTIPLY_ACCUMULATES = "int8 multiply-accumulates per matrix"
+
+
+class Compiled(NamedTuple):
+    """What a compiler says of one plan."""
+
+    #: Infinite if it refuses the graph.
+    cost: float
+    #: Parts of the batch with which the graph costs this.
+    chains: int
+
+
+#: Compiles ``(plan, target, batch)``.
+Measure: TypeAlias = Callable[[LayerPlan, str, int], Compiled]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +46,8 @@ class Costs:
     named: bool
     #: Whether the caller left the target to the chip.
     free_target: bool
+    #: Compiles the best few candidates; None where the table decides.
+    measure: Measure | None = None
 
     def of(self, plan: LayerPlan) -> float:
         """Return the cost of one plan, with as many chains as cost the least."""
@@ -41,9 +55,15 @@ class Costs:
             return self.hardware.best_chains(plan, self.batch)[1]
         return plan_cost(plan) + (far_sums_cost(plan) if self.profile.quantized_everywhere else 0)
 
-    def chains(self, plan: LayerPlan) -> dict[str, Any]:
+    def measured(self, plan: LayerPlan) -> Compiled | None:
+        """Return what the compiler says of a plan, None without a compiler."""
+        return None if self.measure is None else self.measure(plan, self.target_of([plan]), self.batch)
+
+    def chains(self, plan: LayerPlan, compiled: Compiled | None) -> dict[str, Any]:
         """Return the number of chains for the provenance of a layer."""
-        return {} if self.hardware is None else {"chains": self.hardware.best_chains(plan, self.batch)[0]}
+        if self.hardware is None:
+            return {}
+        return {"chains": compiled.chains if compiled else self.hardware.best_chains(plan, self.batch)[0]}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -65,7 +85,9 @@ class Costs:
         return next(fits, self.profile.name)
 
 
-def costs_for(target: str | None, hardware: str | None, bits: int | str, batch: int) -> Costs:
+def costs_for(
+    target: str | None, hardware: str | None, bits: int | str, batch: int, measure: Measure | None = None
+) -> Costs:
     """Return the costs for what a caller named; each of them may be None.
 
     Raises
@@ -87,6 +109,7 @@ def costs_for(target: str | None, hardware: str | None, bits: int | str, batch: 
         batch=batch,
         named=hardware is not None,
         free_target=target is None and hardware is not None,
+        measure=measure,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]
         "predicted_sqnr_db": finite(best.sqnr_db),
         "growth": finite(best.candidate.growth),
         "cost": round(best.cost),
+        **_compiled(best),
         "binding": {"tensor": tensor, "share": round(share, 4)},
         "fix": "" if choice.meets_goal else _fix(choice, alternatives),
         "candidates": [_row(p, p is best) for p in choice.predictions],
@@ -47,11 +49,20 @@ def _row(prediction: Prediction, chosen: bool) -> dict[str, Any]:
         "program": prediction.plan.program.title,
         "formats": prediction.plan.formats,
         "cost": round(prediction.cost),
+        **_compiled(prediction),
         "predicted_sqnr_db": finite(prediction.sqnr_db),
         "predicted_floor_db": finite(prediction.floor_db),
         "simulated_sqnr_db": finite(prediction.simulated[0]) if prediction.simulated else None,
         "chosen": chosen,
     }
+
+
+def _compiled(prediction: Prediction) -> dict[str, Any]:
+    """What the compiler says of a candidate, if it was asked; None is a refusal."""
+    if prediction.compiled is None:
+        return {}
+    cost = prediction.compiled.cost
+    return {"compiled_cost": round(cost) if math.isfinite(cost) else None}
 
 
 def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:

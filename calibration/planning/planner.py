@@ -12,6 +12,7 @@ import torch
 
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import measure
+from qinvert.calibration.planning.costs import Compiled, Costs
 from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, growth
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
@@ -24,6 +25,8 @@ from qinvert.systems import Systems
 #: Programs whose powers outgrow both M and T by more than this are passed over: unseen data
 #: would decide whether they saturate.
 MAX_GROWTH: Final = 1.0
+#: Candidates that are compiled where a compiler decides.
+COMPILED: Final = 4
 #: Candidates that are simulated where none reaches the goals.
 LAST_RESORT: Final = 3
 #: Times that a format is raised after a simulation fell short of its prediction.
@@ -153,6 +156,13 @@ class Prediction:
     floor_db: float
     #: By simulation on the whole sample; None if not simulated.
     simulated: tuple[float, float] | None = None
+    #: By the target's compiler; None if not compiled.
+    compiled: Compiled | None = None
+
+    @property
+    def known_cost(self) -> float:
+        """Cost by the compiler, if it was asked."""
+        return self.cost if self.compiled is None else self.compiled.cost
 
     def check(self, sample: Systems) -> Prediction:
         """Return the prediction with what a simulation of the plan really reaches."""
@@ -217,32 +227,37 @@ def choose(
     ladder: Sequence[IntFormat],
     rules: GridRules,
     goals: Goals,
-    costing: Costing = plan_cost,
+    costs: Costs,
 ) -> Choice:
     """Return the cheapest candidate that reaches the goals in simulation, or the best one.
 
     Candidates are taken in the order of their cost; each that should reach
     the goals is simulated on the sample, with wider formats if it falls short.
+    Where ``costs`` has a compiler, the first `COMPILED` that reach them are
+    compiled, and its costs decide.
     """
     sample = observer.sampled
     truth = sample.inverse()
     candidates = [
-        Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs
+        Candidate(p, observer.ranges(p), sample, ladder, rules, costs.of, truth) for p in observer.programs
     ]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []
+    wanted = COMPILED if costs.measure else 1
     for prediction in predictions:
         if prediction.shortfall(goals) <= 0:
-            checked.append(_stepped_up(prediction, sample, goals))
-            if checked[-1].shortfall(goals) <= 0:
-                break
-    else:
+            found = _stepped_up(prediction, sample, goals)
+            reached = found.shortfall(goals) <= 0
+            checked.append(replace(found, compiled=costs.measured(found.plan)) if reached else found)
+        if sum(p.shortfall(goals) <= 0 for p in checked) == wanted:
+            break
+    if not any(p.shortfall(goals) <= 0 for p in checked):
         seen = [p.candidate for p in checked]
         rest = [p for p in predictions if p.candidate not in seen]
         rest = sorted(rest, key=lambda p: p.shortfall(goals))[:LAST_RESORT]
         checked += [p.check(sample) for p in rest]
-    best = min(checked, key=lambda p: (max(0.0, p.shortfall(goals)), p.cost))
+    best = min(checked, key=lambda p: (max(0.0, p.shortfall(goals)), p.known_cost))
     known = {p.candidate: p for p in checked}
     return Choice(
         best=best,

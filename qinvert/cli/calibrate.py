@@ -19,6 +19,7 @@ from qinvert.cli.decibels import DECIBELS
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
+from qinvert.errors import InputError
 from qinvert.hardware import HARDWARE
 from qinvert.methods import METHODS
 from qinvert.profiles import PROFILES
@@ -34,6 +35,9 @@ from qinvert.profiles import PROFILES
     "--hardware", help=f"Chip whose costs decide: {', '.join(HARDWARE)}; by default that of the target."
 )
 @click.option("--batch", default=8, show_default=True, help="Matrices per call, for costs on --hardware.")
+@click.option(
+    "--measure-cost", is_flag=True, help="Compile the best few candidates with the compiler of --hardware."
+)
 @click.option(
     "--scales",
     default="auto",
@@ -78,6 +82,7 @@ def calibrate(
     target: str | None,
     hardware: str | None,
     batch: int,
+    measure_cost: bool,
     scales: str,
     ranges: str,
     granularity: str,
@@ -107,6 +112,13 @@ def calibrate(
     from qinvert.calibration.calibrate import calibrate as run_calibration
     from qinvert.calibration.data.processes import joined
 
+    measure = None
+    if measure_cost:
+        if hardware is None:
+            raise InputError("--measure-cost needs --hardware, the chip to compile for")
+        from qinvert.export.compiled_cost import compiled_cost
+
+        measure = compiled_cost(hardware)
     with joined() as shard:
         # One of several processes prints and writes; all of them have the plan.
         first = shard.rank == 0
@@ -119,6 +131,7 @@ def calibrate(
                 target=target,
                 hardware=hardware,
                 batch=batch,
+                measure=measure,
                 min_sqnr_db=min_sqnr,
                 max_loss_db=max_loss,
                 scales=scales,

@@ -115,11 +115,16 @@ class Hardware:
 
     def best_chains(self, plan: QuantizedProgram, batch: int = 8) -> tuple[int, float]:
         """Return the number of chains that costs the least, and that cost."""
-        most = max(k for k in range(1, min(batch, MAX_CHAINS) + 1) if batch % k == 0)
-        each = (1, most) if all(table.chained for table in self.tables.values()) else (1,)
-        costs = {chains: self.cost(plan, batch, chains) for chains in dict.fromkeys(each)}
+        each = chain_counts(batch) if all(table.chained for table in self.tables.values()) else (1,)
+        costs = {chains: self.cost(plan, batch, chains) for chains in each}
         best = min(costs, key=lambda chains: costs[chains])
         return best, costs[best]
+
+
+def chain_counts(batch: int) -> tuple[int, ...]:
+    """Return the numbers of chains that are worth a try: none, and as many as compilers take."""
+    most = max(count for count in range(1, min(batch, MAX_CHAINS) + 1) if batch % count == 0)
+    return tuple(dict.fromkeys((1, most)))
 
 
 def width_of(plan: QuantizedProgram) -> int:
