@@ -18,6 +18,8 @@ from qinvert.program.steps import Axis, Constant, check_chunk
 
 #: Tiles in which candidates eliminate before they merge or restart, as in `qinvert.methods.block_merge`.
 TILE = 16
+#: How many times larger a level may make the finished blocks.
+RADICES = (2, 4)
 
 
 class Side(StrEnum):
@@ -36,6 +38,7 @@ def elimination(
     restart: int | None = None,
     corrections: int = 0,
     factored: bool = False,
+    radix: int = 2,
 ) -> Program:
     """``S_0 = M``, ``N = m_k S_k``, ``S_{k+1} = S_k + N S_k`` for k = 0 ... log2(C) - 1; then ``T = I + S``.
 
@@ -127,13 +130,13 @@ def elimination(
     search of public code.
     """
     check_chunk(chunk)
-    tile = _check_arguments(chunk, side, tile, restart, corrections)
+    tile = _check_arguments(chunk, side, tile, restart, corrections, radix)
     if factored:
         _check_factored(chunk, tile, restart)
-        return _factored(chunk, Side(side), corrections)
+        return _factored(chunk, Side(side), corrections, radix)
     builder = Builder(chunk)
     tiles = builder.matrix if tile == chunk else stack_diagonal(builder, chunk, tile)
-    total = _eliminate(builder, tiles, tile, Side(side), restart)
+    total = _eliminate(builder, tiles, tile, Side(side), restart, radix)
     total = merge_packed(builder, total, chunk, tile)
     total = correct(builder, total, corrections)
     parameters: dict[str, int | str | None] = {
@@ -141,6 +144,7 @@ def elimination(
         "tile": None if tile == chunk else tile,
         "restart": restart,
         "corrections": corrections or None,
+        "radix": None if radix == 2 else radix,
     }
     return builder.program("elimination", _given(parameters), total)
 
@@ -149,7 +153,9 @@ def _given(parameters: Mapping[str, int | str | None]) -> dict[str, int | str]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def _check_arguments(chunk: int, side: str, tile: int | None, restart: int | None, corrections: int) -> int:
+def _check_arguments(
+    chunk: int, side: str, tile: int | None, restart: int | None, corrections: int, radix: int
+) -> int:
     if side not in list(Side):
         raise ProgramError(f"side {side!r} is unknown; use {' or '.join(Side)}")
     tile = chunk if tile is None else tile
@@ -160,6 +166,8 @@ def _check_arguments(chunk: int, side: str, tile: int | None, restart: int | Non
             raise ProgramError(f"elimination inside {tile} x {tile} has one level; leave out restart")
         check_integer("restart", restart, 1, last, ProgramError, "; 2 ** restart is the size of exact blocks")
     check_corrections(corrections)
+    if radix not in RADICES or isinstance(radix, bool):
+        raise ProgramError(f"radix {radix!r} is unknown; use {' or '.join(map(str, RADICES))}")
     return tile
 
 
@@ -171,31 +179,71 @@ def _check_factored(chunk: int, tile: int, restart: int | None) -> None:
         )
 
 
-def _eliminate(builder: Builder, source: str, tile: int, side: Side, restart: int | None) -> str:
+def _eliminate(builder: Builder, source: str, tile: int, side: Side, restart: int | None, radix: int) -> str:
     total, half = source, 1
     if restart is not None:
-        total, half = _restarted(builder, source, tile, side, 2**restart), 2**restart
-    return _levels(builder, total, tile, side, half, tile)
+        total, half = _restarted(builder, source, tile, side, 2**restart, radix), 2**restart
+    return _levels(builder, total, tile, side, half, tile, radix)
 
 
-def _levels(builder: Builder, total: str, tile: int, side: Side, half: int, size: int) -> str:
+def _levels(
+    builder: Builder,
+    total: str,
+    tile: int,
+    side: Side,
+    half: int,
+    size: int,
+    radix: int,
+    axis: Axis | None = None,
+) -> str:
     """Append the levels that bring finished blocks of ``half`` to ``size``."""
-    while half < size:
-        half *= 2
-        corner = builder.mask(f"eliminate_{half}/N", total, merge_mask(tile, half // 2), bound=PROVED)
-        total = _multiply(builder, f"eliminate_{half}/S", corner, total, (total,), side)
+    for factor in _factors(size // half, radix):
+        total = _level(builder, total, tile, side, half, factor, axis)
+        half *= factor
     return total
 
 
-def _multiply(builder: Builder, output: str, x: str, y: str, add: tuple[str, ...], side: Side) -> str:
+def _factors(ratio: int, radix: int) -> tuple[int, ...]:
+    """Return what the levels multiply the size of the finished blocks by."""
+    levels = ratio.bit_length() - 1
+    if radix == 2:
+        return (2,) * levels
+    return (2,) * (levels % 2) + (4,) * (levels // 2)
+
+
+def _level(
+    builder: Builder, total: str, tile: int, side: Side, half: int, factor: int, axis: Axis | None
+) -> str:
+    name = f"eliminate_{factor * half}"
+    corner = builder.mask(f"{name}/N", total, _corner_mask(tile, half, factor), bound=PROVED)
+    if axis is not None:
+        corner = builder.scale(f"{name}/V", corner, builder.beta, axis, bound=PROVED)
+    series = total
+    for j in range(1, factor - 1):
+        series = _multiply(builder, f"{name}/Z_{j}", corner, series, (total,), side, partial=True)
+    return _multiply(builder, f"{name}/{'S' if axis is None else 'W'}", corner, series, (total,), side)
+
+
+def _corner_mask(tile: int, half: int, factor: int) -> Constant:
+    """Return 1 below the diagonal blocks of ``half``, inside those that are ``factor`` times as large."""
+    if factor == 2:
+        return merge_mask(tile, half)
+    size = factor * half
+    ones = tuple((i // size * size, i // half * half) for i in range(tile))
+    return Constant(name=f"corner_mask_{half}_{size}", rows=tile, columns=tile, ones=ones)
+
+
+def _multiply(
+    builder: Builder, output: str, x: str, y: str, add: tuple[str, ...], side: Side, partial: bool = False
+) -> str:
     left, right = (x, y) if side is Side.LEFT else (y, x)
-    return builder.matmul(output, left, right, add=add, bound=PROVED)
+    return builder.matmul(output, left, right, add=add, bound=None if partial else PROVED, partial=partial)
 
 
-def _restarted(builder: Builder, source: str, tile: int, side: Side, size: int) -> str:
+def _restarted(builder: Builder, source: str, tile: int, side: Side, size: int, radix: int) -> str:
     name = f"restart_{size}"
     blocks = builder.mask(f"{name}/D", source, diagonal_mask(tile, size), bound=PROVED)
-    blocks = _levels(builder, blocks, tile, side, 1, size)
+    blocks = _levels(builder, blocks, tile, side, 1, size, radix)
     rest = builder.mask(f"{name}/R", source, _beside_mask(tile, size), bound=PROVED)
     return _multiply(builder, f"{name}/S", blocks, rest, (blocks, rest), side)
 
@@ -206,21 +254,16 @@ def _beside_mask(tile: int, size: int) -> Constant:
     return Constant(name=f"beside_mask_{size}", rows=tile, columns=tile, ones=ones)
 
 
-def _factored(chunk: int, side: Side, corrections: int) -> Program:
+def _factored(chunk: int, side: Side, corrections: int, radix: int) -> Program:
     builder = Builder(chunk, factored=True)
     axis = Axis.COLUMNS if side is Side.LEFT else Axis.ROWS
-    total, half = builder.matrix, 1
-    while half < chunk:
-        half *= 2
-        name = f"eliminate_{half}"
-        corner = builder.mask(f"{name}/N", total, merge_mask(chunk, half // 2), bound=PROVED)
-        scaled = builder.scale(f"{name}/V", corner, builder.beta, axis, bound=PROVED)
-        total = _multiply(builder, f"{name}/W", scaled, total, (total,), side)
+    total = _levels(builder, builder.matrix, chunk, side, 1, chunk, radix, axis)
     total = correct_factored(builder, total, corrections)
     parameters: dict[str, int | str | None] = {
         "side": None if side == Side.LEFT else Side.RIGHT.value,
         "corrections": corrections or None,
         "factored": True,
+        "radix": None if radix == 2 else radix,
     }
     return builder.program("elimination", _given(parameters), total)
 
