@@ -9,7 +9,7 @@ from qinvert.errors import ProgramError
 from qinvert.program.evaluator import Evaluator, V, apply_step
 from qinvert.program.ports import InversePorts, Port, find_inverse_ports
 from qinvert.program.shapes import check_outputs, check_partial, infer_shapes, vector_inputs
-from qinvert.program.steps import Add, Constant, MatMul, Shape, Step, check_chunk
+from qinvert.program.steps import Constant, Shape, Step, check_chunk, partial_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class StepList:
     @property
     def partial_tensors(self) -> set[str]:
         """Outputs of partial steps: their values may saturate beyond the range of what reads them."""
-        return {s.output for s in self.steps if isinstance(s, (MatMul, Add)) and s.partial}
+        return partial_outputs(self.steps)
 
     @property
     def is_inverse(self) -> bool:

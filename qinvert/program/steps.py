@@ -8,6 +8,7 @@ concatenating blocks never touches the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, TypeAlias
@@ -214,6 +215,11 @@ class Concat:
 Step: TypeAlias = MatMul | Add | Rescale | Scale | Mask | Slice | Concat
 #: Steps that move values without rounding: input and output share one scale.
 MOVES: Final = (Mask, Slice, Concat)
+
+
+def partial_outputs(steps: Iterable[Step]) -> set[str]:
+    """Return the outputs of partial steps."""
+    return {step.output for step in steps if isinstance(step, (MatMul, Add)) and step.partial}
 
 
 def _check_partial(step: MatMul | Add) -> None:
