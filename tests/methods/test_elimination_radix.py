@@ -275,7 +275,23 @@ def test_planners_weigh_it_as_sums(chunk):
         assert [p for p in offered(chunk) if "radix" in p.parameters] == [sums(chunk)]
 
 
-def test_beta_of_the_stress_sets_stays_below_what_half_precision_holds():
-    most = max(MAX_BETA.values())
-    assert most <= 2
-    assert 2 + 3 * 32 * 2**2 + 2 * 32**2 * 2**3 < 65504 < 2 + 3 * 64 * 2**2 + 2 * 64**2 * 2**3
+@pytest.mark.parametrize("name", MAX_BETA)
+def test_half_precision_holds_the_sums_of_keys(name, solved):
+    lower = stress_matrices(name, 2, 128).half().float()
+    result = elimination(128, "right", radix=4).run(lower, dtype=torch.float16).double()
+    error = torch.linalg.matrix_norm(result - solved(lower)) / torch.linalg.matrix_norm(solved(lower))
+    assert error.max() < 0.02
+    assert torch.finfo(torch.float16).max > 2 + 3 * 32 * 2**2 + 2 * 32**2 * 2**3
+
+
+def test_in_floats_a_sum_that_overflows_spoils_finished_columns(solved):
+    # N31 = -N32 N21, so that T31 and T30 are 0, but N31 N10 = -81920 is part of Z_1.
+    lower = torch.zeros(1, 64, 64)
+    lower[0, 48:, 32:48], lower[0, 32:48, 16:32], lower[0, 16:32, :16] = -4.0, -4.0, -20.0
+    lower[0, 48:, 16:32] = 256.0
+    exact, program = solved(lower), elimination(64, "right", radix=4)
+    assert exact.abs().max() < 2000
+    assert torch.equal(program.run(lower).double(), exact)
+    found = program.run(lower, dtype=torch.float16)
+    assert found[0, 48:, 16:32].isnan().all()
+    assert torch.equal(found[0, :48].double(), exact[0, :48])
