@@ -243,7 +243,8 @@ def _factors(ratio: int, radix: int) -> tuple[int, ...]:
     levels = ratio.bit_length() - 1
     if radix == 2:
         return (2,) * levels
-    # The odd level comes in the middle: last it costs up to 1 dB of int8, first Hexagon's graphs take longer.
+    # The odd level comes in the middle.  At C = 128 it takes 1.6 times as long on Hexagon v73 where it
+    # is first, and costs up to 1 dB of int8 where it is last; at C = 32 all places are within 7 %.
     before, after = levels // 4, levels // 2 - levels // 4
     return (4,) * before + (2,) * (levels % 2) + (4,) * after
 
