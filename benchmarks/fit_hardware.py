@@ -55,6 +55,8 @@ FEATURES = (
     "product",
     "product/matrix",
     "product/Mmac",
+    "new right/matrix",
+    "new right/KiB",
     "elementwise",
     "elementwise/matrix",
     "elementwise/KiB",
@@ -94,6 +96,8 @@ def programs(chunk: int) -> Iterator[Program]:
     sums = (
         elimination(chunk),
         elimination(chunk, side="right"),
+        elimination(chunk, side="right", radix=4),
+        elimination(chunk, side="left", radix=4),
         elimination(chunk, restart=3),
         elimination(chunk, tile=16),
         block_merge(chunk, 1, layout="masked"),

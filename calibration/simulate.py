@@ -47,7 +47,8 @@ class LayerReport:
     noise: float
     #: Values of T that are NaN or Inf.
     non_finite: int
-    #: Number of values at the ends of their grid, for each tensor that has any.
+    #: Number of values at the ends of their grid, for each tensor that has any; partial tensors, on
+    #: whose values there no result depends, are left out.
     saturations: dict[str, int]
 
     @property

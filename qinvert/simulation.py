@@ -55,15 +55,21 @@ def simulate_inverse(
 def simulate_counting(
     plan: QuantizedProgram, systems: Systems, rounding: Rounding = Rounding.ONNX
 ) -> tuple[torch.Tensor, dict[str, int]]:
-    """`simulate_inverse`, and the number of values on the ends of its grid for each tensor that has any."""
+    """`simulate_inverse`, and the number of values on the ends of its grid for each tensor that has any.
+
+    Partial tensors are left out: what saturates there changes no result.
+    """
     if systems.lower.is_cuda and rounding is Rounding.ONNX:
         from qinvert.kernels.dispatch import fused_inverse
 
         if (found := fused_inverse(plan, systems.lower, count=True)) is not None:
             return found
     counts: dict[str, int] = {}
+    partial = plan.program.partial_tensors
 
     def count(name: str, integers: torch.Tensor) -> None:
+        if name in partial:
+            return
         fmt = plan.tensors[name].format
         number = int(((integers <= fmt.minimum) | (integers >= fmt.maximum)).sum())
         if number:

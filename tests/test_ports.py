@@ -120,7 +120,7 @@ def test_no_integer_leaves_its_interval(requantize, fmt):
 def test_the_proof_counts_every_tensor_and_refuses_unknown_limits():
     plan = planned(Requantize.MULTIPLIER)
     proof = plan.proof({"a": 0.5})
-    groups = (proof.cannot_saturate, proof.covered, proof.may_saturate, proof.unproved)
+    groups = (proof.cannot_saturate, proof.covered, proof.may_saturate, proof.partial, proof.unproved)
     assert sorted(name for group in groups for name in group) == sorted(plan.program.tensors)
     assert "|a| <= 0.5" in str(proof)
     with pytest.raises(PlanError, match="limit of 'c', which is not an input; the program takes a, b, state"):

@@ -52,7 +52,7 @@ def clip_ranges(
     if rule is RangeRule.MAX:
         return dict(ranges)
     groups = scale_groups(program)
-    values = _group_values(program, groups, sample)
+    values = _group_values(program, groups, sample, ranges)
     clipped = {}
     for group, magnitudes in values.items():
         largest = max(r for name, r in ranges.items() if groups[name] == group)
@@ -60,15 +60,20 @@ def clip_ranges(
     return {name: min(r, clipped[groups[name]]) for name, r in ranges.items()}
 
 
-def _group_values(program: Program, groups: Mapping[str, str], sample: Systems) -> dict[str, torch.Tensor]:
+def _group_values(
+    program: Program, groups: Mapping[str, str], sample: Systems, ranges: Mapping[str, float]
+) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {group: [] for group in groups.values()}
     moved = {s.output for s in program.steps if isinstance(s, MOVES)}
+    partial = program.partial_tensors
 
     def observe(name: str, tensor: torch.Tensor) -> None:
         # Steps that only move values repeat what other tensors of their group hold.
         if name not in moved:
             magnitudes = tensor.abs().flatten()
-            parts[groups[name]].append(magnitudes[magnitudes > 0])
+            # No result depends on what a partial tensor holds beyond its range.
+            limit = ranges[name] if name in partial else math.inf
+            parts[groups[name]].append(magnitudes[(magnitudes > 0) & (magnitudes <= limit)])
 
     run_systems(program, sample, torch.float64, observe)
     return {group: torch.cat(tensors) for group, tensors in parts.items()}

@@ -95,10 +95,10 @@ def _is_wide(fmt: IntFormat) -> bool:
 
 
 def unproved(program: Program) -> list[str]:
-    """Return the tensors without a proved range: powers, partial sums, residues."""
+    """Return the tensors whose range rests on what was seen: powers, partial sums, residues."""
     proved = {step.output for step in program.steps if step.bound is not None}
     ends = {port.tensor for port in (*program.inputs, *program.outputs)}
-    return [name for name in program.tensors if name not in proved | ends]
+    return [name for name in program.tensors if name not in proved | ends | program.partial_tensors]
 
 
 def growth(program: Program, ranges: Mapping[str, float]) -> float:
@@ -112,7 +112,7 @@ def growth(program: Program, ranges: Mapping[str, float]) -> float:
 
 
 def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
-    """Return ``ranges`` with room for what unseen data may hold."""
+    """Return ``ranges`` with room for what unseen data may hold; a partial tensor has that of its readers."""
     # A tensor under the input's bound can hold the input's largest entry, wherever that
     # falls in unseen data: a merge that saw smaller blocks only must not saturate on it.
     # A tensor without a bound can exceed what was seen.  Powers can do so by any factor.
@@ -125,7 +125,19 @@ def widened(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
     floors |= {s.output: source * ranges[s.vector] for s in program.steps if isinstance(s, Scale)}
     powers = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
     caps = {name: HEADROOM * scale if name in powers else scale for name in free}
-    return {
+    room = {
         name: max(r, min(HEADROOM * r, caps[name])) if name in caps else max(r, floors.get(name, source))
         for name, r in ranges.items()
     }
+    return _of_readers(program, room)
+
+
+def _of_readers(program: Program, ranges: Mapping[str, float]) -> dict[str, float]:
+    """Return ``ranges`` with what the steps that read a partial tensor need in place of its own range."""
+    needed, partial = dict(ranges), program.partial_tensors
+    # The last step comes first, because a partial tensor may be read by another one.
+    for step in reversed(program.steps):
+        if step.output in partial:
+            readers = [needed[reader.output] for reader in program.steps if step.output in reader.inputs]
+            needed[step.output] = max(readers, default=needed[step.output])
+    return needed

@@ -78,5 +78,6 @@ def layer_to_dict(layer: LayerPlan, proof: Proof) -> dict[str, Any]:
         "headroom_bits": proof.headroom_bits,
         "cannot_saturate": proof.cannot_saturate,
         "may_saturate": proof.may_saturate,
+        "partial": proof.partial,
         "unproved": proof.unproved,
     }

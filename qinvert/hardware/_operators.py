@@ -36,6 +36,11 @@ class Operator:
     matrices: int
     #: Bytes that it writes.
     written: int
+    #: Matrices of a right operand that no product before had: chips arrange such an operand for the
+    #: unit that multiplies.
+    new_right: int = 0
+    #: Bytes of them.
+    arranged: int = 0
     #: Multiply-accumulates, each as many times as an operand has bytes beyond the first.
     macs: int = 0
 
@@ -64,11 +69,15 @@ class OperatorCounter(Evaluator[_Stored]):
         self.operators: list[Operator] = []
         self._identities = CarriedIdentities(plan, {port.tensor for port in plan.program.outputs})
         self._shifted: set[tuple[str, bool]] = set()
+        #: Right operands of products so far.
+        self._rights: set[str] = set()
 
     def count(self) -> Sequence[Operator]:
         """Return the operators, in the order of the steps."""
         program = self.plan.program
         self.operators.clear()
+        self._rights.clear()
+        self._shifted.clear()
         program.evaluate(self, {port.name: _Stored(tensor=port.name) for port in program.inputs})
         return tuple(self.operators)
 
@@ -104,7 +113,8 @@ class OperatorCounter(Evaluator[_Stored]):
         width = product.left.format.container_bits // 8
         wide = width * (2 if product.right.format.whole else 1)
         for _ in range(count):
-            self._append(Kind.PRODUCT, step.output, self.batch * math.prod(shape) * inner * depth * wide)
+            macs = self.batch * math.prod(shape) * inner * depth * wide
+            self._append(Kind.PRODUCT, step.output, macs, right=step.right)
         for _ in range(count - 1):
             self._elementwise(step.output)
 
@@ -152,11 +162,28 @@ class OperatorCounter(Evaluator[_Stored]):
     def _move(self, tensor: str, times: int = 1) -> None:
         self._append(Kind.MOVE, tensor, times=times)
 
-    def _append(self, kind: Kind, tensor: str, macs: int = 0, times: int = 1) -> None:
-        blocks, rows, columns = self.plan.program.shapes[tensor]
-        matrices, fmt = blocks * self.batch, self.plan.tensors[tensor].format
-        written = times * matrices * rows * columns * _bytes(fmt)
-        self.operators.append(Operator(kind=kind, matrices=matrices, written=written, macs=macs))
+    def _append(self, kind: Kind, tensor: str, macs: int = 0, times: int = 1, right: str = "") -> None:
+        new = right if right not in self._rights else ""
+        self._rights.add(right)
+        operator = Operator(
+            kind=kind,
+            matrices=self._matrices(tensor),
+            written=times * self._size(tensor),
+            new_right=self._matrices(new) if new else 0,
+            arranged=self._size(new) if new else 0,
+            macs=macs,
+        )
+        self.operators.append(operator)
+
+    def _matrices(self, tensor: str) -> int:
+        return self.plan.program.shapes[tensor].blocks * self.batch
+
+    def _size(self, tensor: str) -> int:
+        return (
+            self.batch
+            * math.prod(self.plan.program.shapes[tensor])
+            * _bytes(self.plan.tensors[tensor].format)
+        )
 
 
 def _bytes(fmt: IntFormat) -> int:
@@ -187,7 +214,12 @@ def operators(plan: QuantizedProgram, batch: int, chains: int = 1) -> list[Opera
 
 
 #: Names of what `features` returns.
-FEATURES: Final = (*(f"{kind}{each}" for kind in Kind for each in ("", "/matrix", "/KiB")), "product/Mmac")
+FEATURES: Final = (
+    *(f"{kind}{each}" for kind in Kind for each in ("", "/matrix", "/KiB")),
+    "product/Mmac",
+    "new right/matrix",
+    "new right/KiB",
+)
 
 
 def features(found: Sequence[Operator]) -> Mapping[str, float]:
@@ -199,4 +231,6 @@ def features(found: Sequence[Operator]) -> Mapping[str, float]:
         sums[f"{kind}/matrix"] = sum(operator.matrices for operator in mine)
         sums[f"{kind}/KiB"] = sum(operator.written for operator in mine) / 1024
     sums["product/Mmac"] = sum(operator.macs for operator in found) / 1e6
+    sums["new right/matrix"] = sum(operator.new_right for operator in found)
+    sums["new right/KiB"] = sum(operator.arranged for operator in found) / 1024
     return sums

@@ -111,7 +111,7 @@ def fused_inverse(
     """`LayerPlan.inverse` of checked matrices by the plan's kernel; None, and one log line, if it has none.
 
     With ``count`` the result also has the number of values on the ends of its grid
-    for every tensor that has any.
+    for every tensor that has any and is not partial.
     """
     generated = _kernel(lower, plan, Precision.FP16, count)
     if generated is None:

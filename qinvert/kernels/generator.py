@@ -67,7 +67,7 @@ def integer_kernel(plan: QuantizedProgram, count: bool = False, interpreted: boo
     ----------
     plan : QuantizedProgram
     count : bool
-        Also count the values of every tensor that are on the ends of its grid.
+        Also count the values of every tensor that is not partial that are on the ends of its grid.
     interpreted : bool
         For Triton's interpreter, whose fused multiply-adds differ from those of a device: the
         kernel divides instead.
@@ -80,8 +80,11 @@ def integer_kernel(plan: QuantizedProgram, count: bool = False, interpreted: boo
     source = Source()
     ops = IntegerOps(source, plan, interpreted)
     counted: list[str] = []
+    partial = plan.program.partial_tensors
 
     def tally(name: str, tensor: Placed[Tile]) -> None:
+        if name in partial:
+            return
         fmt = plan.tensors[name].format
         lowest, highest = float(fmt.minimum), float(fmt.maximum)
         found = [

@@ -51,8 +51,17 @@ class Builder:
         add: tuple[str, ...] = (),
         subtract: tuple[str, ...] = (),
         bound: float | None = None,
+        partial: bool = False,
     ) -> str:
-        step = MatMul(output=output, left=left, right=right, add=add, subtract=subtract, bound=bound)
+        step = MatMul(
+            output=output,
+            left=left,
+            right=right,
+            add=add,
+            subtract=subtract,
+            bound=bound,
+            partial=partial,
+        )
         return self._append(step)
 
     def add(self, output: str, left: str, right: str, bound: float | None = None) -> str:

@@ -30,7 +30,9 @@ def residuals_as_sums(program: P) -> P:
     than its terms.
 
     Proved ranges follow from those of the step:
-    ``|P| <= |output| + sum |add|``.
+    ``|P| <= |output| + sum |add|``.  The product and the sums of a partial step
+    are partial.  On one grid a product that saturates makes its sum wrong in
+    the same place and in no other.
 
     Parameters
     ----------
@@ -75,13 +77,13 @@ def _split(step: Step, bounds: dict[str, float | None]) -> Iterator[Step]:
         return
     product = f"{step.output}/product"
     bound = _sum_of([step.bound, *(bounds[term] for term in step.add)])
-    yield MatMul(output=product, left=step.left, right=step.right, bound=bound)
+    yield MatMul(output=product, left=step.left, right=step.right, bound=bound, partial=step.partial)
     total = product
     for i, term in enumerate(step.add, start=1):
         last = i == len(step.add)
         name = step.output if last else f"{step.output}/sum_{i}"
         bound = step.bound if last else _sum_of([step.bound, *(bounds[rest] for rest in step.add[i:])])
-        yield Add(output=name, left=total, right=term, bound=bound)
+        yield Add(output=name, left=total, right=term, bound=bound, partial=step.partial)
         total = name
 
 

@@ -195,6 +195,11 @@ def _axis(_key: str, value: Any) -> Axis:
         raise PlanError(f"axis {value!r} is unknown; use {', '.join(Axis)}") from None
 
 
+def _flag(key: str, value: Any) -> bool:
+    found: bool = require({key: value}, key, bool)
+    return found
+
+
 def _number(key: str, value: Any) -> float:
     return float(require({key: value}, key, float))
 
@@ -214,5 +219,6 @@ _READERS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "columns": _span,
     "axis": _axis,
     "bound": _number,
+    "partial": _flag,
     "factor": _number,
 }

@@ -82,6 +82,22 @@ def check_outputs(
             )
 
 
+def check_partial(name: str, outputs: Sequence[Port], partial: Collection[str]) -> None:
+    """Refuse outputs that are partial: what leaves a program has to be right everywhere.
+
+    Raises
+    ------
+    ProgramError
+        With the port.
+    """
+    for port in outputs:
+        if port.tensor in partial:
+            raise ProgramError(
+                f"{name}: output {port.tensor!r} is partial, so that some of its values may be wrong; "
+                "return a tensor of a step that is not"
+            )
+
+
 def _check_names(step: Step, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> None:
     if step.output in shapes or step.output in constants:
         raise ProgramError(f"step {step.output!r}: the name is taken; every step needs a new one")

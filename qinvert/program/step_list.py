@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from qinvert.errors import ProgramError
 from qinvert.program.evaluator import Evaluator, V, apply_step
 from qinvert.program.ports import InversePorts, Port, find_inverse_ports
-from qinvert.program.shapes import check_outputs, infer_shapes, vector_inputs
-from qinvert.program.steps import Constant, Shape, Step, check_chunk
+from qinvert.program.shapes import check_outputs, check_partial, infer_shapes, vector_inputs
+from qinvert.program.steps import Constant, Shape, Step, check_chunk, partial_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class StepList:
     """Steps that compute the output ports from the input ports; `qinvert.Program` adds ways to run it.
 
     Invariants, checked on construction: every name is defined once and before
-    its use, shapes fit, and every output has the shape of its port.
+    its use, shapes fit, and every output has the shape of its port and is not partial.
 
     Raises
     ------
@@ -46,6 +46,7 @@ class StepList:
         check_chunk(self.chunk)
         shapes = infer_shapes(self.name, self.inputs, self.constants, self.steps)
         check_outputs(self.name, self.outputs, shapes, self.vector_inputs)
+        check_partial(self.name, self.outputs, self.partial_tensors)
         object.__setattr__(self, "shapes", shapes)
 
     @property
@@ -57,6 +58,11 @@ class StepList:
     def vector_inputs(self) -> set[str]:
         """Inputs by which scales multiply and which nothing else reads, including beta."""
         return vector_inputs(self.inputs, self.steps)
+
+    @property
+    def partial_tensors(self) -> set[str]:
+        """Outputs of partial steps: their values may saturate beyond the range of what reads them."""
+        return partial_outputs(self.steps)
 
     @property
     def is_inverse(self) -> bool:

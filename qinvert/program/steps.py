@@ -8,6 +8,7 @@ concatenating blocks never touches the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, TypeAlias
@@ -96,6 +97,12 @@ class MatMul:
     #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.  In a
     #: program that takes beta, only a `Scale` has that factor; for other steps ``max|output| <= bound``.
     bound: float | None = None
+    #: Whether values beyond the range of the steps that read the output may saturate, because no
+    #: output of the program depends on them.  Such a step has no bound.
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        _check_partial(self)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -110,6 +117,11 @@ class Add:
     left: str
     right: str
     bound: float | None = None
+    #: As in `MatMul`.
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        _check_partial(self)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -203,6 +215,19 @@ class Concat:
 Step: TypeAlias = MatMul | Add | Rescale | Scale | Mask | Slice | Concat
 #: Steps that move values without rounding: input and output share one scale.
 MOVES: Final = (Mask, Slice, Concat)
+
+
+def partial_outputs(steps: Iterable[Step]) -> set[str]:
+    """Return the outputs of partial steps."""
+    return {step.output for step in steps if isinstance(step, (MatMul, Add)) and step.partial}
+
+
+def _check_partial(step: MatMul | Add) -> None:
+    if step.partial and step.bound is not None:
+        raise ProgramError(
+            f"step {step.output!r} is partial and has the bound {step.bound!r}; leave out the bound, which "
+            "would hold for all of its values, or partial"
+        )
 
 
 def check_chunk(chunk: int) -> None:

@@ -30,8 +30,8 @@ from qinvert.proof.intervals import propagate
 class Proof:
     """Facts that follow only from formats, scales and steps.
 
-    Every tensor is in one of `cannot_saturate`, `covered`, `may_saturate` and
-    `unproved`.
+    Every tensor is in one of `cannot_saturate`, `covered`, `may_saturate`,
+    `partial` and `unproved`.
     """
 
     #: Step -> largest magnitude of any partial sum in its accumulators.
@@ -46,6 +46,8 @@ class Proof:
     covered: tuple[str, ...]
     #: Other tensors whose grid ends before their proved range, each with the end of its grid.
     may_saturate: dict[str, float]
+    #: Other tensors of partial steps: no result depends on the values that saturate there.
+    partial: tuple[str, ...]
     #: The other tensors.  They have no proved range: only calibration says how large they get.
     unproved: tuple[str, ...]
     #: Assumed largest |M|, or largest magnitude of inputs by name; None for any M.
@@ -91,6 +93,11 @@ class Proof:
             lines.append(
                 f"  narrowest: {name} ends at {end:.3g}; larger values than calibration showed saturate"
             )
+        if self.partial:
+            lines.append(
+                f"partial: no result depends on what saturates in {len(self.partial)} tensors, "
+                f"{self.partial[0]} first"
+            )
         if self.unproved:
             lines.append(
                 f"no proof: {len(self.unproved)} tensors rest on calibration, {self.unproved[0]} first"
@@ -99,7 +106,7 @@ class Proof:
 
     @property
     def _tensors(self) -> int:
-        groups = (self.cannot_saturate, self.covered, self.may_saturate, self.unproved)
+        groups = (self.cannot_saturate, self.covered, self.may_saturate, self.partial, self.unproved)
         return sum(map(len, groups))
 
 
@@ -136,6 +143,7 @@ def prove(
     proved = set(intervals.cannot_saturate)
     bounds = _bounds(plan.program, max_beta)
     covered = {name for name, bound in bounds.items() if _covers(plan.tensors[name], bound)}
+    partial = plan.program.partial_tensors
     open_ = [name for name in plan.program.tensors if name not in proved | covered]
     return Proof(
         accumulators={
@@ -147,7 +155,8 @@ def prove(
         cannot_saturate=intervals.cannot_saturate,
         covered=tuple(name for name in bounds if name in covered - proved),
         may_saturate={name: plan.tensors[name].limit for name in open_ if name in bounds},
-        unproved=tuple(name for name in open_ if name not in bounds),
+        partial=tuple(name for name in open_ if name in partial),
+        unproved=tuple(name for name in open_ if name not in partial | bounds.keys()),
         limit=limit,
         max_beta=max_beta,
     )

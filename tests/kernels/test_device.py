@@ -14,6 +14,7 @@ import qinvert
 from qinvert.execution.simulator import simulate_batched
 from qinvert.kernels import Precision, dispatch, launch, solve_tril
 from qinvert.kernels.generator import float_kernel, integer_kernel
+from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.simulation import simulate_counting
 from qinvert.stress import STRESS, stress_matrices
 from qinvert.systems import Systems
@@ -76,6 +77,16 @@ def test_elimination_equals_the_simulator(options, target):
     for matrices in (lower, 2 * lower):
         result = solve_tril(rows(matrices), plan=plan).cpu().reshape(lower.shape)
         assert torch.equal(result, simulate_batched(plan, Systems(lower=matrices)))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["products", "sums"])
+def test_partial_steps_equal_the_simulator(split):
+    lower, program = everything(32, 2), qinvert.elimination(32, "right", radix=4)
+    program = residuals_as_sums(program) if split else program
+    plan = qinvert.calibrate(lower, method=program, bits=8, min_sqnr_db=0).layer()
+    integer_kernel(plan)
+    result = solve_tril(rows(lower), plan=plan).cpu().reshape(lower.shape)
+    assert torch.equal(result, simulate_batched(plan, Systems(lower=lower)))
 
 
 @pytest.mark.parametrize("scales", ["float", "pow2"])

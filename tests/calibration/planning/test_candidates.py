@@ -27,6 +27,7 @@ TITLES = {
         "elimination(chunk=64, tile=16)",
         "elimination(chunk=64, tile=16, corrections=1)",
         "elimination(chunk=64, restart=4)",
+        "elimination(chunk=64, side=right, radix=4, residuals=sums)",
     ],
     "banded_residual": [
         "banded_residual(chunk=64, order=1, steps=16)",
