@@ -45,6 +45,8 @@ class Reference:
     systems: Systems
     #: Whose integers are expected.
     rounding: Rounding
+    #: Whether the graph builds L from keys.
+    from_keys: bool = False
 
     def inverse(self, returned: Returned) -> torch.Tensor:
         """T of what a graph returned, float32."""
@@ -87,6 +89,7 @@ def reference(
         truth=systems.inverse(),
         systems=systems,
         rounding=rounding,
+        from_keys=interface.input is GraphInput.KEYS,
     )
 
 
