@@ -1,4 +1,4 @@
-"""Which differences float32 sums can cause, by ties that a program amplifies, and by programs that are wrong."""
+"""Which differences float32 sums can cause, by ties that a program amplifies, and by wrong programs."""
 
 import numpy as np
 import onnx
