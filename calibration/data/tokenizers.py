@@ -14,7 +14,7 @@ import torch
 
 from qinvert.calibration.patching import vocabulary_size
 from qinvert.errors import InputError, reason
-from qinvert.pretrained import require_transformers
+from qinvert.pretrained import LOCAL, require_transformers
 
 #: Token ids of a text.
 Ids = npt.NDArray[np.int64]
@@ -138,7 +138,7 @@ def _has_tokenizer(folder: Path) -> bool:
 def _load(name: str | os.PathLike[str]) -> Tokenizer:
     transformers = require_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(name), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(name), **LOCAL)
     except Exception as error:  # transformers raises anything from OSError to ImportError here
         raise InputError(
             f"cannot load a tokenizer from {os.fspath(name)}: {reason(error)}; "
