@@ -68,7 +68,7 @@ def dataset_documents(name: str, split: str, column: str | None) -> Iterator[Doc
 
 
 def _no_code(load: Any) -> dict[str, bool]:
-    """Options with which no script of a dataset is run; newer versions of datasets run none, and take none."""
+    """Options with which no script of a dataset is run; newer versions run none, and take no option."""
     name = "trust_remote_code"
     return {name: False} if name in signature(load).parameters else {}
 
