@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Final
 
@@ -73,22 +73,63 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     if not model.functions:
         return model
-    _check_calls(model)
+    check_calls(model)
     try:
         return onnx.inliner.inline_local_functions(model)
     except Exception as error:  # as above
         raise ExportError(f"the model's functions cannot be inlined ({reason(error)})") from None
 
 
-def _check_calls(model: onnx.ModelProto) -> None:
-    # Functions that call functions double at every level, so that a small file may be an endless graph.
-    sizes = {(f.domain, f.name): len(f.node) for f in model.functions}
-    for function in model.functions:
-        if any((node.domain, node.op_type) in sizes for node in function.node):
-            raise ExportError(f"function {function.name!r} calls another one; inline the model first")
-    total = sum(sizes.get((node.domain, node.op_type), 1) for node in model.graph.node)
+def check_calls(model: onnx.ModelProto) -> None:
+    """Refuse a model whose functions call each other, or that has too many nodes once they are inlined.
+
+    Functions that call functions double at every level, so that a small file
+    may be an endless graph for whoever inlines it or infers its shapes.
+
+    Raises
+    ------
+    ExportError
+        If a function calls itself, or with the number of nodes.
+    """
+    bodies = {(function.domain, function.name): function.node for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    for name in bodies:
+        _measure(name, bodies, sizes)
+    total = sum(sizes.get((node.domain, node.op_type), 1) for node in within(model.graph.node))
     if total > MAX_NODES:
-        raise ExportError(f"the model has {total} nodes once it is inlined, but at most {MAX_NODES} are read")
+        raise ExportError(
+            f"the model has {total:.3g} nodes once it is inlined; at most {MAX_NODES:,} are read"
+        )
+
+
+def _measure(
+    first: tuple[str, str],
+    bodies: Mapping[tuple[str, str], Sequence[onnx.NodeProto]],
+    sizes: dict[tuple[str, str], int],
+) -> None:
+    """Count the nodes of a function and of those that it calls, without recursion."""
+    waiting, open_ = [first], set[tuple[str, str]]()
+    while waiting:
+        name = waiting[-1]
+        called = [(node.domain, node.op_type) for node in within(bodies[name])]
+        unknown = [call for call in called if call in bodies and call not in sizes]
+        if not unknown:
+            sizes.setdefault(name, sum(sizes.get(call, 1) for call in called))
+            open_.discard(waiting.pop())
+            continue
+        open_.add(name)
+        if open_ & set(unknown):
+            raise ExportError(f"function {name[1]!r} calls itself; no model can be made of it")
+        waiting += dict.fromkeys(unknown)
+
+
+def within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes, and those of every graph that they hold."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from within(graph.node)
 
 
 def _no_model(path: str | PathLike[str], error: Exception) -> ExportError:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO, Final
 
 from qinvert.errors import InputError
+
+#: Largest file that is read at once: that of an ONNX model, whose format ends there.
+MAX_BYTES: Final = 2**31
+#: Bytes that are read at a time.
+PIECE: Final = 2**20
 
 
 def write_atomically(path: str | PathLike[str], content: bytes) -> None:
@@ -71,6 +78,14 @@ def _refusals(target: Path) -> Iterator[None]:
         raise InputError(f"cannot write {target}: {said}; choose another place") from None
 
 
+def _pieces(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Yield the content up to one piece beyond ``limit``; one large read would allocate all of ``limit``."""
+    left = limit
+    while left >= 0 and (piece := file.read(PIECE)):
+        left -= len(piece)
+        yield piece
+
+
 def make_folder(path: str | PathLike[str]) -> Path:
     """Create the folder and its parents if they do not exist, and return it.
 
@@ -88,16 +103,23 @@ def make_folder(path: str | PathLike[str]) -> Path:
     return folder
 
 
-def read_bytes(path: str | PathLike[str]) -> bytes:
-    """Return the content of a file.
+def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:
+    """Return the content of a file or pipe of at most ``limit`` bytes.
 
     Raises
     ------
     InputError
-        If it is missing or unreadable.
+        If it is missing, unreadable, a device, which may never end, or larger.
     """
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                raise InputError(f"cannot read {os.fspath(path)!r}: it is a device; pass a file")
+            content = b"".join(_pieces(file, limit))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {os.fspath(path)!r}: {reason}; check the path") from None
+    if len(content) > limit:
+        raise InputError(f"cannot read {os.fspath(path)!r}: it has more than {limit:,} bytes; check the path")
+    return content

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qinvert.errors import ExportError, reason
+from qinvert.export.reading import check_calls
 
 #: Name of the operator, and the domains that have it.
 OPERATOR: Final = "LinearAttention"
@@ -105,9 +106,11 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
         If it is not an ONNX model, or its weights are missing.
     """
     try:
-        return onnx.load(os.fspath(path))
+        model = onnx.load(os.fspath(path))
     except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
         raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
+    check_calls(model)
+    return model
 
 
 def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
