@@ -45,7 +45,7 @@ def test_an_identity_of_endless_blocks_allocates_nothing(fmt, one):
     program = inverse_program(MatMul(output="S", left=MATRIX, right=MATRIX, add=(MATRIX,)))
     scale = float32(1 / one)
     grids = {name: Quantization(format=fmt, scale=scale) for name in program.tensors}
-    with cheap(), pytest.raises(PlanError, match="accumulator|overflow"):
+    with cheap(), pytest.raises(PlanError, match=r"accumulator|overflow"):
         LayerPlan(program=program, tensors=grids, requantize=Requantize.MULTIPLIER)
 
 
