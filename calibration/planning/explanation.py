@@ -30,7 +30,7 @@ def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]
         "predicted_sqnr_db": finite(best.sqnr_db),
         "growth": finite(best.candidate.growth),
         "cost": best.cost,
-        "binding": {"tensor": tensor, "share": round(share, 4)},
+        "binding": {"tensor": tensor, "share": round(max(0.0, finite(share)), 4)},
         "fix": "" if choice.meets_goal else _fix(choice, alternatives),
         "candidates": [_row(p, p is best) for p in choice.predictions],
         "rejected": [*choice.passed_over, *(str(p) for p in choice.predictions if _lost(p, choice))],
