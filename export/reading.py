@@ -8,6 +8,7 @@ from typing import Final
 
 import onnx
 import onnx.inliner
+from google.protobuf.message import Message
 from onnx.external_data_helper import uses_external_data
 
 from qinvert.errors import ExportError, reason
@@ -29,6 +30,8 @@ def read_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
     """
     model = parse_model(content, path)
     check_model(model, path)
+    if model.graph.sparse_initializer:
+        raise ExportError(f"{path} has sparse constants, which exported graphs have not; export it again")
     for node in _nodes(model):
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(f"{path}: node {node.name!r} ({node.op_type}) has a subgraph; export it again")
@@ -53,14 +56,12 @@ def parse_model(content: bytes, path: str | PathLike[str]) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, path: str | PathLike[str]) -> None:
-    """Refuse a model that onnx finds illegal; ``path`` is for the message."""
+    """Refuse a model that onnx finds illegal, or whose names are no text; ``path`` is for the message."""
+    check_texts(model, path)
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # as above
         raise _no_model(path, error) from None
-    entries = [*model.metadata_props, *(p for function in model.functions for p in function.metadata_props)]
-    if not all(isinstance(text, str) for entry in entries for text in (entry.key, entry.value)):
-        raise ExportError(f"{path}: its metadata is not UTF-8 text; export it again")
 
 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,6 +79,31 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.inliner.inline_local_functions(model)
     except Exception as error:  # as above
         raise ExportError(f"the model's functions cannot be inlined ({reason(error)})") from None
+
+
+def check_texts(message: Message, path: str | PathLike[str]) -> None:
+    """Refuse names and texts that are not UTF-8: protobuf reads them, and fails where they are used.
+
+    Raises
+    ------
+    ExportError
+        If there is one.
+    """
+    for text in _texts(message):
+        if not isinstance(text, str):
+            raise ExportError(f"{path}: the name {text[:40]!r} in it is not UTF-8 text; export it again")
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """Yield every text of a message; what is not UTF-8 comes as bytes."""
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _texts(value)
+        elif field.message_type is not None:
+            for part in value:
+                yield from _texts(part)
+        elif field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, (str, bytes)) else value
 
 
 def check_calls(model: onnx.ModelProto) -> None:

@@ -12,6 +12,7 @@ from qinvert.cli.decibels import DECIBELS
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
+from qinvert.files import check_writable
 from qinvert.methods import METHODS
 from qinvert.profiles import PROFILES
 
@@ -93,6 +94,9 @@ def calibrate(
     from qinvert.calibration.calibrate import calibrate as run_calibration
     from qinvert.calibration.data.processes import joined
 
+    for file in (path, checkpoint):
+        if file is not None:
+            check_writable(file)
     with joined() as shard:
         # One of several processes prints and writes; all of them have the plan.
         first = shard.rank == 0

@@ -14,6 +14,7 @@ from qinvert.cli.growth_table import growth_to_dict, show_growth
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.plan_tables import show_choices
 from qinvert.cli.sources import load_model, with_source
+from qinvert.files import check_folder
 from qinvert.methods.banded_residual import banded_residual
 from qinvert.plan.plan import Plan
 
@@ -47,6 +48,7 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     from qinvert.calibration.growth import range_growth
 
     output = Output(as_json=as_json, quiet=quiet)
+    check_folder(folder)
     model = load_model(recall.NAME)
     seen, unseen = recall.sequences(SEQUENCES, CALIBRATION_SEED), recall.sequences(SEQUENCES, TEST_SEED)
     with output.progress("measuring"):

@@ -10,6 +10,7 @@ from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
 from qinvert.export.encodings import STYLES
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput
+from qinvert.files import check_folder
 from qinvert.plan.plan import Plan
 from qinvert.profiles import find_profile
 
@@ -67,6 +68,7 @@ def export(
              qinvert export plan.json -o graphs/ --input keys --key-size 128
     """
     output = Output(as_json=as_json, quiet=quiet)
+    check_folder(folder)
     plan = Plan.load(plan_path)
     find_profile(profile if profile is not None else plan.target)
     for name in layers:

@@ -10,6 +10,7 @@ from qinvert.cli.output import Output, output_options
 from qinvert.cli.profile_option import profile_option
 from qinvert.cli.sources import load_model
 from qinvert.errors import InputError
+from qinvert.files import check_writable
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def export_model(
              qinvert export-model plan.json -o model.onnx --length 512
     """
     output = Output(as_json=as_json, quiet=quiet)
+    check_writable(path)
     plan = Plan.load(plan_path)
     source = name if name is not None else plan.provenance.get("source")
     if not isinstance(source, str):

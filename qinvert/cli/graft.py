@@ -7,6 +7,7 @@ import click
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
+from qinvert.files import check_writable
 from qinvert.plan.plan import Plan
 
 
@@ -44,6 +45,7 @@ def graft(
     from qinvert.export.whole_models.graft import graft as graft_plan
 
     output = Output(as_json=as_json, quiet=quiet)
+    check_writable(path)
     plan = Plan.load(plan_path)
     pairs = [layer.rpartition("=") for layer in layers]
     for given, (node, _, layer) in zip(layers, pairs, strict=True):

@@ -10,7 +10,7 @@ import click
 
 from qinvert.cli.data_options import DataOptions
 from qinvert.cli.decibels import DECIBELS, decibels
-from qinvert.cli.graph_folder import PLAN_FILE, exported_graphs
+from qinvert.cli.graph_folder import PLAN_FILE, check_same_plan, exported_graphs
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.sources import open_for_plan
 from qinvert.errors import InputError
@@ -71,6 +71,7 @@ def verify(
     """
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(Path(folder) / PLAN_FILE)
+    check_same_plan(plan, Path(folder))
     found = exported_graphs(plan, Path(folder))
     if not found:
         raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
