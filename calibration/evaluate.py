@@ -167,7 +167,7 @@ class _LayerComparison:
 
     def update(self, chunks: DeltaChunks, t: Applied) -> None:
         lower = chunks.lower
-        one = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+        one = torch.eye(lower.shape[-1], dtype=torch.float32, device=lower.device).expand_as(lower)
         self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
         exact, other = chunks.apply(solve_chunks("", chunks)), chunks.apply(t)
         for name, statistics in self.parts.items():

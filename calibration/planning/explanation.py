@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from qinvert.calibration.planning.planner import Candidate, Choice, Prediction, finite
 from qinvert.calibration.planning.sensitivity import TRUNCATION
 from qinvert.formats import INT8, INT8X2, INT16, IntFormat
 from qinvert.profiles import default_target
+
+#: Digits of decibels behind the point: equal data give equal plans, with any number of threads.
+DIGITS: Final = 6
 
 
 def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]:
@@ -25,9 +28,9 @@ def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]
     tensor, share = best.binding
     return {
         "meets_goal": choice.meets_goal,
-        "expected_sqnr_db": finite(sqnr_db),
-        "expected_floor_db": finite(floor_db),
-        "predicted_sqnr_db": finite(best.sqnr_db),
+        "expected_sqnr_db": _decibels(sqnr_db),
+        "expected_floor_db": _decibels(floor_db),
+        "predicted_sqnr_db": _decibels(best.sqnr_db),
         "growth": finite(best.candidate.growth),
         "cost": best.cost,
         "binding": {"tensor": tensor, "share": round(max(0.0, finite(share)), 4)},
@@ -47,11 +50,16 @@ def _row(prediction: Prediction, chosen: bool) -> dict[str, Any]:
         "program": prediction.plan.program.title,
         "formats": prediction.plan.formats,
         "cost": prediction.cost,
-        "predicted_sqnr_db": finite(prediction.sqnr_db),
-        "predicted_floor_db": finite(prediction.floor_db),
-        "simulated_sqnr_db": finite(prediction.simulated[0]) if prediction.simulated else None,
+        "predicted_sqnr_db": _decibels(prediction.sqnr_db),
+        "predicted_floor_db": _decibels(prediction.floor_db),
+        "simulated_sqnr_db": _decibels(prediction.simulated[0]) if prediction.simulated else None,
         "chosen": chosen,
     }
+
+
+def _decibels(value: float) -> float:
+    # The number of threads decides the order of float64 sums, and with it the last digits.
+    return round(finite(value), DIGITS)
 
 
 def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:

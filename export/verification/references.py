@@ -71,7 +71,7 @@ def reference(
     ``rounding`` is used for plans for which it is known; for others ONNX's is expected.
     """
     rounding = rounding if _is_known(rounding, plan) else Rounding.ONNX
-    unit = torch.ones(systems.count, 1, 1)
+    unit = torch.ones(systems.count, 1, 1, dtype=torch.float32)
     integers = interface.output is GraphOutput.INTEGERS
     if integers:
         result = simulate_integers(plan, systems, rounding=rounding).cpu().numpy()

@@ -139,4 +139,4 @@ def _accuracy(
 def _no_inverse(lower: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return torch.eye(lower.shape[-1]).expand(lower.shape)
+    return torch.eye(lower.shape[-1], dtype=lower.dtype).expand(lower.shape)

@@ -167,7 +167,9 @@ class IntervalEvaluator(TorchEvaluator):
         if port.meaning is Meaning.BETA:
             # These are the limits of the divisor of rows, see `qinvert.matrices.row_factors`.
             largest = math.inf if limit == math.inf else MAX_BETA
-            low, high = (torch.full((1, rows, columns), end) for end in (MIN_BETA, largest))
+            low, high = (
+                torch.full((1, rows, columns), end, dtype=torch.float64) for end in (MIN_BETA, largest)
+            )
             return self._quantized(port.tensor, join(low, high))
         high = torch.full((1, rows, columns), limit, dtype=torch.float64)
         high = high.tril(-1) if port.meaning.strictly_lower else high
