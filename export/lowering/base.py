@@ -217,10 +217,10 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
         parts = self.plan.products[step.output].identity_parts(term)
-        if parts.count > MAX_IDENTITY_BLOCKS:
+        if parts.number > MAX_IDENTITY_BLOCKS:
             partner = step.left if term == step.right else step.right
             raise ExportError(
-                f"step {step.output!r}: 1.0 is {parts.count} times the largest integer of {partner!r}; "
+                f"step {step.output!r}: 1.0 is {parts.number} times the largest integer of {partner!r}; "
                 f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product; plan with "
                 "requantize='divide'"
             )

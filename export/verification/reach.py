@@ -108,7 +108,7 @@ class ReachEvaluator(IntervalEvaluator):
         step = reading.step
         depth = self.plan.program.shapes[step.left].columns if isinstance(step, MatMul) else 1
         terms = depth * len(part.pairs)
-        terms += sum(reading.identity_parts(term.tensor).count for term in part.residuals)
+        terms += sum(reading.identity_parts(term.tensor).number for term in part.residuals)
         return _widened(total, (terms + OPERATIONS) * ROUNDOFF * largest)
 
     def _sum(self, name: str, terms: list[Term]) -> torch.Tensor:

@@ -19,6 +19,7 @@ def is_far(step: Step, tensors: Mapping[str, Quantization]) -> bool:
     A `Rescale` is the sum with a zero on the grid of its result if its factor
     is 1, and else the product with 1 on the grid of that factor.
     """
+    names: tuple[str, ...]
     spoils, factor = loses, 1.0
     match step:
         case Add():

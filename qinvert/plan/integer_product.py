@@ -85,7 +85,7 @@ class IdentityParts(NamedTuple):
     rest: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Number of blocks that are not zero."""
         return self.full + (self.rest > 0)
 
