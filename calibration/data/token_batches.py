@@ -26,6 +26,8 @@ BATCH_SIZE: Final = 8
 ARRAY_FILES: Final = (".npz", ".safetensors")
 #: Endings of names that mean files and not datasets.
 FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
+#: Longest name of a file or data set; operating systems take no longer path.
+MAX_PATH: Final = 1024
 #: What may lie beside token ids, a number for each: which are real, and what is predicted.
 BESIDE: Final = (MASK, "labels")
 
@@ -104,6 +106,10 @@ class _Reading:
 
     def _named(self, name: str | os.PathLike[str]) -> Batches:
         path, given = Path(name), self._given
+        if len(os.fspath(name)) > MAX_PATH or "\n" in os.fspath(name):
+            raise InputError(
+                f"data is a text of {len(os.fspath(name))} characters where a path is expected; pass [text]"
+            )
         if path.suffix in ARRAY_FILES:
             arrays = read_arrays(path)
             tokens = _token_ids(_only_tokens(arrays, path))

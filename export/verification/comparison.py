@@ -122,8 +122,8 @@ def judge(result: Verification, actual: Returned, wanted: Reference, tolerance: 
     index = tuple(int(i) for i in first)
     raise VerificationError(
         f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
-        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of "
-        f"{wanted.expected[index]!r}; {hint}"
+        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]} instead of "
+        f"{wanted.expected[index]}; {hint}"
     )
 
 

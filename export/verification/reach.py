@@ -70,9 +70,9 @@ def reach(plan: LayerPlan, systems: Systems, *, from_keys: bool = False) -> npt.
 
 
 def _batches(systems: Systems) -> Sequence[Systems]:
-    lowers, betas = systems.lower.cpu().split(BATCH), systems.beta
-    rows = [None] * len(lowers) if betas is None else betas.cpu().split(BATCH)
-    return [Systems(lower=lower, beta=beta) for lower, beta in zip(lowers, rows, strict=True)]
+    beta = None if systems.beta is None else systems.beta.cpu()
+    near = Systems(lower=systems.lower.cpu(), beta=beta)
+    return [near[start : start + BATCH] for start in range(0, near.count, BATCH)]
 
 
 def _reach(plan: LayerPlan, systems: Systems, from_keys: bool) -> npt.NDArray[np.float64]:

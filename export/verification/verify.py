@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -155,7 +154,8 @@ class _Graph:
         """Say what a reader of a refusal should know."""
         if self.metadata.get("qinvert.plan_sha256") != plan.sha256:
             return "the file was exported from another plan: export it again"
-        return f"metadata: {json.dumps(self.metadata, sort_keys=True)}"
+        entries = (f"{key.removeprefix('qinvert.')} {value}" for key, value in sorted(self.metadata.items()))
+        return f"the graph says of itself: {', '.join(entries)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

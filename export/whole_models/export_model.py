@@ -122,6 +122,7 @@ def export_model(
     chosen = profile_for(plan, profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     check_writable(path)
+    _check_element(model)
     given = inputs = _inputs(model, example)
     shapes = None
     if dynamic:
@@ -137,6 +138,16 @@ def export_model(
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
+
+
+def _check_element(model: torch.nn.Module) -> None:
+    """Refuse weights of 16 bits, which a trace would carry into the float32 functions."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise InputError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, but only float32 models can be "
+                "exported; pass model.float()"
+            )
 
 
 def untraced_lengths(plan: Plan) -> tuple[int, ...]:

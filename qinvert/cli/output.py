@@ -45,6 +45,8 @@ class Output:
         console = Console()
         if not console.is_terminal:
             console = Console(width=160)
+        # Rich itself would leave with 1.
+        setattr(console, "on_broken_pipe", _raise)  # noqa: B010 - a method of theirs
         console.print(table)
 
     def result(self, document: dict[str, Any]) -> None:
@@ -66,6 +68,11 @@ class Output:
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(label)
             yield lambda name, count: bar.update(task, description=f"{label}: {name} {count}")
+
+
+def _raise() -> None:
+    """Raise what is being handled."""
+    raise
 
 
 def output_options(function: F) -> F:

@@ -13,7 +13,7 @@ from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.graph_folder import PLAN_FILE, check_same_plan, exported_graphs
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.sources import open_for_plan
-from qinvert.errors import InputError
+from qinvert.errors import InputError, VerificationError
 from qinvert.export.runtimes import RUNTIMES
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import Plan
@@ -79,10 +79,12 @@ def verify(
     if own is None and min_sqnr is not None:
         # A goal is about the data that the plan is for, not about stress matrices.
         own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
-    results = run_graphs(output, plan, found, own, runtimes)
+    results, failures = run_graphs(output, plan, found, own, runtimes)
     show_findings(output, [file for _, file in found.values()])
     show_verifications(output, results, own_data=own is not None)
-    output.result(results)
+    output.result({**results, **{label: {"failed": str(error)} for label, error in failures.items()}})
+    if failures:
+        raise VerificationError(_failed(failures, len(found)))
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
         output.say(f"missed: the worst runtime has {worst:.1f} dB, the goal is {min_sqnr:.1f}")
@@ -95,16 +97,27 @@ def run_graphs(
     found: dict[str, tuple[str, Path]],
     own: tuple[Any, Any] | None,
     runtimes: tuple[str, ...],
-) -> dict[str, list[Verification]]:
-    """Return what every runtime makes of every graph, by the graph's label."""
+) -> tuple[dict[str, list[Verification]], dict[str, VerificationError]]:
+    """Return what every runtime makes of every graph, by the graph's label, and the graphs that are wrong."""
     from qinvert.export.verification.verify import verify as verify_layer
 
     results: dict[str, list[Verification]] = {}
+    failures: dict[str, VerificationError] = {}
     for label, (name, file) in found.items():
         given, beta = inputs_for(file, plan, name, own)
         with output.progress(f"verifying {label}"):
-            results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
-    return results
+            try:
+                results[label] = verify_layer(file, plan, given, runtimes=runtimes, layer=name, beta=beta)
+            except VerificationError as error:
+                failures[label] = error
+    return results, failures
+
+
+def _failed(failures: dict[str, VerificationError], count: int) -> str:
+    """One line for all graphs that are wrong: the first in full, and the names of the others."""
+    label, *others = failures
+    more = f"; and {', '.join(others)}" if others else ""
+    return f"{len(failures)} of {count} graphs are wrong: {label}: {failures[label]}{more}"
 
 
 def show_findings(output: Output, files: list[Path]) -> None:

@@ -213,7 +213,7 @@ def test_a_refusal_names_the_first_element_that_is_to_blame(plans, kind, near, f
     result, refusal = compared(plans, kind, actual)
     assert refusal == (
         f"toy (one) differs from the simulator in {result.mismatches} of 128 values, by up to {far:.3g} "
-        f"steps; first at {first}: {actual[tuple(first)]!r} instead of {np.float32(0)!r}; look there"
+        f"steps; first at {first}: {actual[tuple(first)]} instead of 0.0; look there"
     )
 
 
