@@ -25,6 +25,7 @@ from qinvert.export.whole_models.linear_attention_nodes import (
     find_nodes,
     load,
     refuse_hidden,
+    set_aside,
 )
 from qinvert.export.whole_models.tracing import (
     FIRST_OPSET,
@@ -105,6 +106,7 @@ def graft(
         refuse_hidden(model)
     # Of an earlier graft, perhaps of another plan with layers of the same names.
     taken = {function.name for function in model.functions if function.domain == DOMAIN}
+    weights = set_aside(model)
     for node, layer in _assigned(found, plan, layers).items():
         _replace(model, found[node], _Chunked(found[node], plan, layer, taken), layer, opset)
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
@@ -112,6 +114,8 @@ def graft(
         result = ir.serde.deserialize_model(model)
     except Exception as error:  # onnx_ir raises its own types, and those of what it finds
         raise ExportError(f"{source} cannot be read as a whole ({reason(error)})") from None
+    for name, tensor in weights.items():
+        result.graph.initializers[name].const_value = ir.serde.deserialize_tensor(tensor)
     attach_functions(result, plan, chosen, taken)
     return save(result, path)
 

@@ -267,6 +267,25 @@ def _light(model: onnx.ModelProto, *, with_outputs: bool = False) -> onnx.ModelP
     return result
 
 
+def set_aside(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Take the large constants out of a model, leave their names, types and shapes, and return them.
+
+    What changes the nodes serializes the whole model each time, which takes
+    seconds for a gigabyte, and fails beyond two.
+    """
+    found: dict[str, onnx.TensorProto] = {}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) > MAX_ELEMENTS:
+            # One at a time: there is never more than one tensor twice.
+            found[tensor.name] = onnx.TensorProto()
+            found[tensor.name].CopyFrom(tensor)
+            stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.data_location = TensorProto.EXTERNAL
+            stub.external_data.add(key="location", value="set_aside")
+            tensor.CopyFrom(stub)
+    return found
+
+
 def _declare(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None:
     names = {value.name for value in values}
     kept = [value for value in graph.value_info if value.name not in names]
