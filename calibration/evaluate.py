@@ -109,6 +109,10 @@ def evaluate(
     InputError, PlanError
         See `qinvert.patched`.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"the first argument is a {type(model).__name__}; call evaluate(model, plan, data), in this order"
+        )
     tokens = with_options(data, num_samples, seq_len)
     return compare(model, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
 

@@ -140,8 +140,10 @@ def _load(name: str | os.PathLike[str]) -> Tokenizer:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(name), **LOCAL)
     except Exception as error:  # transformers raises anything from OSError to ImportError here
+        missing = "there is no such folder, and no model of this name in the cache of transformers"
+        said = reason(error) if Path(name).exists() else missing
         raise InputError(
-            f"cannot load a tokenizer from {os.fspath(name)}: {reason(error)}; "
+            f"cannot load a tokenizer from {os.fspath(name)}: {said}; "
             "pass a folder with tokenizer.json, or token ids"
         ) from error
     return _of_transformers(tokenizer)

@@ -9,7 +9,7 @@ import click
 from qinvert.calibration.choices import BITS, MAX_LOSS_DB, Granularity, RangeRule, ScaleRule
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
 from qinvert.files import check_writable
@@ -94,6 +94,7 @@ def calibrate(
     from qinvert.calibration.calibrate import calibrate as run_calibration
     from qinvert.calibration.data.processes import joined
 
+    before = present(path)
     for file in (path, checkpoint):
         if file is not None:
             check_writable(file)
@@ -121,7 +122,7 @@ def calibrate(
     if first:
         plan.save(path)
     show_choices(output, plan)
-    output.say(f"wrote {path}")
+    output.say(wrote(path, before))
     output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
     if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):
         sys.exit(1)

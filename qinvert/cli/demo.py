@@ -11,7 +11,7 @@ from qinvert.cli.data_options import SEQUENCES
 from qinvert.cli.decibels import decibels
 from qinvert.cli.graph_folder import PLAN_FILE, export_all
 from qinvert.cli.growth_table import growth_to_dict, show_growth
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.plan_tables import show_choices
 from qinvert.cli.sources import load_model, with_source
 from qinvert.files import check_folder
@@ -75,9 +75,10 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
 
     with output.progress("simulating") as progress:
         report = simulate(plan, model, unseen, progress=progress)
+    before = present(folder)
     files = export_all(plan, folder)
     for file in (str(Path(folder) / PLAN_FILE), *files.values()):
-        output.say(f"wrote {file}")
+        output.say(wrote(file, before))
     with output.progress("running in onnxruntime"):
         verified = _verify(model, plan, files, unseen)
     table = [

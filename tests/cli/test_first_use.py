@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import qinvert
 from qinvert import recall
 from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.data.tokenizers import find_tokenizer
 from qinvert.cli.app import cli
 from qinvert.cli.graph_folder import export_all
 from qinvert.errors import InputError, PlanError
@@ -129,3 +130,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
         check=False,
     )
     assert done.stdout.endswith("0\n")
+
+
+def test_what_is_replaced_is_said(tmp_path):
+    np.savez(tmp_path / "L.npz", layer=stress_matrices("half_random", 4, 16).numpy())
+    plan, graphs = tmp_path / "plan.json", tmp_path / "graphs"
+    for word in ("wrote", "replaced"):
+        result = invoke("calibrate", tmp_path / "L.npz", "-o", plan)
+        assert f"{word} {plan}" in result.stdout
+        result = invoke("export", plan, "-o", graphs)
+        assert f"{word} {graphs / 'layer.onnx'}" in result.stdout
+
+
+def test_a_tokenizer_that_is_not_there_is_said(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match=r"there is no such folder, .*; pass a folder with tokenizer.json"):
+        find_tokenizer(None, tmp_path / "nothing")
+
+
+def test_arguments_of_evaluate_in_another_order_are_named():
+    plan = qinvert.calibrate(stress_matrices("half_random", 4, 16))
+    with pytest.raises(InputError, match=r"the first argument is a Plan; call evaluate\(model, plan, data\)"):
+        qinvert.evaluate(plan, recall.load_model, [])
