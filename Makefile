@@ -37,11 +37,13 @@ bench: $(INSTALLED)
 # Hours, with these numbers; each fault is printed with its seed.
 FILES ?= 20000
 VALUES ?= 200000000
+KILLS ?= 300
 SEED ?= 0
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
+	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py

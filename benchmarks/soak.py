@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py files --count 20000 --seed 0
     python benchmarks/soak.py values --count 200000000 --seed 0
+    python benchmarks/soak.py kills --count 300 --seed 0 --whole
 
 *files* mutates plans, .npz and .safetensors files, and ONNX files for `verify` and
 `graft`.  Each must be read, or be refused by a `QInvertError`: without another
@@ -9,6 +10,9 @@ exception, in `SECONDS`, within `MEGABYTES` above what the process takes at rest
 and with no file left behind.  *values* compares every value of random plans (any
 method, format, scales, profile) with onnxruntime: none may differ where the
 profile promises equality, and elsewhere each must lie within its reach.
+
+*kills* ends commands at random moments: all results must be whole, old or new, and
+the next run must delete what was left.
 
 A line for every fault names its seed, and ``--only SEED`` runs it alone.  The
 exit code is 1 if there is a fault.  A share of the models for `graft` that are
@@ -29,6 +33,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from kills import run as run_kills
 from mutations import MUTATIONS, of_bytes
 from random_plans import compare, random_case
 
@@ -47,12 +52,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("files", "values"))
-    parser.add_argument("--count", type=float, default=20_000, help="files, or values to compare")
+    parser.add_argument("mode", choices=("files", "values", "kills"))
+    parser.add_argument("--count", type=float, default=20_000, help="files, values, or kills")
     parser.add_argument("--seed", type=int, default=0, help="first seed; a case has a seed of its own")
     parser.add_argument("--only", type=int, help="the seed of a single case")
+    parser.add_argument("--whole", action="store_true", help="kill export-model, too")
     given = parser.parse_args()
-    faults = files(given) if given.mode == "files" else values(given)
+    faults = {"files": files, "values": values, "kills": kills}[given.mode](given)
     print(f"{faults} faults")
     sys.exit(1 if faults else 0)
 
@@ -260,6 +266,11 @@ def values(given: argparse.Namespace) -> int:
         f"{compared:,} values of seeds to {seed - 1}, {differing} differ within reach, {rate:,.0f} a second"
     )
     return faults
+
+
+def kills(given: argparse.Namespace) -> int:
+    """Kill commands at random moments, and return the number of faults."""
+    return run_kills(int(given.count), given.seed, given.whole, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

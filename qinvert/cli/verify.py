@@ -81,7 +81,8 @@ def verify(
         own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
     results, failures = run_graphs(output, plan, found, own, runtimes)
     show_findings(output, [file for _, file in found.values()])
-    show_verifications(output, results, own_data=own is not None)
+    if results:
+        show_verifications(output, results, own_data=own is not None)
     output.result({**results, **{label: {"failed": str(error)} for label, error in failures.items()}})
     if failures:
         raise VerificationError(_failed(failures, len(found)))
