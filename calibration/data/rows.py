@@ -10,6 +10,8 @@ import torch
 
 from qinvert.calibration.data.documents import MASK
 
+#: Fields that are arguments of a model, whatever is in them: a text there is a fault, and no column.
+ARGUMENTS: Final = (MASK, "labels", "position_ids")
 #: What stands in a field where a shorter sequence has ended; 0 in all others.
 FILLERS: Final = {"labels": -100}
 
@@ -60,7 +62,7 @@ def others(item: Mapping[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
     return {
         str(name): _shaped(value, tokens)
         for name, value in item.items()
-        if not isinstance(value, str) and value is not None
+        if value is not None and (name in ARGUMENTS or not isinstance(value, str))
     }
 
 
