@@ -20,7 +20,7 @@ from qinvert.plan.plan import Plan
 from qinvert.temporaries import GRACE, SUFFIX
 
 #: Sequences that calibration reads: enough to be killed in the middle.
-SEQUENCES: Final = "16"
+SEQUENCES: Final = "4"
 
 
 @dataclass(kw_only=True)
