@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-5.14 lint types bench docs verify-npu coverage clean
+.PHONY: demo test test-transformers-5.14 lint types bench docs verify-npu soak coverage clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
@@ -33,6 +33,17 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/runtimes.py --write
+
+# Hours, with these numbers; each fault is printed with its seed.
+FILES ?= 20000
+VALUES ?= 200000000
+KILLS ?= 300
+SEED ?= 0
+
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED)
+	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
+	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py

@@ -11,7 +11,7 @@ from qinvert.export.lowering.tensors import AXES
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
-from qinvert.program.steps import Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 
 #: Operator set of the graphs.
 OPSET = 19
@@ -74,7 +74,9 @@ class FloatLowering(Evaluator[str]):
         blocks = self._shape(step.output)[1]
         constants = {constant.name: constant for constant in self.program.constants}
         parts = [self._repeated(constants[name], blocks) if name in constants else name for name in sources]
-        return self._node("Concat", step.output, parts, axis=AXES[step.axis])
+        # Blocks share their axis with the batch, the block index slowest.
+        axis = 1 if step.axis == Axis.BLOCKS else AXES[step.axis]
+        return self._node("Concat", step.output, parts, axis=axis)
 
     def _repeated(self, constant: Constant, blocks: int) -> str:
         matrix = constant_matrix(constant).numpy()

@@ -22,6 +22,7 @@ from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.costs import Costs, Measure, costs_for
 from qinvert.calibration.planning.explanation import explain
+from qinvert.calibration.planning.extent import check_extent
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
 from qinvert.checks import check_decibels, check_seed
@@ -166,6 +167,8 @@ def calibrate(
         progress=progress,
         checkpoint=checkpoint,
     )
+    for layer, observer in observers.items():
+        check_extent(layer, observer.sampled)
     layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
     costs = options.costs
     provenance = {

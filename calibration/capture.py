@@ -13,7 +13,7 @@ import torch
 
 from qinvert.calibration.data.token_batches import token_batches
 from qinvert.calibration.data.token_data import with_options
-from qinvert.calibration.patching import patched_by_layer, run_model
+from qinvert.calibration.patching import forward, patched_by_layer
 from qinvert.checks import check_seed
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError
@@ -164,7 +164,8 @@ def capture_batch(
         return SolvedInverse(lower)
 
     with patched_by_layer(model, record):
-        run_model(model, batch)
+        # L needs no logits, so that a model without a head will do.
+        forward(model, batch)
     return found
 
 

@@ -109,6 +109,10 @@ def evaluate(
     InputError, PlanError
         See `qinvert.patched`.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"the first argument is a {type(model).__name__}; call evaluate(model, plan, data), in this order"
+        )
     tokens = with_options(data, num_samples, seq_len)
     return compare(model, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
 
@@ -167,7 +171,7 @@ class _LayerComparison:
 
     def update(self, chunks: DeltaChunks, t: Applied) -> None:
         lower = chunks.lower
-        one = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+        one = torch.eye(lower.shape[-1], dtype=torch.float32, device=lower.device).expand_as(lower)
         self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
         exact, other = chunks.apply(solve_chunks("", chunks)), chunks.apply(t)
         for name, statistics in self.parts.items():

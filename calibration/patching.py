@@ -240,9 +240,35 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     Raises
     ------
     InputError
+        If a token lies outside the vocabulary, the model refuses the batch, or it returns no logits.
+    """
+    logits = getattr(forward(model, batch), "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise InputError(f"{type(model).__name__} returns no logits; pass the model with its head")
+    return logits
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model takes its inputs: weights that are offloaded say nothing of it.
+
+    accelerate keeps such weights as meta tensors, and the device in a hook.
+    """
+    given = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if given is not None:
+        return torch.device(given)
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def forward(model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+    """Run one batch on the model's device without gradients, and return what the model returns.
+
+    Raises
+    ------
+    InputError
         If a token lies outside the vocabulary, or the model refuses the batch.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     tokens, size = inputs.get("input_ids"), vocabulary_size(model)
     if tokens is not None and size is not None and not bool(((tokens >= 0) & (tokens < size)).all()):
@@ -251,8 +277,7 @@ def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
             f"{size} tokens; tokenize for this model"
         )
     with torch.no_grad(), _refusals(inputs):
-        logits: torch.Tensor = model(**inputs).logits
-    return logits
+        return model(**inputs)
 
 
 def vocabulary_size(model: torch.nn.Module) -> int | None:

@@ -12,6 +12,7 @@ from qinvert.calibration.heads import is_split, layer_name, split_heads
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.documents import to_document
 from qinvert.errors import InputError
+from qinvert.execution.hexagon import check_plan
 from qinvert.execution.inputs import needed
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.numerics.law import Rounding
@@ -180,6 +181,10 @@ def simulate(
         is not known for a plan like this.
     """
     chosen = Rounding.named(rounding)
+    if chosen is Rounding.HEXAGON:
+        # Before the model runs: it may take minutes to the first matrix.
+        for layer_plan in plan.layers.values():
+            check_plan(layer_plan)
     running: dict[str, LayerSimulation] = {}
     for given, whole in open_systems(source, with_options(data, num_samples, seq_len)):
         name = _match(plan, given)

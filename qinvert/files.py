@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO, Final
 
 from qinvert.errors import InputError
+from qinvert.temporaries import temporary_file
+
+#: Largest file that is read at once: that of an ONNX model, whose format ends there.
+MAX_BYTES: Final = 2**31
+#: Bytes that are read at a time.
+PIECE: Final = 2**20
 
 
 def write_atomically(path: str | PathLike[str], content: bytes) -> None:
@@ -25,7 +32,11 @@ def write_atomically(path: str | PathLike[str], content: bytes) -> None:
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write every file beside its path first, then rename all of them into place.
+    """Write every file beside its path first, then rename all of them into place, in their order.
+
+    A process that is killed between two renames leaves the first files new and
+    the last ones old: pass the file by which a reader tells whether the others
+    are complete as the last one.
 
     Raises
     ------
@@ -33,32 +44,60 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         If a file cannot be written.  Then none of them is renamed.
     """
     with ExitStack() as undo:
-        temporaries: dict[Path, str] = {}
+        temporaries: dict[Path, Path] = {}
         for path, content in contents.items():
             # Links are followed to their targets.  Devices and pipes take the content directly.
             target = Path(os.path.realpath(path))
-            if target.exists() and not target.is_file() and not target.is_dir():
-                with _refusals(target):
+            with _refusals(target):
+                if _is_stream(target):
                     target.write_bytes(content)
-            else:
-                temporaries[target] = _temporary(target, content, undo)
+                else:
+                    temporaries[target] = _temporary(target, content, undo)
         for target, temporary in temporaries.items():
             with _refusals(target):
                 os.replace(temporary, target)
 
 
-def _temporary(target: Path, content: bytes, undo: ExitStack) -> str:
-    with _refusals(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
-        undo.callback(Path(temporary).unlink, missing_ok=True)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes files private; give this one the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+def check_writable(path: str | PathLike[str]) -> None:
+    """Refuse a path that `write_atomically` could not write, before the work starts; nothing is left there.
+
+    Raises
+    ------
+    InputError
+        If the path is a folder, or its folder does not exist or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with _refusals(target), ExitStack() as undo:
+        if not _is_stream(target):
+            _temporary(target, b"", undo)
+
+
+def check_folder(path: str | PathLike[str]) -> None:
+    """Refuse a folder that cannot be created or written, before the work starts; nothing is left there.
+
+    Raises
+    ------
+    InputError
+        If it is a file, or cannot be written.
+    """
+    folder = Path(os.path.realpath(path))
+    parent = next(place for place in (folder, *folder.parents) if place.exists())
+    with _refusals(folder), ExitStack() as undo:
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        _temporary(parent / "graph", b"", undo)
+
+
+def _is_stream(target: Path) -> bool:
+    return target.exists() and not target.is_file() and not target.is_dir()
+
+
+def _temporary(target: Path, content: bytes, undo: ExitStack) -> Path:
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    handle, temporary = undo.enter_context(temporary_file(target))
+    with os.fdopen(os.dup(handle), "wb") as file:
+        file.write(content)
     return temporary
 
 
@@ -69,6 +108,14 @@ def _refusals(target: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         said = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {target}: {said}; choose another place") from None
+
+
+def _pieces(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Yield the content up to one piece beyond ``limit``; one large read would allocate all of ``limit``."""
+    left = limit
+    while left >= 0 and (piece := file.read(PIECE)):
+        left -= len(piece)
+        yield piece
 
 
 def make_folder(path: str | PathLike[str]) -> Path:
@@ -88,16 +135,23 @@ def make_folder(path: str | PathLike[str]) -> Path:
     return folder
 
 
-def read_bytes(path: str | PathLike[str]) -> bytes:
-    """Return the content of a file.
+def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:
+    """Return the content of a file or pipe of at most ``limit`` bytes.
 
     Raises
     ------
     InputError
-        If it is missing or unreadable.
+        If it is missing, unreadable, a device, which may never end, or larger.
     """
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                raise InputError(f"cannot read {os.fspath(path)!r}: it is a device; pass a file")
+            content = b"".join(_pieces(file, limit))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {os.fspath(path)!r}: {reason}; check the path") from None
+    if len(content) > limit:
+        raise InputError(f"cannot read {os.fspath(path)!r}: it has more than {limit:,} bytes; check the path")
+    return content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -133,9 +133,46 @@ def divided(lower: torch.Tensor, beta: torch.Tensor, dtype: torch.dtype) -> torc
     return -lower.to(dtype) / row_factors(beta, dtype)
 
 
-def like(result: torch.Tensor, given: object) -> torch.Tensor | Array:
-    """Return ``result`` as the kind of container that the caller passed in."""
-    return result if isinstance(given, torch.Tensor) else cast("Array", result.cpu().numpy())
+def like(result: torch.Tensor, given: object, *more: object) -> torch.Tensor | Array:
+    """Return ``result`` as the kind of container that the caller passed in.
+
+    A tensor that was made of tensors with a gradient refuses to pass one back,
+    see `WithoutGradient`; ``more`` are further inputs.
+    """
+    if not isinstance(given, torch.Tensor):
+        return cast("Array", result.cpu().numpy())
+    trained = [x for x in (given, *more) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if trained and torch.is_grad_enabled():
+        return cast("torch.Tensor", WithoutGradient.apply(result, *trained))  # type: ignore[no-untyped-call]
+    return result
+
+
+class WithoutGradient(torch.autograd.Function):
+    """A result that a model runs with, and through which no gradient goes back.
+
+    The gradient of a rounding is zero almost everywhere, and inputs are
+    detached when they are checked: without this a model would train as if its
+    keys did not reach the inverse.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, result: torch.Tensor, *_trained: torch.Tensor) -> torch.Tensor:
+        """Return the result."""
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: torch.Tensor) -> Any:
+        """Refuse.
+
+        Raises
+        ------
+        InputError
+            Always.
+        """
+        raise InputError(
+            "this inverse has no gradient: train with torch.linalg.solve_triangular, or run it under "
+            "torch.no_grad() or on L.detach()"
+        )
 
 
 def exact_inverse(L: M) -> M:  # noqa: N803 - the field's name of this matrix

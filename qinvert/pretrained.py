@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from qinvert.errors import InputError, MissingDependencyError, reason
+
+#: Options of every ``from_pretrained``: nothing is downloaded, and no code that a folder holds is
+#: run.  Without the second one transformers asks on the terminal, and takes an answer from a pipe.
+LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_pretrained(path: str | PathLike[str]) -> Any:
@@ -31,7 +35,7 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
     transformers = require_transformers()
     try:
         model = _loader(transformers, folder).from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+            str(folder), dtype=torch.float32, use_safetensors=True, **LOCAL
         )
     except Exception as error:  # transformers raises anything from KeyError to RuntimeError here
         raise InputError(f"cannot load the model in {folder}: {reason(error)}") from error
@@ -39,7 +43,7 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
 
 
 def _loader(transformers: Any, folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(str(folder), **LOCAL)
     # Some families exist only as models of text and images.
     text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText

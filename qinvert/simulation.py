@@ -22,7 +22,7 @@ def inverse(plan: QuantizedProgram, lower: M, beta: object = None, rounding: str
     factored = plan.program.inverse_ports.factored
     systems = Systems.checked(lower, beta if factored else None, chunk=plan.chunk)
     result = simulate_inverse(plan, needed(plan.program, systems), rounding=chosen)
-    return cast("M", like(result, lower))
+    return cast("M", like(result, lower, beta))
 
 
 def simulate_inverse(

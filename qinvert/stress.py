@@ -79,7 +79,7 @@ def _scaled_random(factor: float) -> Generator:
 
 
 def _rows_of_beta(count: int, chunk: int, seed: int) -> torch.Tensor:
-    beta = torch.rand(count, chunk, 1, generator=torch.Generator().manual_seed(seed))
+    beta = torch.rand(count, chunk, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return torch.tril(beta.expand(count, chunk, chunk), -1)
 
 
@@ -95,7 +95,7 @@ def _wide_gates(count: int, chunk: int, seed: int) -> torch.Tensor:
     # One level of decay per matrix, log-uniform from -1e-4 to -166, as in heads of trained models.
     level = torch.exp(_uniform((math.log(1e-4), math.log(166.0)), (count, 1), generator))
     beta = _uniform((0.0, 1.0), (count, chunk), generator)
-    return from_keys(k, beta, -level * torch.rand(count, chunk, generator=generator))
+    return from_keys(k, beta, -level * torch.rand(count, chunk, generator=generator, dtype=torch.float32))
 
 
 def _per_channel_decay(count: int, chunk: int, seed: int) -> torch.Tensor:
@@ -104,7 +104,9 @@ def _per_channel_decay(count: int, chunk: int, seed: int) -> torch.Tensor:
     # One level of decay per channel, log-uniform from -1e-4 to -0.2.
     level = torch.exp(_uniform((math.log(1e-4), math.log(0.2)), (count, 1, KEY_SIZE), generator))
     beta = _uniform((0.0, 1.0), (count, chunk), generator)
-    return from_keys(k, beta, -level * torch.rand(count, chunk, KEY_SIZE, generator=generator))
+    return from_keys(
+        k, beta, -level * torch.rand(count, chunk, KEY_SIZE, generator=generator, dtype=torch.float32)
+    )
 
 
 def _zero_rows(count: int, chunk: int, seed: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from import_graph import FUNCTIONS, Package, cycles, shown, upward_imports
 #: Programs and plans are data at the bottom; what runs them stands above them.  `Program` and `Plan` are
 #: those data with methods that run them, so that each stands above what it calls.
 ROOMS = (
-    ("assets", "documents", "errors", "version"),
+    ("assets", "documents", "errors", "temporaries", "version"),
     ("checks", "discovery", "files", "formats", "pretrained", "strict_json"),
     ("numerics", "program", "recall"),
     ("matrices", "plan"),
@@ -54,6 +54,7 @@ ROOMS = (
 #: Modules that open, look for, read or write files by themselves, and why.
 TOUCHES_PATHS = {
     "qinvert.files": "writes all results, atomically, and reads files whole",
+    "qinvert.temporaries": "makes files that will be renamed, and deletes what killed processes left",
     "qinvert.pretrained": "lets transformers load a folder",
     "qinvert.recall": "knows the folder of the embedded model",
     "qinvert.calibration.data.arrays": "reads .npz and .safetensors, array by array",

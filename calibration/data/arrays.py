@@ -6,12 +6,17 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from qinvert.calibration.heads import natural_key
 from qinvert.errors import InputError, reason
+
+#: Bytes that any .npz file may unpack to, and beyond them how many times its own size: arrays of
+#: matrices that hold something compress to a tenth, and a megabyte of zeros to a thousandth.
+FREE_BYTES: Final = 2**26
+MAX_EXPANSION: Final = 50
 
 
 def read_all(reader: Any) -> Iterator[Any]:
@@ -50,12 +55,25 @@ def read_npz(file: Path) -> dict[str, Any]:
         If it is damaged, of another kind, or holds objects.
     """
     try:
-        with file.open("rb") as handle, zipfile.ZipFile(handle):
+        with file.open("rb") as handle, zipfile.ZipFile(handle) as members:
+            _check_sizes(members, file)
             handle.seek(0)
             archive = np.load(handle, allow_pickle=False)
             return {name: archive[name] for name in archive.files}
+    except InputError:
+        raise
     except Exception as error:  # damaged archives raise anything from LZMAError to TokenError
         raise InputError(f"cannot read {file}: {reason(error)}; write it with numpy.savez") from None
+
+
+def _check_sizes(members: zipfile.ZipFile, file: Path) -> None:
+    """Refuse an archive that unpacks to far more than its size, before anything is unpacked."""
+    size, unpacked = file.stat().st_size, sum(member.file_size for member in members.infolist())
+    if unpacked > max(FREE_BYTES, MAX_EXPANSION * size):
+        raise InputError(
+            f"cannot read {file}: its {size:,} bytes unpack to {unpacked:,}; beyond {FREE_BYTES:,} at most "
+            f"{MAX_EXPANSION} times the size of the file is read; write it with numpy.savez"
+        )
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:

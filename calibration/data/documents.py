@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -55,13 +56,21 @@ def dataset_documents(name: str, split: str, column: str | None) -> Iterator[Doc
     folder = Path(name).is_dir()
     path, _, configuration = (name, "", "") if folder else name.partition(":")
     try:
-        rows = datasets.load_dataset(path, configuration or None, split=split, streaming=True)
+        rows = datasets.load_dataset(
+            path, configuration or None, split=split, streaming=True, **_no_code(datasets.load_dataset)
+        )
     except Exception as error:  # from FileNotFoundError to DatasetNotFoundError and ValueError
         raise InputError(
             f"cannot load split {split!r} of the dataset {name!r}: {reason(error)}; "
             "pass NAME or NAME:CONFIGURATION, a split that it has, or a file"
         ) from error
     return (row_document(row, column, f"dataset {name!r}") for row in rows)
+
+
+def _no_code(load: Any) -> dict[str, bool]:
+    """Options with which no script of a dataset is run; newer versions run none, and take no option."""
+    name = "trust_remote_code"
+    return {name: False} if name in signature(load).parameters else {}
 
 
 def row_document(row: Any, column: str | None, where: str) -> Document:

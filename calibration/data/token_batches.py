@@ -15,6 +15,7 @@ import torch
 from qinvert.calibration.data.arrays import read_all, read_arrays
 from qinvert.calibration.data.documents import MASK, Document, dataset_documents, file_documents, row_document
 from qinvert.calibration.data.packing import draw, packed
+from qinvert.calibration.data.rows import is_ragged, others, padded
 from qinvert.calibration.data.token_data import NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.calibration.data.tokenizers import find_tokenizer
 from qinvert.errors import InputError, reason
@@ -25,6 +26,8 @@ BATCH_SIZE: Final = 8
 ARRAY_FILES: Final = (".npz", ".safetensors")
 #: Endings of names that mean files and not datasets.
 FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
+#: Longest name of a file or data set; operating systems take no longer path.
+MAX_PATH: Final = 1024
 #: What may lie beside token ids, a number for each: which are real, and what is predicted.
 BESIDE: Final = (MASK, "labels")
 
@@ -46,7 +49,9 @@ def token_batches(
         text; the name of a Hugging Face dataset; an iterable, or an object with
         ``get_next()``, of texts, of rows, or of batches; or any of these as
         `TokenData`, which says how to read it.  A batch is token ids, or a dict
-        of keyword arguments with ``input_ids`` (from a DataLoader, for example).
+        of keyword arguments with ``input_ids`` (from a DataLoader, for example), as
+        tensors, arrays or lists; sequences of different lengths are padded, with a
+        mask, and texts in a row are left out.
 
         Text and rows are joined, all documents one after the other, and cut
         into sequences of ``seq_len`` tokens.  ``num_samples`` of these are drawn,
@@ -101,6 +106,10 @@ class _Reading:
 
     def _named(self, name: str | os.PathLike[str]) -> Batches:
         path, given = Path(name), self._given
+        if len(os.fspath(name)) > MAX_PATH or "\n" in os.fspath(name):
+            raise InputError(
+                f"data is a text of {len(os.fspath(name))} characters where a path is expected; pass [text]"
+            )
         if path.suffix in ARRAY_FILES:
             arrays = read_arrays(path)
             tokens = _token_ids(_only_tokens(arrays, path))
@@ -153,7 +162,10 @@ class _Reading:
             raise InputError(
                 f"a batch has {', '.join(map(str, item)) or 'nothing'}; it needs input_ids, or text"
             )
+        if is_ragged(item["input_ids"]):
+            item = padded(item)
         tokens = _token_ids(item["input_ids"])
+        item = others(item, tokens)
         if self._given.seq_len is not None and len(item) > 1:
             raise InputError(
                 f"seq_len cannot cut batches of {', '.join(map(str, item))}; "

@@ -14,7 +14,7 @@ import torch
 
 from qinvert.calibration.patching import vocabulary_size
 from qinvert.errors import InputError, reason
-from qinvert.pretrained import require_transformers
+from qinvert.pretrained import LOCAL, require_transformers
 
 #: Token ids of a text.
 Ids = npt.NDArray[np.int64]
@@ -138,10 +138,12 @@ def _has_tokenizer(folder: Path) -> bool:
 def _load(name: str | os.PathLike[str]) -> Tokenizer:
     transformers = require_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(name), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(name), **LOCAL)
     except Exception as error:  # transformers raises anything from OSError to ImportError here
+        missing = "there is no such folder, and no model of this name in the cache of transformers"
+        said = reason(error) if Path(name).exists() else missing
         raise InputError(
-            f"cannot load a tokenizer from {os.fspath(name)}: {reason(error)}; "
+            f"cannot load a tokenizer from {os.fspath(name)}: {said}; "
             "pass a folder with tokenizer.json, or token ids"
         ) from error
     return _of_transformers(tokenizer)

@@ -243,7 +243,11 @@ def _read_layer(record: dict[str, Any], arrays: dict[str, Any], index: int) -> S
     chunk = int(record["chunk"])
     # A layer of which only padding was seen has no sample.
     empty = f"{index}.lower" not in arrays
-    lower = torch.zeros(0, chunk, chunk) if empty else check_matrices(arrays[f"{index}.lower"], chunk)
+    lower = (
+        torch.zeros(0, chunk, chunk, dtype=torch.float32)
+        if empty
+        else check_matrices(arrays[f"{index}.lower"], chunk)
+    )
     sample = [] if empty else [lower]
     if f"{index}.beta" in arrays:
         sample.append(check_beta(arrays[f"{index}.beta"], lower))

@@ -184,8 +184,8 @@ class LayerObserver:
         if self.matrices:
             return self.sample.systems
         taken = self.programs[0].inverse_ports.beta is not None
-        beta = torch.ones(1, self.chunk) if taken else None
-        return Systems(lower=torch.zeros(1, self.chunk, self.chunk), beta=beta)
+        beta = torch.ones(1, self.chunk, dtype=torch.float32) if taken else None
+        return Systems(lower=torch.zeros(1, self.chunk, self.chunk, dtype=torch.float32), beta=beta)
 
     def update(self, systems: Systems) -> None:
         """Add checked systems, with beta where programs take it."""

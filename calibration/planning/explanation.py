@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from qinvert.calibration.planning.planner import Candidate, Choice, Prediction, finite
 from qinvert.calibration.planning.sensitivity import TRUNCATION
 from qinvert.formats import INT8, INT8X2, INT16, IntFormat
 from qinvert.profiles import default_target
+
+#: Digits of decibels behind the point: equal data give equal plans, with any number of threads.
+DIGITS: Final = 6
 
 
 def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]:
@@ -26,13 +29,13 @@ def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]
     tensor, share = best.binding
     return {
         "meets_goal": choice.meets_goal,
-        "expected_sqnr_db": finite(sqnr_db),
-        "expected_floor_db": finite(floor_db),
-        "predicted_sqnr_db": finite(best.sqnr_db),
+        "expected_sqnr_db": _decibels(sqnr_db),
+        "expected_floor_db": _decibels(floor_db),
+        "predicted_sqnr_db": _decibels(best.sqnr_db),
         "growth": finite(best.candidate.growth),
         "cost": round(best.cost),
         **_compiled(best),
-        "binding": {"tensor": tensor, "share": round(share, 4)},
+        "binding": {"tensor": tensor, "share": round(max(0.0, finite(share)), 4)},
         "fix": "" if choice.meets_goal else _fix(choice, alternatives),
         "candidates": [_row(p, p is best) for p in choice.predictions],
         "rejected": [*choice.passed_over, *(str(p) for p in choice.predictions if _lost(p, choice))],
@@ -50,9 +53,9 @@ def _row(prediction: Prediction, chosen: bool) -> dict[str, Any]:
         "formats": prediction.plan.formats,
         "cost": round(prediction.cost),
         **_compiled(prediction),
-        "predicted_sqnr_db": finite(prediction.sqnr_db),
-        "predicted_floor_db": finite(prediction.floor_db),
-        "simulated_sqnr_db": finite(prediction.simulated[0]) if prediction.simulated else None,
+        "predicted_sqnr_db": _decibels(prediction.sqnr_db),
+        "predicted_floor_db": _decibels(prediction.floor_db),
+        "simulated_sqnr_db": _decibels(prediction.simulated[0]) if prediction.simulated else None,
         "chosen": chosen,
     }
 
@@ -63,6 +66,11 @@ def _compiled(prediction: Prediction) -> dict[str, Any]:
         return {}
     cost = prediction.compiled.cost
     return {"compiled_cost": round(cost) if math.isfinite(cost) else None}
+
+
+def _decibels(value: float) -> float:
+    # The number of threads decides the order of float64 sums, and with it the last digits.
+    return round(finite(value), DIGITS)
 
 
 def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:

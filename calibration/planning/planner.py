@@ -201,8 +201,8 @@ def _gain(before: Prediction, after: Prediction) -> float:
 
 
 def finite(value: float) -> float:
-    """Clamp infinities to what JSON can hold."""
-    return max(-3.4e38, min(3.4e38, value))
+    """Clamp infinities to what JSON can hold; NaN, a noise beyond float64, is the worst of all."""
+    return -3.4e38 if math.isnan(value) else max(-3.4e38, min(3.4e38, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

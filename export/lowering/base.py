@@ -198,15 +198,15 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         )
 
     def _identity_values(self, step: MatMul, term: str) -> list[int]:
-        blocks = self.plan.products[step.output].identity_blocks(term)
-        if len(blocks) > MAX_IDENTITY_BLOCKS:
+        parts = self.plan.products[step.output].identity_parts(term)
+        if parts.number > MAX_IDENTITY_BLOCKS:
             partner = step.left if term == step.right else step.right
             raise ExportError(
-                f"step {step.output!r}: 1.0 is {len(blocks)} times the largest integer of {partner!r}; "
+                f"step {step.output!r}: 1.0 is {parts.number} times the largest integer of {partner!r}; "
                 f"at most {MAX_IDENTITY_BLOCKS} identity blocks can widen a product; plan with "
                 "requantize='divide'"
             )
-        return blocks
+        return parts.blocks
 
     def _identity(self, tensor: str, value: int) -> str:
         size = self.plan.program.shapes[tensor].rows

@@ -15,10 +15,11 @@ from qinvert.export.interface import ANY_BATCH, InputType
 from qinvert.export.lowering.base import GraphLowering, Value
 from qinvert.export.lowering.tensors import IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
+from qinvert.numerics.scales import product_scale
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
-from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice, Step
 
 #: Grid of 0/1 masks.
 MASK_GRID = Quantization(format=INT8, scale=1.0)
@@ -139,22 +140,36 @@ class QdqLowering(GraphLowering):
         A sum that begins with a product is its accumulator, and stays a float
         Add: so the identity is multiplied, which changes no value.
         """
-        name = step.output
         if is_far(step, self.plan.tensors):
-            eye = np.eye(self.plan.program.shapes[name].columns, dtype=np.int8)[None, None]
-            factors = [operands[0], self.literal(f"identity/{eye.shape[-1]}", eye, MASK_GRID)]
-            operands = [
-                self.graph.node("MatMul", factors, f"{name}/unfolded", self.shape(name)),
-                operands[1],
-            ]
-        return self._operator("Add", name, operands)
+            operands = [self._times_identity(f"{step.output}/unfolded", step, operands[0]), operands[1]]
+        return self._operator("Add", step.output, operands)
+
+    def _product(self, step: Rescale | Scale, operands: list[str], scale: float) -> Value:
+        """Append an elementwise product of dequantized tensors, one step of which is worth ``scale``.
+
+        Where that is so far above one step of the result that kernels leave
+        int32, all products but zero saturate.  So they are rounded onto their own
+        grid first, and onto that of the result by a product with the identity.
+        """
+        name = step.output
+        if not is_far(step, self.plan.tensors):
+            return self._operator("Mul", name, operands)
+        real = self.graph.node("Mul", operands, f"{name}/own/float", self.shape(name))
+        own = self._stored(f"{name}/own", real, self.shape(name), Quantization(format=INT8, scale=scale))
+        return self._finished(name, self._times_identity(self._float(name), step, own))
+
+    def _times_identity(self, name: str, step: Step, operand: str) -> str:
+        eye = np.eye(self.plan.program.shapes[step.output].columns, dtype=np.int8)[None, None]
+        factors = [operand, self.literal(f"identity/{eye.shape[-1]}", eye, MASK_GRID)]
+        return self.graph.node("MatMul", factors, name, self.shape(step.output))
 
     def rescale(self, step: Rescale, source: Value) -> Value:
         if self.keeps_integers(step):
             return replace(source, tensor=step.output)
         source = self.plain(source)
         if step.factor != 1:
-            return self._operator("Mul", step.output, [source.name, self._factor(step.factor)])
+            scale = product_scale(self.grid(step.source).scale, abs(step.factor))
+            return self._product(step, [source.name, self._factor(step.factor)], scale)
         # Adding zero keeps an operator between the two scales: back ends merge
         # adjacent quantize/dequantize pairs, which would skip one rounding.
         zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
@@ -162,7 +177,8 @@ class QdqLowering(GraphLowering):
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
         factor = self.factors[vector_name(step.vector, step.axis)]
-        return self._operator("Mul", step.output, [self.plain(source).name, factor.name])
+        scale = product_scale(self.grid(step.source).scale, self.grid(step.vector).scale)
+        return self._product(step, [self.plain(source).name, factor.name], scale)
 
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None

@@ -18,6 +18,7 @@ from qinvert.export.rules.float_ends import is_float_end, is_from_keys
 from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.export.rules.product_bounds import accumulator_bound, products
 from qinvert.numerics.accumulators import FLOAT32_EXACT
+from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import folded_loss, loses
 from qinvert.numerics.scales import MIN_SCALE, is_power_of_two
 from qinvert.profiles import Profile
@@ -279,17 +280,39 @@ def _accumulators(case: Case) -> Iterator[tuple[str, str]]:
 
 @rule("folded-sums", "multiply one operand by an identity first, or choose closer scales")
 def _folded_sums(case: Case) -> Iterator[tuple[str, str]]:
-    for node in (node for node in case.graph.nodes if node.op_type == "Add"):
-        writers = (case.graph.writers.get(name) for name in node.input)
-        scales = [_narrow_scale(case.graph, writer, "DequantizeLinear") for writer in writers]
-        for reader in case.graph.readers[node.output[0]]:
-            first, second, result = (*scales, _narrow_scale(case.graph, reader, "QuantizeLinear"))
-            if first and second and result and loses((first, second), result):
-                yield (
-                    _name(node),
-                    f"adds the scales {first:.6g} and {second:.6g} on the scale {result:.6g}: kernels that "
-                    f"fold zero points are off by up to {folded_loss((first, second), result):.2g} steps",
-                )
+    for node, scales, result in _elementwise(case.graph, "Add"):
+        if loses(scales, result):
+            yield (
+                _name(node),
+                f"adds the scales {scales[0]:.6g} and {scales[1]:.6g} on the scale {result:.6g}: kernels "
+                f"that fold zero points are off by up to {folded_loss(scales, result):.2g} steps",
+            )
+
+
+@rule(
+    "folded-products", "round onto the product of the scales first, or choose a larger scale for the result"
+)
+def _folded_products(case: Case) -> Iterator[tuple[str, str]]:
+    for node, scales, result in _elementwise(case.graph, "Mul"):
+        if leaves_int32(scales, result):
+            yield (
+                _name(node),
+                f"multiplies the scales {scales[0]:.6g} and {scales[1]:.6g} onto the scale {result:.6g}: "
+                "kernels that round before they saturate leave int32",
+            )
+
+
+def _elementwise(
+    graph: Structure, operator: str
+) -> Iterator[tuple[onnx.NodeProto, tuple[float, float], float]]:
+    """Yield nodes between 8-bit grids that compilers fuse, with the scales of operands and result."""
+    for node in (node for node in graph.nodes if node.op_type == operator):
+        writers = (graph.writers.get(name) for name in node.input)
+        first, second = (_narrow_scale(graph, writer, "DequantizeLinear") for writer in writers)
+        for reader in graph.readers[node.output[0]]:
+            result = _narrow_scale(graph, reader, "QuantizeLinear")
+            if first and second and result:
+                yield node, (first, second), result
 
 
 def _narrow_scale(graph: Structure, node: onnx.NodeProto | None, operator: str) -> float:

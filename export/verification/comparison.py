@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from qinvert.errors import VerificationError
 from qinvert.export.runtimes import Execution
+from qinvert.export.verification.reach import reach
 from qinvert.export.verification.references import Reference, Returned
 from qinvert.export.verification.tolerance import Steps, Tolerance
 from qinvert.metrics import ErrorStatistics
@@ -32,7 +34,8 @@ class Verification:
     mismatches: int
     #: Largest difference, in steps of the output's grid.
     max_steps: float
-    #: Values that differ by more than `allowed_steps`, as `Tolerance.exceeds` says.
+    #: Values that differ by more than `allowed_steps`, or than float sums can reach, as
+    #: `Tolerance.exceeds` says.
     beyond: int
     #: Whether profile, scales and runtime promise equality bit for bit, or a processor's
     #: own rounding is known: then no value may differ.
@@ -41,7 +44,8 @@ class Verification:
     rounding: str
     #: Share of values that may differ where they do not: `Tolerance.share`.
     allowed_share: float
-    #: Steps by which those may differ: `Tolerance.steps`.
+    #: Steps by which those may differ: `Tolerance.steps`, or the largest that float sums can reach
+    #: for any of them.
     allowed_steps: int
     #: sqnr of what the runtime returned, against the exact inverse.
     sqnr_db: float
@@ -73,16 +77,17 @@ def compare(
         What counts as a difference, and which differences are allowed.
     """
     steps = _steps(actual, wanted)
+    reached = _reach(steps, wanted, tolerance)
     return Verification(
         runtime=f"{runtime} ({execution.setting})",
         values=actual.size,
         mismatches=int(tolerance.counts(steps).sum()),
         max_steps=float(steps.max(initial=0.0)),
-        beyond=int(tolerance.exceeds(steps).sum()),
+        beyond=int(tolerance.exceeds(steps, reached).sum()),
         exact=tolerance.exact,
         rounding=str(wanted.rounding),
         allowed_share=tolerance.share,
-        allowed_steps=tolerance.steps,
+        allowed_steps=tolerance.steps if reached is None else int(reached.max(initial=0.0)),
         sqnr_db=_sqnr_db(actual, wanted),
         products=Counter(execution.products.values()),
         elsewhere=tuple(execution.elsewhere),
@@ -115,17 +120,30 @@ def judge(result: Verification, actual: Returned, wanted: Reference, tolerance: 
         max_steps=result.max_steps,
     ):
         return
-    first = np.argwhere(tolerance.blames(_steps(actual, wanted)))[0]
+    steps = _steps(actual, wanted)
+    first = np.argwhere(tolerance.blames(steps, _reach(steps, wanted, tolerance)))[0]
     index = tuple(int(i) for i in first)
     raise VerificationError(
         f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
-        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]!r} instead of "
-        f"{wanted.expected[index]!r}; {hint}"
+        f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]} instead of "
+        f"{wanted.expected[index]}; {hint}"
     )
 
 
 def _steps(actual: Returned, wanted: Reference) -> Steps:
     return np.asarray(np.abs(actual.astype(np.float64) - wanted.expected) / wanted.unit)
+
+
+def _reach(steps: Steps, wanted: Reference, tolerance: Tolerance) -> Steps | None:
+    """What float sums can reach in the matrices that differ, 0 in all others; None if that does not count."""
+    if not tolerance.by_reach:
+        return None
+    rows = np.flatnonzero(tolerance.counts(steps).any(axis=(1, 2)))
+    found = np.zeros_like(steps)
+    if rows.size:
+        systems = wanted.systems[torch.from_numpy(rows).to(wanted.systems.lower.device)]
+        found[rows] = reach(wanted.plan, systems, from_keys=wanted.from_keys)
+    return found
 
 
 def _sqnr_db(actual: Returned, wanted: Reference) -> float:

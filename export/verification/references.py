@@ -45,6 +45,8 @@ class Reference:
     systems: Systems
     #: Whose integers are expected.
     rounding: Rounding
+    #: Whether the graph builds L from keys.
+    from_keys: bool = False
 
     def inverse(self, returned: Returned) -> torch.Tensor:
         """T of what a graph returned, float32."""
@@ -69,7 +71,7 @@ def reference(
     ``rounding`` is used for plans for which it is known; for others ONNX's is expected.
     """
     rounding = rounding if _is_known(rounding, plan) else Rounding.ONNX
-    unit = torch.ones(systems.count, 1, 1)
+    unit = torch.ones(systems.count, 1, 1, dtype=torch.float32)
     integers = interface.output is GraphOutput.INTEGERS
     if integers:
         result = simulate_integers(plan, systems, rounding=rounding).cpu().numpy()
@@ -87,6 +89,7 @@ def reference(
         truth=systems.inverse(),
         systems=systems,
         rounding=rounding,
+        from_keys=interface.input is GraphInput.KEYS,
     )
 
 

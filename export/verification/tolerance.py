@@ -7,7 +7,7 @@ There are five kinds of tolerance, each with a constructor of its own:
 `Tolerance.of_own_rounding`            a processor whose rounding is not known: any value, a little
 `Tolerance.of_equality`                profile and scales promise equality: no value
 `Tolerance.of_wide_products`           a 16-bit grid: any value, by a few of its small steps
-`Tolerance.of_float_products`          products that may stay in float32: one value in 10,000
+`Tolerance.of_float_products`          products that may stay in float32: what their sums can reach
 =====================================  ===========================================================
 
 `tolerance_for` is the one place that chooses between them.
@@ -34,9 +34,10 @@ HALF_STEP: Final = 0.5
 #: Steps that float32 rounding of a dequantized value may differ by, where the order of
 #: its operations is open: OpenVINO adds the identity before it multiplies by the scale.
 NOISE: Final = 2**-8
-#: Share of values that may differ by one step of an 8-bit grid where a float MatMul
-#: stays unfused.
-FLOAT_PRODUCT_SHARE: Final = 1e-4
+#: Share of values that may differ where a float MatMul stays unfused, each by what `reach` proves
+#: possible for it.  Ties are rare, but a program that amplifies spreads one over a matrix; where it
+#: spreads many, a comparison could not tell another program.
+FLOAT_PRODUCT_SHARE: Final = 1 / 16
 #: Steps of a 16-bit grid by which any value may differ there: accumulators of int16 by
 #: int8 are wider than float32, and a step that flips early is multiplied.
 WIDE_STEPS: Final = 8
@@ -93,6 +94,9 @@ class Tolerance:
     #: How many times `steps` the largest of those may reach.
     #: The processor allows it, as above; without a bound a wrong product could hide there.
     times_beyond: int = 1
+    #: Whether a value may differ by what float32 sums can reach for it, see
+    #: `qinvert.export.verification.reach`, in place of `steps`.
+    by_reach: bool = False
 
     def __post_init__(self) -> None:
         _check_fraction("counted_from", self.counted_from, HALF_STEP)
@@ -135,8 +139,8 @@ class Tolerance:
 
     @staticmethod
     def of_float_products() -> Tolerance:
-        """One value in 10,000 of an 8-bit grid may differ by one step."""
-        return Tolerance(counted_from=NOISE, share=FLOAT_PRODUCT_SHARE, steps=1)
+        """A value of an 8-bit grid may differ as far as the error of float32 sums can carry it."""
+        return Tolerance(counted_from=NOISE, share=FLOAT_PRODUCT_SHARE, by_reach=True)
 
     @property
     def exact(self) -> bool:
@@ -147,9 +151,13 @@ class Tolerance:
         """Where a difference counts; NaN counts everywhere."""
         return ~(steps < self.counted_from) if self.counted_from else steps != 0
 
-    def exceeds(self, steps: Steps) -> npt.NDArray[np.bool_]:
-        """Where a difference is larger than `steps`; NaN is larger than everything."""
-        return ~(steps < self.steps + HALF_STEP)
+    def exceeds(self, steps: Steps, reach: Steps | None = None) -> npt.NDArray[np.bool_]:
+        """Where a difference is larger than `steps`, or than ``reach``; NaN is larger than everything."""
+        if not self.by_reach:
+            return ~(steps < self.steps + HALF_STEP)
+        # What is not counted is noise of the dequantized value, and no other integer.
+        reached = np.zeros_like(steps) if reach is None else reach
+        return self.counts(steps) & ~((reached > 0) & (steps < reached + HALF_STEP))
 
     def allows(self, *, values: int, mismatches: int, beyond: int, max_steps: float) -> bool:
         """Whether so many values may differ, by so much.
@@ -167,12 +175,14 @@ class Tolerance:
         """
         # One legal tie may fall into any sample, however small.
         most = 0.0 if self.exact else max(1.0, self.share * values)
-        largest = self.steps * self.times_beyond + HALF_STEP
-        return mismatches <= most and beyond <= self.share_beyond * values and max_steps < largest
+        # NaN exceeds every reach, so it is counted there.
+        within = self.by_reach or max_steps < self.steps * self.times_beyond + HALF_STEP
+        return mismatches <= most and beyond <= self.share_beyond * values and within
 
-    def blames(self, steps: Steps) -> npt.NDArray[np.bool_]:
+    def blames(self, steps: Steps, reach: Steps | None = None) -> npt.NDArray[np.bool_]:
         """Where the values are that a refusal names: too far off if some may be, else all that differ."""
-        return self.exceeds(steps) if self.share_beyond else self.counts(steps)
+        exceeding = self.exceeds(steps, reach)
+        return exceeding if self.share_beyond or (self.by_reach and exceeding.any()) else self.counts(steps)
 
 
 def _check_fraction(name: str, value: object, high: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -56,10 +55,12 @@ def verify(
 
     Integer profiles, and QDQ profiles under power-of-two scales, must agree
     bit for bit, except where the graph builds L in float32.  A QDQ graph
-    with float scales may differ by one step in at most 1e-4 of the values
-    where a runtime leaves a product in float32; the count is in the result.
-    A program that amplifies (powers that explode) also amplifies such a step,
-    and then fails here.  A processor with a rounding of its own may differ by
+    with float scales may differ where a runtime leaves a product in float32
+    and a value lies so close to a rounding boundary that the order of the
+    sum decides, and in what the program makes of that step: for every value
+    that differs, intervals prove that it can.  The count is in the result;
+    more than one value in 16 is refused, because the inputs then amplify so
+    many ties that the comparison tells nothing.  A processor with a rounding of its own may differ by
     `Runtime.own_steps` anywhere, and by more in one value of a thousand.
     `qinvert.export.verification.tolerance` says who allows what, and why.
     One that takes `Runtime.inputs` of float16 is given, and compared on,
@@ -181,7 +182,8 @@ class _Graph:
         """Say what a reader of a refusal should know."""
         if self.metadata.get("qinvert.plan_sha256") != plan.sha256:
             return "the file was exported from another plan: export it again"
-        return f"metadata: {json.dumps(self.metadata, sort_keys=True)}"
+        entries = (f"{key.removeprefix('qinvert.')} {value}" for key, value in sorted(self.metadata.items()))
+        return f"the graph says of itself: {', '.join(entries)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -104,7 +104,7 @@ class ModelCheck:
         shape = list(batch["input_ids"].shape)
         if found.shape != expected.shape:
             raise ExportError(f"{_AT.format(shape)}: logits are {list(found.shape)}; {_REMEDY}")
-        attended = batch.get("attention_mask", torch.ones(shape)).cpu().bool()
+        attended = batch.get("attention_mask", torch.ones(shape, dtype=torch.bool)).cpu().bool()
         if not attended.any():
             # Where a padded example was cut, only padding may be left.
             return

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -21,8 +24,9 @@ from qinvert.export.graph import MAX_BYTES
 from qinvert.export.graph import check as check_model
 from qinvert.export.whole_models.check import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.whole_models.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
-from qinvert.files import make_folder, write_atomically
+from qinvert.files import check_writable, make_folder, write_atomically
 from qinvert.plan.plan import Plan
+from qinvert.temporaries import GRACE, temporary_folder
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 #: Examines a model, whose external data lie in a folder, before it is written to its path.
 Examine: TypeAlias = Callable[[onnx.ModelProto, Path], None]
 
+#: End of the names of files with weights; before it stand the model's name and a random part.
+DATA_SUFFIX: Final = ".data"
 #: Names of the open axes.
 BATCH: Final = "batch"
 SEQUENCE: Final = "sequence"
@@ -71,7 +77,8 @@ def export_model(
         tensors of that shape, ``input_ids`` among them.
     path : path
         Path of the .onnx file, which is written atomically.  Weights beyond 1 GiB go to
-        ``PATH.data`` beside it.
+        a file ``PATH.XXXXXXXX.data`` beside it, with a new name each time: the old model keeps
+        its weights until it is replaced, and they are deleted by the next export.
     profile : str, optional
         Export profile of the functions; the plan's target if left out.
     dynamic : bool
@@ -114,6 +121,8 @@ def export_model(
     require_onnx_ir()
     chosen = profile_for(plan, profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
+    check_writable(path)
+    _check_element(model)
     given = inputs = _inputs(model, example)
     shapes = None
     if dynamic:
@@ -129,6 +138,16 @@ def export_model(
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
+
+
+def _check_element(model: torch.nn.Module) -> None:
+    """Refuse weights of 16 bits, which a trace would carry into the float32 functions."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise InputError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, but only float32 models can be "
+                "exported; pass model.float()"
+            )
 
 
 def untraced_lengths(plan: Plan) -> tuple[int, ...]:
@@ -230,15 +249,22 @@ def save(
         with tempfile.TemporaryDirectory() as folder:
             examine(proto, Path(folder))
     write_atomically(path, serialize(proto))
+    _forget_weights(Path(os.path.realpath(path)))
     return proto
 
 
 def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> onnx.ModelProto:
+    """Write the weights under a name of their own, then switch the model to them by one rename.
+
+    A process that is killed before the rename leaves the old model with its old weights.
+    """
     import onnx_ir
 
-    data = f"{path.name}.data"
-    with tempfile.TemporaryDirectory(dir=make_folder(path.parent), prefix=".") as folder:
-        written = Path(folder) / path.name
+    path = Path(os.path.realpath(path))
+    make_folder(path.parent)
+    data = f"{path.name}.{secrets.token_hex(4)}{DATA_SUFFIX}"
+    with temporary_folder(path) as folder:
+        written = folder / path.name
         onnx_ir.save(model, written, external_data=data)
         try:
             onnx.checker.check_model(os.fspath(written), full_check=True)
@@ -246,7 +272,20 @@ def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> o
             raise ExportError(f"onnx refuses the exported graph: {error}") from error
         proto = onnx.load(os.fspath(written), load_external_data=False)
         if examine is not None:
-            examine(proto, Path(folder))
+            examine(proto, folder)
         for name in (data, path.name):
-            os.replace(Path(folder) / name, path.parent / name)
+            os.replace(folder / name, path.parent / name)
+    _forget_weights(path, data)
     return proto
+
+
+def _forget_weights(path: Path, kept: str = "") -> None:
+    """Delete weights that earlier exports wrote for a model of this name.
+
+    New ones may be those of another process, whose model is about to follow.
+    """
+    pattern = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(DATA_SUFFIX)}")
+    for other in path.parent.iterdir():
+        old = pattern.fullmatch(other.name) and other.name != kept
+        if old and time.time() - other.stat().st_mtime > GRACE:
+            other.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -14,7 +15,7 @@ from onnx import helper
 
 from qinvert.calibration.heads import in_layer_order, is_split, layer_name
 from qinvert.delta_rule.rule import chunk_gated_delta_rule
-from qinvert.errors import ExportError, PlanError
+from qinvert.errors import ExportError, PlanError, reason
 from qinvert.export.exporting import profile_for
 from qinvert.export.functions import function_names
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
@@ -24,6 +25,7 @@ from qinvert.export.whole_models.linear_attention_nodes import (
     find_nodes,
     load,
     refuse_hidden,
+    set_aside,
 )
 from qinvert.export.whole_models.tracing import (
     FIRST_OPSET,
@@ -32,6 +34,7 @@ from qinvert.export.whole_models.tracing import (
     require_onnx_ir,
     trace,
 )
+from qinvert.files import check_writable
 from qinvert.plan.plan import Plan
 
 #: Last operator set that PyTorch's exporter converts to by itself.
@@ -68,7 +71,7 @@ def graft(
         An ONNX model.
     plan : Plan
     path : path
-        Where to write; weights beyond 1 GiB go to ``PATH.data`` beside it.
+        Where to write, not ``source`` itself; weights beyond 1 GiB go to ``PATH.XXXXXXXX.data``.
     profile : str, optional
         Export profile of the functions; the plan's target if left out.
     layers : mapping, optional
@@ -93,6 +96,9 @@ def graft(
     """
     ir = require_onnx_ir()
     chosen = profile_for(plan, profile)
+    if os.path.realpath(source) == os.path.realpath(path):
+        raise ExportError(f"{path} is the model itself; write to another file")
+    check_writable(path)
     model = load(source)
     opset = _opset(model)
     found = find_nodes(model)
@@ -100,10 +106,16 @@ def graft(
         refuse_hidden(model)
     # Of an earlier graft, perhaps of another plan with layers of the same names.
     taken = {function.name for function in model.functions if function.domain == DOMAIN}
+    weights = set_aside(model)
     for node, layer in _assigned(found, plan, layers).items():
         _replace(model, found[node], _Chunked(found[node], plan, layer, taken), layer, opset)
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
-    result = ir.serde.deserialize_model(model)
+    try:
+        result = ir.serde.deserialize_model(model)
+    except Exception as error:  # onnx_ir raises its own types, and those of what it finds
+        raise ExportError(f"{source} cannot be read as a whole ({reason(error)})") from None
+    for name, tensor in weights.items():
+        result.graph.initializers[name].const_value = ir.serde.deserialize_tensor(tensor)
     attach_functions(result, plan, chosen, taken)
     return save(result, path)
 
@@ -116,6 +128,9 @@ def _opset(model: onnx.ModelProto) -> int:
             f"the model has operator set {version}; convert it to {FIRST_OPSET} or later "
             "(onnx.version_converter)"
         )
+    newest = onnx.defs.onnx_opset_version()
+    if version > newest:
+        raise ExportError(f"the model has operator set {version}, but onnx knows {newest}; upgrade onnx")
     return version
 
 

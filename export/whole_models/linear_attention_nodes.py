@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qinvert.errors import ExportError, reason
+from qinvert.export.reading import check_calls, check_model, check_texts
 
 #: Name of the operator, and the domains that have it.
 OPERATOR: Final = "LinearAttention"
@@ -24,6 +25,16 @@ GATED: Final = "gated_delta"
 RULES: Final = ("delta", GATED)
 #: Inputs in order.
 INPUTS: Final = ("query", "key", "value", "past_state", "decay", "beta")
+#: Attributes that are read, and their types.
+ATTRIBUTES: Final = {
+    "q_num_heads": onnx.AttributeProto.INT,
+    "kv_num_heads": onnx.AttributeProto.INT,
+    "state_window": onnx.AttributeProto.INT,
+    "scale": onnx.AttributeProto.FLOAT,
+    "update_rule": onnx.AttributeProto.STRING,
+}
+#: Largest last axis of an input: a trace runs on tensors of it.
+MAX_WIDTH: Final = 2**18
 #: Element types that a trace can have.
 TYPES: Final[dict[int, torch.dtype]] = {
     TensorProto.FLOAT: torch.float32,
@@ -105,9 +116,13 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
         If it is not an ONNX model, or its weights are missing.
     """
     try:
-        return onnx.load(os.fspath(path))
+        model = onnx.load(os.fspath(path))
     except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
         raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
+    check_texts(model, path)
+    check_calls(model)
+    check_model(_light(model, with_outputs=True), path)
+    return model
 
 
 def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
@@ -124,8 +139,8 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
     for node in model.graph.node:
         if not _is_wanted(node):
             continue
-        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        name = node.name or node.output[0]
+        name = node.name or next(iter(node.output), "")
+        options = _options(node, name)
         if name in found:
             raise ExportError(f"two nodes are called {name!r}; rename one")
         found[name] = _read(node, name, options, _values(shapes))
@@ -177,6 +192,20 @@ def _is_wanted(node: onnx.NodeProto) -> bool:
     return ours and rules[0] in [rule.encode() for rule in RULES]
 
 
+def _options(node: onnx.NodeProto, name: str) -> dict[str, Any]:
+    """Attributes of a node, checked: onnx knows the operator of its own domain only."""
+    options = {}
+    for attribute in node.attribute:
+        wanted = ATTRIBUTES.get(attribute.name, attribute.type)
+        if attribute.type != wanted:
+            kind = onnx.AttributeProto.AttributeType.Name(wanted)
+            raise ExportError(f"node {name!r}: attribute {attribute.name} must be {kind}; export it again")
+        options[attribute.name] = helper.get_attribute_value(attribute)
+    if not math.isfinite(options.get("scale", 0.0)):
+        raise ExportError(f"node {name!r}: scale {options['scale']} is not finite; export it again")
+    return options
+
+
 def _read(
     node: onnx.NodeProto, name: str, options: Mapping[str, Any], values: Mapping[str, onnx.TypeProto.Tensor]
 ) -> LinearAttention:
@@ -186,13 +215,14 @@ def _read(
     gated = options.get("update_rule", GATED.encode()).decode() == GATED
     if not gated:
         inputs.pop("decay", None)
-    for needed in ("beta", "decay") if gated else ("beta",):
+    for needed in ("query", "key", "value", "beta", *(("decay",) if gated else ())):
         if needed not in inputs:
             raise ExportError(f"node {name!r} has no input {needed}, which its update rule needs")
     width = {key: _width(values.get(given), f"{key} of node {name!r}") for key, given in inputs.items()}
     queries, heads = options.get("q_num_heads", 0), options.get("kv_num_heads", 0)
     size = width["query"] // max(1, queries)
     legal = min(queries, heads, size) > 0 and width["query"] == queries * size
+    legal = legal and max(width.values()) <= MAX_WIDTH
     legal = legal and width["key"] % size == 0 and width["value"] % heads == 0
     keys = width["key"] // max(1, size)
     legal = legal and keys > 0 and max(queries, heads) % min(queries, heads) == 0 and heads % keys == 0
@@ -211,12 +241,12 @@ def _read(
         scale=options.get("scale", 0.0) or None,
         decay_width=width.get("decay", 0),
         beta_width=width["beta"],
-        element=_element(values, inputs["query"]),
-        state_element=_element(values, inputs.get("past_state", inputs["query"])),
+        element=_element(values, inputs["query"], name),
+        state_element=_element(values, inputs.get("past_state", inputs["query"]), name),
     )
 
 
-def _light(model: onnx.ModelProto) -> onnx.ModelProto:
+def _light(model: onnx.ModelProto, *, with_outputs: bool = False) -> onnx.ModelProto:
     """Return the model without its large constants, of which only the shapes matter."""
     graph = model.graph
     large = [tensor for tensor in graph.initializer if math.prod(tensor.dims) > MAX_ELEMENTS]
@@ -226,14 +256,34 @@ def _light(model: onnx.ModelProto) -> onnx.ModelProto:
         graph.node,
         graph.name,
         [*graph.input, *(value for value in inputs if value.name not in given)],
-        [],
+        graph.output if with_outputs else [],
         [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= MAX_ELEMENTS],
-        value_info=[*graph.value_info, *graph.output],
+        value_info=[*graph.value_info, *([] if with_outputs else graph.output)],
+        sparse_initializer=graph.sparse_initializer,
     )
     result = helper.make_model(light, functions=model.functions, ir_version=model.ir_version)
     del result.opset_import[:]
     result.opset_import.extend(model.opset_import)
     return result
+
+
+def set_aside(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Take the large constants out of a model, leave their names, types and shapes, and return them.
+
+    What changes the nodes serializes the whole model each time, which takes
+    seconds for a gigabyte, and fails beyond two.
+    """
+    found: dict[str, onnx.TensorProto] = {}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) > MAX_ELEMENTS:
+            # One at a time: there is never more than one tensor twice.
+            found[tensor.name] = onnx.TensorProto()
+            found[tensor.name].CopyFrom(tensor)
+            stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.data_location = TensorProto.EXTERNAL
+            stub.external_data.add(key="location", value="set_aside")
+            tensor.CopyFrom(stub)
+    return found
 
 
 def _declare(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> None:
@@ -264,5 +314,9 @@ def _width(value: onnx.TypeProto.Tensor | None, what: str) -> int:
     return size
 
 
-def _element(values: Mapping[str, onnx.TypeProto.Tensor], name: str) -> torch.dtype:
-    return TYPES.get(int(values[name].elem_type), torch.float32) if name in values else torch.float32
+def _element(values: Mapping[str, onnx.TypeProto.Tensor], name: str, node: str) -> torch.dtype:
+    element = int(values[name].elem_type) if name in values else 0
+    if element and element not in TYPES:
+        legal = ", ".join(TensorProto.DataType.Name(kind) for kind in TYPES)
+        raise ExportError(f"node {node!r} reads {name!r} of element type {element}; {legal} can be traced")
+    return TYPES.get(element, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FIRST_OPSET: Final = 18
 #: Where `torch.export` says that it stopped.
 PLACE: Final = re.compile(r"Caused by: \((\S+:\d+) in \w+\)")
+#: Logger of the exporter's table of operators, which looks for torchvision.
+REGISTRY: Final = "torch.onnx._internal.exporter._registration"
 #: Notes of PyTorch's exporter: its own nodes, and source files of the machine that traced.
 NOTES: Final = "pkg.torch."
 
@@ -158,7 +161,7 @@ def trace(
     """
     require_onnx_ir()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _without_notices():
             # These warnings are PyTorch's own, about its own calls.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -179,6 +182,21 @@ def trace(
     assert program is not None
     forget_sources(program.model)
     return program.model
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Leave out what the exporter logs of packages that are not installed and not needed."""
+
+    def needed(record: logging.LogRecord) -> bool:
+        return "torchvision is not installed" not in record.getMessage()
+
+    logger = logging.getLogger(REGISTRY)
+    logger.addFilter(needed)
+    try:
+        yield
+    finally:
+        logger.removeFilter(needed)
 
 
 def _first_cause(error: BaseException) -> str:

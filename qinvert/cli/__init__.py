@@ -10,6 +10,16 @@ from importlib.util import find_spec
 
 def main() -> None:
     """Entry point of the ``qinvert`` command."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        # Imports take a second, in which a user may change their mind.
+        print("qinvert: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run() -> None:
+    """Load what the command line needs, and run a verb."""
     # Tables and errors are ours to print; models should load silently.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

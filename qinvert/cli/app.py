@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -12,6 +12,9 @@ from qinvert.cli.output import printable
 from qinvert.cli.verbs import LazyVerbs, stand_ins
 from qinvert.errors import QInvertError
 from qinvert.version import __version__
+
+#: Exit code of a process that Ctrl-C ends: 128 and the number of the signal.
+INTERRUPTED: Final = 130
 
 
 class OneLineErrors(LazyVerbs):
@@ -29,25 +32,32 @@ class OneLineErrors(LazyVerbs):
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "qinvert"
             refuse(f"{error.format_message()} See: {command} --help")
-        except click.Abort:
-            refuse("interrupted")
+        except (click.Abort, KeyboardInterrupt):
+            refuse("interrupted", INTERRUPTED)
         except (MemoryError, RuntimeError) as error:
             # torch says that memory is short by a RuntimeError of this text.
             if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
                 raise
             refuse("not enough memory for this input; pass less at once")
-        except BrokenPipeError:
-            # The reader, such as `head`, has seen enough; nothing more can be flushed to it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         except OSError as error:
             refuse(f"cannot write the output: {error.strerror or error}")
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; a reader that has seen enough, such as `head`, is no error."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Nothing more can be flushed to it.  Click itself would leave with 1.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        return result
 
-def refuse(message: str) -> NoReturn:
-    """Print one line on stderr and leave with exit code 2."""
+
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Print one line on stderr and leave with an exit code."""
     click.echo(f"qinvert: {printable(' '.join(message.split()))}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @click.group(
@@ -66,5 +76,5 @@ def cli() -> None:
     qinvert export-model plan.json -o model.onnx    the whole model
     qinvert graft model.onnx plan.json -o out.onnx  the LinearAttention nodes of any model
 
-    Exit codes: 0 done, 1 a goal was missed, 2 bad input.
+    Exit codes: 0 done, 1 a goal was missed, 2 bad input, 130 interrupted.
     """

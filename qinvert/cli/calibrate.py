@@ -16,10 +16,11 @@ from qinvert.calibration.choices import (
 )
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
 from qinvert.errors import InputError
+from qinvert.files import check_writable
 from qinvert.hardware import HARDWARE
 from qinvert.methods import METHODS
 from qinvert.profiles import PROFILES
@@ -119,6 +120,10 @@ def calibrate(
         from qinvert.export.compiled_cost import compiled_cost
 
         measure = compiled_cost(hardware)
+    before = present(path)
+    for file in (path, checkpoint):
+        if file is not None:
+            check_writable(file)
     with joined() as shard:
         # One of several processes prints and writes; all of them have the plan.
         first = shard.rank == 0
@@ -146,7 +151,7 @@ def calibrate(
     if first:
         plan.save(path)
     show_choices(output, plan)
-    output.say(f"wrote {path}")
+    output.say(wrote(path, before))
     output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
     if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):
         sys.exit(1)

@@ -11,9 +11,10 @@ from qinvert.cli.data_options import SEQUENCES
 from qinvert.cli.decibels import decibels
 from qinvert.cli.graph_folder import PLAN_FILE, export_all
 from qinvert.cli.growth_table import growth_to_dict, show_growth
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.plan_tables import show_choices
 from qinvert.cli.sources import load_model, with_source
+from qinvert.files import check_folder
 from qinvert.methods.banded_residual import banded_residual
 from qinvert.plan.plan import Plan
 
@@ -47,6 +48,7 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     from qinvert.calibration.growth import range_growth
 
     output = Output(as_json=as_json, quiet=quiet)
+    check_folder(folder)
     model = load_model(recall.NAME)
     seen, unseen = recall.sequences(SEQUENCES, CALIBRATION_SEED), recall.sequences(SEQUENCES, TEST_SEED)
     with output.progress("measuring"):
@@ -73,9 +75,10 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
 
     with output.progress("simulating") as progress:
         report = simulate(plan, model, unseen, progress=progress)
+    before = present(folder)
     files = export_all(plan, folder)
     for file in (str(Path(folder) / PLAN_FILE), *files.values()):
-        output.say(f"wrote {file}")
+        output.say(wrote(file, before))
     with output.progress("running in onnxruntime"):
         verified = _verify(model, plan, files, unseen)
     table = [
@@ -137,4 +140,4 @@ def _accuracy(
 def _no_inverse(lower: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return torch.eye(lower.shape[-1]).expand(lower.shape)
+    return torch.eye(lower.shape[-1], dtype=lower.dtype).expand(lower.shape)

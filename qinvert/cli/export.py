@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from qinvert.cli.graph_folder import ALL_LAYERS, encodings_file, export_all, export_together
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
 from qinvert.export.encodings import STYLES
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Options
+from qinvert.files import check_folder
 from qinvert.plan.plan import Plan
 from qinvert.profiles import find_profile
 
@@ -96,6 +97,8 @@ def export(
              qinvert export plan.json -o graphs/ --input M --input-type integers --output-type integers
     """
     output = Output(as_json=as_json, quiet=quiet)
+    check_folder(folder)
+    before = present(folder)
     plan = Plan.load(plan_path)
     find_profile(profile if profile is not None else plan.target)
     for name in layers:
@@ -116,5 +119,5 @@ def export(
         files = export_all(plan, folder, profile, layers, style, **options)
     written = {name: encodings_file(file) for name, file in files.items()} if style is not None else {}
     for file in dict.fromkeys((*files.values(), *written.values())):
-        output.say(f"wrote {file}")
+        output.say(wrote(file, before))
     output.result({"files": files, **({"encodings": written} if written else {})})

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.cli.sources import load_model
 from qinvert.errors import InputError
+from qinvert.files import check_writable
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def export_model(
              qinvert export-model plan.json -o model.onnx --length 512
     """
     output = Output(as_json=as_json, quiet=quiet)
+    check_writable(path)
+    before = present(path)
     plan = Plan.load(plan_path)
     source = name if name is not None else plan.provenance.get("source")
     if not isinstance(source, str):
@@ -62,7 +65,7 @@ def export_model(
         written = write_model(model, plan, path, length, profile=profile, opset=opset, check=check)
     with output.progress("comparing"):
         errors = differences(model, plan, path, length) if check else {}
-    output.say(f"wrote {path}: {len(written.graph.node)} nodes, {len(written.functions)} layers")
+    output.say(f"{wrote(path, before)}: {len(written.graph.node)} nodes, {len(written.functions)} layers")
     for n, error in errors.items():
         output.say(f"{n} tokens: logits differ from the simulated plan by {error:.1e} of their norm")
     output.result({"file": path, "nodes": len(written.graph.node), "differences": errors})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
+from qinvert.files import check_writable
 from qinvert.plan.plan import Plan
 
 
@@ -44,6 +45,8 @@ def graft(
     from qinvert.export.whole_models.graft import graft as graft_plan
 
     output = Output(as_json=as_json, quiet=quiet)
+    check_writable(path)
+    before = present(path)
     plan = Plan.load(plan_path)
     pairs = [layer.rpartition("=") for layer in layers]
     for given, (node, _, layer) in zip(layers, pairs, strict=True):
@@ -53,5 +56,5 @@ def graft(
     with output.progress("grafting"):
         written = graft_plan(source, plan, path, profile=profile, layers=chosen)
     names = [function.name for function in written.functions]
-    output.say(f"wrote {path}: {len(written.graph.node)} nodes, {', '.join(names)}")
+    output.say(f"{wrote(path, before)}: {len(written.graph.node)} nodes, {', '.join(names)}")
     output.result({"file": path, "nodes": len(written.graph.node), "functions": names})

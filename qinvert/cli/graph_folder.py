@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Unpack
 
-from qinvert.files import make_folder, write_together
+from qinvert.errors import InputError
+from qinvert.files import make_folder, read_bytes, write_together
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -94,3 +95,29 @@ def exported_graphs(plan: Plan, folder: Path) -> dict[str, tuple[str, Path]]:
     for name in called_layers(together) if together.is_file() else ():
         found[f"{name} ({ALL_LAYERS})" if name in found else name] = (name, together)
     return found
+
+
+def check_same_plan(plan: Plan, folder: Path) -> None:
+    """Refuse a folder with graphs of another plan than the one beside them.
+
+    An earlier export of other layers leaves them, and so does an export that is
+    killed: the plan is renamed into place after all graphs.
+
+    Raises
+    ------
+    InputError
+        With the first names.
+    """
+    from qinvert.export.reading import parse_model
+
+    strange = []
+    for file in sorted(folder.glob("*.onnx")):
+        metadata = {entry.key: entry.value for entry in parse_model(read_bytes(file), file).metadata_props}
+        if metadata.get("qinvert.plan_sha256", plan.sha256) != plan.sha256:
+            strange.append(file.name)
+    if strange:
+        names = ", ".join(strange[:4]) + (f" and {len(strange) - 4} more" if strange[4:] else "")
+        raise InputError(
+            f"{folder}: {names} {'was' if len(strange) == 1 else 'were'} exported from another plan than its "
+            f"{PLAN_FILE}; delete what is old, and export again"
+        )

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -45,6 +47,8 @@ class Output:
         console = Console()
         if not console.is_terminal:
             console = Console(width=160)
+        # Rich itself would leave with 1.
+        setattr(console, "on_broken_pipe", _raise)  # noqa: B010 - a method of theirs
         console.print(table)
 
     def result(self, document: dict[str, Any]) -> None:
@@ -66,6 +70,23 @@ class Output:
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(label)
             yield lambda name, count: bar.update(task, description=f"{label}: {name} {count}")
+
+
+def present(*paths: str | PathLike[str]) -> set[str]:
+    """Return those of the paths that exist, and of folders what is in them."""
+    found = [Path(path) for path in paths]
+    inside = [file for path in found if path.is_dir() for file in path.iterdir()]
+    return {str(path) for path in (*found, *inside) if path.exists()}
+
+
+def wrote(path: str, before: set[str]) -> str:
+    """Say that a file was written, and whether it took the place of another, which `present` found before."""
+    return f"{'replaced' if str(Path(path)) in before else 'wrote'} {path}"
+
+
+def _raise() -> None:
+    """Raise what is being handled."""
+    raise
 
 
 def output_options(function: F) -> F:

@@ -41,8 +41,26 @@ def open_pair(source: str, given: DataOptions) -> tuple[Any, Any]:
             raise InputError(f"{source} holds matrices already; leave out --data")
         given.check_unused()
         return source, None
+    check_exists(source)
     data = given.for_model(source)
     return load_model(source), data
+
+
+def check_exists(source: str) -> None:
+    """Refuse a model that is not there, before anything else is missed.
+
+    Raises
+    ------
+    InputError
+        If it is neither a folder nor the embedded model.
+    """
+    from qinvert import recall
+
+    if source != recall.NAME and not Path(source).exists():
+        raise InputError(
+            f"there is no {source!r}: pass a model folder, a file of matrices L (.npz, .safetensors), or "
+            f"{recall.NAME}"
+        )
 
 
 def open_for_plan(plan: Plan, model: str | None, given: DataOptions) -> tuple[Any, Any]:

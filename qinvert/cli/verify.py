@@ -11,10 +11,10 @@ import click
 from qinvert.cli import cost as costs
 from qinvert.cli.data_options import DataOptions
 from qinvert.cli.decibels import DECIBELS, decibels
-from qinvert.cli.graph_folder import PLAN_FILE, exported_graphs
+from qinvert.cli.graph_folder import PLAN_FILE, check_same_plan, exported_graphs
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.sources import open_for_plan
-from qinvert.errors import InputError
+from qinvert.errors import InputError, VerificationError
 from qinvert.export.runtimes import RUNTIMES
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import Plan
@@ -91,6 +91,7 @@ def verify(
     asked = costs.chips(hardware, runtimes) if cost or hardware else ()
     missing = costs.missing_toolkits(asked)
     plan = Plan.load(Path(folder) / PLAN_FILE)
+    check_same_plan(plan, Path(folder))
     found = exported_graphs(plan, Path(folder))
     if not found:
         raise InputError(f"{folder} holds no exported layer of its plan; run: qinvert export")
@@ -100,14 +101,20 @@ def verify(
         own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
     kept_by = any(RUNTIMES[name].loading for name in runtimes if name in RUNTIMES)
     # Where only the estimates make files, verification is not asked for any.
-    results = run_graphs(output, plan, found, own, runtimes, None if asked and not kept_by else keep)
+    results, failures = run_graphs(
+        output, plan, found, own, runtimes, None if asked and not kept_by else keep
+    )
     present = tuple(chip for chip in asked if chip not in missing)
     estimates = costs.estimate_graphs(output, plan, found, present, keep) if present else {}
     show_findings(output, [file for _, file in found.values()])
-    show_verifications(output, results, own_data=own is not None)
+    if results:
+        show_verifications(output, results, own_data=own is not None)
     costs.show_costs(output, estimates, missing)
     costs.show_kept(output, [*results.values(), *estimates.values()])
-    output.result({"verified": results, "cost": estimates, "not_installed": missing} if asked else results)
+    verified = {**results, **{label: {"failed": str(error)} for label, error in failures.items()}}
+    output.result({"verified": verified, "cost": estimates, "not_installed": missing} if asked else verified)
+    if failures:
+        raise VerificationError(_failed(failures, len(found)))
     worst = min(r.sqnr_db for rows in results.values() for r in rows)
     if min_sqnr is not None and worst < min_sqnr:
         output.say(f"missed: the worst runtime has {worst:.1f} dB, the goal is {min_sqnr:.1f}")
@@ -121,19 +128,30 @@ def run_graphs(
     own: tuple[Any, Any] | None,
     runtimes: tuple[str, ...],
     keep: str | None,
-) -> dict[str, list[Verification]]:
-    """Return what every runtime makes of every graph, by the graph's label."""
+) -> tuple[dict[str, list[Verification]], dict[str, VerificationError]]:
+    """Return what every runtime makes of every graph, by the graph's label, and the graphs that are wrong."""
     from qinvert.export.verification.verify import verify as verify_layer
 
     results: dict[str, list[Verification]] = {}
+    failures: dict[str, VerificationError] = {}
     for label, (name, file) in found.items():
         given, beta = inputs_for(file, plan, name, own)
         with output.progress(f"verifying {label}"):
             folder = costs.keep_folder(plan, name, file, keep)
-            results[label] = verify_layer(
-                file, plan, given, runtimes=runtimes, layer=name, beta=beta, keep=folder
-            )
-    return results
+            try:
+                results[label] = verify_layer(
+                    file, plan, given, runtimes=runtimes, layer=name, beta=beta, keep=folder
+                )
+            except VerificationError as error:
+                failures[label] = error
+    return results, failures
+
+
+def _failed(failures: dict[str, VerificationError], count: int) -> str:
+    """One line for all graphs that are wrong: the first in full, and the names of the others."""
+    label, *others = failures
+    more = f"; and {', '.join(others)}" if others else ""
+    return f"{len(failures)} of {count} graphs are wrong: {label}: {failures[label]}{more}"
 
 
 def show_findings(output: Output, files: list[Path]) -> None:

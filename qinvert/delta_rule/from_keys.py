@@ -34,7 +34,9 @@ def from_keys(k: torch.Tensor, beta: torch.Tensor, g: torch.Tensor) -> torch.Ten
         float32 and rounded once.
     """
     keys, beta, g = _wide(k, beta, g)
-    lower = torch.tril(decayed_products(keys * beta.unsqueeze(-1), keys, cumulative(g, keys)), -1)
+    # Autocast would multiply them in 16 bits.
+    with torch.autocast(k.device.type, enabled=False):
+        lower = torch.tril(decayed_products(keys * beta.unsqueeze(-1), keys, cumulative(g, keys)), -1)
     return lower if lower.dtype == k.dtype else lower.to(k.dtype)
 
 
@@ -71,7 +73,8 @@ def from_dplr(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor) -> torch.Tensor
     # This is a shift and not G - g, which would round up and down.
     before = torch.roll(total, 1, axis)
     before.select(axis, 0).zero_()
-    lower = torch.tril(decayed_products(-reads, writes, total, before), -1)
+    with torch.autocast(a.device.type, enabled=False):
+        lower = torch.tril(decayed_products(-reads, writes, total, before), -1)
     return lower if lower.dtype == a.dtype else lower.to(a.dtype)
 
 

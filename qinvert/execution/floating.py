@@ -134,7 +134,7 @@ def run(
     result = run_systems(program, needed(program, systems), dtype, observe)
     if not isinstance(L, torch.Tensor) and dtype == torch.bfloat16:
         result = result.to(torch.float32)
-    return like(result, L)  # type: ignore[return-value] # arrays in, arrays out
+    return like(result, L, beta)  # type: ignore[return-value] # arrays in, arrays out
 
 
 def run_systems(

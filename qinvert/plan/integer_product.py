@@ -83,6 +83,24 @@ class Accumulator:
     bound: int
 
 
+class IdentityParts(NamedTuple):
+    """1.0 as ``full`` times the largest integer of an operand, and the rest."""
+
+    largest: int
+    full: int
+    rest: int
+
+    @property
+    def number(self) -> int:
+        """Number of blocks that are not zero."""
+        return self.full + (self.rest > 0)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The integers, one for each block."""
+        return [self.largest] * self.full + [self.rest] * (self.rest > 0)
+
+
 class Addend(NamedTuple):
     """A plane of a residual term, which joins as a float32 product if the plan divides."""
 
@@ -176,20 +194,22 @@ class IntegerProduct:
             )
         return grid.one
 
-    def identity_blocks(self, term: str) -> list[int]:
-        """Integers that one operand can hold and that add up to `identity`."""
+    def identity_parts(self, term: str) -> IdentityParts:
+        """Integers that one operand can hold and that add up to `identity`; nothing is allocated for them."""
         _, grid = self._partner(term)
         full, rest = divmod(self.identity(term), grid.largest_one)
-        return [grid.largest_one] * full + [rest] * (rest > 0)
+        return IdentityParts(grid.largest_one, full, rest)
 
     def identity_planes(self) -> list[int]:
         """Integers that mean 1.0 on the planes of the right operand: factors of a residual left operand."""
         left, _ = _operands(self.step)
-        planes = [
-            operand_planes_scalar(block, self.right.scale, self.right.format)
-            for block in self.identity_blocks(left)
-        ]
-        return [sum(q for q, _ in plane) for plane in zip(*planes, strict=True)]
+        largest, full, rest = self.identity_parts(left)
+        # All full blocks split alike, and a scale of any plan from outside may mean 1e28 of them.
+        whole, part = (
+            [q for q, _ in operand_planes_scalar(block, self.right.scale, self.right.format)]
+            for block in (largest, rest)
+        )
+        return [full * q + r for q, r in zip(whole, part, strict=True)]
 
     def _partner(self, term: str) -> tuple[str, Quantization]:
         left, right = _operands(self.step)

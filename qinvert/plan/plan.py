@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qinvert.errors import PlanError, QInvertError
 from qinvert.files import read_bytes, write_atomically
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from qinvert.proof.proof import Proof
 
 M = TypeVar("M")
+
+#: Largest plan file in bytes: 1,500 layers and heads take 15 MB.  Reading one takes 20 times as much.
+MAX_PLAN: Final = 2**26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +177,7 @@ class Plan:
             If the file is missing, damaged or inconsistent, or has a newer schema.
         """
         try:
-            return Plan.from_bytes(read_bytes(path))
+            return Plan.from_bytes(read_bytes(path, MAX_PLAN))
         except QInvertError as error:
             raise PlanError(f"{path}: {error}") from None
 

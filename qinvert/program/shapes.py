@@ -9,8 +9,10 @@ from qinvert.errors import ProgramError
 from qinvert.program.ports import MAX_PORTS, Meaning, Port, check_name
 from qinvert.program.steps import (
     MAX_EXPANSION,
+    MAX_MACS,
     MAX_RESIDUALS,
     MAX_STEPS,
+    MAX_WORK,
     Add,
     Axis,
     Concat,
@@ -50,13 +52,18 @@ def infer_shapes(
     known = {c.name: Shape(1, c.rows, c.columns) for c in constants}
     if len({*shapes, *known}) != len(inputs) + len(constants):
         raise ProgramError(f"{name}: two inputs or constants share a name; give each its own name")
-    vectors = vector_inputs(inputs, steps)
+    vectors, work = vector_inputs(inputs, steps), 0
     for step in steps:
         _check_names(step, shapes, known)
         _check_readers(step, inputs, vectors)
         if isinstance(step, Concat):
             _check_zeros(step, set(known) - zeros)
         shapes[step.output] = _bounded(step, _output_shape(step, shapes, known), largest)
+        work += _work(step, shapes, largest)
+    if work > MAX_MACS:
+        raise ProgramError(
+            f"{name}: {work:,} multiply-accumulates for one matrix; at most {MAX_MACS:,} are legal"
+        )
     return shapes
 
 
@@ -156,6 +163,20 @@ def _bounded(step: Step, shape: Shape, largest: int) -> Shape:
             "largest input; keep tensors smaller"
         )
     return shape
+
+
+def _work(step: Step, shapes: Mapping[str, Shape], largest: int) -> int:
+    """Multiply-accumulates of a step, checked: the size of its tensors does not bound them."""
+    if not isinstance(step, MatMul):
+        return 0
+    work = math.prod(shapes[step.output]) * shapes[step.left].columns
+    most = MAX_WORK * largest * math.isqrt(largest)
+    if work > max(most, MAX_WORK * largest):
+        raise ProgramError(
+            f"step {step.output!r} takes {work:,} multiply-accumulates; a product may take {MAX_WORK} times "
+            f"those of square matrices as large as the largest input, {most:,} here; split it"
+        )
+    return work
 
 
 def _check_zeros(step: Concat, others: set[str]) -> None:

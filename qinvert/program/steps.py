@@ -24,6 +24,11 @@ MIN_BETA: Final = 2.0**-14
 MAX_CHUNK: Final = 1024
 #: A tensor holds at most this many times the elements of the largest port; built-in methods need 1.
 MAX_EXPANSION: Final = 16
+#: A product takes at most this many times the multiply-accumulates of one of square matrices as large as
+#: the largest port; built-in methods need 1.
+MAX_WORK: Final = 4
+#: Most multiply-accumulates of a program; Neumann's series of 1,023 terms of chunks of 1,024 needs 2^40.
+MAX_MACS: Final = 2**40
 #: Largest number of residual terms of one product; built-in methods need 2.
 MAX_RESIDUALS: Final = 8
 #: Largest number of steps of a program; built-in methods need at most 5,112.

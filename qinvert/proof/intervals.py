@@ -29,6 +29,7 @@ from qinvert.execution.tensors import TorchEvaluator, along
 from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import planes
+from qinvert.plan.integer_product import Accumulator as PlanAccumulator
 from qinvert.plan.integer_product import IntegerProduct, Residual
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
@@ -150,10 +151,10 @@ def _unsaturated(plan: QuantizedProgram, inside: Mapping[str, bool]) -> tuple[st
 
 
 class IntervalEvaluator(TorchEvaluator):
-    """Steps of one plan on intervals of integers, ``[blocks * 2, rows, columns]`` in float32."""
+    """Steps of one plan on intervals of integers, ``[blocks * batch * 2, rows, columns]`` in float32."""
 
-    def __init__(self, plan: QuantizedProgram) -> None:
-        super().__init__(2, torch.float32, torch.device("cpu"))
+    def __init__(self, plan: QuantizedProgram, batch: int = 1) -> None:
+        super().__init__(2 * batch, torch.float32, torch.device("cpu"))
         self.plan = plan
         #: Filled by every product.
         self.accumulators: dict[str, tuple[Accumulator, ...]] = {}
@@ -166,7 +167,9 @@ class IntervalEvaluator(TorchEvaluator):
         if port.meaning is Meaning.BETA:
             # These are the limits of the divisor of rows, see `qinvert.matrices.row_factors`.
             largest = math.inf if limit == math.inf else MAX_BETA
-            low, high = (torch.full((1, rows, columns), end) for end in (MIN_BETA, largest))
+            low, high = (
+                torch.full((1, rows, columns), end, dtype=torch.float64) for end in (MIN_BETA, largest)
+            )
             return self._quantized(port.tensor, join(low, high))
         high = torch.full((1, rows, columns), limit, dtype=torch.float64)
         high = high.tril(-1) if port.meaning.strictly_lower else high
@@ -208,6 +211,7 @@ class IntervalEvaluator(TorchEvaluator):
             parts = [multiply(lefts[i][0], rights[j][0]) for i, j in part.pairs]
             parts += [(r, magnitude(r)) for r in (self._residual(t, terms[t.tensor]) for t in part.residuals)]
             total, largest = (torch.stack(p).sum(0) for p in zip(*parts, strict=True))
+            total = self.opened(reading, part, total, largest)
             low, high = split(total)
             records.append(Accumulator(int(low.min()), int(high.max()), int(largest.max())))
             totals.append(total)
@@ -219,6 +223,12 @@ class IntervalEvaluator(TorchEvaluator):
             (self._planes(name, terms[name])[plane][0], scale) for name, plane, scale in reading.addends
         ]
         return self._sum(step.output, [*zip(totals, units, strict=True), *addends])
+
+    def opened(
+        self, reading: IntegerProduct, part: PlanAccumulator, total: torch.Tensor, largest: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what an accumulator holds before it is rounded: here the exact integers."""
+        return total
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])

@@ -207,3 +207,18 @@ def test_simulated_values_lie_on_the_output_grid():
     strict = torch.tril(plan.inverse(lower), -1)
     assert torch.equal(strict, torch.round(strict / plan.output.scale) * plan.output.scale)
     assert torch.allclose(solve(lower).float(), plan.inverse(lower), atol=0.1)
+
+
+@pytest.mark.parametrize(("chunk", "deviation"), [(64, 1e3), (16, 1e30)])
+def test_matrices_whose_inverse_no_grid_can_hold_are_refused_before_planning(chunk, deviation, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.tril(torch.randn(4, chunk, chunk, generator=generator) * deviation, -1)
+    monkeypatch.setattr("qinvert.calibration.calibrate.choose", None)
+    with pytest.raises(InputError, match=r"layer 'big': . reaches .*, but scales end at 1e\+15"):
+        qinvert.calibrate({"big": lower})
+
+
+def test_plans_of_large_inverses_can_be_saved():
+    lower = torch.tril(torch.full((2, 4, 4), 1e5), -1)
+    plan = qinvert.calibrate(lower, min_sqnr_db=0)
+    assert qinvert.Plan.from_bytes(plan.to_bytes()) == plan

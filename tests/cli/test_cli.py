@@ -3,6 +3,7 @@ import os
 import pathlib
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -249,7 +250,7 @@ def test_illegal_options_are_refused(matrices, plan, tmp_path):
 def test_unwritable_places_are_refused(matrices, plan, tmp_path):
     assert "cannot write" in refused("calibrate", matrices, "-o", tmp_path / "missing" / "plan.json")
     (tmp_path / "file").write_text("in the way")
-    assert "cannot create folder" in refused("export", plan, "-o", tmp_path / "file" / "graphs")
+    assert "cannot write" in refused("export", plan, "-o", tmp_path / "file" / "graphs")
 
 
 def test_layer_names_never_leave_the_folder(plan):
@@ -269,6 +270,13 @@ def test_a_failed_gate_of_verify_is_an_error_not_a_traceback(plan, tmp_path):
         tensor["scale"] = tensor["scale"] * 2
     document["layers"]["layer"]["requantize"] = "divide"
     (tmp_path / "graphs" / "plan.json").write_text(json.dumps(document))
+    assert "exported from another plan" in refused("verify", tmp_path / "graphs")
+    graph = tmp_path / "graphs" / "layer.onnx"
+    model = onnx.load(graph)
+    for entry in model.metadata_props:
+        if entry.key == "qinvert.plan_sha256":
+            entry.value = qinvert.Plan.load(tmp_path / "graphs" / "plan.json").sha256
+    onnx.save(model, graph)
     assert "differs from the simulator" in refused("verify", tmp_path / "graphs")
 
 

@@ -414,7 +414,7 @@ def test_constants_of_functions_may_not_lie_outside():
     assert {finding.rule for finding in lint(model)} == {"self-contained"}
 
 
-def test_functions_that_call_functions_are_refused(monkeypatch):
+def test_functions_that_call_too_many_functions_are_refused(monkeypatch):
     # Twice at each of 40 levels: 2^40 nodes.
     opset, functions = [onnx.helper.make_opsetid("", 19), onnx.helper.make_opsetid("qinvert", 1)], []
     for level in range(40):
@@ -429,8 +429,15 @@ def test_functions_that_call_functions_are_refused(monkeypatch):
     call = onnx.helper.make_node("f39", ["L"], ["T"], domain="qinvert", name="layer")
     graph = onnx.helper.make_graph([call], "g", value[:1], value[1:])
     model = onnx.helper.make_model(graph, functions=functions, opset_imports=opset, ir_version=10)
-    with pytest.raises(ExportError, match="calls another one"):
+    with pytest.raises(ExportError, match="nodes once it is inlined"):
         inlined(model)
+    model.functions[0].node[0].op_type, model.functions[0].node[0].domain = "f39", "qinvert"
+    with pytest.raises(ExportError, match="calls itself"):
+        inlined(model)
+    model.functions[0].node[0].op_type, model.functions[0].node[0].domain = "Neg", ""
+    del model.functions[2:]
+    model.graph.node[0].op_type = "f1"
+    assert [node.op_type for node in inlined(model).graph.node] == ["Neg"] * 4
     del model.functions[1:]
     model.graph.node[0].op_type = "f0"
     assert [node.op_type for node in inlined(model).graph.node] == ["Neg", "Neg"]

@@ -144,7 +144,7 @@ def test_a_plan_that_json_cannot_hold_leaves_the_old_file(tmp_path, value):
     assert (tmp_path / "plan.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("step", ["replace", "chmod"])
+@pytest.mark.parametrize("step", ["replace", "dup"])
 def test_a_disk_error_while_saving_leaves_the_old_file(tmp_path, monkeypatch, step):
     def fail(*_):
         raise OSError(28, "No space left on device")

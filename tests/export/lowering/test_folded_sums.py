@@ -1,4 +1,4 @@
-"""Sums of grids that lie far apart: the form that no kernel folds into a float32 offset."""
+"""Sums and elementwise products of grids that lie far apart: the form that no kernel folds."""
 
 import numpy as np
 import onnx
@@ -14,9 +14,9 @@ from qinvert.numerics.scales import float32
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
-from qinvert.program.ports import Port
+from qinvert.program.ports import Meaning, Port
 from qinvert.program.program import Program
-from qinvert.program.steps import Add, Shape
+from qinvert.program.steps import Add, Axis, Rescale, Scale, Shape
 from qinvert.stress import stress_matrices
 
 PROFILES = ("npu-qdq-int8", "npu-qdq-uint8")
@@ -87,3 +87,50 @@ def test_the_planner_counts_the_products_that_far_sums_cost():
     assert costs == {"npu-qdq-uint8": len(far) * 32**3, "int-ops": 0}
     near = qinvert.calibrate(LOWER, method="neumann", target="npu-qdq-uint8", min_sqnr_db=0).layer()
     assert near.provenance["cost"] == near.cost()
+
+
+def scaled():
+    """A program that multiplies the rows of a by b, and nothing else."""
+    a, y = (Port(name=name, shape=Shape(1, 256, 256)) for name in "ay")
+    b = Port(name="b", shape=Shape(1, 256, 1), meaning=Meaning.BETA)
+    steps = (Scale(output="y", source="a", vector="b", axis=Axis.ROWS),)
+    return Program(name="scale", chunk=256, inputs=(a, b), outputs=(y,), steps=steps)
+
+
+def rescaled(factor):
+    a, y = (Port(name=name, shape=Shape(1, 256, 256)) for name in "ay")
+    return Program(
+        name="rescale",
+        chunk=256,
+        inputs=(a,),
+        outputs=(y,),
+        steps=(Rescale(output="y", source="a", factor=factor),),
+    )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("kind", ["scale", "rescale", "negative rescale"])
+@pytest.mark.parametrize(("ratio", "products"), [(6.0e4, 0), (7.0e4, 1), (1.0e8, 1), (1.0e20, 1)])
+def test_products_far_beyond_the_grid_saturate_in_onnxruntime(profile, kind, ratio, products, tmp_path):
+    one = float32(2 / 127)
+    program = scaled() if kind == "scale" else rescaled(-1.5 if "negative" in kind else 1.5)
+    scales = {"a": float32(1e-3 * ratio**0.5), "b": one}
+    scales["y"] = float32(scales["a"] * (one if kind == "scale" else 1.5) / ratio)
+    grids = {name: Quantization(format=INT8, scale=scales[name]) for name in program.tensors}
+    layer = LayerPlan(program=program, tensors=grids, requantize=Requantize.DIVIDE)
+    model = qinvert.export(
+        qinvert.Plan(layers={"layer": layer}, target=profile), tmp_path / "t.onnx", batch=1
+    )
+    assert sum(node.op_type == "MatMul" for node in model.graph.node) == products
+    assert qinvert.export.lint(model) == []
+    integers = torch.arange(-128.0, 128.0)
+    given = {"a": (integers * scales["a"]).expand(256, 256).contiguous()}
+    if kind == "scale":
+        given["b"] = (integers.abs() * one).clamp(2.0**-14)[:, None].contiguous()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options())
+    (actual,) = session.run(None, {name: x[None, None].numpy() for name, x in given.items()})
+    expected = layer.execute({name: x[None] for name, x in given.items()})["y"].numpy()
+    steps = np.abs(actual[0] - expected) / scales["y"]
+    # Exact ties may go either way, because the kernel multiplies in another order.
+    assert steps.max() <= 1.01
+    assert (steps > 0.5).mean() < 1e-2

@@ -473,6 +473,7 @@ def test_every_rule_has_a_graph_that_breaks_it():
         "one-scale",
         "shared-constants",
         "folded-sums",
+        "folded-products",
         "quantized",
         "accumulators",
         "wide-products",
@@ -563,10 +564,10 @@ def test_only_the_ends_of_a_factored_graph_may_stay_float(tmp_path):
     assert {finding.rule for finding in lint(broken)} == {"quantized"}
 
 
-def added(scale, result):
+def added(scale, result, operator="Add"):
     sketch = Sketch()
     other = sketch.quantized(sketch.graph.input("N", [1, 2, 16, 16]), [1, 2, 16, 16], scale)
-    total = sketch.operator("Add", [sketch.input("M", 2, 16, 16), other], "total", sketch.shape, result)
+    total = sketch.operator(operator, [sketch.input("M", 2, 16, 16), other], "total", sketch.shape, result)
     return sketch.model(total, sketch.shape)
 
 
@@ -582,3 +583,9 @@ def test_sums_whose_folded_zero_points_lose_too_much_are_found(ratio, rules):
 def test_sums_of_powers_of_two_are_exact_until_float32_overflows():
     assert broken(added(2.0**9, 2.0**-6)) == set()
     assert broken(added(2.0**14, 2.0**-6)) == {"folded-sums"}
+
+
+@pytest.mark.parametrize(("ratio", "rules"), [(2.0**16, set()), (2.0**17, {"folded-products"})])
+def test_products_that_leave_int32_before_they_saturate_are_found(ratio, rules):
+    # The other operand's scale, 2^-6, is that of the result.
+    assert broken(added(ratio, 2.0**-6, "Mul")) == rules

@@ -36,9 +36,10 @@ OPEN = ("qdq float", "uint8 float", "int4 float")
 WIDE = ("int16 pow2", "int16 float")
 
 #: What ONNX says, by plan: counted from, and where floats are reordered, share, steps, share beyond, times.
+#: What may differ in a float product is said by `reach` (see test_reach.py), so that it has no steps.
 ONNX = {
     **dict.fromkeys(EXACT, (0.0, 0.00390625, 0.0, 1, 0.0, 1)),
-    **dict.fromkeys(OPEN, (0.00390625, 0.00390625, 0.0001, 1, 0.0, 1)),
+    **dict.fromkeys(OPEN, (0.00390625, 0.00390625, 0.0625, 0, 0.0, 1)),
     **dict.fromkeys(WIDE, (0.00390625, 0.00390625, 1.0, 8, 0.0, 1)),
 }
 #: The same for a graph that builds L from keys: nothing is promised any more.
@@ -107,6 +108,7 @@ def test_who_is_allowed_what(plans, plan, rounding, own_steps, from_keys, reorde
         steps=steps,
         share_beyond=share_beyond,
         times_beyond=times_beyond,
+        by_reach=share == 0.0625,
     )
     assert found.exact is (share == 0)
 
@@ -130,14 +132,9 @@ VERDICTS = [
     ("equality", 10_000, {1: 1.0}, 1, 0, False),
     ("equality reordered", 1, {16: 0.0039}, 0, 0, True),
     ("equality reordered", 1, {1: 0.00390625}, 1, 0, False),
-    # One tie may fall into any sample; 16 of 160,000 are one in 10,000.
+    # On zeros no sum comes near a boundary.
     ("float products", 1, {15: 0.0039}, 0, 0, True),
-    ("float products", 1, {1: 1.0}, 1, 0, True),
-    ("float products", 1, {2: 1.0}, 2, 0, False),
-    ("float products", 1, {1: 1.49}, 1, 0, True),
-    ("float products", 1, {1: 1.5}, 1, 1, False),
-    ("float products", 10_000, {16: 1.0}, 16, 0, True),
-    ("float products", 10_000, {17: 1.0}, 17, 0, False),
+    ("float products", 10_000, {1: 1.0}, 1, 1, False),
     ("wide products", 1, {16: 8.49}, 16, 0, True),
     ("wide products", 1, {1: 8.5}, 1, 1, False),
     ("own rounding", 1, {16: 2.49}, 16, 0, True),
@@ -216,7 +213,7 @@ def test_a_refusal_names_the_first_element_that_is_to_blame(plans, kind, near, f
     result, refusal = compared(plans, kind, actual)
     assert refusal == (
         f"toy (one) differs from the simulator in {result.mismatches} of 128 values, by up to {far:.3g} "
-        f"steps; first at {first}: {actual[tuple(first)]!r} instead of {np.float32(0)!r}; look there"
+        f"steps; first at {first}: {actual[tuple(first)]} instead of 0.0; look there"
     )
 
 

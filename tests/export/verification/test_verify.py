@@ -155,7 +155,15 @@ def integer_output(model):
     model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT32
 
 
+def sparse(model):
+    tensor = onnx.SparseTensorProto(dims=[3])
+    tensor.values.CopyFrom(onnx.numpy_helper.from_array(np.ones(1, np.float32), "sparse"))
+    tensor.indices.CopyFrom(onnx.numpy_helper.from_array(np.zeros(1, np.int64), "indices"))
+    model.graph.sparse_initializer.append(tensor)
+
+
 DAMAGES = {
+    "sparse constants": sparse,
     "batch 0": lambda m: dims(m.graph.input[0], 1, 0, 16, 16),
     "negative batch": lambda m: dims(m.graph.input[0], 1, -4, 16, 16),
     "huge batch": lambda m: dims(m.graph.input[0], 1, 2**40, 16, 16),

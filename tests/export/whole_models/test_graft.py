@@ -317,9 +317,47 @@ def test_nodes_in_branches_are_refused_not_passed_over(plan, tmp_path):
 def test_nodes_in_local_functions_are_refused(plan, tmp_path):
     model = wrap([node()])
     function = helper.make_function(
-        "local", "Block", list(ORDER), ["o", "s"], [node("inner", "inner_")], [helper.make_opsetid("", 21)]
+        "local",
+        "Block",
+        list(ORDER),
+        ["inner_output", "inner_present_state"],
+        [node("inner", "inner_")],
+        [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)],
     )
     model.functions.append(function)
     onnx.save(model, tmp_path / "in.onnx")
     with pytest.raises(ExportError, match="'inner' lies in function 'Block'"):
         qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
+
+
+def test_large_weights_do_not_pass_the_inliner(plan, tmp_path, monkeypatch):
+    """Beside the node a product by weights, which must come back as they were."""
+    weights = np.random.default_rng(0).standard_normal((HEADS * KEY, HEADS * KEY)).astype(np.float32)
+    model = wrap([node()])
+    model.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
+    model.graph.node.insert(0, helper.make_node("MatMul", ["query", "weights"], ["turned"], name="turn"))
+    model.graph.node[1].input[0] = "turned"
+    model.graph.value_info.append(
+        helper.make_tensor_value_info("turned", TensorProto.FLOAT, ("B", "T", HEADS * KEY))
+    )
+    onnx.save(model, tmp_path / "in.onnx")
+    held, inline = [], onnx.inliner.inline_selected_functions
+
+    def measured(given, *arguments, **options):
+        held.append([tensor.name for tensor in given.graph.initializer if tensor.HasField("raw_data")])
+        return inline(given, *arguments, **options)
+
+    monkeypatch.setattr(onnx.inliner, "inline_selected_functions", measured)
+    monkeypatch.setattr("qinvert.export.whole_models.linear_attention_nodes.MAX_ELEMENTS", 512)
+    after = qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
+    (stored,) = [tensor for tensor in after.graph.initializer if tensor.name == "weights"]
+    assert np.array_equal(numpy_helper.to_array(stored), weights)
+    assert held == [[]]
+    given = data(40)
+    outputs = [
+        onnxruntime.InferenceSession(str(tmp_path / name)).run(None, given)[0]
+        for name in ("in.onnx", "out.onnx")
+    ]
+    statistics = ErrorStatistics()
+    statistics.update(torch.from_numpy(outputs[1]), torch.from_numpy(outputs[0]))
+    assert statistics.sqnr_db > 20

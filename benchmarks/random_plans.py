@@ -1,0 +1,179 @@
+"""Random plans of any method, format, scales and profile, and adversarial L, against onnxruntime."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import qinvert
+from qinvert.errors import ExportError, PlanError, ProgramError, QInvertError
+from qinvert.export.exporting import build, serialize
+from qinvert.export.runtimes.onnxruntime_cpu import open_session
+from qinvert.export.verification.reach import reach
+from qinvert.export.verification.tolerance import NOISE, is_exact
+from qinvert.formats import IntFormat
+from qinvert.numerics.scales import float32
+from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.profiles import PROFILES, find_profile
+from qinvert.program.ports import BETA
+from qinvert.program.program import Program
+from qinvert.program.steps import MOVES
+from qinvert.systems import Systems
+
+#: Profiles whose formats are 8 bits: of 16 bits nothing is promised bit for bit.
+NARROW: Final = tuple(name for name, profile in PROFILES.items() if profile.formats[0].container_bits == 8)
+#: Matrices of one call.
+BATCH: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A plan, its profile, and the systems that it runs on."""
+
+    plan: Plan
+    profile: str
+    systems: Systems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What two runs of onnxruntime made of a case."""
+
+    values: int
+    mismatches: int
+    fault: str
+
+
+def random_case(seed: int) -> Case:
+    """Return the first legal plan of a seed: some draws fit no profile."""
+    rng = random.Random(seed)
+    while True:
+        profile = find_profile(rng.choice(NARROW))
+        chunk = rng.choice((4, 8, 16, 32))
+        try:
+            program = _program(rng, chunk)
+            layer = LayerPlan(
+                program=program,
+                tensors=_grids(rng, program, profile.formats, profile.power_of_two_scales),
+                requantize=rng.choice(list(Requantize)),
+            )
+            plan = Plan(layers={"layer": layer}, target=profile.name)
+            build(plan, batch=2)
+        except (PlanError, ProgramError, ExportError):
+            continue
+        return Case(plan=plan, profile=profile.name, systems=_systems(rng, layer, chunk))
+
+
+def _program(rng: random.Random, chunk: int) -> Program:
+    base = rng.choice([size for size in (1, 2, 4, 8, 16) if size <= chunk])
+    return rng.choice(
+        [
+            lambda: qinvert.block_merge(chunk, base=base),
+            lambda: qinvert.block_merge(chunk, base=base, layout="masked", corrections=1),
+            lambda: qinvert.block_merge(chunk, base=base, factored=True),
+            lambda: qinvert.elimination(chunk),
+            lambda: qinvert.banded_residual(chunk, rng.choice((2, 3)), rng.choice((2, 4))),
+            lambda: qinvert.neumann(chunk, rng.choice((1, 2, 3))),
+            lambda: qinvert.neumann_doubling(chunk),
+            lambda: qinvert.newton_schulz(chunk, 2),
+            lambda: qinvert.column_sweep(chunk),
+            lambda: qinvert.forward_substitution(chunk),
+        ]
+    )()
+
+
+def _grids(
+    rng: random.Random, program: Program, formats: tuple[IntFormat, ...], power_of_two: bool
+) -> dict[str, Quantization]:
+    """One grid for every group of tensors that moves connect, with scales from close to far apart."""
+    parents = {name: name for name in program.tensors}
+
+    def root(name: str) -> str:
+        while parents[name] != name:
+            name = parents[name]
+        return name
+
+    for step in program.steps:
+        if isinstance(step, MOVES):
+            for name in step.inputs:
+                if name in parents:
+                    parents[root(name)] = root(step.output)
+    spread = rng.choice((0.0, 0.3, 1.0, 3.0, 6.0))
+    rounded = power_of_two or rng.random() < 0.3
+    fmt = rng.choice(formats)
+    # 1 / k means 1.0 exactly, as residual terms that join as integers need it.
+    one = rng.choice((1 / 127, 1 / 128, 1 / 64, 1 / 100))
+    found = {}
+    for name in program.tensors:
+        group = root(name)
+        if group not in found:
+            scale = one if spread == 0 else one * 10 ** rng.uniform(-spread, spread)
+            scale = 2.0 ** round(np.log2(scale)) if rounded else float32(scale)
+            other = fmt if rng.random() < 0.8 else rng.choice(formats)
+            found[group] = Quantization(format=other, scale=scale)
+    return {name: found[root(name)] for name in program.tensors}
+
+
+def _systems(rng: random.Random, layer: LayerPlan, chunk: int) -> Systems:
+    """L that is random, sits on ties, saturates, vanishes, or is denormal, with every sign."""
+    numbers = np.random.default_rng(rng.randrange(2**32))
+    scale = layer.input.scale
+    steps = numbers.integers(-130, 131, (BATCH, chunk, chunk)).astype(np.float64)
+    steps[: BATCH // 4] += 0.5
+    steps[BATCH // 4 : BATCH // 2] *= numbers.random((BATCH // 4, 1, 1))
+    steps[BATCH // 2] *= 1e6
+    steps[BATCH // 2 + 1] = 0.0
+    steps[BATCH // 2 + 2] *= 1e-42 / scale
+    lower: npt.NDArray[np.float32] = np.tril(steps * scale, -1).astype(np.float32)
+    if not layer.program.inverse_ports.factored:
+        return Systems(lower=torch.from_numpy(lower))
+    beta = torch.from_numpy(numbers.uniform(1e-3, 2.0, (BATCH, chunk)).astype(np.float32))
+    return Systems(lower=torch.from_numpy(lower) * beta.unsqueeze(-1), beta=beta)
+
+
+def compare(case: Case) -> Found:
+    """Run a case unoptimized and optimized, and compare every value with the simulator."""
+    layer, systems = case.plan.layer(), case.systems
+    try:
+        expected = layer.inverse(systems.lower, systems.beta).numpy()
+    except QInvertError as error:
+        return Found(values=0, mismatches=0, fault=f"the simulator refuses L: {error}")
+    content = serialize(build(case.plan, batch=BATCH))
+    feeds = {"L": systems.lower[None].numpy()}
+    if systems.beta is not None:
+        feeds[BETA] = systems.beta[None, :, :, None].numpy()
+    values, mismatches, fault = 0, 0, ""
+    for optimized in (False, True):
+        (found,) = open_session(content, optimized=optimized, threads=1).run(None, feeds)
+        unit = _unit(layer, systems)
+        steps = np.abs(found[0].astype(np.float64) - expected) / unit
+        counted = steps != 0 if is_exact(find_profile(case.profile), layer) else ~(steps < NOISE)
+        values, mismatches = values + steps.size, mismatches + int(counted.sum())
+        fault = fault or _fault(case, steps, counted, optimized)
+    return Found(values=values, mismatches=mismatches, fault=fault)
+
+
+def _unit(layer: LayerPlan, systems: Systems) -> npt.NDArray[np.float64]:
+    unit = np.full((systems.count, 1, 1), layer.output.scale)
+    return unit if systems.beta is None else unit * systems.beta.numpy()[..., None]
+
+
+def _fault(
+    case: Case, steps: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_], optimized: bool
+) -> str:
+    if not counted.any():
+        return ""
+    how = "optimized" if optimized else "unoptimized"
+    said = f"{how}: {int(counted.sum())} of {steps.size} differ by up to {float(np.nanmax(steps)):.3g} steps"
+    if is_exact(find_profile(case.profile), case.plan.layer()):
+        return said
+    rows = np.flatnonzero(counted.any(axis=(1, 2)))
+    reached = reach(case.plan.layer(), case.systems[torch.from_numpy(rows)])
+    beyond = counted[rows] & ~((reached > 0) & (steps[rows] < reached + 0.5))
+    return f"{said}, {int(beyond.sum())} beyond reach" if beyond.any() else ""

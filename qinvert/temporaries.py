@@ -1,0 +1,102 @@
+"""Temporary files and folders beside what they will replace, and what killed processes left of them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - there are no such locks on Windows, where nothing is cleaned
+    fcntl = None  # type: ignore[assignment]
+
+#: End of every temporary name; what stands before is the name of the target and a random part.
+SUFFIX: Final = ".qinvert-tmp"
+#: Name of the file in a temporary folder that its process holds a lock on.
+LOCK: Final = "lock"
+#: Seconds after which a temporary without a lock was left by a killed process: before that, its
+#: process may be about to lock it.
+GRACE: Final = 60.0
+
+
+@contextmanager
+def temporary_file(target: Path) -> Iterator[tuple[int, Path]]:
+    """Create an empty file beside ``target``, with the usual permissions, and delete it at the end.
+
+    Yields an open descriptor and the path, which may have been renamed by then.
+    """
+    clean(target)
+    path = _name(target)
+    # The kernel takes the umask off these permissions; asking for it would change it for all threads.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        _lock(handle)
+        yield handle, path
+    finally:
+        os.close(handle)
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Create an empty folder beside ``target``, and delete it with all that is in it at the end."""
+    clean(target)
+    path = _name(target)
+    path.mkdir()
+    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(handle)
+        yield path
+    finally:
+        os.close(handle)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clean(target: Path) -> None:
+    """Delete temporaries of ``target`` whose processes have ended without doing so."""
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        for path in target.parent.iterdir():
+            if path.name.startswith(_start(target)) and path.name.endswith(SUFFIX) and _is_left(path):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        if time.time() - path.lstat().st_mtime < GRACE or path.is_symlink():
+            return False
+        handle = os.open(path / LOCK if path.is_dir() else path, os.O_RDWR)
+    except FileNotFoundError:
+        # A folder without its lock: the process was killed between the two.
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _lock(handle: int) -> None:
+    if fcntl is not None:
+        # Some network file systems have no locks; then nothing is cleaned there either.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _start(target: Path) -> str:
+    return f".{target.name[:100]}."
+
+
+def _name(target: Path) -> Path:
+    return target.parent / f"{_start(target)}{secrets.token_hex(8)}{SUFFIX}"

@@ -1,0 +1,207 @@
+"""Writes that are killed, that race, and that cannot succeed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import qinvert
+from qinvert.cli.app import cli
+from qinvert.cli.graph_folder import check_same_plan, export_all
+from qinvert.errors import InputError
+from qinvert.files import check_folder, check_writable, write_atomically, write_together
+from qinvert.stress import stress_matrices
+from qinvert.temporaries import GRACE, SUFFIX, temporary_file, temporary_folder
+
+#: Writes large files until it is killed.
+WRITER = """
+import sys
+from pathlib import Path
+from qinvert.files import write_atomically
+from qinvert.temporaries import temporary_folder
+path, content = Path(sys.argv[1]), bytes(2**22)
+with temporary_folder(path) as folder:
+    (folder / "part").write_bytes(content)
+    print("started", flush=True)
+    while True:
+        write_atomically(path, content)
+"""
+
+
+def age(path, seconds=2 * GRACE):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def temporaries(folder):
+    return [path for path in folder.iterdir() if path.name.endswith(SUFFIX)]
+
+
+def test_what_killed_writers_leave_is_deleted_by_the_next_one(tmp_path):
+    target = tmp_path / "plan.json"
+    for i in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, env=environment()
+        )
+        assert writer.stdout.readline() == b"started\n"
+        time.sleep(0.01 * i)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+    left = temporaries(tmp_path)
+    assert left
+    assert target.stat().st_size in (0, 2**22)
+    for path in left:
+        age(path)
+    other = tmp_path / f".other.json.0123{SUFFIX}"
+    other.write_bytes(b"of another file")
+    age(other)
+    write_atomically(target, b"new")
+    assert temporaries(tmp_path) == [other]
+    assert target.read_bytes() == b"new"
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def test_temporaries_of_running_writers_stay(tmp_path):
+    target = tmp_path / "plan.json"
+    with temporary_file(target) as (_, path), temporary_folder(target) as folder:
+        for own in (path, folder):
+            age(own)
+        write_atomically(target, b"new")
+        assert {*temporaries(tmp_path)} == {path, folder}
+    assert temporaries(tmp_path) == []
+
+
+def test_permissions_follow_the_umask_which_no_thread_sees_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", None)
+    write_atomically(tmp_path / "file", b"")
+    monkeypatch.undo()
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "other", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~before
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o640
+
+
+def test_two_writers_leave_one_whole_file(tmp_path):
+    contents = [bytes([i]) * 2**20 for i in range(4)]
+
+    def write(content):
+        for _ in range(20):
+            write_atomically(tmp_path / "file", content)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file").read_bytes() in contents
+    assert temporaries(tmp_path) == []
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "file", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qinvert.files.os.dup", full)
+    with pytest.raises(InputError, match="No space left on device; choose another place"):
+        write_together({tmp_path / "other": b"new", tmp_path / "file": b"new"})
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_places_that_cannot_be_written_are_found_and_nothing_is_left(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new")
+    check_writable("/dev/null")
+    check_folder(tmp_path / "new" / "folder")
+    check_folder(tmp_path)
+    for path in (tmp_path, tmp_path / "no" / "file", tmp_path / "file" / "file", "/proc/nothing"):
+        with pytest.raises(InputError, match=r"cannot write .*; choose another place"):
+            check_writable(path)
+    for path in (tmp_path / "file", tmp_path / "file" / "folder", "/proc/nothing"):
+        with pytest.raises(InputError, match=r"cannot write .*; choose another place"):
+            check_folder(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "recall", "-o", "no/plan.json"],
+        ["calibrate", "recall", "-o", "plan.json", "--checkpoint", "no/checkpoint"],
+        ["export", "plan.json", "-o", "file/graphs"],
+        ["export-model", "plan.json", "-o", "no/model.onnx"],
+        ["graft", "model.onnx", "plan.json", "-o", "no/model.onnx"],
+        ["demo", "-o", "file/demo"],
+    ],
+)
+def test_verbs_find_them_before_the_work(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    # The work would not get far: nothing that is named exists, or nothing is loaded.
+    monkeypatch.setattr("qinvert.cli.sources.load_model", None)
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2
+    assert "cannot write" in result.output
+
+
+def plan_of(seed):
+    lower = {name: stress_matrices("half_random", 4, 16, seed) for name in ("a", "b", "c")}
+    return qinvert.calibrate(lower, method="block_merge", target="npu-qdq-int8", min_sqnr_db=0)
+
+
+def test_an_export_that_is_killed_between_two_files_is_found(tmp_path, monkeypatch):
+    old, new = plan_of(0), plan_of(1)
+    export_all(old, str(tmp_path))
+    check_same_plan(old, tmp_path)
+    replace, count = os.replace, 0
+
+    def killed(source, target):
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("qinvert.files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_all(new, str(tmp_path))
+    monkeypatch.undo()
+    # The plan comes last, so the folder says that it is of the old one.
+    assert qinvert.Plan.load(tmp_path / "plan.json") == old
+    with pytest.raises(InputError, match=r"a\.onnx, b\.onnx were exported from another plan"):
+        check_same_plan(old, tmp_path)
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "exported from another plan" in result.output
+    export_all(new, str(tmp_path))
+    check_same_plan(new, tmp_path)
+
+
+def test_graphs_of_layers_that_a_new_plan_has_not_are_found(tmp_path):
+    export_all(plan_of(0), str(tmp_path))
+    fewer = plan_of(1)
+    fewer = qinvert.Plan(layers={"a": fewer.layers["a"]}, target=fewer.target)
+    export_all(fewer, str(tmp_path))
+    result = CliRunner().invoke(cli, ["verify", "--json", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "b.onnx, c.onnx were exported from another plan" in result.output
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"].keys() == {"a"}
