@@ -88,7 +88,7 @@ def test_an_accumulator_beyond_int32_is_refused(bound):
         accumulators.check_accumulator,
         lambda b: exact.integer_matmul(single(1), single(1), b),
     ):
-        with pytest.raises(PlanError, match=f"can reach {bound}, but an int32 holds less than {2**31}"):
+        with pytest.raises(PlanError, match=f"can reach {bound}, but this target's hold less than {2**31}"):
             check(bound)
 
 
