@@ -237,23 +237,33 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         for port in program.inputs:
             if port.name not in values:
                 values[port.name] = self.source(port.tensor, inputs[port.name])
-        for name, (vector, axis) in self.vectors.items():
-            self.factors[name] = self.source(name, self._turned(inputs[vector], vector, axis))
+        for name, tensor in self._vector_tensors(inputs).items():
+            self.factors[name] = self.source(name, tensor)
         return program.evaluate(self, values)
+
+    def _vector_tensors(self, inputs: Mapping[str, str]) -> dict[str, str]:
+        """Float tensors of `vectors`; those of ``inputs`` that have such a name lie along their axis already."""
+        return {
+            name: inputs[name] if name in inputs else self._turned(inputs[vector], vector, axis)
+            for name, (vector, axis) in self.vectors.items()
+        }
 
     def _chained(self, inputs: Mapping[str, str]) -> dict[str, Value]:
         """As `values`, with one copy of the program for each part of the batch."""
         program, part = self.plan.program, self.interface.part(self.entry_type)
         inner = type(self)(self.plan, self.profile, part, GraphBuilder())
-        results = {port: inner.plain(value) for port, value in inner.values({n: n for n in inputs}).items()}
-        wholes = {
-            name: tensor if name in program.vector_inputs else self.entry(name, tensor)
-            for name, tensor in inputs.items()
-        }
+        matrices = {name: inputs[name] for name in inputs if name not in program.vector_inputs}
+        taken = matrices | self._vector_tensors(inputs)
+        wholes = {name: self.entry(name, tensor) for name, tensor in taken.items()}
+        names = {name: name if name in matrices else f"{name}/part" for name in taken}
+        results = {port: inner.plain(value) for port, value in inner.values(names).items()}
         assert part.batch is not None
         for i in range(self.interface.chains):
             rows = (i * part.batch, (i + 1) * part.batch)
-            cut = {name: self._matrices(f"chain_{i}/{name}", whole, rows) for name, whole in wholes.items()}
+            cut = {
+                names[name]: self._matrices(f"chain_{i}/{name}", whole, rows)
+                for name, whole in wholes.items()
+            }
             self.graph.inline(inner.graph, f"chain_{i}/", cut)
         return {port.name: self._rejoined(port, results[port.name]) for port in program.outputs}
 

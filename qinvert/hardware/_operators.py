@@ -241,7 +241,10 @@ def operators(plan: QuantizedProgram, batch: int, chains: int = 1) -> list[Opera
         return list(OperatorCounter(plan, batch, returned).count())
     counter = OperatorCounter(plan, batch // chains)
     each = counter.count()
-    cuts = counter.move_ends([port.name for port in program.inputs] * chains)
+    # A vector is cut once along each axis that it multiplies.
+    vectors = dict.fromkeys((step.vector, step.axis) for step in program.steps if isinstance(step, Scale))
+    matrices = [port.name for port in program.inputs if port.name not in program.vector_inputs]
+    cuts = counter.move_ends([*matrices, *(vector for vector, _ in vectors)] * chains)
     joins = OperatorCounter(plan, batch).move_ends(results)
     return [*cuts, *each * chains, *joins]
 
