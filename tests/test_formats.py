@@ -93,7 +93,7 @@ def test_every_format_is_found_by_the_name_it_prints(name):
 @pytest.mark.parametrize("name", ["int7", "INT8", "", None, 8, ["int8"], {}])
 def test_an_unknown_name_lists_the_legal_ones(name):
     with pytest.raises(
-        PlanError, match="unknown integer format.*int4, int8, uint8, int16, int16-whole, uint16, int8x2"
+        PlanError, match=r"unknown integer format.*int4, int8, uint8, int16, int16-whole, uint16, int8x2"
     ):
         find_format(name)
 

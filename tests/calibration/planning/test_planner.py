@@ -92,7 +92,7 @@ def test_cost_rises_with_the_goal_and_every_goal_is_met(name):
     lower = stress_matrices(name, 64, 64, seed=9)
     seen, unseen = lower[:32], lower[32:]
     plans = [
-        qinvert.calibrate(seen, bits=8, min_sqnr_db=20),
+        qinvert.calibrate(seen, bits=8, target="int-ops", min_sqnr_db=20),
         qinvert.calibrate(seen, bits="8x2", min_sqnr_db=60),
         qinvert.calibrate(seen, bits=16, min_sqnr_db=60),
     ]
