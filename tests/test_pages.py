@@ -112,7 +112,7 @@ def test_paths_that_moved_are_where_the_changelog_says():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
 
 
 def test_the_glossary_says_each_word_once():
