@@ -242,7 +242,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         return program.evaluate(self, values)
 
     def _vector_tensors(self, inputs: Mapping[str, str]) -> dict[str, str]:
-        """Float tensors of `vectors`; those of ``inputs`` that have such a name lie along their axis already."""
+        """Float tensors of `vectors`, turned along their axes unless ``inputs`` has them so."""
         return {
             name: inputs[name] if name in inputs else self._turned(inputs[vector], vector, axis)
             for name, (vector, axis) in self.vectors.items()

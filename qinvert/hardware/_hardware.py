@@ -38,7 +38,7 @@ class Table:
 
     def __post_init__(self) -> None:
         if not self.whole:
-            raise PlanError("a table of costs has no weights of graphs in one chain; fit them, or leave it out")
+            raise PlanError("a table of costs has no weights of graphs in one chain; fit them, or omit it")
         legal = {*FEATURES, CALL, ENDS}
         for weights in (self.whole, self.chained):
             wrong = [name for name, weight in weights.items() if name not in legal or not weight >= 0]
