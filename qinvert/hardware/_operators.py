@@ -75,7 +75,7 @@ class OperatorCounter(Evaluator[_Stored]):
         self._results = {port.tensor for port in plan.program.outputs}
         self._shifted: set[tuple[str, bool]] = set()
 
-    def count(self) -> Sequence[Operator]:
+    def count(self) -> tuple[Operator, ...]:
         """Return the operators, in the order of the steps."""
         program = self.plan.program
         self.operators.clear()
@@ -204,7 +204,7 @@ class OperatorCounter(Evaluator[_Stored]):
     def _move(self, tensor: str, times: int = 1) -> None:
         self._append(Kind.MOVE, tensor, times=times)
 
-    def move_ends(self, tensors: Sequence[str]) -> Sequence[Operator]:
+    def move_ends(self, tensors: Sequence[str]) -> tuple[Operator, ...]:
         """Return the operators that cut whole batches into chains, or join them."""
         self.operators.clear()
         for tensor in tensors:
@@ -246,7 +246,7 @@ def operators(plan: QuantizedProgram, batch: int, chains: int = 1) -> list[Opera
     matrices = [port.name for port in program.inputs if port.name not in program.vector_inputs]
     cuts = counter.move_ends([*matrices, *(vector for vector, _ in vectors)] * chains)
     joins = OperatorCounter(plan, batch).move_ends(results)
-    return [*cuts, *each * chains, *joins]
+    return [*cuts, *(each * chains), *joins]
 
 
 #: Names of what `features` returns.
