@@ -134,7 +134,8 @@ def calibrate(
         If it exists, calibration continues from it, and ends in the same plan.
         The same data must be passed again, from its start, but the batches that
         were seen do not go through the model again.  Goals, bits and scales may
-        be other ones than in the first run.
+        be other ones than in the first run; name the target where bits differ,
+        because methods offer other programs to targets whose costs are a chip's.
 
     Returns
     -------

@@ -53,9 +53,15 @@ def compiled_cost(hardware: str) -> Compile:
 
 def _cycles(plan: Plan, hardware: str, batch: int, chains: int) -> float:
     """Return the cycles of one graph, infinite if the compiler refuses it."""
-    ends: Options = {"input": GraphInput.M, "input_type": InputType.INTEGERS, "output": GraphOutput.INTEGERS}
+    options: Options = {
+        "batch": batch,
+        "chains": chains,
+        "input": GraphInput.M,
+        "input_type": InputType.INTEGERS,
+        "output": GraphOutput.INTEGERS,
+    }
     try:
-        model = build(plan, batch=batch, chains=chains, **ends)
+        model = build(plan, **options)
         return estimate(serialize(model), hardware).cycles
     except ExportError:
         return math.inf

@@ -299,10 +299,15 @@ class Interface:
         Raises
         ------
         ExportError
-            If the integers of one have two planes.
+            If the integers of one have two planes, or if the graph divides M by beta.
         """
         if self.input_type is not InputType.INTEGERS:
             return ()
+        if plan.program.is_inverse and plan.program.inverse_ports.factored:
+            raise ExportError(
+                f"input_type 'integers' does not fit {plan.program.title}: the graph divides M by beta in "
+                "float32; leave input_type out, or calibrate without factored"
+            )
         vectors = plan.program.vector_inputs
         names = tuple(port.name for port in plan.program.inputs if port.name not in vectors)
         for name in names:

@@ -24,7 +24,7 @@ ROOMS = (
     ("numerics", "program", "recall"),
     ("matrices", "plan"),
     ("profiles", "systems"),
-    ("delta_rule", "execution"),
+    ("delta_rule", "execution", "hardware"),
     ("metrics", "program.program", "proof", "stress"),
     ("methods", "program.serialization"),
     ("kernels", "plan.serialization"),
@@ -109,7 +109,7 @@ PRINTS = re.compile(r"print|(pprint|rich|click)\..*|sys\.__?std(out|err).*|sys\.
 
 #: Modules that load no torch, with all that they import at once.
 LIGHT = re.compile(
-    r"qinvert\.(program|plan|methods|profiles)\b.*|qinvert\.cli(\.(__main__|app|verbs|profiles))?"
+    r"qinvert\.(program|plan|methods|profiles|hardware)\b.*|qinvert\.cli(\.(__main__|app|verbs|profiles))?"
 )
 
 #: Modules that raise other errors than those of qinvert.errors, and why.
@@ -132,6 +132,7 @@ OTHER_ERRORS = {
 INTERPRETERS = {
     "qinvert.program.sparsity",
     "qinvert.execution.tensors",
+    "qinvert.hardware._operators",
     "qinvert.kernels.tile_evaluator",
     "qinvert.export.lowering.base",
 }

@@ -14,7 +14,7 @@ from added_modules import added
 from pages import ROOT, code, page, quoted, rows, sections
 
 import qinvert
-from qinvert import formats, methods, profiles
+from qinvert import formats, hardware, methods, profiles
 from qinvert.calibration import choices
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.export import lowering, runtimes
@@ -72,6 +72,25 @@ def test_the_profile_is_a_target(tmp_path):
         assert all(result.exact and not result.mismatches for result in verified(plan, tmp_path))
         assert qinvert.export(plan, tmp_path / "t.onnx").opset_import[0].version == 18
     assert "old-ops" not in profiles.PROFILES
+
+
+def test_the_chip_is_one_that_plans_are_made_for(tmp_path):
+    with added("qinvert.hardware", tmp_path, **example("qinvert/hardware/counting_chip.py")) as package:
+        chip = package.discover()["counting-chip"]
+        plan = qinvert.calibrate(LOWER, hardware="counting-chip", batch=4)
+        assert (plan.provenance["hardware"], plan.provenance["batch"]) == ("counting-chip", 4)
+        assert plan.provenance["cost_unit"] == "microseconds for 4 matrices"
+        assert plan.target == "npu-qdq-int8"
+        assert all(result.max_steps <= 1 for result in verified(plan, tmp_path))
+        # The cost is what the operators of the graph add up to.
+        ends = {"input": "M", "input_type": "integers", "output": "integers"}
+        kinds = [
+            node.op_type for node in qinvert.export(plan, tmp_path / "s.onnx", batch=4, **ends).graph.node
+        ]
+        others = sum(kinds.count(kind) for kind in ("Add", "Sub", "Mul", "Slice", "Concat"))
+        cost = plan.layer().provenance["cost"]
+        assert cost == chip.cost(plan.layer(), 4) == 10 + 2 * kinds.count("MatMul") + others
+    assert "counting-chip" not in hardware.HARDWARE
 
 
 def test_the_lowering_is_found_by_the_name_in_a_profile(tmp_path):

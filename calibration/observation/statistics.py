@@ -231,8 +231,8 @@ class LayerObserver:
         same = list(programs) == [program.title for program in self.programs]
         if not same or [ranges.keys() for ranges in state.ranges] != own:
             raise InputError(
-                "the checkpoint was made for other programs; pass the same method and factored, "
-                "or another checkpoint file"
+                "the checkpoint was made for other programs; pass the same method, factored, target and "
+                "hardware, or another checkpoint file"
             )
 
     def restore(self, state: LayerState) -> None:

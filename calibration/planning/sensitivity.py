@@ -250,7 +250,9 @@ def measure_sensitivities(
         (g, _format_of(grid, ports)): math.inf if math.isnan(e) else float(e)
         for (g, grid), e in zip(variants, errors, strict=True)
     }
-    coherence = {f: _coherence(noise, set(groups.values()), f) for g, f in noise if g == ALL}
+    # In the order of the program: floats of a set would be summed in the order of their hashes.
+    apart = tuple(dict.fromkeys(groups.values()))
+    coherence = {f: _coherence(noise, apart, f) for g, f in noise if g == ALL}
     for name, power in unseen.items():
         noise[groups[ports.result], name] += power
     return Sensitivities(
@@ -308,7 +310,7 @@ def _input_variants(program: Program, groups: Mapping[str, str]) -> dict[str, st
     return {_alone(name) if shares else groups[name]: groups[name] for name in ports}
 
 
-def _coherence(noise: Mapping[tuple[str, str], float], groups: set[str], name: str) -> float:
+def _coherence(noise: Mapping[tuple[str, str], float], groups: Sequence[str], name: str) -> float:
     apart = sum(noise[group, name] for group in groups)
     together = noise[ALL, name]
     return together / apart if 0 < apart < math.inf and together < math.inf else 1.0

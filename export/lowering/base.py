@@ -12,15 +12,15 @@ import numpy as np
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import GraphOutput, InputType, Interface
-from qinvert.export.lowering.tensors import AXES, ProgramTensors, vector_name
+from qinvert.export.lowering.tensors import ProgramTensors, vector_name
 from qinvert.numerics import scalar
-from qinvert.plan.carried_identity import CarriedIdentities
+from qinvert.plan.carried_identity import CarriedIdentities, joined_ones
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.ports import Meaning, Port
-from qinvert.program.sparsity import Support, constant_support, cut
+from qinvert.program.sparsity import Support, constant_support
 from qinvert.program.steps import Axis, Concat, Constant, MatMul, Slice
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
@@ -114,12 +114,8 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     def _joined_ones(self, step: Concat, sources: list[Value]) -> tuple[list[Value], Support | None]:
         if all(value.ones is None for value in sources):
             return sources, None
-        ones = [self._ones(value) for value in sources]
-        if step.axis != Axis.BLOCKS:
-            return sources, np.concatenate(ones, axis=AXES[step.axis] - 2)
-        if all(np.array_equal(pattern, ones[0]) for pattern in ones):
-            return sources, ones[0]
-        return [self.plain(value) for value in sources], None
+        ones = joined_ones(step, [self._ones(value) for value in sources])
+        return ([self.plain(value) for value in sources] if ones is None else sources), ones
 
     def _ones(self, value: Value) -> Support:
         if value.ones is not None:
@@ -127,11 +123,6 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         constant = value.constant
         sizes = (constant.rows, constant.columns) if constant else self.plan.program.shapes[value.tensor][1:]
         return np.zeros(sizes, np.bool_)
-
-    def sliced_ones(self, step: Slice, source: Value) -> Support | None:
-        """Return `Value.ones` of a slice."""
-        ones = None if source.ones is None else cut(step, source.ones)
-        return ones if ones is not None and ones.any() else None
 
     def movable(self, step: Concat | Slice, value: Value) -> Value:
         """Return what a step moves; integers that the graph returns must be those of the program."""
@@ -246,23 +237,33 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         for port in program.inputs:
             if port.name not in values:
                 values[port.name] = self.source(port.tensor, inputs[port.name])
-        for name, (vector, axis) in self.vectors.items():
-            self.factors[name] = self.source(name, self._turned(inputs[vector], vector, axis))
+        for name, tensor in self._vector_tensors(inputs).items():
+            self.factors[name] = self.source(name, tensor)
         return program.evaluate(self, values)
+
+    def _vector_tensors(self, inputs: Mapping[str, str]) -> dict[str, str]:
+        """Float tensors of `vectors`, turned along their axes unless ``inputs`` has them so."""
+        return {
+            name: inputs[name] if name in inputs else self._turned(inputs[vector], vector, axis)
+            for name, (vector, axis) in self.vectors.items()
+        }
 
     def _chained(self, inputs: Mapping[str, str]) -> dict[str, Value]:
         """As `values`, with one copy of the program for each part of the batch."""
         program, part = self.plan.program, self.interface.part(self.entry_type)
         inner = type(self)(self.plan, self.profile, part, GraphBuilder())
-        results = {port: inner.plain(value) for port, value in inner.values({n: n for n in inputs}).items()}
-        wholes = {
-            name: tensor if name in program.vector_inputs else self.entry(name, tensor)
-            for name, tensor in inputs.items()
-        }
+        matrices = {name: inputs[name] for name in inputs if name not in program.vector_inputs}
+        taken = matrices | self._vector_tensors(inputs)
+        wholes = {name: self.entry(name, tensor) for name, tensor in taken.items()}
+        names = {name: name if name in matrices else f"{name}/part" for name in taken}
+        results = {port: inner.plain(value) for port, value in inner.values(names).items()}
         assert part.batch is not None
         for i in range(self.interface.chains):
             rows = (i * part.batch, (i + 1) * part.batch)
-            cut = {name: self._matrices(f"chain_{i}/{name}", whole, rows) for name, whole in wholes.items()}
+            cut = {
+                names[name]: self._matrices(f"chain_{i}/{name}", whole, rows)
+                for name, whole in wholes.items()
+            }
             self.graph.inline(inner.graph, f"chain_{i}/", cut)
         return {port.name: self._rejoined(port, results[port.name]) for port in program.outputs}
 

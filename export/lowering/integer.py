@@ -13,6 +13,7 @@ from qinvert.export.lowering.base import GraphLowering, Value
 from qinvert.export.lowering.tensors import IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scalar import planes_scalar
+from qinvert.plan.carried_identity import sliced_ones
 from qinvert.plan.integer_product import PlanePair
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
@@ -185,7 +186,7 @@ class IntegerLowering(GraphLowering):
     def slice(self, step: Slice, source: Value) -> Value:
         source = self.movable(step, source)
         value = self._move("Slice", step, source, self.slice_inputs(step))
-        return replace(value, ones=self.sliced_ones(step, source))
+        return replace(value, ones=sliced_ones(step, source.ones))
 
     def _move(self, operator: str, step: Mask | Slice, source: Value, inputs: list[str]) -> Value:
         shape = self.shape(step.output)

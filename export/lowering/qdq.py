@@ -16,6 +16,7 @@ from qinvert.export.lowering.base import GraphLowering, Value
 from qinvert.export.lowering.tensors import IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scales import product_scale
+from qinvert.plan.carried_identity import sliced_ones
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
@@ -198,7 +199,7 @@ class QdqLowering(GraphLowering):
         value = self.graph.node("Slice", inputs, self._float(step.output), shape)
         # The values are already on the grid, as in `joined`.
         value = self._stored(step.output, value, shape, grid)
-        return Value(value, step.output, ones=self.sliced_ones(step, source))
+        return Value(value, step.output, ones=sliced_ones(step, source.ones))
 
     def _factor(self, factor: float) -> str:
         # An integer times a scale, like every other operand of the graph: exact in float32.

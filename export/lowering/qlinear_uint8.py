@@ -71,7 +71,7 @@ class UnsignedLowering(QLinearLowering):
         """Whether the tensor can carry an identity that dequantizes to 1.0 exactly."""
         grid, one = self.grid(tensor), self.one_of(tensor)
         exact = scalar.dequantize_scalar(one, grid.scale, grid.format) == 1.0
-        return exact and self.carries_identity(tensor)
+        return exact and self.identities.carries(tensor)
 
 
 LOWERING = UnsignedLowering

@@ -12,6 +12,7 @@ from qinvert.errors import PlanError
 from qinvert.hardware._operators import FEATURES, features, operators
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import PROFILES
+from qinvert.profiles._profile import NAME
 
 #: Largest batch that a cost is asked for.
 MAX_BATCH: Final = 65536
@@ -36,6 +37,8 @@ class Table:
     chained: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        if not self.whole:
+            raise PlanError("a table of costs has no weights of graphs in one chain; fit them, or omit it")
         legal = {*FEATURES, CALL, ENDS}
         for weights in (self.whole, self.chained):
             wrong = [name for name, weight in weights.items() if name not in legal or not weight >= 0]
@@ -76,6 +79,8 @@ class Hardware:
     tables: Mapping[int, Table]
 
     def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise PlanError(f"hardware name {self.name!r} is not lower-case words joined by '-'; rename it")
         unknown = [target for target in self.targets if target not in PROFILES]
         if unknown or not self.targets:
             raise PlanError(
@@ -104,21 +109,30 @@ class Hardware:
             If the batch or the chains are not legal.
         """
         check_integer("batch", batch, 1, MAX_BATCH, PlanError, "; pass the matrices per call")
-        if chains < 1 or batch % chains:
+        check_integer("chains", chains, 1, MAX_BATCH, PlanError, "; pass the parts of the batch")
+        if batch % chains:
             raise PlanError(
                 f"batch {batch} cannot be cut into {chains} chains; choose a divisor of the batch"
             )
-        table = self.tables.get(width_of(plan)) or self.tables[max(self.tables)]
+        table = self._table(plan)
         weights = table.chained if chains > 1 else table.whole
+        if not weights:
+            raise PlanError(
+                f"hardware {self.name!r} has no costs of graphs in {chains} chains; use chains=1, or add the "
+                "weights to its table"
+            )
         known = known_features(plan, batch, chains)
         return sum(weight * known[name] for name, weight in weights.items())
 
     def best_chains(self, plan: QuantizedProgram, batch: int = 8) -> tuple[int, float]:
         """Return the number of chains that costs the least, and that cost."""
-        each = chain_counts(batch) if all(table.chained for table in self.tables.values()) else (1,)
+        each = chain_counts(batch) if self._table(plan).chained else (1,)
         costs = {chains: self.cost(plan, batch, chains) for chains in each}
         best = min(costs, key=lambda chains: costs[chains])
         return best, costs[best]
+
+    def _table(self, plan: QuantizedProgram) -> Table:
+        return self.tables.get(width_of(plan)) or self.tables[max(self.tables)]
 
 
 def chain_counts(batch: int) -> tuple[int, ...]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+import numpy as np
+
 from qinvert.formats import IntFormat
-from qinvert.plan.carried_identity import CarriedIdentities
+from qinvert.plan.carried_identity import CarriedIdentities, joined_ones, sliced_ones
+from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.evaluator import Evaluator
+from qinvert.program.sparsity import Support
 from qinvert.program.steps import Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
 
 
@@ -49,9 +53,12 @@ class Operator:
 class _Stored:
     """A tensor of the program as a graph holds it."""
 
+    #: Empty for a constant.
     tensor: str
-    #: Whether its integers have the identity on their diagonal.
-    ones: bool = False
+    #: ``[rows, columns]`` of a block.
+    shape: tuple[int, int]
+    #: Where its integers are 1.0 more than the tensor's; None means nowhere.
+    ones: Support | None = field(default=None, compare=False)
 
 
 class OperatorCounter(Evaluator[_Stored]):
@@ -62,27 +69,36 @@ class OperatorCounter(Evaluator[_Stored]):
     plan : QuantizedProgram
     batch : int
         Matrices of one chain.
+    returned : collection of str
+        Tensors whose integers leave the graph as they are inside.
     """
 
-    def __init__(self, plan: QuantizedProgram, batch: int) -> None:
-        self.plan, self.batch = plan, batch
+    def __init__(self, plan: QuantizedProgram, batch: int, returned: Collection[str] = ()) -> None:
+        self.plan, self.batch, self.returned = plan, batch, returned
         self.operators: list[Operator] = []
-        self._identities = CarriedIdentities(plan, {port.tensor for port in plan.program.outputs})
+        self._identities = CarriedIdentities(plan, returned)
+        self._results = {port.tensor for port in plan.program.outputs}
         self._shifted: set[tuple[str, bool]] = set()
         #: Right operands of products so far.
         self._rights: set[str] = set()
 
-    def count(self) -> Sequence[Operator]:
+    def count(self) -> tuple[Operator, ...]:
         """Return the operators, in the order of the steps."""
         program = self.plan.program
         self.operators.clear()
         self._rights.clear()
         self._shifted.clear()
-        program.evaluate(self, {port.name: _Stored(tensor=port.name) for port in program.inputs})
+        results = program.evaluate(self, {port.name: self._stored(port.name) for port in program.inputs})
+        for result in results.values():
+            self._plain(result)
         return tuple(self.operators)
 
+    def _stored(self, tensor: str, ones: Support | None = None) -> _Stored:
+        _, rows, columns = self.plan.program.shapes[tensor]
+        return _Stored(tensor=tensor, shape=(rows, columns), ones=ones)
+
     def constant(self, constant: Constant, blocks: int) -> _Stored:
-        return _Stored(tensor=constant.name)
+        return _Stored(tensor="", shape=(constant.rows, constant.columns))
 
     def matmul(
         self, step: MatMul, left: _Stored, right: _Stored, add: list[_Stored], subtract: list[_Stored]
@@ -91,76 +107,118 @@ class OperatorCounter(Evaluator[_Stored]):
             self._products(step, 1)
             for term in (*add, *subtract):
                 self._elementwise(term.tensor)
-            return _Stored(tensor=step.output)
+            return self._stored(step.output)
         shifts = self._identities.taken_by(step)
         for operand, shift in zip((left, right), shifts, strict=True):
-            self._wants_ones(operand, shift)
+            self._plus_identity(operand) if shift else self._plain(operand)
         widened = 0 if any(shifts) else len(add) + len(subtract)
         if widened:
             self._move(step.left, 1 + widened)
             self._move(step.right, 1 + widened)
         self._products(step, 1 + widened)
-        return _Stored(tensor=step.output, ones=all(shifts))
+        size = self.plan.program.shapes[step.output].columns
+        return self._stored(step.output, np.eye(size, dtype=np.bool_) if all(shifts) else None)
 
     def _products(self, step: MatMul, depth: int) -> None:
         product = self.plan.products[step.output]
-        shape, inner = self.plan.program.shapes[step.output], self.plan.program.shapes[step.left].columns
+        inner = self.plan.program.shapes[step.left].columns
         if product.right.format.is_split:
-            # The right operand becomes two planes: two roundings, the difference, and its two roundings.
-            for _ in range(5):
-                self._elementwise(step.right)
+            # The high plane, the same on the grid of both, what it leaves, and that as the low plane.
+            for _ in range(4):
+                self._elementwise(step.right, depth)
         count = sum(len(accumulator.pairs) for accumulator in product.accumulators)
         width = product.left.format.container_bits // 8
-        wide = width * (2 if product.right.format.whole else 1)
         for _ in range(count):
-            macs = self.batch * math.prod(shape) * inner * depth * wide
-            self._append(Kind.PRODUCT, step.output, macs, right=step.right)
+            wide = width * (2 if product.right.format.whole else 1)
+            self._product(step.output, inner * depth, wide, step.right)
         for _ in range(count - 1):
             self._elementwise(step.output)
 
-    def _wants_ones(self, value: _Stored, wanted: bool) -> None:
-        """Count the sum by which a tensor gets or loses its identity, once for each."""
-        if value.ones != wanted and (value.tensor, wanted) not in self._shifted:
+    def _plain(self, value: _Stored) -> None:
+        """Count the difference by which a tensor loses its ones, once for each."""
+        if value.ones is not None:
+            self._shift(value, wanted=False)
+
+    def _plus_identity(self, value: _Stored) -> None:
+        """Count the sum by which a tensor gets the identity, once for each."""
+        if value.ones is None or not np.array_equal(value.ones, np.eye(len(value.ones))):
+            self._plain(value)
+            self._shift(value, wanted=True)
+
+    def _shift(self, value: _Stored, wanted: bool) -> None:
+        if (value.tensor, wanted) not in self._shifted:
             self._shifted.add((value.tensor, wanted))
             self._elementwise(value.tensor)
 
     def add(self, step: Add, left: _Stored, right: _Stored) -> _Stored:
         for value in (left, right):
-            self._wants_ones(value, wanted=False)
+            self._plain(value)
+        return self._sum(step)
+
+    def _sum(self, step: Add | Rescale) -> _Stored:
+        if is_far(step, self.plan.tensors):
+            # Graphs multiply the first operand by an identity.
+            self._product(step.output, self.plan.program.shapes[step.output].columns)
         self._elementwise(step.output)
-        return _Stored(tensor=step.output)
+        return self._stored(step.output)
 
     def rescale(self, step: Rescale, source: _Stored) -> _Stored:
-        if not self.plan.keeps_integers(step):
-            self._wants_ones(source, wanted=False)
-            self._elementwise(step.output)
-            return _Stored(tensor=step.output)
-        return _Stored(tensor=step.output, ones=source.ones)
+        unnamed = step.output not in self._results or self.plan.tensors[step.output].format.planes > 1
+        if self.plan.keeps_integers(step) and unnamed:
+            return self._stored(step.output, source.ones)
+        self._plain(source)
+        return self._sum(step)
 
     def scale(self, step: Scale, source: _Stored, vector: _Stored) -> _Stored:
-        self._wants_ones(source, wanted=False)
+        self._plain(source)
         self._elementwise(step.output)
-        return _Stored(tensor=step.output)
+        return self._stored(step.output)
 
     def mask(self, step: Mask, source: _Stored, constant: _Stored) -> _Stored:
-        self._wants_ones(source, wanted=False)
+        self._plain(source)
         self._elementwise(step.output)
-        return _Stored(tensor=step.output)
+        return self._stored(step.output)
 
     def slice(self, step: Slice, source: _Stored) -> _Stored:
+        ones = self._movable(step, [source])
         self._move(step.output)
-        # The identity is on the diagonal alone.
-        return _Stored(tensor=step.output, ones=source.ones and step.rows == step.columns)
+        return self._stored(step.output, sliced_ones(step, source.ones) if ones else None)
 
     def concat(self, step: Concat, sources: list[_Stored]) -> _Stored:
+        ones = None
+        if self._movable(step, sources):
+            given = [np.zeros(v.shape, np.bool_) if v.ones is None else v.ones for v in sources]
+            ones = joined_ones(step, given)
+            if ones is None:
+                for value in sources:
+                    self._plain(value)
         self._move(step.output)
-        return _Stored(tensor=step.output, ones=any(value.ones for value in sources))
+        return self._stored(step.output, ones)
 
-    def _elementwise(self, tensor: str) -> None:
-        self._append(Kind.ELEMENTWISE, tensor)
+    def _movable(self, step: Concat | Slice, sources: list[_Stored]) -> bool:
+        """Whether a step moves ones; integers that the graph returns must be those of the program."""
+        if step.output in self.returned:
+            for value in sources:
+                self._plain(value)
+            return False
+        return any(value.ones is not None for value in sources)
+
+    def _product(self, tensor: str, inner: int, wide: int = 1, right: str = "") -> None:
+        macs = self.batch * math.prod(self.plan.program.shapes[tensor]) * inner * wide
+        self._append(Kind.PRODUCT, tensor, macs=macs, right=right)
+
+    def _elementwise(self, tensor: str, times: int = 1) -> None:
+        self._append(Kind.ELEMENTWISE, tensor, times=times)
 
     def _move(self, tensor: str, times: int = 1) -> None:
         self._append(Kind.MOVE, tensor, times=times)
+
+    def move_ends(self, tensors: Sequence[str]) -> tuple[Operator, ...]:
+        """Return the operators that cut whole batches into chains, or join them."""
+        self.operators.clear()
+        for tensor in tensors:
+            self._move(tensor)
+        return tuple(self.operators)
 
     def _append(self, kind: Kind, tensor: str, macs: int = 0, times: int = 1, right: str = "") -> None:
         new = right if right not in self._rights else ""
@@ -179,11 +237,8 @@ class OperatorCounter(Evaluator[_Stored]):
         return self.plan.program.shapes[tensor].blocks * self.batch
 
     def _size(self, tensor: str) -> int:
-        return (
-            self.batch
-            * math.prod(self.plan.program.shapes[tensor])
-            * _bytes(self.plan.tensors[tensor].format)
-        )
+        elements = self.batch * math.prod(self.plan.program.shapes[tensor])
+        return elements * _bytes(self.plan.tensors[tensor].format)
 
 
 def _bytes(fmt: IntFormat) -> int:
@@ -201,16 +256,20 @@ def operators(plan: QuantizedProgram, batch: int, chains: int = 1) -> list[Opera
     chains : int
         Independent parts of the batch, which divide it.
     """
-    each = OperatorCounter(plan, batch // chains).count()
+    program = plan.program
+    results = [port.tensor for port in program.outputs]
     if chains == 1:
-        return list(each)
-    ends = OperatorCounter(plan, batch // chains)
-    for port in (*plan.program.inputs,) * chains:
-        ends._move(port.name)
-    whole = OperatorCounter(plan, batch)
-    for port in plan.program.outputs:
-        whole._move(port.tensor)
-    return [*ends.operators, *(operator for _ in range(chains) for operator in each), *whole.operators]
+        # Targets of whole 16 bits have other integers at the ends of graphs.
+        returned = {tensor for tensor in results if not plan.tensors[tensor].format.whole}
+        return list(OperatorCounter(plan, batch, returned).count())
+    counter = OperatorCounter(plan, batch // chains)
+    each = counter.count()
+    # A vector is cut once along each axis that it multiplies.
+    vectors = dict.fromkeys((step.vector, step.axis) for step in program.steps if isinstance(step, Scale))
+    matrices = [port.name for port in program.inputs if port.name not in program.vector_inputs]
+    cuts = counter.move_ends([*matrices, *(vector for vector, _ in vectors)] * chains)
+    joins = OperatorCounter(plan, batch).move_ends(results)
+    return [*cuts, *(each * chains), *joins]
 
 
 #: Names of what `features` returns.

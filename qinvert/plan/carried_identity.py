@@ -7,13 +7,15 @@ the cost of an operator list both ask here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from qinvert.numerics import scalar
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.sparsity import strictly_lower
-from qinvert.program.steps import MatMul
+from qinvert.program.sparsity import Support, cut, strictly_lower
+from qinvert.program.steps import Axis, Concat, MatMul, Slice
 
 
 class CarriedIdentities:
@@ -62,3 +64,20 @@ class CarriedIdentities:
 def one_of(grid: Quantization) -> int:
     """Return the integer of an operand that means 1.0 on a grid, 0 if there is none."""
     return grid.one if grid.one <= grid.largest_one else 0
+
+
+def sliced_ones(step: Slice, ones: Support | None) -> Support | None:
+    """Return where a slice is stored with ones, if its source is stored with ``ones``; None means nowhere."""
+    kept = None if ones is None else cut(step, ones)
+    return kept if kept is not None and kept.any() else None
+
+
+def joined_ones(step: Concat, ones: Sequence[Support]) -> Support | None:
+    """Return where a concat is stored with ones, if its sources are stored with ``ones``.
+
+    None means that all sources must be stored without ones: blocks that have
+    them at different places cannot be told apart any more.
+    """
+    if step.axis != Axis.BLOCKS:
+        return np.concatenate(ones, axis=0 if step.axis == Axis.ROWS else 1)
+    return ones[0] if all(np.array_equal(pattern, ones[0]) for pattern in ones) else None

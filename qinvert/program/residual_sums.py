@@ -15,6 +15,8 @@ P = TypeVar("P", bound=StepList)
 #: Parameter in the title of a program whose residual terms are sums.
 PARAMETER: Final = "residuals"
 SUMS: Final = "sums"
+#: What the name of such a product ends with, after the name of the step that it was part of.
+PRODUCT: Final = "/product"
 #: ``max|input| <= max(beta)``: what a residual term that is an input adds to a proved range.
 INPUT_BOUND: Final = 1.0
 
@@ -62,7 +64,8 @@ def residual_sums(program: StepList) -> list[Add]:
     if not has_sums(program):
         return []
     readers = Counter(name for step in program.steps for name in step.inputs)
-    partial = {s.output for s in program.steps if isinstance(s, MatMul) and not s.add and not s.subtract}
+    # By their names, because a program may also have sums of products of its own.
+    partial = {s.output for s in program.steps if isinstance(s, MatMul) and s.output.endswith(PRODUCT)}
     found = []
     for step in program.steps:
         if isinstance(step, Add) and step.left in partial and readers[step.left] == 1:
@@ -75,7 +78,7 @@ def _split(step: Step, bounds: dict[str, float | None]) -> Iterator[Step]:
     if not isinstance(step, MatMul) or not step.add or step.subtract:
         yield step
         return
-    product = f"{step.output}/product"
+    product = step.output + PRODUCT
     bound = _sum_of([step.bound, *(bounds[term] for term in step.add)])
     yield MatMul(output=product, left=step.left, right=step.right, bound=bound, partial=step.partial)
     total = product

@@ -283,7 +283,7 @@ def test_both_inputs_belong_to_what_no_algorithm_can_avoid():
     program = block_merge(32, factored=True)
     grids = dict.fromkeys(program.tensors, Quantization(format=INT8, scale=2.0**-7))
     noise = measure_sensitivities(program, [grids], Systems(lower=lower, beta=beta))
-    ends = noise.inputs | {noise.output}
+    ends = {*noise.inputs.values(), noise.output}
     groups = scale_groups(program)
     assert ends == {groups["M"], groups["beta"], groups["merge_32/W"]}
 

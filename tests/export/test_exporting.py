@@ -56,7 +56,7 @@ def test_the_reference_evaluator_agrees_with_the_simulator(profile, source, tmp_
 @pytest.mark.parametrize("profile", PROFILES)
 def test_graphs_are_static_4_d_and_keep_to_their_operators(profile, tmp_path):
     plan = planned(profile)
-    model = qinvert.export(plan, tmp_path / "t.onnx", profile=profile, batch=3)
+    model = qinvert.export(plan, tmp_path / "t.onnx", profile=profile, batch=3, chains=1)
     assert model.opset_import[0].version == PROFILES[profile].opset
     assert {node.op_type for node in model.graph.node} <= PROFILES[profile].operators
     values = [*model.graph.input, *model.graph.output, *model.graph.value_info]
@@ -97,7 +97,7 @@ def test_concats_join_rows_before_columns_on_one_scale(plan, tmp_path):
 
 
 def test_names_read_in_netron(plan, tmp_path):
-    model = qinvert.export(plan, tmp_path / "t.onnx")
+    model = qinvert.export(plan, tmp_path / "t.onnx", chains=1)
     names = {node.name for node in model.graph.node}
     assert {"M/int8", "merge_16/Y", "merge_16/S21", "correction_1/R", "T"} <= names
     assert len(names) == len(model.graph.node)

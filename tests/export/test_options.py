@@ -97,7 +97,7 @@ def test_l_from_keys_is_right_in_float32(chunk):
 )
 def test_graphs_from_keys_equal_the_simulator_given_the_l_that_they_build(profile, chunk, factored, output):
     plan, data = planned(profile, chunk, factored), keyed(chunk)
-    model = build(plan, batch=16, input="keys", key_size=SIZE, output=output)
+    model = build(plan, batch=16, chains=1, input="keys", key_size=SIZE, output=output)
     assert lint(model) == []
     (actual,) = session(model).run(None, feed(data))
     layer, lower = plan.layer(), built(model, data)
@@ -189,7 +189,7 @@ def differing(plan, model, count, level="ORT_ENABLE_ALL"):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_one_model_has_a_function_for_each_layer(profile, tmp_path):
     plan = many(profile)
-    model = qinvert.export_layers(plan, tmp_path / "all.onnx", batch=8)
+    model = qinvert.export_layers(plan, tmp_path / "all.onnx", batch=8, chains=1)
     assert onnx.load(tmp_path / "all.onnx") == model
     onnx.checker.check_model(model, full_check=True)
     assert [(node.op_type, node.name) for node in model.graph.node] == [

@@ -195,7 +195,7 @@ def test_every_profile_says_what_it_is(profile):
     assert profile.caveats
     assert "onnxruntime" in profile.proved
     assert set(profile.proved) <= set(RUNTIMES)
-    assert set(profile.stored) <= {"int8", "uint8", "int16"}
+    assert set(profile.stored) <= {"int8", "uint8", "int16", "uint16"}
     assert "Pad" not in profile.operators
 
 

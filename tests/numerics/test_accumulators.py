@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinvert.errors import PlanError
-from qinvert.formats import INT4, INT8, INT8X2, INT16, UINT8
+from qinvert.formats import INT4, INT8, INT8X2, INT16, INT16_WHOLE, UINT8
 from qinvert.numerics import accumulators, exact, scalar
 
 scales = st.floats(min_value=2.0**-33, max_value=2.0**33, width=32)
@@ -88,8 +88,25 @@ def test_an_accumulator_beyond_int32_is_refused(bound):
         accumulators.check_accumulator,
         lambda b: exact.integer_matmul(single(1), single(1), b),
     ):
-        with pytest.raises(PlanError, match=f"can reach {bound}, but an int32 holds less than {2**31}"):
+        with pytest.raises(PlanError, match=f"can reach {bound}, but this target's hold less than {2**31}"):
             check(bound)
+
+
+@pytest.mark.parametrize(("magnitude", "limit"), [(7, 2**31), (128, 2**31), (129, 2**53), (32768, 2**53)])
+def test_the_limit_is_that_of_the_narrower_operand(magnitude, limit):
+    assert accumulators.accumulator_limit(magnitude) == limit
+    accumulators.check_accumulator(limit - 1, limit)
+    with pytest.raises(PlanError, match=f"can reach {limit}, but this target's hold less than {limit}"):
+        accumulators.check_accumulator(limit, limit)
+
+
+def test_whole_operands_are_one_plane_on_both_sides():
+    assert accumulators.operand_magnitudes(INT16_WHOLE, right=True) == (32768,)
+    assert accumulators.operand_magnitudes(INT16, right=True) == (128, 128)
+    for fmt in (INT16, INT16_WHOLE):
+        assert accumulators.operand_magnitudes(fmt, right=False) == (32768,)
+    assert accumulators.plane_scales(INT16_WHOLE, 0.5, right=True) == (0.5,)
+    assert accumulators.plane_scales(INT16, 0.5, right=True) == (128.0, 0.5)
 
 
 def test_an_accumulator_that_just_fits_int32_is_taken():

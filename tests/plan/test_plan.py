@@ -97,7 +97,7 @@ def test_an_int16_product_splits_its_right_operand_and_overflows_only_at_512():
     step = square().steps[1]
     assert planned(square(), default=grid(fmt=INT16)).products[step.output].bound == 8 * 2**15 * 2**7
     wide = block_merge(1024)
-    with pytest.raises(PlanError, match=f"can reach {2**31}, but an int32 holds less than {2**31}"):
+    with pytest.raises(PlanError, match=f"can reach {2**31}, but this target's hold less than {2**31}"):
         planned(wide, default=grid(fmt=INT16))
 
 

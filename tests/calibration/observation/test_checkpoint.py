@@ -68,11 +68,18 @@ def test_it_may_be_interrupted_again_and_again(tmp_path, expected):
 
 def test_other_goals_plan_from_a_finished_checkpoint(tmp_path):
     path, seen = tmp_path / "c", []
-    options = {"method": "block_merge", "checkpoint": path}
-    qinvert.calibrate(BATCHES, **options)
-    wide = qinvert.calibrate(BATCHES, bits="8x2", progress=lambda *x: seen.append(x), **options)
+    options = {"method": "block_merge", "target": "int-ops"}
+    qinvert.calibrate(BATCHES, checkpoint=path, **options)
+    wide = qinvert.calibrate(
+        BATCHES, bits="8x2", checkpoint=path, progress=lambda *x: seen.append(x), **options
+    )
     assert seen == []
-    assert wide.to_bytes() == qinvert.calibrate(BATCHES, method="block_merge", bits="8x2").to_bytes()
+    assert wide.to_bytes() == qinvert.calibrate(BATCHES, bits="8x2", **options).to_bytes()
+    # Methods offer other programs where a chip's costs are known.
+    with pytest.raises(
+        InputError, match="other programs; pass the same method, factored, target and hardware"
+    ):
+        qinvert.calibrate(BATCHES, method="block_merge", target="npu-qdq-int8", checkpoint=path)
 
 
 def test_beta_is_part_of_the_checkpoint(tmp_path):
