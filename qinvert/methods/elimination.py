@@ -317,11 +317,18 @@ def _candidates(chunk: int) -> tuple[Program, ...]:
 
 
 def _on_chips(chunk: int) -> tuple[Program, ...]:
-    dense, *rest = _candidates(chunk)
-    tiled = (elimination(chunk, tile=32),) if chunk > 2 * TILE else ()
-    forms = [dense, *rest[1::2], *rest[4:], *tiled]
+    dense, corrected, *rest = _candidates(chunk)
+    tiles = [tile for tile in (TILE, 2 * TILE, 4) if tile < chunk]
+    # The right operand of a level is then masked, and mostly zero: it is arranged for less.
+    tiled = (elimination(chunk, side=Side.RIGHT, tile=tile) for tile in tiles)
+    sums = (dense, *(program for program in rest if not program.parameters.get("tile")), *tiled)
     # Arrays that multiply tiles add a carried identity for less than a sum.
-    return (*map(residuals_as_sums, forms), dense, *rest[:2])
+    carried = (
+        program
+        for program in rest
+        if program.parameters.get("tile") and not program.parameters.get("corrections")
+    )
+    return (*map(residuals_as_sums, sums), dense, corrected, *carried)
 
 
 # On a CPU the fewest products are not the fastest program, so plans for one stay what they are

@@ -12,6 +12,7 @@ PROFILE: Profile = replace(
     name="ethos-int8",
     summary="npu-qdq-int8 for Arm Ethos-U: verify writes it as a TFLite file, which Vela compiles",
     proved=("onnxruntime", "vela"),
+    hardware="ethos-u85-256",
     caveats=(
         "TFLite's kernels and the NPU round every result twice, which is known and simulated; floats become "
         "integers on the host; no sum may be 2^19 times finer than its terms; Vela estimates cycles for its "

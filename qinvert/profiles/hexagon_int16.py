@@ -16,7 +16,11 @@ PROFILE: Profile = replace(
     opset=21,
     formats=(INT8, INT16_WHOLE),
     ends={INT16_WHOLE.name: UINT16},
-    proved=("onnxruntime", "qnn"),
-    caveats="onnxruntime multiplies in float32; how Hexagon rounds products of 16 by 16 bits is not known",
+    proved=("onnxruntime",),
+    caveats=(
+        "onnxruntime multiplies in float32; how Hexagon rounds products of 16 by 16 bits is not known: in its "
+        "emulator T has 54 to 57 dB by left eliminations and 61 to 65 dB by right ones, where the integers "
+        "of the plan have 73"
+    ),
     accumulator_limit=WIDE_LIMIT - 1,
 )
