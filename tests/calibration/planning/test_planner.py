@@ -200,7 +200,7 @@ def test_int4_recalls_everything_and_the_banded_residual_does_not():
     pytest.importorskip("transformers")
     model, unseen = recall.load_model(), recall.sequences(16, seed=1)
     # The model runs once for three plans.
-    seen = qinvert.capture(model, recall.sequences(32))
+    seen = list(qinvert.capture(model, recall.sequences(32)))
     plan = qinvert.calibrate(seen, bits=4)
     assert qinvert.evaluate(model, plan, unseen, score=recall.accuracy).score == 1.0
     banded = qinvert.calibrate(seen, method=banded_residual(64, 3, 8))
