@@ -29,7 +29,7 @@ COUNT = 4
 CAPTURED = 64
 #: Characters of a refusal that a cell repeats.
 REASON = 110
-BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
+BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16, "hexagon-int16": 16}
 HEAD = """# Runtimes
 Written by `make docs` (`docs/runtimes.py`). The program is block merge with C = {chunk} and base 4. "Trained layers" are
 {captured} matrices captured from each layer of the embedded model, with one plan for each layer; "stress" is one plan for
@@ -42,7 +42,7 @@ importer leaves them. Runtimes that are not installed here, and so have no row: 
 {versions}
 """
 NOTES = """
-* QNN compiles context binaries for Hexagon v73, v75 and v79 without CPU fallback; they run in the x86 emulator. Hexagon
+* QNN compiles context binaries for Hexagon v73, v75, v79 and v81 without CPU fallback; they run in the x86 emulator. Hexagon
   does not round as ONNX says. For int8 and int4 plans whose products are native its rounding is known bit for bit
   (`qinvert.numerics.hexagon`). Inputs become float16 and are multiplied by a float16 reciprocal of the scale, and ties go
   away from zero. An accumulator is cut to a multiple of 2^k, the largest power of two below 1/8 step, and the middle of
