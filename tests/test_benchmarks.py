@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 
+import qinvert
+from qinvert.matrices import exact_inverse
 from qinvert.stress import stress_matrices
 
 
@@ -57,3 +60,38 @@ def test_a_wrong_baseline_is_found(sequential):
 def test_a_batch_that_makes_no_equal_chains_is_refused(sequential):
     with pytest.raises(ValueError, match="4 matrices do not make 3 equal parts"):
         sequential.sequential(sequential.horner, "int8", 3, stress_matrices("half_random", 4, 16).numpy())
+
+
+@pytest.fixture
+def float_graphs(pytestconfig, monkeypatch):
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+    yield importlib.import_module("float_graphs")
+    sys.modules.pop("float_graphs", None)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        qinvert.block_merge(16, base=4),
+        qinvert.block_merge(16, base=2, layout="masked"),
+        qinvert.elimination(16, tile=8),
+        qinvert.newton_schulz(16),
+    ],
+    ids=lambda program: program.title,
+)
+def test_float_graphs_compute_what_their_programs_do(program, float_graphs):
+    # Packed programs stack blocks of the input, and constants among them.
+    lower = stress_matrices("correlated_keys", 4, 16)
+    truth = exact_inverse(lower).numpy()
+    (whole,) = computed(float_graphs.float_graph(program, 4), -lower[None].numpy())
+    assert np.abs(whole - truth).max() < 1e-5
+    halves = [-lower[None].numpy().astype(np.float16)]
+    for chains in (1, 2):
+        (found,) = computed(float_graphs.half_graph(program, 4, chains), *halves)
+        assert found.dtype == np.float16
+        assert np.abs(found + np.eye(16) - truth).max() < 1e-2
+
+
+def computed(model, *given):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"M": given[0]})[0]
