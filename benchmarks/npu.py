@@ -95,17 +95,31 @@ class Job:
 
 
 def measured(cases: Sequence[Case], cache: Cache, processes: int) -> dict[Case, Cell]:
-    """Compile what the cache does not hold, and return the outcome of every case that has a graph."""
+    """Compile what the cache does not hold, and return the outcome of every case.
+
+    With 0 processes nothing is compiled, and what is not known is left out.
+    """
     found: dict[Case, Cell] = {}
+    waiting = _groups(cases, cache, found)
+    if processes:
+        _compile(waiting, cache, found, processes)
+    else:
+        for _ in waiting:  # enters what is known
+            pass
+    return {case: found[case] for case in cases if case in found}
+
+
+def _compile(
+    waiting: Iterator[list[tuple[Case, Job]]], cache: Cache, found: dict[Case, Cell], processes: int
+) -> None:
     with ThreadPoolExecutor(processes) as pool:
-        for groups in _batched(_groups(cases, cache, found), processes):
+        for groups in _batched(waiting, processes):
             answers = pool.map(compiled, [[job for _, job in group] for group in groups])
             for group, outcomes in zip(groups, answers, strict=True):
                 for (case, _), outcome in zip(group, outcomes, strict=True):
                     cache.add(outcome)
                     found[case] = outcome.cell
                 print(f"{case.chip}, {case.key}: {found[case].text}", file=sys.stderr)
-    return {case: found[case] for case in cases}
 
 
 def _groups(cases: Sequence[Case], cache: Cache, found: dict[Case, Cell]) -> Iterator[list[tuple[Case, Job]]]:
@@ -129,10 +143,12 @@ def _unknown(cases: Iterator[Case], cache: Cache, found: dict[Case, Cell]) -> It
             found[case] = outcome.cell
 
 
-def measured_alone(model: onnx.ModelProto, chip: str, name: str, cache: Cache) -> Cell:
+def measured_alone(model: onnx.ModelProto, chip: str, name: str, cache: Cache, offline: bool) -> Cell:
     """Compile one graph that is no case, if the cache does not hold it."""
     graph = digest(model)
     if (chip, graph) not in cache.known:
+        if offline:
+            return Cell(cycles=None)
         (outcome,) = compiled([Job(chip=chip, name=name, graph=graph, content=serialize(model))])
         cache.add(outcome)
     return cache.known[chip, graph].cell
@@ -191,8 +207,10 @@ def chains_of(contender: Contender, chip: str, batch: int) -> tuple[int, ...]:
         return (1,)
     if contender.family.sequential:
         return _sequential_chains(contender, batch)
-    dense = contender.family == Family.ELIMINATION and "packed" not in contender.name
-    return (1, 8, 64) if dense and batch > 8 else (1, 8)
+    if batch == 8:
+        return (1, 8)
+    best = contender.family == Family.ELIMINATION and contender.name in SELECTED
+    return (1, 8, 64) if best and "packed" not in contender.name else (8,)
 
 
 def _sequential_chains(contender: Contender, batch: int) -> tuple[int, ...]:
@@ -211,7 +229,9 @@ def main() -> None:
     cache = Cache(arguments.cache)
     wanted = [c for c in CONTENDERS if not arguments.contenders or c.name in arguments.contenders]
     found = measured(list(cases(chips, wanted, arguments.chunk)), cache, arguments.processes)
-    chosen = list(choices(chips, arguments.chunk, partial(measured_alone, cache=cache)))
+    chosen = list(
+        choices(chips, arguments.chunk, partial(measured_alone, cache=cache, offline=not arguments.processes))
+    )
     content = page(found, chosen, predictions(found), arguments.chunk)
     print(content)
     if arguments.write:
@@ -237,7 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hardware", nargs="+", default=chips, choices=chips)
     parser.add_argument("--contenders", nargs="*", choices=names, help="all by default")
     parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--processes", type=int, default=2, help="compilers at the same time")
+    parser.add_argument("--processes", type=int, default=2, help="compilers at a time; 0: what is known")
     parser.add_argument("--cache", type=Path, default=Path("npu.jsonl"))
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     return parser.parse_args()

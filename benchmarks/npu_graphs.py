@@ -107,7 +107,7 @@ class Case:
 class Cell:
     """What a compiler says of one graph."""
 
-    #: None where the graph is refused.
+    #: None where the graph is refused, or was not compiled.
     cycles: int | None
     #: Why it is refused.
     refused: str = ""
@@ -119,6 +119,8 @@ class Cell:
         """The same for a table."""
         if self.cycles is not None:
             return thousands(self.cycles)
+        if not self.refused:
+            return ""
         return "no cost" if "have no cost" in self.refused else "refused"
 
 
