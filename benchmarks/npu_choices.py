@@ -15,6 +15,7 @@ from sequential_graphs import sqnr_db
 import qinvert
 from qinvert.export.exporting import build
 from qinvert.hardware import HARDWARE, find_hardware
+from qinvert.program.steps import Step
 
 #: Goals for the sqnr, in dB; the first is the default.
 GOALS = (20.0, 29.0, 70.0)
@@ -76,21 +77,21 @@ def choices(
 
 def predictions(found: Mapping[Case, Cell]) -> list[Prediction]:
     """Compare predicted with compiled costs, chip by chip."""
-    known = {program.title for chunk in fit_hardware.CHUNKS for program in fit_hardware.programs(chunk)}
+    known = {program.steps for chunk in fit_hardware.CHUNKS for program in fit_hardware.programs(chunk)}
     pairs: dict[str, list[tuple[float, float]]] = {}
     for case, cell in found.items():
         if cell.cycles is not None and _predictable(case, known):
-            plan = plan_of(case.contender, case.chunk, case.profile, DATA[0])
+            plan = plan_of(case.contender, case.chunk, case.profile, case.contender.grids)
             predicted = find_hardware(case.chip).cost(plan.layer(), case.batch, case.chains)
             pairs.setdefault(case.chip, []).append((cell.cycles, predicted))
     return [_prediction(chip, values) for chip, values in pairs.items()]
 
 
-def _predictable(case: Case, known: set[str]) -> bool:
+def _predictable(case: Case, known: set[Sequence[Step]]) -> bool:
     program = case.contender.program
     if program is None or case.element == FLOAT16 or case.chip not in HARDWARE:
         return False
-    return case.profile in find_hardware(case.chip).targets and program(case.chunk).title not in known
+    return case.profile in find_hardware(case.chip).targets and program(case.chunk).steps not in known
 
 
 def _prediction(chip: str, pairs: list[tuple[float, float]]) -> Prediction:

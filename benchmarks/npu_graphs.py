@@ -26,8 +26,11 @@ from qinvert.stress import stress_matrices
 
 #: Returns the program for matrices of one size.
 Builder: TypeAlias = Callable[[int], Program]
-#: Data on which sqnr is computed; the grids of the graphs that are compiled come from the first.
+#: Data on which sqnr is computed.
 DATA = ("correlated_keys", "independent_keys")
+#: Where the grids of the graphs that are compiled come from: the first, or the second for methods whose
+#: powers grow beyond all grids on the first.
+GROWING = ("base 16", "Neumann doubling")
 #: Matrices that a plan is calibrated on, and other ones on which its sqnr is computed.
 MATRICES = 32
 #: Export profile of a number format, for each vendor.
@@ -46,7 +49,7 @@ class Family(StrEnum):
     #: `qinvert.block_merge`.
     MERGES = "block merges"
     #: Other programs of logarithmic depth.
-    PUBLISHED = "published"
+    PUBLISHED = "published series"
     #: One row or one column is finished by each step.
     SUBSTITUTION = "forward substitution"
     #: As many steps, each on the whole matrix.
@@ -66,6 +69,11 @@ class Contender:
     family: Family
     #: None for a form of `sequential_graphs`, whose name is that of the contender.
     program: Builder | None = None
+
+    @property
+    def grids(self) -> str:
+        """Data from which the grids of compiled graphs come."""
+        return DATA[self.name.startswith(GROWING)]
 
     def fits(self, chunk: int, batch: int, chains: int) -> bool:
         """Whether there is such a graph: some merge larger blocks, or take several matrices at a time."""
@@ -158,12 +166,12 @@ def _contenders() -> Iterator[Contender]:
     }
     for name, program in forms.items():
         yield from _both(name, Family.ELIMINATION, program)
-    for base in (1, 2, 4, 16):
-        yield from _both(f"base {base}, masked", Family.MERGES, partial(merge, base=base, layout="masked"))
-    for base in (1, 2, 4, 16):
-        yield from _both(f"base {base}, packed", Family.MERGES, partial(merge, base=base, layout="packed"))
-    for base in (1, 2):
-        yield from _both(f"base {base}, tiles of 16", Family.MERGES, _tiled(merge, 16, base=base))
+    # A block of two rows is its own inverse: both bases give the same graph.
+    bases = {"base 1 or 2": 2, "base 4": 4, "base 16": 16}
+    for layout in ("masked", "packed"):
+        for name, base in bases.items():
+            yield from _both(f"{name}, {layout}", Family.MERGES, partial(merge, base=base, layout=layout))
+    yield from _both("base 1 or 2, tiles of 16", Family.MERGES, _tiled(merge, 16, base=2))
     banded = qinvert.banded_residual
     published: dict[str, Builder] = {
         "banded, order 3, 8 steps": partial(banded, order=3, steps=8),
@@ -188,9 +196,9 @@ SELECTED = (
     "right, sums",
     "restart at level 4, sums",
     "packed tiles of 16, sums",
-    "base 1, masked, sums",
-    "base 1, tiles of 16, sums",
-    "base 2, tiles of 16, accumulator",
+    "base 1 or 2, masked, sums",
+    "base 1 or 2, tiles of 16, sums",
+    "base 1 or 2, tiles of 16, accumulator",
     "base 4, packed, accumulator",
     "banded, order 3, 8 steps, accumulator",
     "banded, order 4, C / 4 steps, accumulator",
@@ -235,7 +243,7 @@ def model_of(case: Case) -> onnx.ModelProto:
         return FORMS[contender.name](graph, case.chains)
     if case.element == FLOAT16:
         return half_graph(contender.program(case.chunk), **sizes)
-    plan = plan_of(contender, case.chunk, case.profile, DATA[0])
+    plan = plan_of(contender, case.chunk, case.profile, contender.grids)
     return build(plan, input="M", input_type="integers", output="integers", **sizes)
 
 

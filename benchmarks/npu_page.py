@@ -46,6 +46,8 @@ graph; nothing ran on a chip. The script makes all graphs, also the baselines
 * **dB** is the sqnr of S on {count} matrices of `correlated_keys` and then of `independent_keys`, other
   ones than those of the calibration. It is computed by the simulator, with which onnxruntime agrees
   bit for bit; for sequential graphs by onnxruntime itself. For float16 every result is stored in float16.
+  The grids of the compiled graphs come from `correlated_keys`, those of base 16 and of Neumann doubling
+  from `independent_keys`: on the others their powers grow beyond every grid.
 * **sums**: residual terms join a product by an Add on the grid of the result. **accumulator**: they join
   inside the accumulator of a wider product, or of one whose operand has the identity on its diagonal.
 * *Forward substitution* finishes one row or one column by each of C - 2 steps. *Horner's scheme* repeats
@@ -261,10 +263,10 @@ def _refused(found: Mapping[Case, Cell]) -> str:
             graphs.setdefault(key, []).append(case)
     if not graphs:
         return "Nothing was refused."
-    lines = [["chip", "graph", "type", "C", "matrices", "why"]]
+    lines = [["chip", "graph", "type", "C", "matrices", "chains", "why"]]
     for (chip, name, element, why), cases in graphs.items():
-        sizes, batches = ({getattr(c, field) for c in cases} for field in ("chunk", "batch"))
-        each = [", ".join(map(str, sorted(values))) for values in (sizes, batches)]
+        numbers = [{getattr(case, field) for case in cases} for field in ("chunk", "batch", "chains")]
+        each = [", ".join(map(str, sorted(values))) for values in numbers]
         lines.append([f"`{chip}`", name, element, *each, why])
     return markdown(lines)
 
