@@ -214,10 +214,11 @@ def chains_of(contender: Contender, chip: str, batch: int) -> tuple[int, ...]:
 
 
 def _sequential_chains(contender: Contender, batch: int) -> tuple[int, ...]:
-    """Return fewer of them: compilers need a minute for each of these graphs, and gain nothing from more."""
-    if batch == 8:
-        return (1, 2, 4) if contender.family == Family.HORNER else (1, 2)
-    return (1, 8) if "side by side" in contender.name else (1,)
+    """Return fewer of them: compilers need a minute for each of these graphs."""
+    if batch > 8:
+        return (1, 8) if "side by side" in contender.name else (1,)
+    whole = contender.family == Family.HORNER or contender.name.startswith("columns, masked")
+    return (1, 2, 4, 8) if whole else (1, 2)
 
 
 def main() -> None:

@@ -166,6 +166,13 @@ def _contenders() -> Iterator[Contender]:
     }
     for name, program in forms.items():
         yield from _both(name, Family.ELIMINATION, program)
+    # Only in the accumulator a correction sees what rounding left.
+    corrected = {
+        Family.ELIMINATION: ("packed tiles of 16", _tiled(eliminate, 16, corrections=1)),
+        Family.MERGES: ("base 1 or 2, packed", partial(merge, base=2, layout="packed", corrections=1)),
+    }
+    for family, (name, program) in corrected.items():
+        yield Contender(name=f"{name}, corrected, accumulator", family=family, program=program)
     # A block of two rows is its own inverse: both bases give the same graph.
     bases = {"base 1 or 2": 2, "base 4": 4, "base 16": 16}
     for layout in ("masked", "packed"):

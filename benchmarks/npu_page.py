@@ -20,7 +20,7 @@ SLACK_DB = 0.3
 #: Matrices of the headline.
 BATCH = 8
 #: Characters of a compiler's complaint.
-REASON = 100
+REASON = 120
 HEAD = """# Cycles on NPUs
 Written by `benchmarks/npu.py --write` on {date}. Every number is what a vendor's compiler predicts for a
 graph; nothing ran on a chip. The script makes all graphs, also the baselines
@@ -41,8 +41,12 @@ graph; nothing ran on a chip. The script makes all graphs, also the baselines
   cell says **no cost**, or **refused** if the compiler takes no such graph. An empty cell was not tried.
 * Every graph takes M and returns S = T - I, both in the type that is named. Cells are cycles of one call
   for the whole batch. The number in brackets says into how many independent parts the batch was cut
-  (`chains`), if that is cheaper: 1 and {batch} were tried for {batch} matrices on Hexagon, and for
-  sequential graphs also 2 and 4. uint8 has the zero point 128. int8 on Hexagon is `npu-qdq-int8`.
+  (`chains`), where that is cheaper. On Hexagon, 1 and 8 were tried for 8 matrices; 1 and 2, with masks and
+  for Horner's scheme also 4 and 8, for sequential graphs. For 64 matrices 8 were tried, for the dense
+  eliminations of the table of types also 1 and 64; sequential graphs stay whole, those of several matrices
+  side by side also run in 8 parts.
+* uint8 has the zero point 128 (`hexagon-uint8`). int8 on Hexagon is `npu-qdq-int8`, int16 `hexagon-int16`.
+  On Ethos-U int8 is `ethos-int8` and int16 `npu-qdq-int16`.
 * **dB** is the sqnr of S on {count} matrices of `correlated_keys` and then of `independent_keys`, other
   ones than those of the calibration. It is computed by the simulator, with which onnxruntime agrees
   bit for bit; for sequential graphs by onnxruntime itself. For float16 every result is stored in float16.
@@ -274,7 +278,8 @@ def _refused(found: Mapping[Case, Cell]) -> str:
 def _reason(cell: Cell) -> str:
     if cell.text == "no cost":
         return "operators without a cost"
-    text = cell.refused.replace("|", "/").replace("`", "")
-    # What differs from graph to graph are the counts and names.
-    text = " ".join(word for word in text.split() if "^" not in word)
-    return text if len(text) <= REASON else f"... {text[-REASON:]}"
+    # Behind the types and numbers of the toolkit's errors.
+    complaint = cell.refused.partition("refuses the graph")[2].rpartition(" | ")[2]
+    text = complaint.rpartition(" : ")[2].removeprefix(": ") or cell.refused
+    text = text.replace("|", "/").replace("`", "")
+    return text if len(text) <= REASON else f"{text[:REASON]} ..."

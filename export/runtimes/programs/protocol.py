@@ -47,8 +47,9 @@ def main(program: Program) -> None:
     for folder in folders:
         try:
             answer(program, folder)
-        except (Exception, SystemExit):
-            (folder / "refused.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        except (Exception, SystemExit) as error:
+            lines = [str(error)] if isinstance(error, SystemExit) else traceback.format_exception_only(error)
+            (folder / "refused.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def answer(program: Program, folder: Path) -> None:
