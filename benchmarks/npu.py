@@ -209,6 +209,9 @@ def chains_of(contender: Contender, chip: str, batch: int) -> tuple[int, ...]:
         return _sequential_chains(contender, batch)
     if batch == 8:
         return (1, 8)
+    if contender.family == Family.MERGES and "packed" in contender.name:
+        # Compilers need minutes for each, and 8 matrices show already that it is no form for these chips.
+        return ()
     best = contender.family == Family.ELIMINATION and contender.name in SELECTED
     return (1, 8, 64) if best and "packed" not in contender.name else (8,)
 

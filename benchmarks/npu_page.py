@@ -44,7 +44,7 @@ graph; nothing ran on a chip. The script makes all graphs, also the baselines
   (`chains`), where that is cheaper. On Hexagon, 1 and 8 were tried for 8 matrices; 1 and 2, with masks and
   for Horner's scheme also 4 and 8, for sequential graphs. For 64 matrices 8 were tried, for the dense
   eliminations of the table of types also 1 and 64; sequential graphs stay whole, those of several matrices
-  side by side also run in 8 parts.
+  side by side also run in 8 parts. Packed merges were left out there: their compilation takes minutes.
 * uint8 has the zero point 128 (`hexagon-uint8`). int8 on Hexagon is `npu-qdq-int8`, int16 `hexagon-int16`.
   On Ethos-U int8 is `ethos-int8` and int16 `npu-qdq-int16`.
 * **dB** is the sqnr of S on {count} matrices of `correlated_keys` and then of `independent_keys`, other
