@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -71,6 +72,9 @@ CHOSEN = """
 is given. *Predicted* is by the chip's table of costs, *compiled* by its compiler. The last column is the
 cheapest graph of this page whose sqnr is no lower, in any type.
 """
+REFUSED = """
+Graphs that a compiler does not take, apart from those with operators without a cost.
+"""
 PREDICTED = """
 Graphs of programs that are in no fit, with all batches and chains of this page. *Held out* are graphs of
 the programs of the fit which it did not use.
@@ -94,7 +98,7 @@ def page(
         f"## What calibrate chooses, C = {chunk}\n{CHOSEN.format(batch=BATCH)}",
         _chosen(results, chosen, chunk),
         f"## Predicted and compiled costs\n{PREDICTED}\n{_predicted(predicted)}",
-        f"## What is refused\n{_refused(found)}",
+        f"## What is refused\n{REFUSED}\n{_refused(found)}",
     ]
     return "\n".join(parts)
 
@@ -259,27 +263,27 @@ def _short(chip: str) -> str:
 
 
 def _refused(found: Mapping[Case, Cell]) -> str:
-    """Return a table of what has no cycles; graphs that are refused for one reason share a line."""
-    graphs: dict[tuple[str, str, str, str], list[Case]] = {}
+    """Return a table of the graphs that a compiler does not take; those with one reason share a line."""
+    graphs: dict[tuple[str, str], list[Case]] = {}
     for case, cell in found.items():
-        if cell.cycles is None:
-            key = case.chip, f"{case.contender.family}, {case.contender.name}", case.element, _reason(cell)
-            graphs.setdefault(key, []).append(case)
+        if cell.text == "refused":
+            name = f"{case.contender.family}, {case.contender.name}"
+            graphs.setdefault((name, _reason(cell)), []).append(case)
     if not graphs:
         return "Nothing was refused."
-    lines = [["chip", "graph", "type", "C", "matrices", "chains", "why"]]
-    for (chip, name, element, why), cases in graphs.items():
-        numbers = [{getattr(case, field) for case in cases} for field in ("chunk", "batch", "chains")]
-        each = [", ".join(map(str, sorted(values))) for values in numbers]
-        lines.append([f"`{chip}`", name, element, *each, why])
+    lines = [["graph", "chips", "types", "C", "matrices", "chains", "why"]]
+    for (name, why), cases in graphs.items():
+        fields = ("chip", "element", "chunk", "batch", "chains")
+        values = [sorted({getattr(case, field) for case in cases}) for field in fields]
+        lines.append([name, *(", ".join(map(str, each)) for each in values), why])
     return markdown(lines)
 
 
 def _reason(cell: Cell) -> str:
-    if cell.text == "no cost":
-        return "operators without a cost"
     # Behind the types and numbers of the toolkit's errors.
     complaint = cell.refused.partition("refuses the graph")[2].rpartition(" | ")[2]
     text = complaint.rpartition(" : ")[2].removeprefix(": ") or cell.refused
+    # Names of tensors differ from graph to graph.
+    text = re.sub("'[^']*'", "a tensor", text)
     text = text.replace("|", "/").replace("`", "")
     return text if len(text) <= REASON else f"{text[:REASON]} ..."
