@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-5.14 lint types bench docs verify-npu soak coverage clean
+.PHONY: demo test test-transformers-5.14 lint types bench bench-npu docs verify-npu soak coverage clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
@@ -44,6 +44,15 @@ soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
+
+# Half an hour; what was compiled is kept in npu.jsonl.
+bench-npu: $(INSTALLED) .venv-qnn/.tried .venv-vela/.tried
+	for name in qnn vela; do \
+		if test -f .venv-$$name/.installed; then \
+			export QINVERT_$$(echo $$name | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$$name/bin/python; \
+		else echo "$$name does not install here: left out"; fi; \
+	done; \
+	$(BIN)/python benchmarks/npu.py --write
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py

@@ -1,4 +1,4 @@
-"""float32 ONNX graphs that integer ones are compared with."""
+"""ONNX graphs of floating point that integer ones are compared with."""
 
 from __future__ import annotations
 
@@ -15,24 +15,30 @@ from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Res
 
 #: Operator set of the graphs.
 OPSET = 19
+#: Tensor axis of blocks and matrices.
+BLOCKS_AXIS = 1
 
 
 class FloatLowering(Evaluator[str]):
-    """Appends a float32 operator for every step and every residual term."""
+    """Appends a floating-point operator for every step and every residual term."""
 
-    def __init__(self, program: Program, batch: int, graph: GraphBuilder) -> None:
+    def __init__(self, program: Program, batch: int, graph: GraphBuilder, element: str = "float32") -> None:
         self.program = program
         self.batch = batch
         self.graph = graph
+        self.element = element
 
     def _shape(self, tensor: str) -> list[int]:
         blocks, rows, columns = self.program.shapes[tensor]
         return [1, blocks * self.batch, rows, columns]
 
     def _node(self, operator: str, tensor: str, inputs: list[str], **attributes: int) -> str:
-        return self.graph.node(operator, inputs, tensor, self._shape(tensor), **attributes)
+        return self.graph.node(operator, inputs, tensor, self._shape(tensor), self.element, **attributes)
 
     def constant(self, constant: Constant, blocks: int) -> str:
+        if self.element == "float16":
+            # Compilers for NPUs are slow where a mask broadcasts.
+            return self._repeated(constant, blocks * self.batch)
         # Masks broadcast; what is joined does not, see `concat`.
         return self.graph.initializer(constant.name, constant_matrix(constant).numpy()[None, None])
 
@@ -41,10 +47,10 @@ class FloatLowering(Evaluator[str]):
         if not terms:
             return self._node("MatMul", step.output, [left, right])
         shape = self._shape(step.output)
-        total = self.graph.node("MatMul", [left, right], f"{step.output}/product", shape)
+        total = self.graph.node("MatMul", [left, right], f"{step.output}/product", shape, self.element)
         for i, (operator, term) in enumerate(terms, start=1):
             name = step.output if i == len(terms) else f"{step.output}/sum_{i}"
-            total = self.graph.node(operator, [total, term], name, shape)
+            total = self.graph.node(operator, [total, term], name, shape, self.element)
         return total
 
     def add(self, step: Add, left: str, right: str) -> str:
@@ -53,9 +59,8 @@ class FloatLowering(Evaluator[str]):
     def rescale(self, step: Rescale, source: str) -> str:
         if step.factor == 1:
             return source  # nothing to round
-        return self._node(
-            "Mul", step.output, [source, self.graph.scalar(f"{step.output}/factor", step.factor)]
-        )
+        factor = self.graph.initializer(f"{step.output}/factor", np.array(step.factor, dtype=self.element))
+        return self._node("Mul", step.output, [source, factor])
 
     def scale(self, step: Scale, source: str, vector: str) -> str:
         raise NotImplementedError("factored programs are not compared")
@@ -71,17 +76,42 @@ class FloatLowering(Evaluator[str]):
         return self._node("Slice", step.output, [source, starts, ends, axes])
 
     def concat(self, step: Concat, sources: list[str]) -> str:
-        blocks = self._shape(step.output)[1]
         constants = {constant.name: constant for constant in self.program.constants}
-        parts = [self._repeated(constants[name], blocks) if name in constants else name for name in sources]
-        # Blocks share their axis with the batch, the block index slowest.
-        axis = 1 if step.axis == Axis.BLOCKS else AXES[step.axis]
+        along_blocks = step.axis == Axis.BLOCKS
+        # Each part of a stack is one block; parts beside each other have as many as the result.
+        blocks = self.batch if along_blocks else self._shape(step.output)[1]
+        parts = [
+            self._repeated(constants[name], blocks) if name in constants else tensor
+            for name, tensor in zip(step.sources, sources, strict=True)
+        ]
+        axis = BLOCKS_AXIS if along_blocks else AXES[step.axis]
         return self._node("Concat", step.output, parts, axis=axis)
 
     def _repeated(self, constant: Constant, blocks: int) -> str:
-        matrix = constant_matrix(constant).numpy()
+        matrix = constant_matrix(constant).numpy().astype(self.element)
         repeated = np.broadcast_to(matrix, (1, blocks, *matrix.shape))
         return self.graph.initializer(f"{constant.name}/{blocks}", repeated)
+
+
+def half_graph(program: Program, batch: int, chains: int = 1) -> onnx.ModelProto:
+    """Return ``S = (I - M)^-1 - I`` by the steps of a program in float16, ``[1, batch, C, C]``.
+
+    The batch runs in ``chains`` independent parts, as in the graphs of integers.
+    """
+    size, chunk = batch // chains, program.chunk
+    shape, part = ([1, count, chunk, chunk] for count in (batch, size))
+    each, graph = GraphBuilder(), GraphBuilder()
+    given = {MATRIX: each.input(MATRIX, part, "float16")}
+    (result,) = program.evaluate(FloatLowering(program, size, each, "float16"), given).values()
+    whole, results = graph.input(MATRIX, shape, "float16"), []
+    for k in range(chains):
+        edges = [np.array([value], dtype=np.int64) for value in (k * size, (k + 1) * size, BLOCKS_AXIS)]
+        names = [graph.initializer(f"indices/{edge.tolist()}", edge) for edge in edges]
+        cut = graph.node("Slice", [whole, *names[:2], names[2]], f"chain_{k}", part, "float16")
+        graph.inline(each, f"chain_{k}/", {MATRIX: cut})
+        results.append(f"chain_{k}/{result}")
+    graph.output(graph.node("Concat", results, "S", shape, "float16", axis=BLOCKS_AXIS))
+    return graph.model(program.name, OPSET, {}, program.title)
 
 
 def float_graph(program: Program, batch: int) -> onnx.ModelProto:

@@ -137,11 +137,12 @@ def horner(graph: IntegerGraph, chains: int) -> onnx.ModelProto:
     return graph.model(graph.concat(total, BATCH))
 
 
-def side_by_side(graph: IntegerGraph, chains: int, count: int) -> onnx.ModelProto:
+def side_by_side(graph: IntegerGraph, chains: int, count: int, masked: bool = False) -> onnx.ModelProto:
     """Horner's rule on several matrices at once: ``[S1 S2] <- [M1 M2] + [S1 S2] diag(M1, M2)``.
 
     There are fewer products, of larger operands, and the right one never changes; most of what is
-    multiplied is 0.
+    multiplied is 0.  With ``masked`` every step finishes one column of each matrix and leaves the
+    others alone, as in `masked_columns`.
     """
     apart = graph.chains(graph.given(), count)
     size, chunk = graph.batch // count, graph.chunk
@@ -153,9 +154,14 @@ def side_by_side(graph: IntegerGraph, chains: int, count: int) -> onnx.ModelProt
     given = graph.parts(graph.concat(apart, COLUMNS), chains, size)
     right = graph.parts(graph.concat(stripes, ROWS), chains, size)
     total = list(given)
-    for _ in range(chunk - 2):
+    for j in range(chunk - 3, -1, -1):
+        mask = graph.mask(np.tile(_column(chunk, j), (1, count)), size // chains) if masked else ""
         for k, wide in enumerate(given):
-            total[k] = graph.op("Add", graph.op("MatMul", total[k], right[k]), wide)
+            product = graph.op("MatMul", total[k], right[k])
+            if masked:
+                total[k] = graph.op("Add", total[k], graph.op("Mul", product, mask))
+            else:
+                total[k] = graph.op("Add", product, wide)
     joined = graph.concat(total, BATCH)
     results = [graph.cut(joined, columns=(i * chunk, (i + 1) * chunk)) for i in range(count)]
     return graph.model(graph.concat(results, BATCH))
@@ -173,6 +179,7 @@ FORMS: dict[str, Form] = {
     "vector columns, shrinking": shrinking_columns,
     "columns, dense": dense_columns,
     "columns, masked": masked_columns,
+    "columns, masked, 4 side by side": partial(side_by_side, count=4, masked=True),
     "Horner's rule": horner,
     "Horner's rule, 2 side by side": partial(side_by_side, count=2),
     "Horner's rule, 4 side by side": partial(side_by_side, count=4),

@@ -28,6 +28,7 @@ MAX_BYTES = 2**30
 #: ONNX element type by NumPy name.
 ELEMENT_TYPES: Mapping[str, int] = {
     "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
     "int8": TensorProto.INT8,
     "uint8": TensorProto.UINT8,
     "int16": TensorProto.INT16,

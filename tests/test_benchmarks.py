@@ -4,8 +4,14 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
+import qinvert
+from qinvert.errors import ExportError
+from qinvert.export.runtimes import CycleEstimate
+from qinvert.matrices import exact_inverse
 from qinvert.stress import stress_matrices
 
 
@@ -93,3 +99,133 @@ def test_a_wrong_baseline_is_found(sequential):
 def test_a_batch_that_makes_no_equal_chains_is_refused(sequential):
     with pytest.raises(ValueError, match="4 matrices do not make 3 equal parts"):
         sequential.sequential(sequential.horner, "int8", 3, stress_matrices("half_random", 4, 16).numpy())
+
+
+@pytest.fixture
+def float_graphs(pytestconfig, monkeypatch):
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+    yield importlib.import_module("float_graphs")
+    sys.modules.pop("float_graphs", None)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        qinvert.block_merge(16, base=4),
+        qinvert.block_merge(16, base=2, layout="masked"),
+        qinvert.elimination(16, tile=8),
+        qinvert.newton_schulz(16),
+    ],
+    ids=lambda program: program.title,
+)
+def test_float_graphs_compute_what_their_programs_do(program, float_graphs):
+    # Packed programs stack blocks of the input, and constants among them.
+    lower = stress_matrices("correlated_keys", 4, 16)
+    truth = exact_inverse(lower).numpy()
+    (whole,) = computed(float_graphs.float_graph(program, 4), -lower[None].numpy())
+    assert np.abs(whole - truth).max() < 1e-5
+    halves = [-lower[None].numpy().astype(np.float16)]
+    for chains in (1, 2):
+        (found,) = computed(float_graphs.half_graph(program, 4, chains), *halves)
+        assert found.dtype == np.float16
+        assert np.abs(found + np.eye(16) - truth).max() < 1e-2
+
+
+def computed(model, *given):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"M": given[0]})[0]
+
+
+@pytest.fixture
+def npu(pytestconfig, monkeypatch):
+    """The script with a compiler that counts nodes, and has no cost for float16."""
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath / "benchmarks"))
+    before = set(sys.modules)
+    module = importlib.import_module("npu")
+    module.asked = []
+
+    def estimates(contents, hardware):
+        for content in contents:
+            model = onnx.load_model_from_string(content)
+            module.asked.append(hardware)
+            if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:
+                yield ExportError("toy: 3 operators of this graph have no cost there")
+            else:
+                source = f"counted for {hardware}; not measured"
+                yield CycleEstimate(hardware=hardware, cycles=len(model.graph.node), source=source)
+
+    monkeypatch.setattr(module, "estimates", estimates)
+    yield module
+    own = {file.stem for file in (pytestconfig.rootpath / "benchmarks").glob("*.py")}
+    for name in own & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+CHIPS = ("hexagon-v81", "ethos-u85-256")
+
+
+def contenders(npu, *names):
+    return [contender for contender in npu.CONTENDERS if contender.name in names]
+
+
+def cells(text, *starts):
+    """The rows of the page whose cells begin like that, each as a list."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line]
+    return [row for row in rows if row[: len(starts)] == list(starts)]
+
+
+def test_the_page_of_npus_compares_with_the_best_sequential_graph(npu, tmp_path):
+    names = ("left, sums", "packed tiles of 32, sums", "rows, growing", "Horner's rule")
+    asked = list(npu.cases(CHIPS, contenders(npu, *names), 16))
+    # Two matrices fill no chains, and tiles of 32 are larger than the matrices.
+    assert not any("tiles" in case.contender.name for case in asked if case.chunk < 64)
+    cache = npu.Cache(tmp_path / "npu.jsonl")
+    found = npu.measured(asked, cache, 2)
+    assert list(found) == asked
+    text = npu.page(found, [], npu.predictions(found), 16)
+    counted = {case: len(npu.model_of(case).graph.node) for case in asked if case.element == "uint8"}
+
+    def best(name):
+        return min(
+            count
+            for case, count in counted.items()
+            if case.contender.name == name and (case.chunk, case.batch) == (16, 8)
+        )
+
+    ratio = best("Horner's rule") / best("left, sums")
+    assert f"{ratio:.1f} times fewer than the best sequential graph" in text
+    ratio = best("rows, growing") / best("left, sums")
+    assert f"{ratio:.1f} times fewer than the best forward substitution" in text
+    assert "counted for ethos-u85-256; not measured" in text
+    assert [row[-1] for row in cells(text, "", "", "float16")] == ["no cost"] * 3
+    assert "Nothing was refused." in text
+
+
+def test_what_is_known_is_not_compiled_again(npu, tmp_path):
+    asked = list(npu.cases(CHIPS[:1], contenders(npu, "left, sums"), 16))
+    cache = npu.Cache(tmp_path / "npu.jsonl")
+    first = npu.measured(asked[:4], cache, 1)
+    assert len(npu.asked) == 4
+    again = npu.Cache(tmp_path / "npu.jsonl")
+    assert npu.measured(asked[:4], again, 2) == first
+    assert npu.measured(asked, again, 0) == first
+    assert len(npu.asked) == 4
+    npu.measured(asked, again, 2)
+    assert len(npu.asked) == len(asked)
+
+
+def test_a_graph_that_changed_is_another_one_and_its_description_is_not(npu):
+    case = next(npu.cases(CHIPS[:1], contenders(npu, "left, sums"), 16))
+    model, same = npu.model_of(case), npu.model_of(case)
+    same.graph.doc_string = "other words"
+    same.metadata_props[0].value = "another version"
+    assert npu.digest(same) == npu.digest(model)
+    same.graph.node[0].name = "other"
+    assert npu.digest(same) != npu.digest(model)
+
+
+def test_a_chip_whose_compiler_is_not_installed_is_left_out_with_one_line(npu, monkeypatch, capsys):
+    monkeypatch.setattr(npu, "installed", lambda: ["qnn"])
+    assert [chip for chip in CHIPS if npu.available(chip)] == ["hexagon-v81"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ethos-u85-256 is left out: vela is not installed; run: pip install ethos-u-vela")

@@ -218,6 +218,7 @@ WRITTEN = {
     "docs/tables.py": "docs/accuracy.md",
     "docs/runtimes.py": "docs/runtimes.md",
     "benchmarks/page.py": "docs/benchmarks.md",
+    "benchmarks/npu_page.py": "docs/npu.md",
 }
 
 

@@ -5,8 +5,9 @@ Each module of this package that defines a `Runtime` adds one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +26,7 @@ __all__ = [
     "Runtime",
     "discover",
     "estimate",
+    "estimates",
     "estimators",
     "execute",
     "installed",
@@ -119,6 +121,39 @@ def estimate(content: bytes, hardware: str, *, keep: str | PathLike[str] | None 
     """
     runtime = lookup(estimators(), hardware, "hardware", ExportError)
     answers = _answers(runtime, content, (), _request(runtime, (hardware,), keep))
+    return _only_estimate(runtime, hardware, answers)
+
+
+def estimates(contents: Sequence[bytes], hardware: str) -> Iterator[CycleEstimate | ExportError]:
+    """Yield what `estimate` returns or raises for each of several models, in their order.
+
+    One process compiles all of them where the runtime can do so: its start takes
+    longer than a small graph.
+
+    Raises
+    ------
+    ExportError
+        If no runtime knows the chip, or its toolkit is not installed.
+    """
+    runtime = lookup(estimators(), hardware, "hardware", ExportError)
+    if runtime.compile_each is None:
+        yield from (_tried(partial(estimate, content, hardware)) for content in contents)
+        return
+    for found in runtime.compile_each(contents, Request(hardware=(hardware,))):
+        if isinstance(found, ExportError):
+            yield found
+        else:
+            yield _tried(partial(_only_estimate, runtime, hardware, found))
+
+
+def _tried(estimating: Callable[[], CycleEstimate]) -> CycleEstimate | ExportError:
+    try:
+        return estimating()
+    except ExportError as error:
+        return error
+
+
+def _only_estimate(runtime: Runtime, hardware: str, answers: Iterable[Execution]) -> CycleEstimate:
     found = [answer.estimate for answer in answers if answer.estimate is not None]
     if len(found) != 1 or found[0].hardware != hardware:
         raise ExportError(f"{runtime.name} gave no estimate for {hardware}; report this with the graph")

@@ -39,6 +39,8 @@ class Execution:
 Execute: TypeAlias = Callable[[bytes, Sequence[Feed]], Iterator[Execution]]
 #: The same with a request; without feeds the graph is compiled only, for the chips of the request.
 Compile: TypeAlias = Callable[[bytes, Sequence[Feed], Request], Iterator[Execution]]
+#: Compiles several graphs in one process, and yields in their order what each gave, or why it is refused.
+CompileEach: TypeAlias = Callable[[Sequence[bytes], Request], "Iterator[Sequence[Execution] | ExportError]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class Runtime:
     rounding: Rounding = Rounding.ONNX
     #: Runs or compiles a graph and answers a `Request`, for runtimes that can.
     compile: Compile | None = None
+    #: The same for several graphs without feeds, for runtimes whose start takes longer than a small graph.
+    compile_each: CompileEach | None = None
     #: What each chip is that the runtime estimates cycles for, by the name that callers give.
     hardware: Mapping[str, str] = field(default_factory=dict)
     #: How to load what `Request.keep` leaves, in one sentence; empty where nothing can be kept.

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -67,6 +68,7 @@ def separate(
         reorders=reorders,
         rounding=rounding,
         compile=compiles if hardware or loading else None,
+        compile_each=partial(_compile_each, name, module, requirement, seconds) if hardware else None,
         hardware=hardware or {},
         loading=loading,
     )
@@ -98,14 +100,52 @@ def _compile(
     feeds: Sequence[Feed],
     request: Request,
 ) -> Iterator[Execution]:
-    python = interpreter(name, module)
-    if python is None:
-        raise ExportError(how_to_install(name, requirement))
+    command = _command(name, module, requirement)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write_job(folder, content, feeds, request)
-        _run([python, str(PROGRAMS / f"{name}_program.py"), str(folder)], folder, name, seconds)
+        complaint = _run([*command, str(folder)], folder, name, seconds)
+        if complaint:
+            raise ExportError(complaint)
         yield from _read_executions(folder, request, loading)
+
+
+def _compile_each(
+    name: str, module: str, requirement: str, seconds: float, contents: Sequence[bytes], request: Request
+) -> Iterator[Sequence[Execution] | ExportError]:
+    command = _command(name, module, requirement)
+    with TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(i) for i in range(len(contents))]
+        for folder, content in zip(folders, contents, strict=True):
+            folder.mkdir()
+            _write_job(folder, content, (), request)
+        while folders:
+            words = [*command, *map(str, folders)]
+            complaint = _run(words, folders[-1], name, seconds * len(folders))
+            done = list(takewhile(_answered, folders))
+            yield from (_answer(folder, name, request) for folder in done)
+            # A toolkit that crashed did so on the graph behind; those behind that one get a new process.
+            if len(done) < len(folders):
+                yield ExportError(complaint)
+            folders = folders[len(done) + 1 :]
+
+
+def _answered(folder: Path) -> bool:
+    return (folder / "report.json").is_file() or (folder / "refused.txt").is_file()
+
+
+def _answer(folder: Path, name: str, request: Request) -> Sequence[Execution] | ExportError:
+    refused = folder / "refused.txt"
+    if not refused.is_file():
+        return list(_read_executions(folder, request, ""))
+    return ExportError(f"{name} refuses the graph: {_complaint(refused)}")
+
+
+def _command(name: str, module: str, requirement: str) -> list[str]:
+    python = interpreter(name, module)
+    if python is None:
+        raise ExportError(how_to_install(name, requirement))
+    return [python, str(PROGRAMS / f"{name}_program.py")]
 
 
 def _write_job(folder: Path, content: bytes, feeds: Sequence[Feed], request: Request) -> None:
@@ -162,7 +202,8 @@ def _keep(folder: Path, entry: Mapping[str, Any], request: Request) -> list[str]
     return kept
 
 
-def _run(command: list[str], folder: Path, name: str, seconds: float) -> None:
+def _run(command: list[str], folder: Path, name: str, seconds: float) -> str:
+    """Run a program; return why the report of ``folder`` is missing, and nothing where it is there."""
     # A file, not a pipe: a toolkit's own children may keep a pipe open for ever.
     log = folder / "log.txt"
     with log.open("wb") as stream:
@@ -171,14 +212,16 @@ def _run(command: list[str], folder: Path, name: str, seconds: float) -> None:
                 command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT, timeout=seconds, check=False
             )
         except subprocess.TimeoutExpired:
-            raise ExportError(
-                f"{name} took longer than {seconds:g} s; export a smaller batch, or leave this runtime out"
-            ) from None
+            return f"{name} took longer than {seconds:g} s; export a smaller batch, or leave this runtime out"
         except OSError as error:
             raise ExportError(
                 f"cannot run {command[0]}: {error}; check QINVERT_{name.upper()}_PYTHON"
             ) from None
     if done.returncode or not (folder / "report.json").is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        complaint = " | ".join(line.strip() for line in lines[-COMPLAINT_LINES:])
-        raise ExportError(f"{name} refuses the graph (exit code {done.returncode}): {complaint}")
+        return f"{name} refuses the graph (exit code {done.returncode}): {_complaint(log)}"
+    return ""
+
+
+def _complaint(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return " | ".join(line.strip() for line in lines[-COMPLAINT_LINES:])

@@ -10,12 +10,17 @@ one: ``{"estimate": [names of chips], "keep": true or false}``.  It then adds an
 entry for each chip, with the fields of ``CycleEstimate`` under ``"estimate"``,
 and names files of the folder that are to be kept under ``"kept"``.  Without
 ``feeds.npz`` it compiles for those chips only.
+
+Several folders may be named: starting a toolkit takes longer than compiling a
+small graph.  A graph that is refused then leaves ``refused.txt`` in its folder,
+and the next one follows.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,15 +39,28 @@ Program = Callable[[Path, list[dict[str, Array]], Path], Iterator[Outcome | Answ
 
 
 def main(program: Program) -> None:
-    """Run ``program`` on the folder that the command line names."""
-    folder = Path(sys.argv[1])
+    """Run ``program`` on the folder that the command line names, or on each of several."""
+    folders = [Path(name) for name in sys.argv[1:]]
+    if len(folders) == 1:
+        answer(program, folders[0])
+        return
+    for folder in folders:
+        try:
+            answer(program, folder)
+        except (Exception, SystemExit) as error:
+            lines = [str(error)] if isinstance(error, SystemExit) else traceback.format_exception_only(error)
+            (folder / "refused.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def answer(program: Program, folder: Path) -> None:
+    """Run ``program`` on one folder and write its report."""
     report = []
     outcomes = program(folder / "model.onnx", read_feeds(folder / "feeds.npz"), folder)
-    for i, (setting, outputs, products, elsewhere, *answer) in enumerate(outcomes):
+    for i, (setting, outputs, products, elsewhere, *answers) in enumerate(outcomes):
         if outputs:
             np.savez(folder / f"outputs_{i}.npz", outputs=np.stack(outputs))
         entry = {"setting": setting, "products": products, "elsewhere": elsewhere}
-        report.append({**entry, **(answer[0] if answer else {})})
+        report.append({**entry, **(answers[0] if answers else {})})
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 

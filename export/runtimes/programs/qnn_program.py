@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ TRAFFIC_UNIT = "BYTES"
 
 def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Answer]:
     """Compile a context binary for every architecture, then run it; without feeds only what is asked for."""
-    onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+    register()
     asked, keep = request(folder)
     for architecture in CHIPS:
         hardware = f"hexagon-v{architecture}"
@@ -57,6 +58,12 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[An
             answer["estimate"] = {"hardware": hardware, **cost(dump / "profile.csv", architecture)}
         outputs = executed(file, architecture, feeds) if feeds else []
         yield f"Hexagon v{architecture}", outputs, products(dump), others(file), answer
+
+
+@cache
+def register() -> None:
+    """Make the provider known, once for the process."""
+    onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
 
 
 def options(architecture: str, extra: dict[str, str], **entries: str) -> Any:

@@ -14,7 +14,15 @@ import qinvert
 from qinvert.cli.app import cli
 from qinvert.errors import ExportError
 from qinvert.export import runtimes
-from qinvert.export.runtimes import RUNTIMES, CycleEstimate, Runtime, estimate, estimators, subprocesses
+from qinvert.export.runtimes import (
+    RUNTIMES,
+    CycleEstimate,
+    Runtime,
+    estimate,
+    estimates,
+    estimators,
+    subprocesses,
+)
 from qinvert.export.runtimes.onnxruntime_cpu import RUNTIME as CPU
 from qinvert.export.runtimes.runtime import Execution
 from qinvert.stress import stress_matrices
@@ -141,6 +149,46 @@ def test_a_program_compiles_estimates_and_keeps_without_any_input(abacus, tmp_pa
     assert found.kept == {str(file): "by hand"}
     assert file.read_bytes() == b"hparg"
     assert estimate(b"graph", "wood").kept == {}
+
+
+#: A program that refuses one graph, and is ended by another one; each cost is the count of graphs before.
+MOODY = """
+import os
+from protocol import main, request
+
+COUNT = []
+
+def run(model, feeds, folder):
+    text = model.read_bytes()
+    if text == b"crash":
+        os._exit(3)
+    if text == b"refuse":
+        raise SystemExit("not this one")
+    COUNT.append(0)
+    for chip in request(folder)[0]:
+        cost = {"hardware": chip, "cycles": len(COUNT), "uncosted": text == b"bare", "source": "toy"}
+        yield chip, [], {}, [], {"estimate": cost}
+
+main(run)
+"""
+
+
+def test_one_process_compiles_several_graphs_and_outlives_a_refusal(abacus):
+    abacus(text=MOODY)
+    given = [b"a", b"refuse", b"bare", b"b", b"crash", b"c", b"crash"]
+    found = list(estimates(given, "wood"))
+    assert [getattr(each, "cycles", None) for each in found] == [1, None, None, 3, None, 1, None]
+    said = ("not this one", "have no cost there", "exit code 3", "exit code 3")
+    for error, words in zip([each for each in found if isinstance(each, ExportError)], said, strict=True):
+        assert words in str(error)
+
+
+def test_several_graphs_need_the_toolkit_as_one_does(abacus, counting):
+    abacus(module="no_such_toolkit")
+    with pytest.raises(ExportError, match="pip install abacus-kit"):
+        list(estimates([b"graph"], "wood"))
+    # A runtime that compiles one at a time answers as well.
+    assert [each.cycles for each in estimates([b"graph", b"other graph"], "chip")] == [5, 11]
 
 
 def test_operators_without_a_cost_are_refused(abacus):

@@ -384,6 +384,8 @@ off_chip_flash_total_bytes
 
 def test_the_summary_is_read_by_its_columns(load, monkeypatch, tmp_path):
     for name, names in {
+        "ethosu": [],
+        "ethosu.vela": ["vela"],
         "ai_edge_litert": ["schema_py_generated"],
         "ai_edge_litert.interpreter": ["Interpreter", "OpResolverType"],
         "tflite_writer": ["operand_element", "write"],
