@@ -44,7 +44,7 @@ ROOMS = (
     ("export.lowering", "export.rules"),
     ("export.encodings", "export.layer_graph", "export.metadata"),
     ("export.exporting",),
-    ("export.__init__", "export.functions"),
+    ("export.__init__", "export.compiled_cost", "export.functions"),
     ("export.verification",),
     ("export.whole_models",),
     ("export.quantizer",),

@@ -59,7 +59,7 @@ class Costs:
         """Return what the compiler says of a plan, None without a compiler."""
         return None if self.measure is None else self.measure(plan, self.target_of([plan]), self.batch)
 
-    def chains(self, plan: LayerPlan, compiled: Compiled | None) -> dict[str, Any]:
+    def chains(self, plan: LayerPlan, compiled: Compiled | None = None) -> dict[str, Any]:
         """Return the number of chains for the provenance of a layer."""
         if self.hardware is None:
             return {}

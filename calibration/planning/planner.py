@@ -227,29 +227,32 @@ def choose(
     ladder: Sequence[IntFormat],
     rules: GridRules,
     goals: Goals,
-    costs: Costs,
+    costs: Costs | None = None,
 ) -> Choice:
     """Return the cheapest candidate that reaches the goals in simulation, or the best one.
 
     Candidates are taken in the order of their cost; each that should reach
     the goals is simulated on the sample, with wider formats if it falls short.
-    Where ``costs`` has a compiler, the first `COMPILED` that reach them are
-    compiled, and its costs decide.
+    Without ``costs`` they are those of `qinvert.plan.cost`.  Where they have a
+    compiler, the first `COMPILED` that reach the goals are compiled, and its
+    cycles decide.
     """
     sample = observer.sampled
     truth = sample.inverse()
+    costing = plan_cost if costs is None else costs.of
     candidates = [
-        Candidate(p, observer.ranges(p), sample, ladder, rules, costs.of, truth) for p in observer.programs
+        Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs
     ]
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []
-    wanted = COMPILED if costs.measure else 1
+    wanted = COMPILED if costs is not None and costs.measure else 1
     for prediction in predictions:
         if prediction.shortfall(goals) <= 0:
             found = _stepped_up(prediction, sample, goals)
             reached = found.shortfall(goals) <= 0
-            checked.append(replace(found, compiled=costs.measured(found.plan)) if reached else found)
+            compiled = costs.measured(found.plan) if costs is not None and reached else None
+            checked.append(replace(found, compiled=compiled))
         if sum(p.shortfall(goals) <= 0 for p in checked) == wanted:
             break
     if not any(p.shortfall(goals) <= 0 for p in checked):
