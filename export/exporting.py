@@ -157,13 +157,14 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
 def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int | None) -> int:
     """Return the chains that cost the least on the plan's chip or on the profile's; 1 if none is known."""
     named = plan.provenance.get("hardware")
-    name = named if isinstance(named, str) and named in HARDWARE else profile.hardware
-    if batch is None or not name:
+    known = isinstance(named, str) and named in HARDWARE
+    name = named if known else profile.hardware
+    if batch is None or not isinstance(name, str) or not name:
         return 1
-    known = layer.provenance.get("chains")
-    if isinstance(known, int) and plan.provenance.get("batch") == batch and batch % max(1, known) == 0:
+    chosen = layer.provenance.get("chains")
+    if known and isinstance(chosen, int) and chosen > 0 and plan.provenance.get("batch") == batch:
         # What calibration chose, perhaps by the compiler.
-        return max(1, known)
+        return chosen if batch % chosen == 0 else 1
     return find_hardware(name).best_chains(layer, batch)[0]
 
 

@@ -222,12 +222,19 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
             What the graph calls every output port; its integers where the
             graph returns those.
         """
-        results = self._chained(inputs) if self.interface.chains > 1 else self.values(inputs)
+        results = self._chained(inputs) if self._has_chains else self.values(inputs)
         for port in self.plan.program.outputs:
             if self.interface.output is not GraphOutput.INTEGERS:
                 self._end(port, results[port.name], outputs[port.name], inputs)
             elif not self.returns(port.tensor):
                 self.converted(outputs[port.name], self.plain(results[port.name]))
+
+    @property
+    def _has_chains(self) -> bool:
+        """Whether the graph is cut: what returns an input as it is has nothing to run side by side."""
+        given = {port.tensor for port in self.plan.program.inputs}
+        moved = all(port.tensor not in given for port in self.plan.program.outputs)
+        return self.interface.chains > 1 and moved
 
     def values(self, inputs: Mapping[str, str]) -> dict[str, Value]:
         """Append the program between float tensors and the values of its outputs, which it returns."""

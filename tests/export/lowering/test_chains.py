@@ -225,3 +225,10 @@ def test_nodes_of_one_name_are_not_inlined_twice():
     outer.inline(inner, "a/", {"x": "x"})
     with pytest.raises(ExportError, match="two nodes write 'a/y'"):
         outer.inline(inner, "a/", {"x": "x"})
+
+
+def test_a_program_that_returns_its_input_is_not_cut(tmp_path):
+    plan = qinvert.calibrate(LOWER, method=qinvert.neumann(LOWER.shape[-1], order=1), min_sqnr_db=0)
+    model = qinvert.export(plan, tmp_path / "t.onnx", batch=BATCH, chains=2)
+    assert not any(node.op_type == "Slice" for node in model.graph.node)
+    assert all(result.mismatches == 0 for result in qinvert.verify(tmp_path / "t.onnx", plan, LOWER))

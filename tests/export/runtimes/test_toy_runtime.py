@@ -79,7 +79,7 @@ def test_one_that_is_wrong_by_one_is_refused_with_the_first_element(add, exporte
     # Matrix 3 of the second call of 4.
     said = re.search(
         r"toy \(reference\) differs from the simulator in 1 of 2048 values, by up to 1 steps; "
-        r"first at \[7, 5, 2\]: (?:np\.int8\()?(-?\d+)\)? instead of (?:np\.int8\()?(-?\d+)\)?; metadata",
+        r"first at \[7, 5, 2\]: (?:np\.int8\()?(-?\d+)\)? instead of (?:np\.int8\()?(-?\d+)\)?; ",
         str(refused.value),
     )
     assert said is not None, refused.value
