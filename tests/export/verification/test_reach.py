@@ -56,12 +56,12 @@ def test_ties_that_a_program_amplifies_are_allowed(target, tmp_path):
 
 def other_order(plan, path):
     other = planned(plan.target, "left")
-    qinvert.export(other, path, batch=8)
+    qinvert.export(other, path, batch=8, chains=1)
 
 
 def other_scale(plan, path):
     """A scale of another program, off by 2 percent."""
-    model = qinvert.export(plan, path, batch=8)
+    model = qinvert.export(plan, path, batch=8, chains=1)
     square = plan.layer().tensors["square"].scale
     for tensor in model.graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
@@ -72,7 +72,7 @@ def other_scale(plan, path):
 
 def shifted(plan, path):
     """All values a twentieth of a step higher, which only those near a boundary show."""
-    model = qinvert.export(plan, path, batch=8)
+    model = qinvert.export(plan, path, batch=8, chains=1)
     add = onnx.helper.make_node("Add", ["S/float", "shift"], ["S/shifted"], name="shift")
     shift = np.full((1, 1, 1, 1), 0.05 * plan.layer().output.scale, np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(shift, "shift"))
