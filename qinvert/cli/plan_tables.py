@@ -42,6 +42,8 @@ def show_choices(output: Output, plan: Plan) -> None:
         "meets goal",
     ]
     output.table("Plan", columns, rows)
+    if "cost_unit" in plan.provenance:
+        output.say(f"  cost: {plan.provenance['cost_unit']}")
     for name, layer in plan.layers.items():
         for rejected in layer.provenance["rejected"]:
             output.say(f"  {name}: not {rejected}")
