@@ -19,8 +19,11 @@ pytest.importorskip("transformers")
 CODE = """
 from pathlib import Path
 Path({mark!r}).write_text("ran")
-from transformers import PretrainedConfig as EvilConfig, PreTrainedModel as EvilModel
-from transformers import PreTrainedTokenizer as EvilTokenizer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
+# Classes of their own: transformers marks what it loads so, and would mark the base of all models.
+class EvilConfig(PretrainedConfig): pass
+class EvilModel(PreTrainedModel): pass
+class EvilTokenizer(PreTrainedTokenizer): pass
 """
 
 
