@@ -76,7 +76,8 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
     with output.progress("simulating") as progress:
         report = simulate(plan, model, unseen, progress=progress)
     before = present(folder)
-    files = export_all(plan, folder)
+    # What runs it here is a CPU, for which parts of a batch are no gain.
+    files = export_all(plan, folder, chains=1)
     for file in (str(Path(folder) / PLAN_FILE), *files.values()):
         output.say(wrote(file, before))
     with output.progress("running in onnxruntime"):
