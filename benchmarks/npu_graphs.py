@@ -145,7 +145,7 @@ def _both(name: str, family: Family, program: Builder) -> Iterator[Contender]:
     yield Contender(name=f"{name}, accumulator", family=family, program=program)
 
 
-def _tiled(method: Builder, tile: int, **arguments: int) -> Builder:
+def _tiled(method: Builder, tile: int, **arguments: int | str) -> Builder:
     def tiled(chunk: int) -> Program:
         if chunk <= tile:
             raise ExportError(f"{chunk} tokens are one tile of {tile}")
@@ -166,6 +166,14 @@ def _contenders() -> Iterator[Contender]:
     }
     for name, program in forms.items():
         yield from _both(name, Family.ELIMINATION, program)
+    # In the accumulator radix 4 needs wider products, and right tiles cost what left ones do.
+    right = {
+        "right, radix 4": partial(eliminate, side="right", radix=4),
+        "right, packed tiles of 16": _tiled(eliminate, 16, side="right"),
+        "right, packed tiles of 4": _tiled(eliminate, 4, side="right"),
+    }
+    for name, program in right.items():
+        yield next(_both(name, Family.ELIMINATION, program))
     # Only in the accumulator a correction sees what rounding left.
     corrected = {
         Family.ELIMINATION: ("packed tiles of 16", _tiled(eliminate, 16, corrections=1)),
@@ -202,7 +210,9 @@ SELECTED = (
     "left, accumulator",
     "right, sums",
     "restart at level 4, sums",
+    "right, radix 4, sums",
     "packed tiles of 16, sums",
+    "right, packed tiles of 16, sums",
     "base 1 or 2, masked, sums",
     "base 1 or 2, tiles of 16, sums",
     "base 1 or 2, tiles of 16, accumulator",

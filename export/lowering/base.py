@@ -226,7 +226,8 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         for port in self.plan.program.outputs:
             if self.interface.output is not GraphOutput.INTEGERS:
                 self._end(port, results[port.name], outputs[port.name], inputs)
-            elif not self.returns(port.tensor):
+            elif not self.returns(port.tensor) or outputs[port.name] not in self.graph:
+                # A program may return an input as it is, which no node has written.
                 self.converted(outputs[port.name], self.plain(results[port.name]))
 
     @property

@@ -10,14 +10,14 @@ import numpy as np
 
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
 from qinvert.export.lowering.base import GraphLowering, Value
-from qinvert.export.lowering.tensors import IntArray, vector_name
+from qinvert.export.lowering.tensors import AXES, IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scalar import planes_scalar
 from qinvert.plan.carried_identity import sliced_ones
 from qinvert.plan.integer_product import PlanePair
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
-from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import Add, Axis, Mask, MatMul, Rescale, Scale, Slice
 
 
 class IntegerLowering(GraphLowering):
@@ -30,6 +30,15 @@ class IntegerLowering(GraphLowering):
         if name in self.integer_inputs:
             return Value(name, tensor)
         return self._quantized(tensor, name, self.grid(tensor).scale)
+
+    def converted(self, name: str, result: Value) -> None:
+        if self.converts(result.tensor):
+            super().converted(name, result)
+        # A slice of everything is a copy, and an operator that every profile has.
+        rows = self.plan.program.shapes[result.tensor].rows
+        bounds = [self._indices((value,)) for value in (0, rows, AXES[Axis.ROWS])]
+        shape, element = self.shape(result.tensor), self.graph.element(result.name)
+        self.graph.node("Slice", [result.name, *bounds], name, shape, element)
 
     def finish(self, name: str, result: Value) -> str:
         grid, tensor = self.grid(result.tensor), result.tensor

@@ -156,3 +156,15 @@ def test_only_m_is_a_tensor_of_the_program(given):
 def test_another_type_is_unknown():
     with pytest.raises(ExportError, match="input_type 'int8' is unknown; use float32 or integers"):
         build(planned("npu-qdq-int8"), input="M", input_type="int8")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_program_that_returns_its_input_copies_the_integers(profile, tmp_path):
+    lower = stress_matrices("small_random", 4, 16)
+    first = qinvert.neumann(16, order=1)
+    plan = qinvert.calibrate(lower, method=first, bits=BITS.get(profile, 8), target=profile, min_sqnr_db=0)
+    file = tmp_path / "t.onnx"
+    qinvert.export(plan, file, batch=4, input="M", input_type="integers", output="integers")
+    results = qinvert.verify(file, plan, lower)
+    assert results
+    assert all(result.mismatches == 0 for result in results)
