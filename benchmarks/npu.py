@@ -144,7 +144,7 @@ def _unknown(cases: Iterator[Case], cache: Cache, found: dict[Case, Cell]) -> It
 
 
 def measured_alone(model: onnx.ModelProto, chip: str, name: str, cache: Cache, offline: bool) -> Cell:
-    """Compile one graph that is no case, if the cache does not hold it."""
+    """Compile one graph that is not a case, if the cache does not hold it."""
     graph = digest(model)
     if (chip, graph) not in cache.known:
         if offline:

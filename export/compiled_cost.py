@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias
 
-from qinvert.calibration.planning.costs import Compiled
+from qinvert.calibration.planning.costs import Compiled, Measure
 from qinvert.errors import ExportError, lookup
 from qinvert.export.exporting import build, serialize
 from qinvert.export.interface import GraphInput, GraphOutput, InputType, Options
@@ -14,11 +12,8 @@ from qinvert.export.runtimes import estimate, estimators, installed
 from qinvert.hardware import chain_counts
 from qinvert.plan.plan import LayerPlan, Plan
 
-#: Compiles one plan for a target and a batch.
-Compile: TypeAlias = Callable[[LayerPlan, str, int], Compiled]
 
-
-def compiled_cost(hardware: str) -> Compile:
+def compiled_cost(hardware: str) -> Measure:
     """Return a function that compiles a plan for a chip and says how many cycles one call takes.
 
     Pass it as ``measure`` to `qinvert.calibrate`: the best few candidates are

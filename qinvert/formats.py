@@ -67,6 +67,11 @@ class IntFormat:
         return max(self.maximum - self.zero_point, self.zero_point - self.minimum)
 
     @property
+    def bytes(self) -> int:
+        """Bytes of one value, all of its planes together."""
+        return self.planes * self.container_bits // 8
+
+    @property
     def is_wide(self) -> bool:
         """Whether one container has more than 8 bits."""
         return self.container_bits > NARROW_BITS

@@ -143,7 +143,7 @@ def chain_counts(batch: int) -> tuple[int, ...]:
 
 def width_of(plan: QuantizedProgram) -> int:
     """Return the bytes of the widest tensor."""
-    return max(grid.format.container_bits * grid.format.planes for grid in plan.tensors.values()) // 8
+    return max(grid.format.bytes for grid in plan.tensors.values())
 
 
 def known_features(plan: QuantizedProgram, batch: int, chains: int) -> Mapping[str, float]:

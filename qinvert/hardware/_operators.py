@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 
-from qinvert.formats import IntFormat
 from qinvert.plan.carried_identity import CarriedIdentities, joined_ones, sliced_ones
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Requantize
@@ -128,8 +127,8 @@ class OperatorCounter(Evaluator[_Stored]):
                 self._elementwise(step.right, depth)
         count = sum(len(accumulator.pairs) for accumulator in product.accumulators)
         width = product.left.format.container_bits // 8
+        wide = width * (2 if product.right.format.whole else 1)
         for _ in range(count):
-            wide = width * (2 if product.right.format.whole else 1)
             self._product(step.output, inner * depth, wide, step.right)
         for _ in range(count - 1):
             self._elementwise(step.output)
@@ -238,11 +237,7 @@ class OperatorCounter(Evaluator[_Stored]):
 
     def _size(self, tensor: str) -> int:
         elements = self.batch * math.prod(self.plan.program.shapes[tensor])
-        return elements * _bytes(self.plan.tensors[tensor].format)
-
-
-def _bytes(fmt: IntFormat) -> int:
-    return fmt.planes * fmt.container_bits // 8
+        return elements * self.plan.tensors[tensor].format.bytes
 
 
 def operators(plan: QuantizedProgram, batch: int, chains: int = 1) -> list[Operator]:

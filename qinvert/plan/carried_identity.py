@@ -8,6 +8,7 @@ the cost of an operator list both ask here.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -30,8 +31,12 @@ class CarriedIdentities:
 
     def __init__(self, plan: QuantizedProgram, returned: Collection[str] = ()) -> None:
         self.plan, self.returned = plan, returned
-        exact = plan.requantize is Requantize.MULTIPLIER
-        self._triangular = strictly_lower(plan.program) if exact else set()
+
+    @cached_property
+    def _triangular(self) -> set[str]:
+        # Found when a residual term asks: the planner counts operators of many plans without one.
+        exact = self.plan.requantize is Requantize.MULTIPLIER
+        return strictly_lower(self.plan.program) if exact else set()
 
     def carries(self, tensor: str) -> bool:
         """Whether the tensor can be stored with the identity added to it."""

@@ -26,15 +26,10 @@ def plan_cost(plan: QuantizedProgram) -> int:
     program, total = plan.program, 0
     for step in program.steps:
         total += NODE_COST + BYTE_COST * sum(
-            math.prod(program.shapes[name]) * _bytes(plan, name)
+            math.prod(program.shapes[name]) * plan.tensors[name].format.bytes
             for name in (*step.inputs, step.output)
             if name in program.shapes
         )
         if isinstance(step, MatMul):
             total += multiply_accumulates(program, step) * plan.products[step.output].cost
     return total
-
-
-def _bytes(plan: QuantizedProgram, name: str) -> int:
-    fmt = plan.tensors[name].format
-    return fmt.planes * fmt.container_bits // 8
