@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qinvert.calibration.simulate import LayerReport as LayerReport
     from qinvert.calibration.simulate import Report as Report
     from qinvert.calibration.simulate import simulate as simulate
+    from qinvert.chunk_step.gated_delta_step import gated_delta_step as gated_delta_step
     from qinvert.delta_rule.rule import chunk_gated_delta_rule as chunk_gated_delta_rule
     from qinvert.errors import ExportError as ExportError
     from qinvert.errors import InputError as InputError
@@ -100,6 +101,7 @@ _HOMES = {
     "export_layers": "export.functions",
     "export_model": "export.whole_models.export_model",
     "forward_substitution": "methods",
+    "gated_delta_step": "chunk_step.gated_delta_step",
     "graft": "export.whole_models.graft",
     "neumann": "methods",
     "neumann_doubling": "methods",

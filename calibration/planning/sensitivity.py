@@ -16,7 +16,7 @@ from qinvert.execution.tensors import along
 from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import planes
-from qinvert.plan.integer_product import PlanePairs, plane_pairs
+from qinvert.plan.integer_product import PlanePairs, Product, operands, plane_pairs
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.ports import InversePorts
 from qinvert.program.program import Program
@@ -127,7 +127,7 @@ class _VariantEvaluator(FloatEvaluator):
         add: list[torch.Tensor],
         subtract: list[torch.Tensor],
     ) -> torch.Tensor:
-        for i in self._dropping(step.output, step.left, step.right):
+        for i in self._dropping(step):
             # The product of the low planes is left out.
             dropped = self._low(step.left, left, i) @ self._low(step.right, right, i)
             subtract = [*subtract, self._copy(dropped, i)]
@@ -138,23 +138,24 @@ class _VariantEvaluator(FloatEvaluator):
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         total = source * along(step, vector)
-        for i in self._dropping(step.output, step.source, step.vector):
+        for i in self._dropping(step):
             # The same as in a product.
             low = along(step, self._low(step.vector, vector, i))
             total = total - self._copy(self._low(step.source, source, i) * low, i)
         return self.stored(step.output, total)
 
-    def _dropping(self, name: str, left: str, right: str) -> list[int]:
-        return [i for i, _ in self.rounded[name] if self._pairs(i, left, right).drops_low]
+    def _dropping(self, step: Product) -> list[int]:
+        return [i for i, _ in self.rounded[step.output] if self._pairs(i, step).drops_low]
 
-    def _pairs(self, i: int, left: str, right: str) -> PlanePairs:
-        return plane_pairs(self.grids[i][left].format, self.grids[i][right].format)
+    def _pairs(self, i: int, step: Product) -> PlanePairs:
+        left, right = (self.grids[i][name].format for name in operands(step))
+        return plane_pairs(left, right, splits_right=isinstance(step, MatMul))
 
     def _rounding_planes(self, step: MatMul) -> list[int]:
         return [
             i
             for i, grid in self.rounded[step.output]
-            if self._pairs(i, step.left, step.right).rounded_apart(self.requantize[grid.format.name])
+            if self._pairs(i, step).rounded_apart(self.requantize[grid.format.name])
         ]
 
     def _rounding_of_high(

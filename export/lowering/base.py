@@ -12,7 +12,7 @@ import numpy as np
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import GraphOutput, InputType, Interface
-from qinvert.export.lowering.tensors import ProgramTensors, vector_name
+from qinvert.export.lowering.tensors import TRANSPOSED, ProgramTensors, vector_name
 from qinvert.numerics import scalar
 from qinvert.plan.carried_identity import CarriedIdentities, joined_ones
 from qinvert.plan.quantization import Quantization, Requantize
@@ -101,6 +101,18 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
 
     def constant(self, constant: Constant, blocks: int) -> Value:
         return Value("", constant.name, constant)
+
+    def operand(self, value: Value, blocks: int = 0) -> Value:
+        """Return the right operand of a product or sum.
+
+        A constant is written as ``[rows, columns]``, or once for each of ``blocks``.
+        """
+        if value.constant is None:
+            return value
+        matrix, grid = constant_support(value.constant).astype(np.int8), self.grid(value.tensor)
+        if blocks:
+            return Value(self.repeated(f"{value.tensor}/{blocks}", matrix, blocks, grid), value.tensor)
+        return Value(self.literal(value.tensor, matrix, grid), value.tensor)
 
     def concat(self, step: Concat, sources: list[Value]) -> Value:
         grid, shape = self.grid(step.output), self.shape(step.output)
@@ -325,4 +337,4 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         if axis == Axis.ROWS:
             return given
         shape = self.shape(vector_name(vector, axis))
-        return self.graph.node("Transpose", [given], f"{vector}/transposed", shape, perm=[0, 1, 3, 2])
+        return self.graph.node("Transpose", [given], f"{vector}/transposed", shape, perm=TRANSPOSED)

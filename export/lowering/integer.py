@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
 from qinvert.export.lowering.base import GraphLowering, Value
-from qinvert.export.lowering.tensors import AXES, IntArray, vector_name
+from qinvert.export.lowering.tensors import AXES, TRANSPOSED, IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scalar import planes_scalar
 from qinvert.plan.carried_identity import sliced_ones
 from qinvert.plan.integer_product import PlanePair
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
-from qinvert.program.steps import Add, Axis, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Slice,
+    Subtract,
+    Transpose,
+)
 
 
 class IntegerLowering(GraphLowering):
@@ -65,7 +77,7 @@ class IntegerLowering(GraphLowering):
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
-        name = step.output
+        name, right = step.output, self.operand(right)
         if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             steps = self._product(name, step, operands)
@@ -138,10 +150,20 @@ class IntegerLowering(GraphLowering):
         return total
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
-        name = step.output
-        terms = [("Add", self.plain(value)) for value in (left, right)]
-        total = self._sum(f"{name}/sum", name, terms)
+        return self._total(step.output, [("Add", left), ("Add", right)])
+
+    def subtract(self, step: Subtract, left: Value, right: Value) -> Value:
+        return self._total(step.output, [("Add", left), ("Sub", right)])
+
+    def _total(self, name: str, terms: list[tuple[str, Value]]) -> Value:
+        total = self._sum(f"{name}/sum", name, [(operator, self.plain(value)) for operator, value in terms])
         return self._quantized(name, total, self.grid(name).scale)
+
+    def exponential(self, step: Exponential, source: Value) -> Value:
+        name = step.output
+        real = self._sum(f"{name}/source", name, [("Add", self.plain(source))])
+        real = self.graph.node("Exp", [real], f"{name}/exponential", self.shape(name))
+        return self._quantized(name, real, self.grid(name).scale)
 
     def rescale(self, step: Rescale, source: Value) -> Value:
         if self.keeps_integers(step):
@@ -152,9 +174,14 @@ class IntegerLowering(GraphLowering):
         return self._quantized(step.output, real, self.grid(step.output).scale)
 
     def scale(self, step: Scale, source: Value, vector: Value) -> Value:
-        name, source = step.output, self.plain(source)
-        factor, product = self.factors[vector_name(step.vector, step.axis)], self.plan.products[step.output]
-        totals = [self._elementwise(name, source, factor, part.pairs) for part in product.accumulators]
+        return self._multiplied(step.output, source, self.factors[vector_name(step.vector, step.axis)])
+
+    def multiply(self, step: Multiply, left: Value, right: Value) -> Value:
+        return self._multiplied(step.output, left, right)
+
+    def _multiplied(self, name: str, left: Value, right: Value) -> Value:
+        left, right, product = self.plain(left), self.plain(right), self.plan.products[name]
+        totals = [self._elementwise(name, left, right, part.pairs) for part in product.accumulators]
         if self._integer_residuals:
             real = self._scaled(name, name, totals[0], product.factor)
             return self._quantized(name, real, 1.0)
@@ -192,21 +219,34 @@ class IntegerLowering(GraphLowering):
             "BitwiseAnd", step, self.plain(source), [self.graph.initializer(f"{constant.tensor}/bits", bits)]
         )
 
+    def transpose(self, step: Transpose, source: Value) -> Value:
+        return self._move("Transpose", step, self.plain(source), [], perm=TRANSPOSED)
+
     def slice(self, step: Slice, source: Value) -> Value:
         source = self.movable(step, source)
         value = self._move("Slice", step, source, self.slice_inputs(step))
         return replace(value, ones=sliced_ones(step, source.ones))
 
-    def _move(self, operator: str, step: Mask | Slice, source: Value, inputs: list[str]) -> Value:
+    def _move(
+        self,
+        operator: str,
+        step: Mask | Slice | Transpose,
+        source: Value,
+        inputs: list[str],
+        **attributes: Any,
+    ) -> Value:
         shape = self.shape(step.output)
         names = zip(source.planes, self.plane_names(step.output), strict=True)
         for plane, name in names:
-            self.graph.node(operator, [plane, *inputs], name, shape, self.stored_format.element)
+            self.graph.node(operator, [plane, *inputs], name, shape, self.stored_format.element, **attributes)
         return self.value(step.output)
 
     def _reals(self, name: str, value: Value) -> list[str]:
         # Cast and Mul, not DequantizeLinear: optimizers fuse dequantize, operator and
         # quantize into kernels that round in another order.
+        if value.constant is not None:
+            ones = constant_support(value.constant).astype(np.float32)
+            return [self.graph.initializer(f"{value.tensor}/float32", ones[None, None])]
         shape = self.shape(value.tensor)
         reals: list[str] = []
         for plane, scale in zip(value.planes, self._plane_scales(value.tensor), strict=True):

@@ -7,20 +7,33 @@ becomes the int8 tensor ``x`` between ``x/quantize`` and ``x/dequantized``.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from qinvert.export.graph import Sizes
 from qinvert.export.interface import ANY_BATCH, InputType
 from qinvert.export.lowering.base import GraphLowering, Value
-from qinvert.export.lowering.tensors import IntArray, vector_name
+from qinvert.export.lowering.tensors import TRANSPOSED, IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scales import product_scale
 from qinvert.plan.carried_identity import sliced_ones
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
-from qinvert.program.steps import Add, Mask, MatMul, Rescale, Scale, Slice, Step
+from qinvert.program.steps import (
+    Add,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Slice,
+    Step,
+    Subtract,
+    Transpose,
+)
 
 #: Grid of 0/1 masks.
 MASK_GRID = Quantization(format=INT8, scale=1.0)
@@ -86,14 +99,14 @@ class QdqLowering(GraphLowering):
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
-        shape = self.shape(step.output)
+        shape, right = self.shape(step.output), self.operand(right)
         if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             return replace(self._partial(step, *operands), ones=ones)
         # Products and residuals join in float, unquantized: only some back ends fuse it.
         products = [
             self.graph.node("MatMul", [left.name, plane], f"{step.output}/matmul_{i}", shape)
-            for i, plane in enumerate(self._planes(step, right.name, self.shape(step.right)))
+            for i, plane in enumerate(self._planes(step, left.name, right.name))
         ]
         terms = [("Add", name) for name in (*products[1:], *(term.name for term in add))]
         terms += [("Sub", term.name) for term in subtract]
@@ -104,9 +117,8 @@ class QdqLowering(GraphLowering):
 
     def _partial(self, step: MatMul, left: str, right: str) -> Value:
         """Requantize the product of each plane, then their sum: compilers see integers only."""
-        shape, grid, width = self.shape(step.output), self.grid(step.output), self.shape(step.right)
-        width[2] = self.graph.shape(left)[3]
-        planes = self._planes(step, right, width)
+        shape, grid = self.shape(step.output), self.grid(step.output)
+        planes = self._planes(step, left, right)
         if len(planes) == 1:
             product = self.graph.node("MatMul", [left, right], self._float(step.output), shape)
             return self._finished(step.output, product)
@@ -117,11 +129,14 @@ class QdqLowering(GraphLowering):
             parts.append(self._quantized(product, real, shape, grid).name)
         return self._operator("Add", step.output, parts)
 
-    def _planes(self, step: MatMul, right: str, shape: Sizes) -> list[str]:
+    def _planes(self, step: MatMul, left: str, right: str) -> list[str]:
         """Return the right operand; 16 bits become two int8 planes, as no runtime multiplies 16 by 16."""
         grid = self.grid(step.right)
         if not grid.format.is_split:
             return [right]
+        shape = self.shape(step.right)
+        # Residual terms may have widened both operands.
+        shape[2] = self.graph.shape(left)[3]
         high_grid = Quantization(format=INT8, scale=PLANE_RATIO * grid.scale)
         low_grid = Quantization(format=INT8, scale=grid.scale)
         name = f"{step.output}/right"
@@ -133,9 +148,24 @@ class QdqLowering(GraphLowering):
         return [high, self._stored(f"{name}/low", wide, shape, low_grid)]
 
     def add(self, step: Add, left: Value, right: Value) -> Value:
-        return self._sum(step, [self.plain(left).name, self.plain(right).name])
+        return self._sum(step, [self.plain(left).name, self._term(step, right)])
 
-    def _sum(self, step: Add | Rescale, operands: list[str]) -> Value:
+    def subtract(self, step: Subtract, left: Value, right: Value) -> Value:
+        return self._sum(step, [self.plain(left).name, self._term(step, right)], "Sub")
+
+    def _term(self, step: Add | Subtract, right: Value) -> str:
+        full = self.profile.full_masks and self.batch is not None
+        blocks = self.plan.program.shapes[step.output].blocks if full else 0
+        return self.plain(self.operand(right, blocks)).name
+
+    def multiply(self, step: Multiply, left: Value, right: Value) -> Value:
+        scale = product_scale(self.grid(step.left).scale, self.grid(step.right).scale)
+        return self._product(step, [self.plain(left).name, self.plain(right).name], scale)
+
+    def exponential(self, step: Exponential, source: Value) -> Value:
+        return self._operator("Exp", step.output, [self.plain(source).name])
+
+    def _sum(self, step: Add | Subtract | Rescale, operands: list[str], operator: str = "Add") -> Value:
         """Append a sum of two dequantized tensors, in a form that none folds where that loses too much.
 
         A sum that begins with a product is its accumulator, and stays a float
@@ -143,9 +173,9 @@ class QdqLowering(GraphLowering):
         """
         if is_far(step, self.plan.tensors):
             operands = [self._times_identity(f"{step.output}/unfolded", step, operands[0]), operands[1]]
-        return self._operator("Add", step.output, operands)
+        return self._operator(operator, step.output, operands)
 
-    def _product(self, step: Rescale | Scale, operands: list[str], scale: float) -> Value:
+    def _product(self, step: Rescale | Scale | Multiply, operands: list[str], scale: float) -> Value:
         """Append an elementwise product of dequantized tensors, one step of which is worth ``scale``.
 
         Where that is so far above one step of the result that kernels leave
@@ -171,6 +201,8 @@ class QdqLowering(GraphLowering):
         if step.factor != 1:
             scale = product_scale(self.grid(step.source).scale, abs(step.factor))
             return self._product(step, [source.name, self._factor(step.factor)], scale)
+        if self.grid(step.source).format.container_bits != self.grid(step.output).format.container_bits:
+            return self._finished(step.output, source.name)
         # Adding zero keeps an operator between the two scales: back ends merge
         # adjacent quantize/dequantize pairs, which would skip one rounding.
         zero = self.literal("zero", np.zeros((1, 1, 1, 1), dtype=np.int8), self.grid(step.output))
@@ -192,14 +224,19 @@ class QdqLowering(GraphLowering):
             mask = self.literal(constant.tensor, matrix[None, None], grid)
         return self._operator("Mul", step.output, [self.plain(source).name, mask])
 
+    def transpose(self, step: Transpose, source: Value) -> Value:
+        return self._moved("Transpose", step, [self.plain(source).name], perm=TRANSPOSED)
+
     def slice(self, step: Slice, source: Value) -> Value:
         source = self.movable(step, source)
+        value = self._moved("Slice", step, [source.name, *self.slice_inputs(step)])
+        return replace(value, ones=sliced_ones(step, source.ones))
+
+    def _moved(self, operator: str, step: Slice | Transpose, inputs: list[str], **attributes: Any) -> Value:
         grid, shape = self.grid(step.output), self.shape(step.output)
-        inputs = [source.name, *self.slice_inputs(step)]
-        value = self.graph.node("Slice", inputs, self._float(step.output), shape)
+        value = self.graph.node(operator, inputs, self._float(step.output), shape, **attributes)
         # The values are already on the grid, as in `joined`.
-        value = self._stored(step.output, value, shape, grid)
-        return Value(value, step.output, ones=sliced_ones(step, source.ones))
+        return Value(self._stored(step.output, value, shape, grid), step.output)
 
     def _factor(self, factor: float) -> str:
         # An integer times a scale, like every other operand of the graph: exact in float32.

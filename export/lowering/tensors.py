@@ -21,6 +21,9 @@ from qinvert.program.steps import Axis, Rescale, Scale, Slice
 #: Tensor axis of a concat or slice of rows and columns.
 AXES = {Axis.ROWS: 2, Axis.COLUMNS: 3}
 
+#: Order of the axes of a tensor whose blocks are transposed.
+TRANSPOSED = [0, 1, 3, 2]
+
 #: Values on a grid, without the zero point.
 IntArray = npt.NDArray[Any]
 
@@ -93,9 +96,9 @@ class ProgramTensors(ABC):
         return self.profile.end_of(self.grid(tensor).format) != self.storage(self.grid(tensor))
 
     def grid(self, tensor: str) -> Quantization:
-        """Quantization of a tensor of the program."""
+        """Quantization of a tensor or constant of the program."""
         vector, _ = self.vectors.get(tensor, (tensor, Axis.ROWS))
-        return self.plan.tensors[vector]
+        return self.plan.grid(vector)
 
     def shape(self, tensor: str) -> Sizes:
         """Shape of a tensor of the program in the graph."""

@@ -29,7 +29,8 @@ from qinvert.numerics.folded_sums import MAX_LOSS, folded_loss
 from qinvert.plan.integer_product import Accumulator, IntegerProduct
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.steps import MatMul, Rescale
+from qinvert.program.cost import inner_size
+from qinvert.program.steps import Rescale
 from qinvert.proof.interval_arithmetic import join, magnitude, oriented, split
 from qinvert.proof.intervals import IntervalEvaluator, Term
 from qinvert.systems import Systems
@@ -106,8 +107,7 @@ class ReachEvaluator(IntervalEvaluator):
         self, reading: IntegerProduct, part: Accumulator, total: torch.Tensor, largest: torch.Tensor
     ) -> torch.Tensor:
         step = reading.step
-        depth = self.plan.program.shapes[step.left].columns if isinstance(step, MatMul) else 1
-        terms = depth * len(part.pairs)
+        terms = inner_size(self.plan.program, step) * len(part.pairs)
         terms += sum(reading.identity_parts(term.tensor).number for term in part.residuals)
         return _widened(total, (terms + OPERATIONS) * ROUNDOFF * largest)
 

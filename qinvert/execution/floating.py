@@ -12,7 +12,7 @@ from qinvert.execution.inputs import assemble, fold, needed, only, program_input
 from qinvert.execution.tensors import TorchEvaluator, along
 from qinvert.matrices import like
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import Add, MatMul, Rescale, Scale
+from qinvert.program.steps import Add, Exponential, MatMul, Multiply, Rescale, Scale, Subtract
 from qinvert.systems import Systems
 
 #: Receives a tensor's name and its value.
@@ -52,6 +52,15 @@ class FloatEvaluator(TorchEvaluator):
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self.stored(step.output, left.to(self.compute) + right.to(self.compute))
+
+    def subtract(self, step: Subtract, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.stored(step.output, left.to(self.compute) - right.to(self.compute))
+
+    def multiply(self, step: Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.stored(step.output, left.to(self.compute) * right.to(self.compute))
+
+    def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:
+        return self.stored(step.output, torch.exp(source.to(self.compute)))
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         return self.stored(step.output, step.factor * source.to(self.compute))

@@ -9,14 +9,14 @@ import torch
 
 from qinvert.execution.tensors import TorchEvaluator, along
 from qinvert.numerics import rounding
-from qinvert.numerics.exact import integer_matmul, planes
+from qinvert.numerics.exact import integer_matmul, integer_multiply, planes
 from qinvert.plan.integer_product import Accumulator, IntegerProduct, Residual
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.steps import Add, MatMul, Rescale, Scale
+from qinvert.program.steps import Add, Exponential, MatMul, Multiply, Rescale, Scale, Subtract
 
 #: Exact product of integer-valued tensors, dense or elementwise.
-Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Times: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 #: Integers of every plane of an operand, high first.
 Planes: TypeAlias = Sequence[torch.Tensor]
 
@@ -43,9 +43,14 @@ class IntegerEvaluator(TorchEvaluator):
         )
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        # One product per element, at most 2^22, is exact in float32.
+        return self._elementwise(step, source, along(step, vector))
+
+    def multiply(self, step: Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self._elementwise(step, left, right)
+
+    def _elementwise(self, step: Scale | Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         product = self.plan.products[step.output]
-        return self._product(product, source, along(step, vector), {}, torch.mul)
+        return self._product(product, left, right, {}, lambda a, b: integer_multiply(a, b, product.bound))
 
     def _product(
         self,
@@ -53,10 +58,11 @@ class IntegerEvaluator(TorchEvaluator):
         left: torch.Tensor,
         right: torch.Tensor,
         terms: Mapping[str, torch.Tensor],
-        multiply: Multiply,
+        multiply: Times,
     ) -> torch.Tensor:
         lefts = _integers(planes(left, product.left.scale, product.left.format))
-        rights = _integers(rounding.operand_planes(right, product.right.scale, product.right.format))
+        split = rounding.operand_planes if product.splits_right else planes
+        rights = _integers(split(right, product.right.scale, product.right.format))
         totals = [_accumulated(part, lefts, rights, multiply) for part in product.accumulators]
         if product.requantize is Requantize.MULTIPLIER:
             for total, part in zip(totals, product.accumulators, strict=True):
@@ -86,11 +92,20 @@ class IntegerEvaluator(TorchEvaluator):
         return rounding.requantize_partial(totals, product.factor, grid.scale, grid.format, overwrite=True)
 
     def _planes(self, name: str, value: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
-        grid = self.plan.tensors[name]
+        grid = self.plan.grid(name)
         return planes(value, grid.scale, grid.format)
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
+
+    def subtract(self, step: Subtract, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        negated = [(q, -scale) for q, scale in self._planes(step.right, right)]
+        return self._sum(step.output, [*self._planes(step.left, left), *negated])
+
+    def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:
+        grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
+        value = rounding.dequantize(source, grid.scale, grid.format)
+        return rounding.quantize_exponential(value, output.scale, output.format)
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         if self.plan.keeps_integers(step):
@@ -115,7 +130,7 @@ def _integers(parts: list[tuple[torch.Tensor, float]]) -> Planes:
     return [integers for integers, _ in parts]
 
 
-def _accumulated(part: Accumulator, lefts: Planes, rights: Planes, multiply: Multiply) -> torch.Tensor:
+def _accumulated(part: Accumulator, lefts: Planes, rights: Planes, multiply: Times) -> torch.Tensor:
     first, *others = part.pairs
     total = multiply(lefts[first.left], rights[first.right])
     for pair in others:

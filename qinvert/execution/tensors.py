@@ -8,7 +8,7 @@ import torch
 
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.sparsity import constant_support
-from qinvert.program.steps import Axis, Concat, Constant, Mask, Range, Scale, Slice
+from qinvert.program.steps import Axis, Concat, Constant, Mask, Range, Scale, Slice, Transpose
 
 
 class TorchEvaluator(Evaluator[torch.Tensor]):
@@ -31,6 +31,9 @@ class TorchEvaluator(Evaluator[torch.Tensor]):
         # All blocks share one mask, so the mask of the first is enough.
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         return torch.where(constant[:1] != 0, source, zero)
+
+    def transpose(self, step: Transpose, source: torch.Tensor) -> torch.Tensor:
+        return source.mT
 
     def slice(self, step: Slice, source: torch.Tensor) -> torch.Tensor:
         blocks = None if step.blocks is None else (step.blocks[0] * self.batch, step.blocks[1] * self.batch)

@@ -11,7 +11,7 @@ from qinvert.numerics.scales import product_scale
 from qinvert.plan.integer_product import IntegerProduct
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.steps import Add, MatMul, Rescale
+from qinvert.program.steps import Add, Exponential, MatMul, Rescale, Subtract
 
 
 class TfliteEvaluator(IntegerEvaluator):
@@ -48,6 +48,8 @@ def check_plan(plan: QuantizedProgram) -> None:
     if plan.requantize is not Requantize.MULTIPLIER:
         raise PlanError(f"TFLite's integer kernels do not join the residual terms of this plan; {remedy}")
     for step in plan.program.steps:
+        if isinstance(step, (Subtract, Exponential)):
+            raise PlanError(f"how TFLite rounds step {step.output!r} is not known; {remedy}")
         grids = [plan.tensors[name] for name in (*step.inputs, step.output) if name in plan.tensors]
         if isinstance(step, (Add, Rescale)) and not tflite.adds([grid.scale for grid in grids]):
             raise PlanError(f"TFLite does not sum on the grids of step {step.output!r}; {remedy}")

@@ -14,9 +14,24 @@ from qinvert.plan.carried_identity import CarriedIdentities, joined_ones, sliced
 from qinvert.plan.far_sums import is_far
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.program.cost import inner_size
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.sparsity import Support
-from qinvert.program.steps import Add, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import (
+    Add,
+    Concat,
+    Constant,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Slice,
+    Step,
+    Subtract,
+    Transpose,
+)
 
 
 class Kind(StrEnum):
@@ -120,7 +135,7 @@ class OperatorCounter(Evaluator[_Stored]):
 
     def _products(self, step: MatMul, depth: int) -> None:
         product = self.plan.products[step.output]
-        inner = self.plan.program.shapes[step.left].columns
+        inner = inner_size(self.plan.program, step)
         if product.right.format.is_split:
             # The high plane, the same on the grid of both, what it leaves, and that as the low plane.
             for _ in range(4):
@@ -154,6 +169,27 @@ class OperatorCounter(Evaluator[_Stored]):
             self._plain(value)
         return self._sum(step)
 
+    def subtract(self, step: Subtract, left: _Stored, right: _Stored) -> _Stored:
+        return self._written(step, left, right)
+
+    def multiply(self, step: Multiply, left: _Stored, right: _Stored) -> _Stored:
+        return self._written(step, left, right)
+
+    def exponential(self, step: Exponential, source: _Stored) -> _Stored:
+        return self._written(step, source)
+
+    def transpose(self, step: Transpose, source: _Stored) -> _Stored:
+        self._plain(source)
+        self._move(step.output)
+        return self._stored(step.output)
+
+    def _written(self, step: Step, *sources: _Stored) -> _Stored:
+        """Count one elementwise operator."""
+        for source in sources:
+            self._plain(source)
+        self._elementwise(step.output)
+        return self._stored(step.output)
+
     def _sum(self, step: Add | Rescale) -> _Stored:
         if is_far(step, self.plan.tensors):
             # Graphs multiply the first operand by an identity.
@@ -169,14 +205,10 @@ class OperatorCounter(Evaluator[_Stored]):
         return self._sum(step)
 
     def scale(self, step: Scale, source: _Stored, vector: _Stored) -> _Stored:
-        self._plain(source)
-        self._elementwise(step.output)
-        return self._stored(step.output)
+        return self._written(step, source)
 
     def mask(self, step: Mask, source: _Stored, constant: _Stored) -> _Stored:
-        self._plain(source)
-        self._elementwise(step.output)
-        return self._stored(step.output)
+        return self._written(step, source)
 
     def slice(self, step: Slice, source: _Stored) -> _Stored:
         ones = self._movable(step, [source])

@@ -23,7 +23,22 @@ from qinvert.kernels.tiles import (
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.sparsity import Support, constant_support, product_support
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Concat,
+    Constant,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Slice,
+    Step,
+    Subtract,
+    Transpose,
+)
 
 #: ``observe(name, tensor)``, as in `Program.evaluate`.
 Observer = Callable[[str, Placed[V]], None]
@@ -119,6 +134,18 @@ class TileEvaluator(Evaluator[Value[V]]):
     def scale(self, step: Scale, source: Value[V], vector: Value[V]) -> Value[V]:
         raise UnsupportedError("the program takes beta")
 
+    def subtract(self, step: Subtract, left: Value[V], right: Value[V]) -> Value[V]:
+        raise _unknown(step)
+
+    def multiply(self, step: Multiply, left: Value[V], right: Value[V]) -> Value[V]:
+        raise _unknown(step)
+
+    def exponential(self, step: Exponential, source: Value[V]) -> Value[V]:
+        raise _unknown(step)
+
+    def transpose(self, step: Transpose, source: Value[V]) -> Value[V]:
+        raise _unknown(step)
+
     def mask(self, step: Mask, source: Value[V], constant: Value[V]) -> Value[V]:
         a = placed(source)
         assert isinstance(constant, Constant)
@@ -177,9 +204,20 @@ class TileEvaluator(Evaluator[Value[V]]):
 
 
 def placed(value: Value[V]) -> Placed[V]:
-    """Return a value that is not a constant: shape laws allow constants only in masks and concats."""
-    assert isinstance(value, Placed)
+    """Return a value that is not a constant.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is one: tiles hold constants only in masks and concats.
+    """
+    if isinstance(value, Constant):
+        raise UnsupportedError(f"the program multiplies or adds the constant {value.name!r}")
     return value
+
+
+def _unknown(step: Step) -> UnsupportedError:
+    return UnsupportedError(f"step {step.output!r} is of a kind that tiles do not have")
 
 
 def _pairs(a: Placed[V], b: Placed[V], position: Position) -> dict[int, tuple[V, V]]:

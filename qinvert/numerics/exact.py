@@ -25,6 +25,16 @@ def dot_scalar(left: list[int], right: list[int]) -> int:
     return sum(a * b for a, b in zip(left, right, strict=True))
 
 
+def integer_multiply(left: torch.Tensor, right: torch.Tensor, bound: int) -> torch.Tensor:
+    """Exact elementwise ``left * right`` of integer-valued float32 tensors, in float64 where float32 rounds.
+
+    ``bound`` is the largest magnitude that the product can reach, proved by the plan.
+    """
+    if bound < FLOAT32_EXACT:
+        return left * right
+    return left.to(torch.float64) * right.to(torch.float64)
+
+
 def integer_matmul(left: torch.Tensor, right: torch.Tensor, bound: int, magnitude: int = 128) -> torch.Tensor:
     """Exact ``left @ right`` of integer-valued tensors.
 

@@ -103,6 +103,22 @@ def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     return value
 
 
+def quantize_exponential(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+    """``sat(round_half_even(float32(exp(x)) / scale))``, exp rounded to float32 once.
+
+    Libraries compute exp in float32 to within a few units in the last place; see
+    `qinvert.numerics.exponentials` for grids on which all of them give the same integers.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        float32, not positive.
+    scale, fmt
+        Grid of the result.
+    """
+    return _round(torch.exp(x.to(torch.float64)).to(torch.float32), scale, fmt)
+
+
 def requantize_divide(
     accumulator: torch.Tensor,
     unit: float,

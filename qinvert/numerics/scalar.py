@@ -52,6 +52,11 @@ def dequantize_scalar(q: int, scale: float, fmt: IntFormat) -> float:
     return float(sum(parts[1:], parts[0]))
 
 
+def quantize_exponential_scalar(x: float, scale: float, fmt: IntFormat) -> int:
+    """Scalar twin of `qinvert.numerics.rounding.quantize_exponential`."""
+    return quantize_scalar(float(np.float32(math.exp(x))), scale, fmt)
+
+
 def requantize_divide_scalar(
     accumulator: int, unit: float, addends: list[tuple[int, float]], scale: float, fmt: IntFormat
 ) -> int:

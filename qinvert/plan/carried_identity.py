@@ -1,6 +1,6 @@
 """Which operands of a plan's products hold an identity in a graph, so that no product is widened.
 
-``A B + B = (A + I) B``: a strictly lower triangular tensor with room for 1.0 on
+``A B + B = (A + I) B``: a tensor with an empty diagonal and room for 1.0 on
 its grid is stored once more with the identity added to it.  The lowering and
 the cost of an operator list both ask here.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from qinvert.numerics import scalar
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.sparsity import Support, cut, strictly_lower
+from qinvert.program.sparsity import Support, cut, zero_diagonals
 from qinvert.program.steps import Axis, Concat, MatMul, Slice
 
 
@@ -33,14 +33,14 @@ class CarriedIdentities:
         self.plan, self.returned = plan, returned
 
     @cached_property
-    def _triangular(self) -> set[str]:
+    def _hollow(self) -> set[str]:
         # Found when a residual term asks: the planner counts operators of many plans without one.
         exact = self.plan.requantize is Requantize.MULTIPLIER
-        return strictly_lower(self.plan.program) if exact else set()
+        return zero_diagonals(self.plan.program) if exact else set()
 
     def carries(self, tensor: str) -> bool:
         """Whether the tensor can be stored with the identity added to it."""
-        fits = tensor in self._triangular and one_of(self.plan.tensors[tensor]) > 0
+        fits = tensor in self._hollow and one_of(self.plan.tensors[tensor]) > 0
         return fits and tensor not in self.returned
 
     def taken_by(self, step: MatMul) -> tuple[bool, bool]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from qinvert.formats import INT8
 from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import loses
-from qinvert.plan.quantization import Quantization
+from qinvert.plan.integer_product import operands
+from qinvert.plan.quantization import CONSTANT_GRID, Quantization
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.steps import Add, Rescale, Scale, Step
+from qinvert.program.steps import Add, Multiply, Rescale, Scale, Step, Subtract
 
 
 def is_far(step: Step, tensors: Mapping[str, Quantization]) -> bool:
@@ -22,19 +23,19 @@ def is_far(step: Step, tensors: Mapping[str, Quantization]) -> bool:
     names: tuple[str, ...]
     spoils, factor = loses, 1.0
     match step:
-        case Add():
+        case Add() | Subtract():
             names = (step.left, step.right, step.output)
         case Rescale(factor=1):
             names = (step.source, step.output, step.output)
         case Rescale():
             names = (step.source, step.output)
             spoils, factor = leaves_int32, abs(step.factor)
-        case Scale():
-            names = (step.source, step.vector, step.output)
+        case Scale() | Multiply():
+            names = (*operands(step), step.output)
             spoils = leaves_int32
         case _:
             return False
-    *grids, result = [tensors[name] for name in names]
+    *grids, result = [tensors.get(name, CONSTANT_GRID) for name in names]
     narrow = all(grid.format.container_bits == INT8.container_bits for grid in (*grids, result))
     return narrow and spoils([grid.scale * factor for grid in grids], result.scale)
 

@@ -1,9 +1,11 @@
 """What a product means in integers, as data that all interpreters share.
 
-A step ``left @ right + residuals`` (or the elementwise product of a `Scale`)
-becomes accumulators of int8 products.  This module decides which planes meet in
-which accumulator, the real value of one step of an accumulator, how residual
-terms join, and how the accumulators become integers again.  The simulator, the
+A step ``left @ right + residuals`` becomes accumulators of int8 products.  An
+elementwise product (`Scale`, `Multiply`) is the same with one product in each
+sum, and its right operand stays whole: graphs multiply 16 by 16 bits there.
+This module decides which planes meet in which accumulator, the real value of
+one step of an accumulator, how residual terms join, and how the accumulators
+become integers again.  The simulator, the
 intervals, kernels, lowering, cost and the planner's noise model all use it.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from qinvert.errors import PlanError
 from qinvert.formats import IntFormat
@@ -25,7 +27,12 @@ from qinvert.numerics.accumulators import (
 from qinvert.numerics.scalar import operand_planes_scalar, planes_scalar
 from qinvert.numerics.scales import multiplier, product_scale
 from qinvert.plan.quantization import Quantization, Requantize
-from qinvert.program.steps import MatMul, Scale
+from qinvert.program.steps import MatMul, Multiply, Scale
+
+#: Steps that multiply two tensors.
+Product: TypeAlias = MatMul | Scale | Multiply
+#: The same for `isinstance`.
+PRODUCTS: Final = (MatMul, Scale, Multiply)
 
 
 class PlanePair(NamedTuple):
@@ -50,9 +57,9 @@ class PlanePairs:
         return requantize is Requantize.MULTIPLIER and len(self.groups) > 1
 
 
-def plane_pairs(left: IntFormat, right: IntFormat) -> PlanePairs:
+def plane_pairs(left: IntFormat, right: IntFormat, *, splits_right: bool = True) -> PlanePairs:
     """Return the products of planes of a left and a right operand of these formats."""
-    counts = len(operand_magnitudes(left, right=False)), len(operand_magnitudes(right, right=True))
+    counts = len(operand_magnitudes(left, right=False)), len(operand_magnitudes(right, splits_right))
     groups = tuple(tuple(PlanePair(*pair) for pair in group) for group in partial_products(*counts))
     return PlanePairs(groups=groups, drops_low=sum(map(len, groups)) < counts[0] * counts[1])
 
@@ -121,7 +128,7 @@ class IntegerProduct:
     output's scale.
     """
 
-    step: MatMul | Scale
+    step: Product
     left: Quantization
     right: Quantization
     output: Quantization
@@ -153,19 +160,25 @@ class IntegerProduct:
         return max(accumulator.bound for accumulator in self.accumulators)
 
     @property
+    def splits_right(self) -> bool:
+        """Whether a right operand of more than 8 bits enters as two int8 planes: in sums of products only."""
+        return isinstance(self.step, MatMul)
+
+    @property
+    def _magnitudes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Largest magnitude of every plane of the left and of the right operand."""
+        left = operand_magnitudes(self.left.format, right=False)
+        return left, operand_magnitudes(self.right.format, self.splits_right)
+
+    @property
     def magnitude(self) -> int:
         """Largest magnitude of a plane of an operand."""
-        left, right = self.left.format, self.right.format
-        return max(*operand_magnitudes(left, right=False), *operand_magnitudes(right, right=True))
+        return max(map(max, self._magnitudes))
 
     @property
     def limit(self) -> int:
         """What its accumulators must stay below: an operand of at most 8 bits leaves them int32."""
-        left, right = self.left.format, self.right.format
-        narrower = min(
-            max(operand_magnitudes(fmt, right=side)) for fmt, side in ((left, False), (right, True))
-        )
-        return accumulator_limit(narrower)
+        return accumulator_limit(min(map(max, self._magnitudes)))
 
     @property
     def cost(self) -> int:
@@ -202,7 +215,7 @@ class IntegerProduct:
 
     def identity_planes(self) -> list[int]:
         """Integers that mean 1.0 on the planes of the right operand: factors of a residual left operand."""
-        left, _ = _operands(self.step)
+        left, _ = operands(self.step)
         largest, full, rest = self.identity_parts(left)
         # All full blocks split alike, and a scale of any plan from outside may mean 1e28 of them.
         whole, part = (
@@ -212,7 +225,7 @@ class IntegerProduct:
         return [full * q + r for q, r in zip(whole, part, strict=True)]
 
     def _partner(self, term: str) -> tuple[str, Quantization]:
-        left, right = _operands(self.step)
+        left, right = operands(self.step)
         if term not in (left, right):
             raise PlanError(
                 f"step {self.step.output!r}: residual {term!r} is not an operand of the product; "
@@ -222,19 +235,19 @@ class IntegerProduct:
 
 
 def integer_product(
-    step: MatMul | Scale, grids: Mapping[str, Quantization], requantize: Requantize, depth: int
+    step: Product, grids: Mapping[str, Quantization], requantize: Requantize, depth: int
 ) -> IntegerProduct:
     """Return what a product means under the grids of its tensors.
 
     Parameters
     ----------
-    step : MatMul or Scale
-        The right operand of a `Scale` is its vector, and its depth is 1.
+    step : MatMul, Scale or Multiply
+        The right operand of a `Scale` is its vector.
     grids : mapping
-        Quantization of every tensor that the step names.
+        Quantization of every tensor and constant that the step names.
     requantize : Requantize
     depth : int
-        Columns of the left operand: the number of products in one element's sum.
+        Number of products in one element's sum: columns of the left operand of a MatMul, else 1.
 
     Raises
     ------
@@ -242,7 +255,7 @@ def integer_product(
         If a residual term is not an exact integer of its accumulator, where
         the plan requantizes by one factor.
     """
-    left, right = (grids[name] for name in _operands(step))
+    left, right = (grids[name] for name in operands(step))
     bare = IntegerProduct(
         step=step,
         left=left,
@@ -255,7 +268,7 @@ def integer_product(
     terms = _signed_terms(step)
     exact = requantize is Requantize.MULTIPLIER
     residuals = _residuals(bare, terms) if exact else {}
-    groups = plane_pairs(left.format, right.format).groups
+    groups = plane_pairs(left.format, right.format, splits_right=bare.splits_right).groups
     return replace(
         bare,
         accumulators=tuple(
@@ -265,19 +278,20 @@ def integer_product(
     )
 
 
-def _operands(step: MatMul | Scale) -> tuple[str, str]:
-    return (step.left, step.right) if isinstance(step, MatMul) else (step.source, step.vector)
+def operands(step: Product) -> tuple[str, str]:
+    """Return the names of what a product multiplies."""
+    return (step.source, step.vector) if isinstance(step, Scale) else (step.left, step.right)
 
 
-def _signed_terms(step: MatMul | Scale) -> list[tuple[int, str]]:
-    if isinstance(step, Scale):
+def _signed_terms(step: Product) -> list[tuple[int, str]]:
+    if not isinstance(step, MatMul):
         return []
     return [*((1, name) for name in step.add), *((-1, name) for name in step.subtract)]
 
 
 def _residuals(product: IntegerProduct, terms: list[tuple[int, str]]) -> dict[int, tuple[Residual, ...]]:
     """Residual terms by the number of the accumulator that they join."""
-    _, right = _operands(product.step)
+    _, right = operands(product.step)
     count = len(operand_magnitudes(product.right.format, right=True))
     found: dict[int, tuple[Residual, ...]] = {}
     for sign, name in terms:
@@ -301,11 +315,11 @@ def _accumulator(
     residuals: tuple[Residual, ...],
     grids: Mapping[str, Quantization],
 ) -> Accumulator:
-    left, right = product.left, product.right
-    lefts, rights = operand_magnitudes(left.format, right=False), operand_magnitudes(right.format, right=True)
+    left, right, split = product.left, product.right, product.splits_right
+    lefts, rights = operand_magnitudes(left.format, right=False), operand_magnitudes(right.format, split)
     units = (
         plane_scales(left.format, left.scale, right=False),
-        plane_scales(right.format, right.scale, right=True),
+        plane_scales(right.format, right.scale, split),
     )
     bound = sum(depth * lefts[pair.left] * rights[pair.right] for pair in pairs)
     bound += sum(abs(term.factor) * _reach(term, grids[term.tensor].format) for term in residuals)

@@ -18,6 +18,7 @@ from qinvert.files import read_bytes, write_atomically
 from qinvert.plan.cost import plan_cost
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.serialization import from_bytes, to_bytes
+from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class LayerPlan(QuantizedProgram):
     ranges: Mapping[str, float] = field(default_factory=dict)
     #: Sample counts, expected sqnr, reasons.
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    #: What a chunk step does to value channels; None if values pass as they are.
+    channels: ValueChannels | None = None
 
     def inverse(self, L: M, beta: Any = None, *, rounding: str = "onnx") -> M:  # noqa: N803 - the field's
         """``T = (I + L)^-1`` by the integer program, simulated bit-exactly.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from qinvert.errors import PlanError
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
@@ -64,6 +65,10 @@ class Quantization:
 
     def __str__(self) -> str:
         return f"{self.format} s={self.scale:.4g}"
+
+
+#: Grid of 0/1 constants: the integer 1 means 1.0.
+CONSTANT_GRID: Final = Quantization(format=INT8, scale=1.0)
 
 
 def requantize_named(name: str) -> Requantize:

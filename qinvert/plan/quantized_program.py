@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from qinvert.numerics.accumulators import check_accumulator
-from qinvert.plan.integer_product import IntegerProduct, integer_product
+from qinvert.plan.integer_product import PRODUCTS, IntegerProduct, integer_product
 from qinvert.plan.quantization import (
+    CONSTANT_GRID,
     Quantization,
     Requantize,
     check_moves,
@@ -16,8 +17,9 @@ from qinvert.plan.quantization import (
     check_single_planes,
     requantize_named,
 )
+from qinvert.program.cost import inner_size
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import MatMul, Rescale, Scale
+from qinvert.program.steps import Rescale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class QuantizedProgram:
     program: StepList
     tensors: Mapping[str, Quantization]
     requantize: Requantize
-    #: What every MatMul and Scale means in integers, by its output.  It is derived.
+    #: What every product means in integers, by its output.  It is derived.
     products: Mapping[str, IntegerProduct] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,13 +67,17 @@ class QuantizedProgram:
         """
         return step.factor == 1 and self.tensors[step.source] == self.tensors[step.output]
 
+    def grid(self, name: str) -> Quantization:
+        """Return the grid of a tensor or of a constant."""
+        return self.tensors.get(name, CONSTANT_GRID)
+
     def _read_products(self) -> dict[str, IntegerProduct]:
-        found = {}
-        for step in self.program.steps:
-            if isinstance(step, (MatMul, Scale)):
-                depth = self.program.shapes[step.left].columns if isinstance(step, MatMul) else 1
-                found[step.output] = integer_product(step, self.tensors, self.requantize, depth)
-        return found
+        grids = {**self.tensors, **{c.name: CONSTANT_GRID for c in self.program.constants}}
+        return {
+            step.output: integer_product(step, grids, self.requantize, inner_size(self.program, step))
+            for step in self.program.steps
+            if isinstance(step, PRODUCTS)
+        }
 
     @property
     def chunk(self) -> int:

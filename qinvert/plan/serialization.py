@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import find_format
 from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
 from qinvert.program.serialization import program_from_json, program_to_json
 from qinvert.strict_json import Json, parse, require
@@ -41,6 +42,8 @@ class PlannedLayer(Protocol):
     def ranges(self) -> Mapping[str, float]: ...
     @property
     def provenance(self) -> Mapping[str, Any]: ...
+    @property
+    def channels(self) -> ValueChannels | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +131,19 @@ def _layer_to_json(layer: PlannedLayer, program: int) -> Json:
         "tensors": {name: {"format": q.format.name, "scale": q.scale} for name, q in layer.tensors.items()},
         "ranges": dict(layer.ranges),
         "provenance": dict(layer.provenance),
+        **({"channels": _channels_to_json(layer.channels)} if layer.channels else {}),
     }
+
+
+def _channels_to_json(channels: ValueChannels) -> Json:
+    return {"exponents": [list(row) for row in channels.exponents], "rotated": channels.rotated}
+
+
+def _channels_from_json(obj: Any) -> ValueChannels:
+    rows = require(obj, "exponents", list)
+    if not all(isinstance(row, list) for row in rows):
+        raise PlanError("'exponents' must be a list of lists of integers")
+    return ValueChannels(exponents=tuple(map(tuple, rows)), rotated=require(obj, "rotated", bool))
 
 
 def _layer_from_json(layer: Any, name: str, program: Program) -> Json:
@@ -142,6 +157,7 @@ def _layer_from_json(layer: Any, name: str, program: Program) -> Json:
             "requantize": require(layer, "requantize", str),
             "ranges": ranges,
             "provenance": require(layer, "provenance", dict),
+            "channels": _channels_from_json(layer["channels"]) if "channels" in layer else None,
         }
     except PlanError as error:
         raise PlanError(f"layer {name!r}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qinvert.checks import check_power_of_two
@@ -74,8 +75,12 @@ def multiply_accumulates(program: StepList, step: Step) -> int:
     """Return the multiply-accumulates of one step for one matrix, which are 0 for all steps but products."""
     if not isinstance(step, MatMul):
         return 0
-    left, output = program.shapes[step.left], program.shapes[step.output]
-    return output.blocks * output.rows * output.columns * left.columns
+    return math.prod(program.shapes[step.output]) * inner_size(program, step)
+
+
+def inner_size(program: StepList, step: Step) -> int:
+    """Return the number of products in one element's sum; 1 for steps that do not sum products."""
+    return program.shapes[step.left].columns if isinstance(step, MatMul) else 1
 
 
 def _elements(program: StepList, step: Step) -> int:

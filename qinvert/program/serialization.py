@@ -15,13 +15,17 @@ from qinvert.program.steps import (
     Axis,
     Concat,
     Constant,
+    Exponential,
     Mask,
     MatMul,
+    Multiply,
     Rescale,
     Scale,
     Shape,
     Slice,
     Step,
+    Subtract,
+    Transpose,
     check_chunk,
 )
 from qinvert.strict_json import Json, brief, require
@@ -30,9 +34,13 @@ from qinvert.strict_json import Json, brief, require
 OPERATIONS: Final[dict[str, type[Step]]] = {
     "matmul": MatMul,
     "add": Add,
+    "subtract": Subtract,
+    "multiply": Multiply,
+    "exponential": Exponential,
     "rescale": Rescale,
     "scale": Scale,
     "mask": Mask,
+    "transpose": Transpose,
     "slice": Slice,
     "concat": Concat,
 }

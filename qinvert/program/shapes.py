@@ -17,14 +17,18 @@ from qinvert.program.steps import (
     Axis,
     Concat,
     Constant,
+    Exponential,
     Mask,
     MatMul,
+    Multiply,
     Range,
     Rescale,
     Scale,
     Shape,
     Slice,
     Step,
+    Subtract,
+    Transpose,
 )
 
 
@@ -191,13 +195,18 @@ def _check_zeros(step: Concat, others: set[str]) -> None:
 def _output_shape(step: Step, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:
     match step:
         case MatMul():
-            return _matmul_shape(step, *_tensors(step, shapes))
-        case Add():
-            left, right = _tensors(step, shapes)
+            return _matmul_shape(step, *_operands(step, shapes, constants))
+        case Add() | Subtract():
+            left, right = _operands(step, shapes, constants)
             return _same(step, left, right)
-        case Rescale():
+        case Multiply():
+            return _broadcast(step, *_tensors(step, shapes))
+        case Rescale() | Exponential():
             (source,) = _tensors(step, shapes)
             return source
+        case Transpose():
+            (source,) = _tensors(step, shapes)
+            return Shape(source.blocks, source.columns, source.rows)
         case Scale():
             return _scale_shape(step, *_tensors(step, shapes))
         case Mask():
@@ -215,8 +224,31 @@ def _output_shape(step: Step, shapes: Mapping[str, Shape], constants: Mapping[st
 def _tensors(step: Step, shapes: Mapping[str, Shape]) -> list[Shape]:
     for name in step.inputs:
         if name not in shapes:
-            raise ProgramError(f"step {step.output!r}: constant {name!r} may only feed a mask or a concat")
+            raise ProgramError(
+                f"step {step.output!r}: constant {name!r} may only feed a mask or a concat, or be the right "
+                "operand of a product or sum"
+            )
     return [shapes[name] for name in step.inputs]
+
+
+def _operands(
+    step: MatMul | Add | Subtract, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]
+) -> list[Shape]:
+    """Shapes of what a product or sum reads: its right operand may be a constant, which all blocks share."""
+    if step.right not in constants or step.left in constants:
+        return _tensors(step, shapes)
+    known = {**shapes, step.right: constants[step.right]._replace(blocks=shapes[step.left].blocks)}
+    return _tensors(step, known)
+
+
+def _broadcast(step: Multiply, left: Shape, right: Shape) -> Shape:
+    sizes = [max(a, b) if 1 in (a, b) or a == b else 0 for a, b in zip(left[1:], right[1:], strict=True)]
+    if left.blocks != right.blocks or 0 in sizes:
+        raise ProgramError(
+            f"step {step.output!r}: cannot multiply {left} by {right} elementwise; sizes must agree, "
+            "or one of them must be 1"
+        )
+    return Shape(left.blocks, *sizes)
 
 
 def _matmul_shape(step: MatMul, left: Shape, right: Shape, *residuals: Shape) -> Shape:
@@ -255,11 +287,16 @@ def _scale_shape(step: Scale, source: Shape, vector: Shape) -> Shape:
 
 def _mask_shape(step: Mask, shapes: Mapping[str, Shape], constants: Mapping[str, Shape]) -> Shape:
     source, mask = shapes.get(step.source), constants.get(step.constant)
-    if source is None or mask is None or source[1:] != mask[1:]:
+    if source is None or mask is None or not _repeats(source[1:], mask[1:]):
         raise ProgramError(
             f"step {step.output!r}: needs a tensor and a constant of its size, got {source} and {mask}"
         )
-    return source
+    return mask._replace(blocks=source.blocks)
+
+
+def _repeats(given: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether a block of the given size can be repeated to the other one."""
+    return all(a in (1, b) for a, b in zip(given, sizes, strict=True))
 
 
 def _extent(step: Slice, span: Range | None, size: int) -> int:

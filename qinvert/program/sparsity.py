@@ -15,7 +15,21 @@ import numpy.typing as npt
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.ports import Port
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Concat,
+    Constant,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Slice,
+    Subtract,
+    Transpose,
+)
 
 #: Where a tensor may differ from zero, ``[rows, columns]``, the same for all of its blocks.
 Support = npt.NDArray[np.bool_]
@@ -57,6 +71,15 @@ class SupportEvaluator(Evaluator[Support]):
     def add(self, step: Add, left: Support, right: Support) -> Support:
         return left | right
 
+    def subtract(self, step: Subtract, left: Support, right: Support) -> Support:
+        return left | right
+
+    def multiply(self, step: Multiply, left: Support, right: Support) -> Support:
+        return left & right
+
+    def exponential(self, step: Exponential, source: Support) -> Support:
+        return np.ones_like(source)
+
     def rescale(self, step: Rescale, source: Support) -> Support:
         return source
 
@@ -65,6 +88,9 @@ class SupportEvaluator(Evaluator[Support]):
 
     def mask(self, step: Mask, source: Support, constant: Support) -> Support:
         return source & constant
+
+    def transpose(self, step: Transpose, source: Support) -> Support:
+        return source.T
 
     def slice(self, step: Slice, source: Support) -> Support:
         return cut(step, source)
@@ -90,12 +116,12 @@ def port_support(port: Port) -> Support:
     )
 
 
-def strictly_lower(program: StepList) -> set[str]:
-    """Return the tensors whose blocks are square, and zero on the diagonal and above, for any data."""
+def zero_diagonals(program: StepList) -> set[str]:
+    """Return the tensors whose blocks are square and zero on the diagonal, for any data."""
     found = set()
 
     def observe(name: str, support: Support) -> None:
-        if support.shape[0] == support.shape[1] and not np.triu(support).any():
+        if support.shape[0] == support.shape[1] and not np.diagonal(support).any():
             found.add(name)
 
     program.evaluate(SupportEvaluator(), {port.name: port_support(port) for port in program.inputs}, observe)

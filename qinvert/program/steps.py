@@ -69,7 +69,7 @@ class Axis(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant:
-    """A 0/1 matrix, the same for every block: masks and zero blocks."""
+    """A 0/1 matrix, the same for every block: masks, zero blocks, and operands of products and sums."""
 
     name: str
     rows: int
@@ -134,6 +134,47 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Subtract:
+    """``output = left - right``."""
+
+    output: str
+    left: str
+    right: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.left, self.right)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiply:
+    """``output = left * right``, elementwise; one row, one column or one number is repeated."""
+
+    output: str
+    left: str
+    right: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.left, self.right)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exponential:
+    """``output = exp(source)`` of values that are not positive, so that the result lies in (0, 1]."""
+
+    output: str
+    source: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rescale:
     """``output = factor * source``, rounded onto a scale of its own."""
 
@@ -175,7 +216,10 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """``output = source * constant``: it keeps or clears elements and never rounds."""
+    """``output = source * constant``: it keeps or clears elements and never rounds.
+
+    A source of one row or one column is repeated to the size of the constant.
+    """
 
     output: str
     source: str
@@ -185,6 +229,19 @@ class Mask:
     @property
     def inputs(self) -> tuple[str, ...]:
         return (self.source, self.constant)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transpose:
+    """``output = source^T``, block by block."""
+
+    output: str
+    source: str
+    bound: float | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.source,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,9 +274,11 @@ class Concat:
         return self.sources
 
 
-Step: TypeAlias = MatMul | Add | Rescale | Scale | Mask | Slice | Concat
+Step: TypeAlias = (
+    MatMul | Add | Subtract | Multiply | Exponential | Rescale | Scale | Mask | Transpose | Slice | Concat
+)
 #: Steps that move values without rounding: input and output share one scale.
-MOVES: Final = (Mask, Slice, Concat)
+MOVES: Final = (Mask, Transpose, Slice, Concat)
 
 
 def partial_outputs(steps: Iterable[Step]) -> set[str]:

@@ -62,7 +62,8 @@ def product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def elementwise(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the interval of ``a * b``, spread over the larger shape, and ``max|a * b|``."""
-    corners = torch.stack([a * b for a in split(left) for b in split(right)])
+    lefts, rights = ([end.to(torch.float64) for end in split(interval)] for interval in (left, right))
+    corners = torch.stack([a * b for a in lefts for b in rights])
     ends = join(corners.amin(0), corners.amax(0))
     return ends, magnitude(ends)
 

@@ -30,11 +30,22 @@ from qinvert.formats import IntFormat
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import planes
 from qinvert.plan.integer_product import Accumulator as PlanAccumulator
-from qinvert.plan.integer_product import IntegerProduct, Residual
+from qinvert.plan.integer_product import IntegerProduct, Product, Residual, operands
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.ports import Meaning, Port
-from qinvert.program.steps import MAX_BETA, MIN_BETA, MOVES, Add, MatMul, Rescale, Scale
+from qinvert.program.steps import (
+    MAX_BETA,
+    MIN_BETA,
+    MOVES,
+    Add,
+    Exponential,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Subtract,
+)
 from qinvert.proof.interval_arithmetic import (
     elementwise,
     join,
@@ -52,7 +63,7 @@ Observer: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], None]
 #: Integers and the signed real value of one step.
 Term: TypeAlias = tuple[torch.Tensor, float]
 #: Interval of a product of two intervals, and the largest sum of magnitudes in it.
-Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Times: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 #: A grid without ends, to see where a value lies before it saturates.
 UNBOUNDED: Final = IntFormat(name="unbounded", container_bits=64, minimum=-(2**62), maximum=2**62)
@@ -73,7 +84,7 @@ class Accumulator(NamedTuple):
 class Intervals:
     """What `propagate` proved of a plan."""
 
-    #: Accumulators of every MatMul and Scale, one per group of plane pairs, heaviest first.
+    #: Accumulators of every product, one per group of plane pairs, heaviest first.
     accumulators: Mapping[str, tuple[Accumulator, ...]]
     #: Tensors that do not saturate for any input: M, or results whose rounding stays inside
     #: the format.  What an earlier step clipped stays clipped.
@@ -193,14 +204,20 @@ class IntervalEvaluator(TorchEvaluator):
         return self._product(step, product, lefts, rights, terms)
 
     def scale(self, step: Scale, source: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        lefts = self._planes(step.source, source)
-        rights = self._planes(step.vector, along(step, vector), rounding.operand_planes)
+        return self._elementwise(step, source, along(step, vector))
+
+    def multiply(self, step: Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self._elementwise(step, left, right)
+
+    def _elementwise(self, step: Scale | Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        names = operands(step)
+        lefts, rights = (self._planes(n, x) for n, x in zip(names, (left, right), strict=True))
         return self._product(step, elementwise, lefts, rights, {})
 
     def _product(
         self,
-        step: MatMul | Scale,
-        multiply: Multiply,
+        step: Product,
+        multiply: Times,
         lefts: list[Term],
         rights: list[Term],
         terms: Mapping[str, torch.Tensor],
@@ -232,6 +249,15 @@ class IntervalEvaluator(TorchEvaluator):
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
+
+    def subtract(self, step: Subtract, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        negated = [(ends, -scale) for ends, scale in self._planes(step.right, right)]
+        return self._sum(step.output, [*self._planes(step.left, left), *negated])
+
+    def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:
+        grid, scale = self.plan.tensors[step.source], self.plan.tensors[step.output].scale
+        value = rounding.dequantize(source, grid.scale, grid.format)
+        return self._round(step.output, lambda fmt: rounding.quantize_exponential(value, scale, fmt))
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         if self.plan.keeps_integers(step):
@@ -266,7 +292,7 @@ class IntervalEvaluator(TorchEvaluator):
         interval: torch.Tensor,
         way: Callable[[torch.Tensor, float, IntFormat], list[Term]] = planes,
     ) -> list[Term]:
-        grid = self.plan.tensors[name]
+        grid = self.plan.grid(name)
         terms = way(interval, grid.scale, grid.format)
         if len(terms) == 1:
             return terms

@@ -1,0 +1,97 @@
+"""The ports of a chunk step, and what they say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from qinvert.errors import ProgramError
+from qinvert.program.ports import Port
+from qinvert.program.step_list import StepList
+from qinvert.program.steps import Shape
+
+#: Name of a program of the whole chunk step.
+NAME: Final = "gated_delta_step"
+QUERY: Final = "q"
+KEY: Final = "k"
+VALUE: Final = "v"
+BETA: Final = "beta"
+LOG_DECAY: Final = "g"
+STATE: Final = "state"
+OUTPUT: Final = "o"
+INPUTS: Final = (QUERY, KEY, VALUE, BETA, LOG_DECAY, STATE)
+OUTPUTS: Final = (OUTPUT, STATE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSizes:
+    """Sizes of a chunk step, and in which order its ports hold them."""
+
+    #: Tokens of a chunk, C.
+    chunk: int
+    #: Length of a key, Dk.
+    key_size: int
+    #: Length of a value, Dv.
+    value_size: int
+    #: Whether every channel of a key has a log decay of its own.
+    per_channel: bool
+    #: Whether v, o and the state are held transposed: ``[Dv, C]`` and ``[Dv, Dk]``.
+    values_first: bool
+
+    def inputs(self) -> tuple[Port, ...]:
+        """Return the input ports."""
+        c, keys, values = self.chunk, self.key_size, self.value_size
+        shapes = {
+            QUERY: (c, keys),
+            KEY: (c, keys),
+            VALUE: self._turned(c, values),
+            BETA: self._turned(c, 1),
+            LOG_DECAY: (c, keys) if self.per_channel else (1, c),
+            STATE: self._turned(keys, values),
+        }
+        return tuple(Port(name=name, shape=Shape(1, *shape)) for name, shape in shapes.items())
+
+    def outputs(self, output: str, state: str) -> tuple[Port, ...]:
+        """Return the output ports, which return the tensors ``output`` and ``state``."""
+        o = Shape(1, *self._turned(self.chunk, self.value_size))
+        s = Shape(1, *self._turned(self.key_size, self.value_size))
+        return Port(name=OUTPUT, shape=o, tensor=output), Port(name=STATE, shape=s, tensor=state)
+
+    def _turned(self, rows: int, columns: int) -> tuple[int, int]:
+        return (columns, rows) if self.values_first else (rows, columns)
+
+
+def find_step_sizes(program: StepList) -> StepSizes | None:
+    """Return the sizes of a chunk step if ``program`` has its ports, else None."""
+    shapes = {port.name: port.shape for port in program.inputs}
+    if tuple(shapes) != INPUTS or tuple(port.name for port in program.outputs) != OUTPUTS:
+        return None
+    (_, chunk, keys), value, state = shapes[KEY], shapes[VALUE], shapes[STATE]
+    values_first = shapes[BETA].rows == 1
+    sizes = StepSizes(
+        chunk=chunk,
+        key_size=keys,
+        value_size=state.rows if values_first else state.columns,
+        per_channel=shapes[LOG_DECAY].rows != 1,
+        values_first=values_first,
+    )
+    o, s = (port.tensor for port in program.outputs)
+    fits = program.inputs == sizes.inputs() and program.outputs == sizes.outputs(o, s)
+    return sizes if fits and value.rows * value.columns == chunk * sizes.value_size else None
+
+
+def step_sizes(program: StepList) -> StepSizes:
+    """Return the sizes of a chunk step.
+
+    Raises
+    ------
+    ProgramError
+        If the program has other ports.
+    """
+    found = find_step_sizes(program)
+    if found is None:
+        raise ProgramError(
+            f"{program.title} is not a whole chunk step: it takes {', '.join(map(str, program.inputs))}; "
+            "calibrate with scope='chunk', or build it by qinvert.gated_delta_step"
+        )
+    return found
