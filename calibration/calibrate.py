@@ -16,6 +16,11 @@ from qinvert.calibration.choices import (
     ScaleRule,
     format_of,
 )
+from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, range_rules
+from qinvert.calibration.chunk_steps.candidate import StepRules
+from qinvert.calibration.chunk_steps.grids import RoomRules
+from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
+from qinvert.calibration.chunk_steps.planner import StepChoices
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
@@ -28,6 +33,7 @@ from qinvert.calibration.planning.planner import Candidate, Goals, choose
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
+from qinvert.methods import AUTO
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Requantize
 from qinvert.profiles import Profile
@@ -63,6 +69,8 @@ def calibrate(
     ranges: str = "auto",
     granularity: str = "tensor",
     factored: bool = False,
+    scope: str = "inverse",
+    chunk: ChunkOptions | None = None,
     seed: int = 0,
     num_samples: int | None = None,
     seq_len: int | None = None,
@@ -122,6 +130,15 @@ def calibrate(
     factored : bool
         Plan the form that takes beta as a separate input, see
         `qinvert.block_merge`.  The source must provide beta, as models do.
+    scope : {"inverse", "chunk"}
+        Whether a plan holds T alone, or the whole chunk step of a model's layers: decays, products
+        of keys, T, outputs and the state that goes from chunk to chunk, see
+        `qinvert.gated_delta_step`.  The goal is then that of the step's output and of its state
+        on a sample, free-running, and ``bits="auto"`` gives more than 8 bits to the groups of
+        tensors that gain the most for their cost.  T alone is the default of models, too: it is
+        what `qinvert.graft`, `qinvert.export_model` and other tools put in the place of an inverse.
+    chunk : ChunkOptions, optional
+        Options of ``scope="chunk"``.
     seed : int
         Seed of the sample and of the choice of sequences.
     num_samples, seq_len : int, optional
@@ -159,9 +176,18 @@ def calibrate(
     )
     check_seed(seed, PlanError)
     grain = _member(Granularity, "granularity", granularity)
+    given = with_options(data, num_samples, seq_len, seed)
+    if _member(Scope, "scope", scope) is Scope.CHUNK:
+        _check_chunk_options(factored, checkpoint)
+        calibration = _step_calibration(method, bits, ranges, options, grain, chunk or ChunkOptions())
+        steps = calibration.run(source, given, progress)
+        provenance = _provenance(method, bits, grain, options, seed) | {"scope": scope, "ranges": ranges}
+        return Plan(layers=steps, target=options.costs.target_of(steps.values()), provenance=provenance)
+    if chunk is not None:
+        raise PlanError("chunk=ChunkOptions(...) goes with scope='chunk'; leave it out, or pass that scope")
     observers = observe(
         source,
-        with_options(data, num_samples, seq_len, seed),
+        given,
         lambda chunk: _programs(method, chunk, factored, options),
         granularity=grain,
         seed=seed,
@@ -171,8 +197,14 @@ def calibrate(
     for layer, observer in observers.items():
         check_extent(layer, observer.sampled)
     layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
-    costs = options.costs
-    provenance = {
+    provenance = _provenance(method, bits, grain, options, seed) | ({"factored": True} if factored else {})
+    return Plan(layers=layers, target=options.costs.target_of(layers.values()), provenance=provenance)
+
+
+def _provenance(
+    method: str | Program, bits: int | str, grain: Granularity, options: _Options, seed: int
+) -> dict[str, Any]:
+    return {
         "method": method if isinstance(method, str) else method.title,
         "bits": str(bits),
         "scales": str(options.rules.scales),
@@ -181,10 +213,49 @@ def calibrate(
         "min_sqnr_db": options.goals.min_sqnr_db,
         "max_loss_db": options.goals.max_loss_db,
         "seed": seed,
-        **costs.provenance,
-        **({"factored": True} if factored else {}),
+        **options.costs.provenance,
     }
-    return Plan(layers=layers, target=costs.target_of(layers.values()), provenance=provenance)
+
+
+def _check_chunk_options(factored: bool, checkpoint: object) -> None:
+    for name, given in (("factored", factored), ("checkpoint", checkpoint is not None)):
+        if given:
+            raise PlanError(f"{name} goes with scope='inverse'; leave it out with scope='chunk'")
+
+
+def _step_calibration(
+    method: str | Program,
+    bits: int | str,
+    ranges: str,
+    options: _Options,
+    grain: Granularity,
+    chunk: ChunkOptions,
+) -> StepCalibration:
+    ladder, profile = options.ladder, options.profile
+    wide = [fmt for fmt in profile.formats if fmt.largest > INT8.largest]
+    all_wide = ladder[0].largest > INT8.largest
+    return StepCalibration(
+        method=method,
+        rules=StepRules(
+            narrow=INT8 if all_wide else ladder[0],
+            wide=ladder[0] if all_wide else wide[0] if wide else None,
+            wide_exponentials=profile.quantized_everywhere,
+            scales=options.rules.scales,
+            requantize=profile.requantize,
+            room=RoomRules(state_margin=chunk.state_margin),
+        ),
+        choices=StepChoices(
+            min_sqnr_db=options.goals.min_sqnr_db,
+            widens=str(bits) == AUTO and bool(wide),
+            all_wide=all_wide,
+            equalize=chunk.equalize,
+            rotated=chunk.rotate,
+            ranges=range_rules(ranges),
+        ),
+        costs=options.costs,
+        options=chunk,
+        granularity=grain,
+    )
 
 
 def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:

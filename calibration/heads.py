@@ -83,6 +83,20 @@ def plan_inverse(plan: Plan, layer: str, systems: Systems) -> torch.Tensor:
     return by_entry(plan, layer, systems, lambda name, given: layer_inverse(plan.layer(name), given))
 
 
+def check_heads(plan: Plan, layer: str, number: int) -> None:
+    """Refuse a layer with another number of heads than the plan has entries for.
+
+    Raises
+    ------
+    PlanError
+        With the number.
+    """
+    if head_name(layer, number) in plan.layers or head_name(layer, number - 1) not in plan.layers:
+        raise PlanError(
+            f"layer {layer!r} has {number} heads, but the plan has another number; calibrate again"
+        )
+
+
 def by_entry(plan: Plan, layer: str, systems: Systems, inverse: EntryInverse) -> torch.Tensor:
     """T of a layer from ``inverse(name, systems)`` for each entry of the plan that the layer has.
 
@@ -94,8 +108,5 @@ def by_entry(plan: Plan, layer: str, systems: Systems, inverse: EntryInverse) ->
     if not is_split(plan, layer):
         return inverse(layer, systems)
     parts = list(split_heads(layer, systems))
-    if head_name(layer, len(parts)) in plan.layers or parts[-1][0] not in plan.layers:
-        raise PlanError(
-            f"layer {layer!r} has {len(parts)} heads, but the plan has another number; calibrate again"
-        )
+    check_heads(plan, layer, len(parts))
     return torch.stack([inverse(*part) for part in parts], dim=HEAD_AXIS)

@@ -20,15 +20,16 @@ from weakref import WeakSet
 
 import torch
 
-from qinvert.calibration.heads import is_split, layer_inverse, plan_inverse
-from qinvert.delta_rule.chunks import Applied, DeltaChunks
+from qinvert.calibration.chunk_steps.results import layer_results, plan_results
+from qinvert.calibration.heads import is_split
+from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
 from qinvert.matrices import SolvedInverse, exact_inverse
 from qinvert.plan.plan import LayerPlan, Plan
 
-#: ``inverse(layer, chunks) -> T``.
-LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied]
+#: ``inverse(layer, chunks) -> T``, or what the whole step returns.
+LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied | ChunkOutputs]
 
 #: Module globals that models call in prefill: with one decay per head, and with one per channel.
 GLOBAL_NAMES: Final = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
@@ -113,9 +114,9 @@ def by_layer(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Lay
                     f"the plan lacks layer {lacking[0]!r}; it has {', '.join(inverse.layers)}; "
                     "calibrate this model"
                 )
-            return lambda layer, chunks: plan_inverse(inverse, layer, chunks.systems)
+            return lambda layer, chunks: plan_results(inverse, layer, chunks)
         case LayerPlan():
-            return lambda _, chunks: layer_inverse(inverse, chunks.systems)
+            return lambda _, chunks: layer_results(inverse, chunks)
         case _ if inverse is exact or inverse is exact_inverse:
             return solve_chunks
         case _ if callable(inverse):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qinvert.calibration.calibrate import calibrate as calibrate
     from qinvert.calibration.capture import capture as capture
     from qinvert.calibration.capture import capture_details as capture_details
+    from qinvert.calibration.chunk_steps.options import ChunkOptions as ChunkOptions
     from qinvert.calibration.data.token_data import TokenData as TokenData
     from qinvert.calibration.evaluate import Evaluation as Evaluation
     from qinvert.calibration.evaluate import LayerErrors as LayerErrors
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 #: Public name -> module that defines it.
 _HOMES = {
+    "ChunkOptions": "calibration.chunk_steps.options",
     "CycleEstimate": "export.runtimes.estimates",
     "Evaluation": "calibration.evaluate",
     "ExportError": "errors",

@@ -56,7 +56,7 @@ def clip_ranges(
     clipped = {}
     for group, magnitudes in values.items():
         largest = max(r for name, r in ranges.items() if groups[name] == group)
-        clipped[group] = _clip(magnitudes, largest, formats[group], rule)
+        clipped[group] = clip_range(magnitudes, largest, formats[group], rule)
     return {name: min(r, clipped[groups[name]]) for name, r in ranges.items()}
 
 
@@ -79,7 +79,8 @@ def _group_values(
     return {group: torch.cat(tensors) for group, tensors in parts.items()}
 
 
-def _clip(magnitudes: torch.Tensor, largest: float, fmt: IntFormat, rule: RangeRule) -> float:
+def clip_range(magnitudes: torch.Tensor, largest: float, fmt: IntFormat, rule: RangeRule) -> float:
+    """Return the range that a rule chooses for magnitudes above 0, at most ``largest``."""
     # A residue shows its range only once its operands are rounded, so there is nothing to clip here.
     vanishes = magnitudes.numel() == 0 or float(magnitudes.max()) < VANISHING * largest
     if vanishes or not math.isfinite(largest):

@@ -15,12 +15,12 @@ from qinvert.chunk_step._constants import (
     sums_to_pivots,
     triangle,
 )
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, QUERY, StepSizes
+from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, MAX_LOG_DECAY, QUERY, StepSizes
 from qinvert.program.builder import StepBuilder
 from qinvert.program.steps import Constant
 
-#: Log decays are cut off here: exp(-16) is below every step of an 8-bit grid.
-MAX_LOG_DECAY = 16.0
+#: What the name of an exponential ends with that is stored as wide as its source.
+EXPONENTIAL = "exponential"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,14 @@ class Oriented:
         """``left @ right`` of stored matrices."""
         first, second = (right, left) if self.flipped else (left, right)
         return self.steps.matmul(name, first, second, bound=bound)
+
+    def exponential(self, name: str, source: str) -> str:
+        """``exp(source)``, on a grid of its own first: targets keep the width of an exponential's source."""
+        return self.steps.rescale(name, self.steps.exponential(f"{name}/{EXPONENTIAL}", source), bound=1.0)
+
+    def for_values(self, source: str, bound: float) -> str:
+        """Return a factor of values on a grid of its own: it needs their width, and keys need another one."""
+        return self.steps.rescale(f"{source}/for_values", source, bound=bound)
 
     def lower(self, name: str, source: str, *, strict: bool, bound: float) -> str:
         """Keep what lies below the diagonal."""
@@ -74,7 +82,7 @@ def append_decays(o: Oriented, g: str) -> Decays:
 def _exponential(o: Oriented, name: str, g: str, sums: Constant, *, turned: bool) -> str:
     """``exp(g @ sums)``, transposed if it is turned."""
     total = o.steps.matmul(f"{name}/log", g, sums, bound=MAX_LOG_DECAY)
-    result = o.steps.exponential(f"{name}/row" if turned else name, total)
+    result = o.exponential(f"{name}/row" if turned else name, total)
     return o.steps.transpose(name, result, 1.0) if turned else result
 
 
@@ -84,7 +92,7 @@ def _kept(o: Oriented, g: str) -> str:
     wide = 1 if sizes.per_channel else (sizes.key_size if o.flipped else sizes.value_size)
     total = o.steps.matmul("decay_kept/log", g, full(sizes.chunk, wide), bound=MAX_LOG_DECAY)
     turned = sizes.per_channel and o.flipped
-    result = o.steps.exponential("decay_kept/column" if turned else "decay_kept", total)
+    result = o.exponential("decay_kept/column" if turned else "decay_kept", total)
     return o.steps.transpose("decay_kept", result, 1.0) if turned else result
 
 
@@ -123,7 +131,7 @@ def _segments(o: Oriented, g: str) -> str:
     after = triangle(c, upper=o.flipped, strict=not o.flipped)
     masked = o.steps.mask("D/terms", g, until, MAX_LOG_DECAY)
     total = o.steps.matmul("D/log", masked, after, bound=MAX_LOG_DECAY)
-    return o.steps.exponential("D", total)
+    return o.exponential("D", total)
 
 
 def _by_halves(o: Oriented, g: str, turned: dict[str, str], negative: str) -> Products:
@@ -132,7 +140,7 @@ def _by_halves(o: Oriented, g: str, turned: dict[str, str], negative: str) -> Pr
     while half < o.sizes.chunk:
         level = f"level_{2 * half}"
         log = o.steps.matmul(f"{level}/log", g, sums_to_pivots(o.sizes.chunk, half), bound=MAX_LOG_DECAY)
-        decay = o.steps.exponential(f"{level}/decay", log)
+        decay = o.exponential(f"{level}/decay", log)
         k, q = (o.steps.multiply(f"{level}/{n}/turned", turned[n], decay, 1.0) for n in (KEY, QUERY))
         rows = {n: o.steps.transpose(f"{level}/{n}", x, 1.0) for n, x in ((KEY, k), (QUERY, q))}
         keep = below_pivots(o.sizes.chunk, half, transposed=o.flipped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from qinvert.chunk_step._constants import identity
@@ -33,7 +34,7 @@ class KeyPath:
     turned: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ValuePath:
     """Appends the steps from values and the old state to outputs and the new state."""
 
@@ -51,6 +52,14 @@ class ValuePath:
     def _folds(self) -> bool:
         """Whether decays are factors of keys, and not of rows of values; those of channels must be."""
         return self.form is not Form.STATE or self.o.sizes.per_channel
+
+    @cached_property
+    def _beta(self) -> str:
+        return self.o.for_values(BETA, self.o.max_beta)
+
+    @cached_property
+    def _reads(self) -> str:
+        return self.o.for_values(self.keys.decays.reads, 1.0)
 
     def _new_values(self) -> str:
         match self.form:
@@ -73,13 +82,14 @@ class ValuePath:
     def _right_hand_side(self) -> str:
         steps = self.o.steps
         if self._folds:
-            return steps.multiply("rhs", steps.subtract("v_error", VALUE, self._predicted()), BETA)
+            error = steps.subtract("v_error", VALUE, self._predicted())
+            return steps.multiply("rhs", error, self._beta)
         stored = self.keys.turned[KEY] if self.o.flipped else KEY
         predicted = self.o.product("v_predicted", stored, STATE)
-        factor = steps.multiply("beta/decayed", BETA, self.keys.decays.reads, self.o.max_beta)
+        factor = steps.multiply("beta/decayed", self._beta, self._reads, self.o.max_beta)
         return steps.subtract(
             "rhs",
-            steps.multiply("v/beta", VALUE, BETA),
+            steps.multiply("v/beta", VALUE, self._beta),
             steps.multiply("v_predicted/beta", predicted, factor),
         )
 
@@ -88,7 +98,7 @@ class ValuePath:
         steps = self.o.steps
         keys = steps.multiply("k/decayed/beta", self._decayed(KEY, 1.0), BETA, self.o.max_beta)
         inverse = self._inverse(self.keys.matrix)
-        u = self.o.product("U", inverse, steps.multiply("v/beta", VALUE, BETA))
+        u = self.o.product("U", inverse, steps.multiply("v/beta", VALUE, self._beta))
         # Row i of T diag(beta) is a product of contractions, as those of S are.
         w = self.o.product("W", inverse, keys, self._inverse_bound)
         return steps.subtract("v_new", u, self.o.product("v_predicted", w, STATE))
@@ -108,8 +118,9 @@ class ValuePath:
     def _inverse(self, matrix: str, copies: int = 1) -> str:
         """``T = I + S`` of a stored M, for every one of its blocks."""
         program = transposed(self.inverse) if self.o.flipped else self.inverse
-        (strict,) = self.o.steps.inline(program, {MATRIX: matrix}, INVERSE_PREFIX, copies).values()
-        return self.o.steps.add("T", strict, identity(self.inverse.chunk), self._inverse_bound)
+        steps, max_beta = self.o.steps, self.o.max_beta
+        (strict,) = steps.inline(program, {MATRIX: matrix}, INVERSE_PREFIX, copies, max_beta).values()
+        return steps.add("T", strict, identity(self.inverse.chunk), self._inverse_bound)
 
     def _times_beta(self, name: str, inverse: str, half: str) -> str:
         """``T diag(beta)``."""
@@ -171,7 +182,7 @@ class ValuePath:
         else:
             stored = self.keys.turned[QUERY] if self.o.flipped else QUERY
             read = self.o.product("o/read", stored, STATE)
-            old = self.o.steps.multiply("o/old", read, self.keys.decays.reads)
+            old = self.o.steps.multiply("o/old", read, self._reads)
         new = self.o.product("o/new", self.keys.scores, values)
         return self.o.steps.add("o", old, new)
 

@@ -20,6 +20,7 @@ from qinvert.errors import ProgramError
 from qinvert.program.builder import StepBuilder
 from qinvert.program.ports import Meaning
 from qinvert.program.program import Program
+from qinvert.program.residual_sums import PARAMETER, SUMS, has_sums
 from qinvert.program.steps import MAX_BETA, MAX_CHUNK
 
 E = TypeVar("E", bound=StrEnum)
@@ -134,6 +135,7 @@ def _parameters(inverse: Program, sizes: StepSizes, form: Form, halves: bool) ->
         "form": str(form),
         "values_first": sizes.values_first,
         "halves": bool(halves),
+        **({PARAMETER: SUMS} if has_sums(inverse) else {}),
     }
 
 

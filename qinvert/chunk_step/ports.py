@@ -21,6 +21,8 @@ STATE: Final = "state"
 OUTPUT: Final = "o"
 INPUTS: Final = (QUERY, KEY, VALUE, BETA, LOG_DECAY, STATE)
 OUTPUTS: Final = (OUTPUT, STATE)
+#: Sums of log decays are cut off here in integers: exp(-16) is below every step of an 8-bit grid.
+MAX_LOG_DECAY: Final = 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,16 +23,16 @@ class Applied(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkOutputs:
-    """The results of one application of T."""
+    """The results of the chunks of one layer."""
 
-    #: ``U = T (beta v)``, ``[B, H, N, C, Dv]``.
-    u: torch.Tensor
-    #: ``W = T (beta k exp(G))``, ``[B, H, N, C, Dk]``.
-    w: torch.Tensor
     #: Outputs ``[B, H, N, C, Dv]``.
     out: torch.Tensor
     #: State after the last chunk, ``[B, H, Dk, Dv]``.
     state: torch.Tensor
+    #: ``U = T (beta v)``, ``[B, H, N, C, Dv]``; None where a step does not form it.
+    u: torch.Tensor | None = None
+    #: ``W = T (beta k exp(G))``, ``[B, H, N, C, Dk]``; None where a step does not form it.
+    w: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,5 +122,5 @@ def _scan(state: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[torch.Ten
     return state, torch.stack(outputs)
 
 
-#: ``inverse(chunks) -> T``, from all that the chunks hold.
-ChunkInverse = Callable[[DeltaChunks], Applied]
+#: ``inverse(chunks) -> T``, from all that the chunks hold; or the results of the whole step.
+ChunkInverse = Callable[[DeltaChunks], Applied | ChunkOutputs]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from qinvert.delta_rule.chunks import Applied, ChunkInverse, DeltaChunks
+from qinvert.delta_rule.chunks import Applied, ChunkInverse, ChunkOutputs, DeltaChunks
 from qinvert.delta_rule.from_keys import from_dplr as from_dplr
 from qinvert.delta_rule.from_keys import from_keys as from_keys
 from qinvert.errors import InputError
@@ -81,7 +81,8 @@ def chunk_gated_delta_rule(
         ``inverse(L) -> T`` over ``[B, H, N, C, C]`` float32; by default T is not
         formed: U and W come from two solves.
     chunk_inverse : callable, optional
-        ``chunk_inverse(chunks) -> T`` instead, for inverses that need more than L.
+        ``chunk_inverse(chunks) -> T`` instead, for inverses that need more than L; or the
+        `ChunkOutputs` of the whole step.
 
     Returns
     -------
@@ -105,7 +106,7 @@ def chunk_gated_delta_rule(
     with torch.autocast(query.device.type, enabled=False):
         chunks = _cut(query, key, value, g, beta, chunk_size, initial_state, use_qk_l2norm_in_kernel)
         t = inverse(chunks.lower) if chunk_inverse is None else chunk_inverse(chunks)
-        result = chunks.apply(applicable(t, chunks))
+        result = t if isinstance(t, ChunkOutputs) else chunks.apply(applicable(t, chunks))
     out = result.out.flatten(2, 3)[:, :, : query.shape[1]].transpose(1, 2).to(query.dtype)
     return out.contiguous(), result.state if output_final_state else None
 
@@ -123,16 +124,16 @@ def _cut(
     heads = value.shape[2]
     q, k = (_by_head(_repeat_heads(x, heads)) for x in (query, key))
     if normalize:
-        q, k = _normalize(q), _normalize(k)
-    k, v = _chunks(k, size), _chunks(_by_head(value), size)
+        q, k = normalized(q), normalized(k)
+    k, v = in_chunks(k, size), in_chunks(_by_head(value), size)
     if state is None:
         state = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
     return DeltaChunks(
-        q=_chunks(q * query.shape[-1] ** -0.5, size),
+        q=in_chunks(q * query.shape[-1] ** -0.5, size),
         k=k,
         v=v,
-        g=_chunks(_by_head(g), size),
-        beta=_chunks(_by_head(beta), size),
+        g=in_chunks(_by_head(g), size),
+        beta=in_chunks(_by_head(beta), size),
         state=state.to(torch.float32),
     )
 
@@ -192,12 +193,13 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.repeat_interleave(heads // x.shape[2], dim=2) if x.shape[2] != heads else x
 
 
-def _normalize(x: torch.Tensor) -> torch.Tensor:
+def normalized(x: torch.Tensor) -> torch.Tensor:
+    """``x / sqrt(|x|^2 + 1e-6)`` along the last axis, as the models do."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPSILON)
 
 
-def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """``[B, H, T, ...]`` to ``[B, H, N, size, ...]``, zero-padded at the end."""
+def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """``[B, H, T, ...]`` to ``[B, H, N, size, ...]``; zeros at the end change no state."""
     missing = -x.shape[2] % size
     x = pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
     return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])

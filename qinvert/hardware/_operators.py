@@ -143,8 +143,10 @@ class OperatorCounter(Evaluator[_Stored]):
         count = sum(len(accumulator.pairs) for accumulator in product.accumulators)
         width = product.left.format.container_bits // 8
         wide = width * (2 if product.right.format.whole else 1)
+        # A constant is arranged when the graph is compiled.
+        right = step.right if step.right in self.plan.program.shapes else ""
         for _ in range(count):
-            self._product(step.output, inner * depth, wide, step.right)
+            self._product(step.output, inner * depth, wide, right)
         for _ in range(count - 1):
             self._elementwise(step.output)
 

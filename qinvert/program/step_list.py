@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qinvert.errors import ProgramError
@@ -119,7 +119,31 @@ class StepList:
         if observe is not None:
             for name, value in values.items():
                 observe(name, value)
-        for step, dead in self._schedule():
+        self.follow(evaluator, self.steps, values, [port.tensor for port in self.outputs], observe)
+        return {port.name: values[port.tensor] for port in self.outputs}
+
+    def follow(
+        self,
+        evaluator: Evaluator[V],
+        steps: Sequence[Step],
+        values: dict[str, V],
+        wanted: Iterable[str],
+        observe: Callable[[str, V], None] | None = None,
+    ) -> None:
+        """Run some of the steps on ``values``, which gains their outputs; what nothing needs any more goes.
+
+        Parameters
+        ----------
+        evaluator, observe
+            See `evaluate`.
+        steps : sequence of Step
+            Steps of the program, in its order.
+        values : dict
+            Value of everything that they read.
+        wanted : iterable of str
+            Tensors that stay.
+        """
+        for step, dead in _schedule(steps, wanted):
             for constant in self.constants:
                 if constant.name in step.inputs:
                     blocks = self.shapes[step.output].blocks
@@ -130,19 +154,28 @@ class StepList:
                 observe(step.output, value)
             for name in dead:
                 values.pop(name, None)
-        return {port.name: values[port.tensor] for port in self.outputs}
 
-    def _schedule(self) -> Iterator[tuple[Step, list[str]]]:
-        last = {name: i for i, step in enumerate(self.steps) for name in (*step.inputs, step.output)}
-        last |= {port.tensor: len(self.steps) for port in self.outputs}
-        for i, step in enumerate(self.steps):
-            yield step, [name for name in (*step.inputs, step.output) if last[name] == i]
+    def depends_on(self, *ports: str) -> set[str]:
+        """Return the tensors that depend on one of these input ports, themselves included."""
+        found = set(ports)
+        for step in self.steps:
+            if found.intersection(step.inputs):
+                found.add(step.output)
+        return found
 
     @property
     def title(self) -> str:
         """One line, such as ``block_merge(chunk=64, base=4)``."""
         arguments = [f"chunk={self.chunk}", *(f"{k}={v}" for k, v in self.parameters.items())]
         return f"{self.name}({', '.join(arguments)})"
+
+
+def _schedule(steps: Sequence[Step], wanted: Iterable[str]) -> Iterator[tuple[Step, list[str]]]:
+    """Yield every step with the tensors that no later step reads."""
+    last = {name: i for i, step in enumerate(steps) for name in (*step.inputs, step.output)}
+    last |= dict.fromkeys(wanted, len(steps))
+    for i, step in enumerate(steps):
+        yield step, [name for name in (*step.inputs, step.output) if last[name] == i]
 
 
 def _listed(ports: tuple[Port, ...]) -> str:

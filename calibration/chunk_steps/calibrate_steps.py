@@ -1,0 +1,139 @@
+"""`qinvert.calibrate` with ``scope="chunk"``: one pass over the data, one plan of a step for each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qinvert.calibration.choices import Granularity, RangeRule
+from qinvert.calibration.chunk_steps.candidate import Layer, StepRules, exact_outputs, with_provenance
+from qinvert.calibration.chunk_steps.observation import Observed
+from qinvert.calibration.chunk_steps.one_pass import Progress, observe_steps, split_heads
+from qinvert.calibration.chunk_steps.options import ChunkOptions
+from qinvert.calibration.chunk_steps.planner import StepChoices, choose_step
+from qinvert.calibration.chunk_steps.widths import width_groups
+from qinvert.calibration.heads import head_name
+from qinvert.calibration.planning.candidates import candidate_programs
+from qinvert.calibration.planning.costs import Costs
+from qinvert.chunk_step.gated_delta_step import gated_delta_step
+from qinvert.chunk_step.ports import BETA, find_step_sizes
+from qinvert.delta_rule.chunks import DeltaChunks
+from qinvert.errors import InputError, ProgramError
+from qinvert.methods import AUTO
+from qinvert.methods.elimination import elimination
+from qinvert.plan.plan import LayerPlan
+from qinvert.program.program import Program
+from qinvert.program.residual_sums import residuals_as_sums
+from qinvert.program.steps import MAX_BETA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCalibration:
+    """Everything that plans of steps follow from, beside model and data."""
+
+    #: Method of the inverse, a program of one, or a program of a whole step.
+    method: str | Program
+    rules: StepRules
+    choices: StepChoices
+    costs: Costs
+    options: ChunkOptions
+    granularity: Granularity
+
+    def run(self, model: torch.nn.Module, data: Any, progress: Progress | None) -> dict[str, LayerPlan]:
+        """Return the plan of every layer, or of every head.
+
+        Raises
+        ------
+        InputError, PlanError, ProgramError
+            See `qinvert.calibrate`.
+        """
+        if not isinstance(model, torch.nn.Module) or data is None:
+            raise InputError(
+                "scope='chunk' plans the layers of a model: pass a model and data=...; matrices L alone have "
+                "neither values nor a state, for them use scope='inverse'"
+            )
+        seen = observe_steps(model, data, self._program, rotated=self.options.rotate, progress=progress)
+        plans: dict[str, LayerPlan] = {}
+        for name, (program, observed) in seen.items():
+            if self.granularity is Granularity.HEAD:
+                parts = {head_name(name, i): part for i, part in enumerate(split_heads(observed))}
+            else:
+                parts = {name: observed}
+            plans |= {entry: self._plan(program, part) for entry, part in parts.items()}
+        return plans
+
+    def _program(self, chunks: DeltaChunks, max_beta: float = 1.0) -> Program:
+        """Return the program for the sizes of a layer."""
+        method, size = self.method, chunks.beta.shape[-1]
+        if isinstance(method, Program) and find_step_sizes(method) is not None:
+            return method
+        return gated_delta_step(
+            self._inverse(size // 2 if self.options.halves else size),
+            chunks.k.shape[-1],
+            chunks.v.shape[-1],
+            "channel" if chunks.g.ndim == chunks.k.ndim else "scalar",
+            self.options.form,
+            values_first=self.options.values_first,
+            halves=self.options.halves,
+            max_beta=max_beta,
+        )
+
+    def _inverse(self, size: int) -> Program:
+        if isinstance(self.method, Program):
+            if self.method.chunk != size:
+                raise ProgramError(
+                    f"{self.method.title} is for {self.method.chunk} x {self.method.chunk} matrices, but the "
+                    f"step needs {size} x {size}; build the program for that size"
+                )
+            return self.method
+        if self.method == AUTO:
+            inverse = elimination(size)
+        else:
+            inverse = candidate_programs(self.method, size, on_chips=self.costs.hardware is not None)[0]
+        # As sums, residual terms need no 1.0 on a grid, and no wider product.
+        return residuals_as_sums(inverse)
+
+    def _plan(self, program: Program, observed: Observed) -> LayerPlan:
+        sample = observed.sample
+        assert sample is not None
+        largest = float(observed.largest[BETA].max())
+        max_beta = 1.0 if largest <= 1 else MAX_BETA
+        if max_beta > 1:
+            program = self._program(sample, max_beta)
+        layer = Layer(
+            program=program,
+            observed=observed,
+            widths=width_groups(program),
+            rules=self.rules,
+            max_beta=max_beta,
+            truth=exact_outputs(sample),
+        )
+        choice = choose_step(layer, self.choices, self.costs)
+        return with_provenance(choice.best.plan, {**_facts(layer), **choice.to_json(self.choices)})
+
+
+def _facts(layer: Layer) -> dict[str, Any]:
+    observed = layer.observed
+    return {
+        "heads": observed.heads,
+        "tokens": observed.tokens,
+        "longest": observed.longest,
+        "max_beta": layer.max_beta,
+        "state_growth": {str(1 << i): _rounded(observed, 1 << i) for i in range(_doublings(observed))},
+    }
+
+
+def _doublings(observed: Observed) -> int:
+    return len(observed.state_growth).bit_length()
+
+
+def _rounded(observed: Observed, chunks: int) -> float:
+    """Largest state after that many chunks, to digits that any machine reproduces."""
+    return float(f"{observed.state_growth[chunks - 1]:.4g}")
+
+
+def range_rules(ranges: str) -> tuple[RangeRule, ...]:
+    """Return the rules that narrow values may have; ``auto`` tries the largest value and the least error."""
+    return (RangeRule.MAX, RangeRule.MSE) if ranges == AUTO else (RangeRule(ranges),)

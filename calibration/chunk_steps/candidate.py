@@ -1,0 +1,193 @@
+"""One choice of widths, value channels and ranges of a layer, with what it reaches and costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from qinvert.calibration.choices import RangeRule, ScaleRule
+from qinvert.calibration.chunk_steps.grids import RoomRules, StepGrids, step_grids
+from qinvert.calibration.chunk_steps.observation import Observed
+from qinvert.calibration.chunk_steps.widths import Widths
+from qinvert.calibration.planning.clipping import clip_range
+from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
+from qinvert.execution.chunk_steps import run_float, run_integers
+from qinvert.formats import IntFormat
+from qinvert.matrices import SolvedInverse
+from qinvert.metrics import NoiseStatistics
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Requantize
+from qinvert.plan.value_channels import ValueChannels
+from qinvert.program.program import Program
+
+#: Magnitudes of one tensor that the choice of a clipped range looks at.
+MAGNITUDES: Final = 2**16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRules:
+    """How the grids of a step are chosen, the same for all candidates of a layer."""
+
+    narrow: IntFormat
+    #: None where the target has no format of more than 8 bits.
+    wide: IntFormat | None
+    #: Whether an exponential is stored as wide as its source.
+    wide_exponentials: bool
+    scales: ScaleRule
+    requantize: Requantize
+    room: RoomRules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layer:
+    """What the planner knows of one layer."""
+
+    program: Program
+    observed: Observed
+    widths: Widths
+    rules: StepRules
+    #: Largest beta that ranges are proved for.
+    max_beta: float
+    #: Outputs and states of the sample in floating point.
+    truth: ChunkOutputs
+
+    @property
+    def sample(self) -> DeltaChunks:
+        """Chunks that candidates are simulated on."""
+        assert self.observed.sample is not None
+        return self.observed.sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """A plan, and what it reaches on the sample."""
+
+    plan: LayerPlan
+    #: Groups that have more than 8 bits.
+    widened: tuple[str, ...]
+    ranges: RangeRule
+    sqnr_o_db: float
+    sqnr_state_db: float
+    cost: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """The smaller one of output and state."""
+        return min(self.sqnr_o_db, self.sqnr_state_db)
+
+    @property
+    def noise(self) -> float:
+        """Sum of both relative powers of noise."""
+        return sum(10 ** (-db / 10) for db in (self.sqnr_o_db, self.sqnr_state_db))
+
+    def to_json(self, chosen: bool) -> dict[str, Any]:
+        """Return a row of the table of candidates."""
+        return {
+            "program": self.plan.program.title,
+            "formats": self.plan.formats,
+            "widened": list(self.widened),
+            "ranges": str(self.ranges),
+            "cost": round(self.cost),
+            "sqnr_o_db": finite_db(self.sqnr_o_db),
+            "sqnr_state_db": finite_db(self.sqnr_state_db),
+            "chosen": chosen,
+        }
+
+
+def exact_outputs(chunks: DeltaChunks) -> ChunkOutputs:
+    """Outputs and state with the exact inverse, in float32."""
+    return chunks.apply(SolvedInverse(chunks.lower))
+
+
+def plan_layer(
+    layer: Layer, widened: tuple[str, ...], channels: ValueChannels | None, ranges: RangeRule
+) -> LayerPlan:
+    """Return the plan with these groups wide."""
+    rules = layer.rules
+    formats = layer.widths.formats(
+        rules.narrow, rules.wide or rules.narrow, widened, wide_exponentials=rules.wide_exponentials
+    )
+    grids = _grids(layer, formats, channels, None)
+    if ranges is not RangeRule.MAX:
+        clipped = _clipped(layer, formats, channels, grids, ranges)
+        grids = _grids(layer, formats, channels, clipped)
+    return LayerPlan(
+        program=layer.program,
+        tensors=grids.tensors,
+        requantize=grids.requantize,
+        ranges={name: limit if math.isfinite(limit) else 3.4e38 for name, limit in grids.ranges.items()},
+        channels=None if channels is None or channels.changes_nothing else channels,
+    )
+
+
+def _grids(
+    layer: Layer,
+    formats: Mapping[str, IntFormat],
+    channels: ValueChannels | None,
+    clipped: Mapping[str, float] | None,
+) -> StepGrids:
+    return step_grids(
+        layer.program,
+        layer.observed,
+        layer.widths,
+        formats,
+        channels=channels,
+        room=layer.rules.room,
+        scales=layer.rules.scales,
+        requantize=layer.rules.requantize,
+        max_beta=layer.max_beta,
+        clipped=clipped,
+    )
+
+
+def _clipped(
+    layer: Layer,
+    formats: Mapping[str, IntFormat],
+    channels: ValueChannels | None,
+    grids: StepGrids,
+    rule: RangeRule,
+) -> dict[str, float]:
+    """Return smaller ranges for the narrow tensors of values, chosen on the sample."""
+    wanted = {
+        name
+        for group in layer.widths.value_groups
+        for name in layer.widths.groups[group]
+        if formats[name] == layer.rules.narrow
+    }
+    parts: dict[str, list[torch.Tensor]] = {}
+
+    def observe(name: str, values: torch.Tensor) -> None:
+        if name in wanted:
+            parts.setdefault(name, []).append(values.abs().flatten()[:: max(1, values.numel() // MAGNITUDES)])
+
+    run_float(layer.program, layer.sample, observe=observe, channels=channels)
+    found = {}
+    for name, magnitudes in parts.items():
+        joined = torch.cat(magnitudes)
+        found[name] = clip_range(joined[joined > 0], grids.ranges[name], formats[name], rule)
+    return found
+
+
+def measure(layer: Layer, plan: LayerPlan) -> tuple[float, float]:
+    """Return the sqnr of o and of the last state on the sample, in dB, free-running."""
+    result = run_integers(plan, layer.sample, plan.channels)
+    found = []
+    for name in ("out", "state"):
+        statistics = NoiseStatistics()
+        statistics.update(getattr(result, name), getattr(layer.truth, name))
+        found.append(statistics.sqnr_db)
+    return found[0], found[1]
+
+
+def with_provenance(plan: LayerPlan, provenance: Mapping[str, Any]) -> LayerPlan:
+    """Return the plan with what is known of it."""
+    return replace(plan, provenance=dict(provenance))
+
+
+def finite_db(value: float) -> float:
+    """Return decibels that JSON can hold: equal data give equal digits, with any number of threads."""
+    return round(min(max(value, -400.0), 400.0), 6)

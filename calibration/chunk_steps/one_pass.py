@@ -1,0 +1,80 @@
+"""One pass of a model over data: what every layer's chunk step holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+
+from qinvert.calibration.chunk_steps.observation import ChunkObserver, Observed, merged
+from qinvert.calibration.chunk_steps.results import head_of
+from qinvert.calibration.data.processes import Shard
+from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.patching import forward, patched_by_layer, solve_chunks
+from qinvert.delta_rule.chunks import DeltaChunks
+from qinvert.errors import InputError
+from qinvert.matrices import SolvedInverse
+from qinvert.program.program import Program
+
+#: Called after every batch with the layer's name and the tokens seen so far.
+Progress: TypeAlias = Callable[[str, int], None]
+#: The program of a layer, by its chunks.
+Programs: TypeAlias = Callable[[DeltaChunks], Program]
+
+
+def observe_steps(
+    model: torch.nn.Module, data: Any, programs: Programs, *, rotated: bool, progress: Progress | None
+) -> dict[str, tuple[Program, Observed]]:
+    """Return the program of every layer and what it held, over this pass.
+
+    Under torchrun every process takes its share of the batches, and all return the statistics of
+    all batches.
+
+    Raises
+    ------
+    InputError
+        If the model or a batch is not legal, the data hold no token, or another process fails.
+    """
+    shard, observers = Shard.current(), dict[str, ChunkObserver]()
+
+    def see(layer: str, chunks: DeltaChunks) -> SolvedInverse:
+        if layer not in observers:
+            observers[layer] = ChunkObserver(programs(chunks), rotated=rotated)
+        observers[layer].update(chunks, sampled=shard.rank == 0)
+        if progress is not None:
+            progress(layer, observers[layer].tokens)
+        return solve_chunks(layer, chunks)
+
+    with shard.together():
+        for batch in shard.slices(token_batches(data, model)):
+            if batch is not None:
+                with patched_by_layer(model, see):
+                    forward(model, batch)
+        own = {name: (observer.program, observer.observed()) for name, observer in observers.items()}
+        return _merged(shard.gather("merging layers", own))
+
+
+def _merged(parts: list[dict[str, tuple[Program, Observed]]]) -> dict[str, tuple[Program, Observed]]:
+    layers: dict[str, Program] = {name: program for part in parts for name, (program, _) in part.items()}
+    if not layers:
+        raise InputError("the data hold no token; pass at least one sequence")
+    return {
+        name: (program, merged([part[name][1] for part in parts if name in part]))
+        for name, program in layers.items()
+    }
+
+
+def split_heads(observed: Observed) -> list[Observed]:
+    """Return the statistics of every head by itself."""
+    sample = observed.sample
+    assert sample is not None
+    return [
+        replace(observed, largest=_head(observed.largest, head), sample=head_of(sample, head))
+        for head in range(observed.heads)
+    ]
+
+
+def _head(largest: Mapping[str, torch.Tensor], head: int) -> dict[str, torch.Tensor]:
+    return {name: x[head : head + 1] for name, x in largest.items()}

@@ -1,0 +1,54 @@
+"""What a caller may choose about plans of the whole chunk step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from qinvert.checks import check_magnitude
+from qinvert.chunk_step.form import Form
+from qinvert.errors import PlanError
+
+
+class Scope(StrEnum):
+    """How much of a layer a plan holds."""
+
+    #: T alone: what every family shares, and what other tools can call.
+    INVERSE = "inverse"
+    #: The whole chunk step, from keys, values and the state to outputs and the next state.
+    CHUNK = "chunk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkOptions:
+    """Options of ``scope="chunk"``.
+
+    Raises
+    ------
+    PlanError
+        At construction, for a value that is not legal.
+    """
+
+    #: Where beta and decays enter, see `qinvert.chunk_step.form.Form`.
+    form: Form = Form.FOLDED
+    #: Whether values are held transposed, so that they are the left operands of products.
+    values_first: bool = True
+    #: Whether the last level of the inverse is applied to values.
+    halves: bool = False
+    #: Times the largest state that the data show; None means 4 for more than 8 bits, else 1.
+    state_margin: float | None = None
+    #: Whether value channels are divided by powers of two; None takes what serves the sample best.
+    equalize: bool | None = None
+    #: Whether values are multiplied by Hadamard's matrix.
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.form not in list(Form):
+            raise PlanError(f"form {self.form!r} is unknown; use {', '.join(Form)}")
+        object.__setattr__(self, "form", Form(self.form))
+        hint = "pass at least 1, such as 4 for contexts longer than the data"
+        margin = self.state_margin
+        if margin is not None and check_magnitude("state_margin", margin, PlanError, hint) < 1:
+            raise PlanError(f"state_margin {margin!r} is below 1; {hint}")
+        if self.rotate and self.equalize:
+            raise PlanError("rotate mixes the channels that equalize scales; leave one of them out")

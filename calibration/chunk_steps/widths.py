@@ -1,0 +1,112 @@
+"""Which tensors of a chunk step must have one width, and the formats that follow from the chosen widths."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from qinvert.chunk_step.ports import KEY, LOG_DECAY, OUTPUT, STATE, VALUE
+from qinvert.formats import IntFormat
+from qinvert.program.program import Program
+from qinvert.program.steps import MOVES, Add, Exponential, MatMul, Multiply, Rescale, Subtract
+
+#: Steps whose inputs and output have one width on every target.
+TIED = (*MOVES, Add, Subtract, Multiply)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Groups of tensors of one width."""
+
+    #: Tensors of each group, by the name of the group.
+    groups: Mapping[str, tuple[str, ...]]
+    #: Exponentials that are stored as wide as their source where the target asks for it.
+    exponentials: Mapping[str, str]
+
+    @property
+    def value_groups(self) -> tuple[str, ...]:
+        """Groups that depend on values, whose ranges need data: those that are worth more bits."""
+        return tuple(name for name in self.groups if name not in (KEY, LOG_DECAY))
+
+    def formats(
+        self, narrow: IntFormat, wide: IntFormat, widened: Collection[str], *, wide_exponentials: bool
+    ) -> dict[str, IntFormat]:
+        """Return the format of every tensor.
+
+        Parameters
+        ----------
+        narrow, wide : IntFormat
+        widened : collection of str
+            Groups that are wide; sums of log decays always are.
+        wide_exponentials : bool
+            Whether an exponential is as wide as its source; else it has the width of its reader.
+        """
+        found = {
+            tensor: wide if name in widened or name == LOG_DECAY else narrow
+            for name, tensors in self.groups.items()
+            for tensor in tensors
+        }
+        for tensor, reader in self.exponentials.items():
+            found[tensor] = wide if wide_exponentials else found[reader]
+        return found
+
+
+def width_groups(program: Program) -> Widths:
+    """Return the groups of a chunk step: keys, log decays, and those of values.
+
+    A group is named after the port that it holds, or after its first tensor.
+    """
+    ties, outputs = _Ties(program.tensors), {port.name: port.tensor for port in program.outputs}
+    ties.join(STATE, outputs[STATE])
+    exponentials = _exponentials(program)
+    for step in program.steps:
+        if isinstance(step, TIED):
+            ties.join(*(name for name in (*step.inputs, step.output) if name in program.shapes))
+        elif isinstance(step, MatMul):
+            ties.join(step.output, *step.add, *step.subtract)
+        elif isinstance(step, Exponential):
+            ties.join(LOG_DECAY, step.source)
+    _join_keys(program, ties, exponentials)
+    members: dict[str, list[str]] = {}
+    for name in program.tensors:
+        if name not in exponentials:
+            members.setdefault(ties.find(name), []).append(name)
+    named = {VALUE: VALUE, OUTPUT: outputs[OUTPUT], STATE: STATE, KEY: KEY, LOG_DECAY: LOG_DECAY}
+    special = {ties.find(tensor): port for port, tensor in named.items()}
+    groups = {special.get(root, names[0]): tuple(names) for root, names in members.items()}
+    return Widths(groups=groups, exponentials=exponentials)
+
+
+class _Ties:
+    """Sets of names that grow together."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._parent = {name: name for name in names}
+
+    def find(self, name: str) -> str:
+        while self._parent[name] != name:
+            name = self._parent[name]
+        return name
+
+    def join(self, first: str, *others: str) -> None:
+        for name in others:
+            self._parent[self.find(name)] = self.find(first)
+
+
+def _exponentials(program: Program) -> dict[str, str]:
+    """Return the tensor that a Rescale makes of each exponential."""
+    found = {step.output for step in program.steps if isinstance(step, Exponential)}
+    return {
+        step.source: step.output
+        for step in program.steps
+        if isinstance(step, Rescale) and step.source in found
+    }
+
+
+def _join_keys(program: Program, ties: _Ties, exponentials: Collection[str]) -> None:
+    """Put everything that depends on neither values nor log decays alone into the group of the keys."""
+    values = {ties.find(name) for name in program.depends_on(VALUE, STATE)}
+    apart = values | {ties.find(LOG_DECAY)}
+    for name in program.tensors:
+        if name not in exponentials and ties.find(name) not in apart:
+            ties.join(KEY, name)
