@@ -16,11 +16,8 @@ from qinvert.calibration.choices import (
     ScaleRule,
     format_of,
 )
-from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, range_rules
-from qinvert.calibration.chunk_steps.candidate import StepRules
-from qinvert.calibration.chunk_steps.grids import RoomRules
+from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, step_calibration
 from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
-from qinvert.calibration.chunk_steps.planner import StepChoices
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
@@ -231,27 +228,13 @@ def _step_calibration(
     grain: Granularity,
     chunk: ChunkOptions,
 ) -> StepCalibration:
-    ladder, profile = options.ladder, options.profile
-    wide = [fmt for fmt in profile.formats if fmt.largest > INT8.largest]
-    all_wide = ladder[0].largest > INT8.largest
-    return StepCalibration(
+    return step_calibration(
         method=method,
-        rules=StepRules(
-            narrow=INT8 if all_wide else ladder[0],
-            wide=ladder[0] if all_wide else wide[0] if wide else None,
-            wide_exponentials=profile.quantized_everywhere,
-            scales=options.rules.scales,
-            requantize=profile.requantize,
-            room=RoomRules(state_margin=chunk.state_margin),
-        ),
-        choices=StepChoices(
-            min_sqnr_db=options.goals.min_sqnr_db,
-            widens=str(bits) == AUTO and bool(wide),
-            all_wide=all_wide,
-            equalize=chunk.equalize,
-            rotated=chunk.rotate,
-            ranges=range_rules(ranges),
-        ),
+        narrowest=options.ladder[0],
+        widens=str(bits) == AUTO,
+        scales=options.rules.scales,
+        ranges=ranges,
+        min_sqnr_db=options.goals.min_sqnr_db,
         costs=options.costs,
         options=chunk,
         granularity=grain,

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
-from qinvert.delta_rule.chunks import Applied, DeltaChunks
+from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, applicable
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -31,12 +31,12 @@ class LayerErrors:
     Both sides have the same inputs: those that reach the layer under the plan.
     """
 
-    #: T below its diagonal.
-    t: float
-    #: ``U = T (beta v)``.
-    u: float
-    #: ``W = T (beta k exp(G))``.
-    w: float
+    #: T below its diagonal; None where a whole step was run.
+    t: float | None
+    #: ``U = T (beta v)``; None where a whole step was run.
+    u: float | None
+    #: ``W = T (beta k exp(G))``; None where a whole step was run.
+    w: float | None
     #: The layer's output, before its norm and projection.
     out: float
     #: The state after the last chunk.
@@ -168,17 +168,28 @@ class _LayerComparison:
     def __init__(self) -> None:
         self.t = ErrorStatistics()
         self.parts = {name: NoiseStatistics() for name in ("u", "w", "out", "state")}
+        self._seen: set[str] = set()
 
-    def update(self, chunks: DeltaChunks, t: Applied) -> None:
+    def update(self, chunks: DeltaChunks, t: Applied | ChunkOutputs) -> None:
+        if isinstance(t, ChunkOutputs):
+            self._compare(t, chunks.apply(solve_chunks("", chunks)))
+            return
         lower = chunks.lower
         one = torch.eye(lower.shape[-1], dtype=torch.float32, device=lower.device).expand_as(lower)
         self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
-        exact, other = chunks.apply(solve_chunks("", chunks)), chunks.apply(t)
+        self._compare(chunks.apply(t), chunks.apply(solve_chunks("", chunks)))
+
+    def _compare(self, other: ChunkOutputs, exact: ChunkOutputs) -> None:
         for name, statistics in self.parts.items():
-            statistics.update(getattr(other, name), getattr(exact, name))
+            if (found := getattr(other, name)) is not None:
+                self._seen.add(name)
+                statistics.update(found, getattr(exact, name))
 
     def result(self) -> LayerErrors:
-        return LayerErrors(t=self.t.sqnr_db, **{name: x.sqnr_db for name, x in self.parts.items()})
+        found = {name: x.sqnr_db if name in self._seen else None for name, x in self.parts.items()}
+        out, state = self.parts["out"].sqnr_db, self.parts["state"].sqnr_db
+        t = self.t.sqnr_db if self.t.matrices else None
+        return LayerErrors(t=t, u=found["u"], w=found["w"], out=out, state=state)
 
 
 class _Comparison:
@@ -211,8 +222,10 @@ class _Comparison:
         self._targets += int((targets != IGNORED).sum())
         self._sequences += len(ids)
 
-    def _followed(self, layer: str, chunks: DeltaChunks) -> Applied:
-        t = applicable(self._inverse(layer, chunks), chunks)
+    def _followed(self, layer: str, chunks: DeltaChunks) -> Applied | ChunkOutputs:
+        t = self._inverse(layer, chunks)
+        if not isinstance(t, ChunkOutputs):
+            t = applicable(t, chunks)
         self._layers.setdefault(layer, _LayerComparison()).update(chunks, t)
         return t
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from qinvert.calibration.chunk_steps.simulate_steps import StepReport, simulate_steps
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.heads import is_split, layer_name, split_heads
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
@@ -70,9 +71,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """One `LayerReport` per layer."""
+    """One `LayerReport` per layer, or one `StepReport` for each whole chunk step."""
 
     layers: dict[str, LayerReport] = field(default_factory=dict)
+    #: Of a plan with ``scope="chunk"``; `layers` is then empty.
+    steps: dict[str, StepReport] = field(default_factory=dict)
 
     def totals(self) -> dict[str, float]:
         """Sqnr of every layer, over all its heads where the plan has them one by one."""
@@ -87,7 +90,8 @@ class Report:
     @property
     def worst_sqnr_db(self) -> float:
         """Smallest sqnr of all layers."""
-        return min(layer.sqnr_db for layer in self.layers.values())
+        inverses = [layer.sqnr_db for layer in self.layers.values()]
+        return min(inverses + [step.sqnr_db for step in self.steps.values()])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -99,7 +103,7 @@ class Report:
             f"{name}: sqnr {r.sqnr_db:.1f} dB (floor {r.floor_db:.1f}), worst_rel {r.worst_rel:.2e}, "
             f"max_abs {r.max_abs:.2e}, {r.matrices} matrices"
             for name, r in self.layers.items()
-        )
+        ) + "\n".join(f"{name}: {report}" for name, report in self.steps.items())
 
 
 class LayerSimulation:
@@ -181,6 +185,9 @@ def simulate(
         is not known for a plan like this.
     """
     chosen = Rounding.named(rounding)
+    if not all(layer.program.is_inverse for layer in plan.layers.values()):
+        given = with_options(data, num_samples, seq_len)
+        return Report(steps=simulate_steps(plan, source, given, chosen, progress))
     if chosen is Rounding.HEXAGON:
         # Before the model runs: it may take minutes to the first matrix.
         for layer_plan in plan.layers.values():

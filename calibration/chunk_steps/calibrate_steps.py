@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from qinvert.calibration.choices import Granularity, RangeRule
+from qinvert.calibration.choices import Granularity, RangeRule, ScaleRule
 from qinvert.calibration.chunk_steps.candidate import Layer, StepRules, exact_outputs, with_provenance
+from qinvert.calibration.chunk_steps.grids import RoomRules
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.one_pass import Progress, observe_steps, split_heads
-from qinvert.calibration.chunk_steps.options import ChunkOptions
+from qinvert.calibration.chunk_steps.options import WIDE_BITS, ChunkOptions
 from qinvert.calibration.chunk_steps.planner import StepChoices, choose_step
 from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.calibration.heads import head_name
@@ -20,10 +21,12 @@ from qinvert.calibration.planning.costs import Costs
 from qinvert.chunk_step.gated_delta_step import gated_delta_step
 from qinvert.chunk_step.ports import BETA, find_step_sizes
 from qinvert.delta_rule.chunks import DeltaChunks
-from qinvert.errors import InputError, ProgramError
+from qinvert.errors import InputError, PlanError, ProgramError
+from qinvert.formats import INT8, INT16, IntFormat
 from qinvert.methods import AUTO
 from qinvert.methods.elimination import elimination
 from qinvert.plan.plan import LayerPlan
+from qinvert.profiles import default_target
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.program.steps import MAX_BETA
@@ -134,6 +137,58 @@ def _rounded(observed: Observed, chunks: int) -> float:
     return float(f"{observed.state_growth[chunks - 1]:.4g}")
 
 
-def range_rules(ranges: str) -> tuple[RangeRule, ...]:
+def step_calibration(
+    *,
+    method: str | Program,
+    narrowest: IntFormat,
+    widens: bool,
+    scales: ScaleRule,
+    ranges: str,
+    min_sqnr_db: float,
+    costs: Costs,
+    options: ChunkOptions,
+    granularity: Granularity,
+) -> StepCalibration:
+    """Return the calibration of steps for what `qinvert.calibrate` was given.
+
+    Raises
+    ------
+    PlanError
+        If an option asks for more bits than the target has.
+    """
+    profile, all_wide = costs.profile, narrowest.largest > INT8.largest
+    wide = [fmt for fmt in profile.formats if fmt.largest > INT8.largest]
+    if not wide and WIDE_BITS in (options.value_bits, options.state_bits):
+        raise PlanError(
+            f"target {profile.name!r} has no format of more than 8 bits for values or a state; choose "
+            f"target={default_target(INT16)!r}, or leave value_bits and state_bits out"
+        )
+    return StepCalibration(
+        method=method,
+        rules=StepRules(
+            narrow=INT8 if all_wide else narrowest,
+            wide=narrowest if all_wide else wide[0] if wide else None,
+            wide_exponentials=profile.quantized_everywhere,
+            scales=scales,
+            requantize=profile.requantize,
+            room=RoomRules(state_margin=options.state_margin),
+        ),
+        choices=StepChoices(
+            min_sqnr_db=min_sqnr_db,
+            widens=widens and bool(wide),
+            all_wide=all_wide,
+            value_bits=options.value_bits,
+            state_bits=options.state_bits,
+            equalize=options.equalize,
+            rotated=options.rotate,
+            ranges=_range_rules(ranges),
+        ),
+        costs=costs,
+        options=options,
+        granularity=granularity,
+    )
+
+
+def _range_rules(ranges: str) -> tuple[RangeRule, ...]:
     """Return the rules that narrow values may have; ``auto`` tries the largest value and the least error."""
     return (RangeRule.MAX, RangeRule.MSE) if ranges == AUTO else (RangeRule(ranges),)

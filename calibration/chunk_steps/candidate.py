@@ -14,6 +14,7 @@ from qinvert.calibration.chunk_steps.grids import RoomRules, StepGrids, step_gri
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.clipping import clip_range
+from qinvert.chunk_step.ports import STATE
 from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
 from qinvert.execution.chunk_steps import run_float, run_integers
 from qinvert.formats import IntFormat
@@ -151,10 +152,14 @@ def _clipped(
     grids: StepGrids,
     rule: RangeRule,
 ) -> dict[str, float]:
-    """Return smaller ranges for the narrow tensors of values, chosen on the sample."""
+    """Return smaller ranges for the narrow tensors of values, chosen on the sample.
+
+    The state keeps its range: what saturates there is missing in every later chunk.
+    """
     wanted = {
         name
         for group in layer.widths.value_groups
+        if group != STATE
         for name in layer.widths.groups[group]
         if formats[name] == layer.rules.narrow
     }

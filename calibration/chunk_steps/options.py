@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from qinvert.checks import check_magnitude
 from qinvert.chunk_step.form import Form
 from qinvert.errors import PlanError
+from qinvert.formats import NARROW_BITS
+from qinvert.methods import AUTO
+
+#: Bits of a value that is wide.
+WIDE_BITS: Final = 16
 
 
 class Scope(StrEnum):
@@ -35,6 +41,10 @@ class ChunkOptions:
     values_first: bool = True
     #: Whether the last level of the inverse is applied to values.
     halves: bool = False
+    #: Width of values: 8, 16 or "auto", which gives more than 8 bits where the goal asks for it.
+    value_bits: int | str = AUTO
+    #: The same for the state that goes from chunk to chunk.
+    state_bits: int | str = AUTO
     #: Times the largest state that the data show; None means 4 for more than 8 bits, else 1.
     state_margin: float | None = None
     #: Whether value channels are divided by powers of two; None takes what serves the sample best.
@@ -46,6 +56,9 @@ class ChunkOptions:
         if self.form not in list(Form):
             raise PlanError(f"form {self.form!r} is unknown; use {', '.join(Form)}")
         object.__setattr__(self, "form", Form(self.form))
+        for name in ("value_bits", "state_bits"):
+            if (given := getattr(self, name)) not in (AUTO, NARROW_BITS, WIDE_BITS):
+                raise PlanError(f"{name} {given!r} is unknown; use {AUTO}, {NARROW_BITS} or {WIDE_BITS}")
         hint = "pass at least 1, such as 4 for contexts longer than the data"
         margin = self.state_margin
         if margin is not None and check_magnitude("state_margin", margin, PlanError, hint) < 1:

@@ -9,12 +9,14 @@ from typing import Any, Final
 from qinvert.calibration.choices import RangeRule
 from qinvert.calibration.chunk_steps.candidate import Candidate, Layer, finite_db, measure, plan_layer
 from qinvert.calibration.chunk_steps.grids import value_exponents
+from qinvert.calibration.chunk_steps.options import WIDE_BITS
 from qinvert.calibration.planning.costs import Costs
-from qinvert.chunk_step.ports import KEY, VALUE
+from qinvert.chunk_step.ports import KEY, STATE, VALUE
+from qinvert.methods import AUTO
 from qinvert.plan.value_channels import ValueChannels
 
 #: Tensors whose channels may be made equally large; the new values are what all products of values read.
-EQUALIZED: Final = ("v_new", VALUE, "state/new")
+EQUALIZED: Final = ("v_new", VALUE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,9 @@ class StepChoices:
     widens: bool
     #: Whether all groups have the wide format from the start.
     all_wide: bool
+    #: Width of values, and that of the state; "auto" leaves it to the planner.
+    value_bits: int | str
+    state_bits: int | str
     #: Whether channels of values are divided by powers of two; None leaves it to the planner.
     equalize: bool | None
     #: Whether values are multiplied by Hadamard's matrix.
@@ -94,13 +99,13 @@ def choose_step(layer: Layer, choices: StepChoices, costs: Costs) -> StepChoice:
         seen.append(candidate)
         return candidate
 
-    start = groups if choices.all_wide else ()
-    bases = [
-        tried(start, channels, rule) for channels in _channels(layer, choices) for rule in choices.ranges
-    ]
-    best = max(bases, key=lambda candidate: candidate.sqnr_db)
+    start, fixed = _start(groups, choices)
+    # Only narrow values are clipped.
+    rules = choices.ranges if set(groups[:-1]) - set(start) else (RangeRule.MAX,)
+    bases = [tried(start, channels, rule) for channels in _channels(layer, choices) for rule in rules]
+    best = min(bases, key=lambda candidate: candidate.noise)
     while best.sqnr_db < choices.min_sqnr_db and choices.widens:
-        rest = [group for group in groups if group not in best.widened]
+        rest = [group for group in groups if group not in (*best.widened, *fixed)]
         if not rest:
             break
         wider = [tried((*best.widened, group), best.plan.channels, best.ranges) for group in rest]
@@ -111,6 +116,15 @@ def choose_step(layer: Layer, choices: StepChoices, costs: Costs) -> StepChoice:
         candidates=tuple(sorted(seen, key=lambda candidate: candidate.cost)),
         meets_goal=final.sqnr_db >= choices.min_sqnr_db,
     )
+
+
+def _start(groups: tuple[str, ...], choices: StepChoices) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the groups that are wide from the start, and those whose width the caller has fixed."""
+    if choices.all_wide:
+        return groups, groups
+    bits = {group: choices.state_bits if group == STATE else choices.value_bits for group in groups[:-1]}
+    wide = tuple(group for group, wanted in bits.items() if wanted == WIDE_BITS)
+    return wide, tuple(group for group, wanted in bits.items() if wanted != AUTO)
 
 
 def _gain(wider: Candidate, narrower: Candidate) -> float:

@@ -105,4 +105,5 @@ def model_facts(evaluation: Evaluation) -> dict[str, str]:
 def layer_facts(errors: LayerErrors) -> dict[str, str]:
     """Return the errors of a layer, in the order of `LAYER_COLUMNS`."""
     parts = (errors.t, errors.u, errors.w, errors.out, errors.state)
-    return dict(zip(LAYER_COLUMNS, map(decibels, parts), strict=True))
+    cells = ["-" if part is None else decibels(part) for part in parts]
+    return dict(zip(LAYER_COLUMNS, cells, strict=True))

@@ -88,16 +88,29 @@ class DeltaChunks:
         O = (q exp(G)) S + tril(q k^T exp(G_i - G_j)) V
         S <- exp(G_C) S + (k exp(G_C - G))^T V
         """
+        u, w, parts = self._parts(t)
+        state, out = _scan(self.state, parts)
+        return ChunkOutputs(u=u, w=w, out=out.movedim(0, 2), state=state)
+
+    def states(self, t: Applied) -> torch.Tensor:
+        """Return the state before every chunk, ``[B, H, N, Dk, Dv]``."""
+        states, state = [], self.state
+        for chunk in zip(*(part.movedim(2, 0) for part in self._parts(t)[2]), strict=True):
+            states.append(state)
+            state, _ = _step(state, chunk)
+        return torch.stack(states, 2)
+
+    def _parts(self, t: Applied) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """U, W, and what the steps from chunk to chunk take."""
         values, keys = self.right_hand_sides
         u, w = t @ values, t @ keys
-        total, state = self.decays, self.state
+        total = self.decays
         scores = torch.tril(decayed_products(self.q, self.k, cumulative(self.g, self.k)))
         last = total[..., -1:, :]
         reads, writes = self.q * torch.exp(total), self.k * torch.exp(last - total)
         # One factor per channel, also where channels share it: in a scan, 1 is not a size of its own.
         kept = torch.exp(last[..., 0, :]).expand(*writes.shape[:3], writes.shape[-1])
-        state, out = _scan(state, (u, w, reads, scores, writes, kept))
-        return ChunkOutputs(u=u, w=w, out=out.movedim(0, 2), state=state)
+        return u, w, (u, w, reads, scores, writes, kept)
 
 
 def _step(state: torch.Tensor, chunk: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
