@@ -108,7 +108,8 @@ class ValuePath:
     def _inverse(self, matrix: str, copies: int = 1) -> str:
         """``T = I + S`` of a stored M, for every one of its blocks."""
         program = transposed(self.inverse) if self.o.flipped else self.inverse
-        (strict,) = self.o.steps.inline(program, {MATRIX: matrix}, INVERSE_PREFIX, copies).values()
+        given = {MATRIX: matrix}
+        (strict,) = self.o.steps.inline(program, given, INVERSE_PREFIX, copies, self.o.max_beta).values()
         return self.o.steps.add("T", strict, identity(self.inverse.chunk), self._inverse_bound)
 
     def _times_beta(self, name: str, inverse: str, half: str) -> str:

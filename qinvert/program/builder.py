@@ -99,13 +99,18 @@ class StepBuilder:
         return self._append(Concat(output=output, sources=names, axis=axis, bound=bound))
 
     def inline(
-        self, program: StepList, inputs: Mapping[str, str], prefix: str, copies: int = 1
+        self,
+        program: StepList,
+        inputs: Mapping[str, str],
+        prefix: str,
+        copies: int = 1,
+        max_beta: float = 1.0,
     ) -> dict[str, str]:
         """Append all steps of a program; return the tensor of every output port by its name.
 
         See `qinvert.program.inlining.inlined` for the parameters.
         """
-        steps, constants, outputs = inlined(program, inputs, prefix, copies)
+        steps, constants, outputs = inlined(program, inputs, prefix, copies, max_beta)
         for constant in constants:
             self._named(constant)
         self.steps += steps

@@ -17,7 +17,7 @@ LISTS: Final = ("add", "subtract", "sources")
 
 
 def inlined(
-    program: StepList, inputs: Mapping[str, str], prefix: str, copies: int = 1
+    program: StepList, inputs: Mapping[str, str], prefix: str, copies: int = 1, max_beta: float = 1.0
 ) -> tuple[list[Step], list[Constant], dict[str, str]]:
     """Return the steps and constants of ``program`` with new names, and the tensor of every output port.
 
@@ -31,6 +31,8 @@ def inlined(
     copies : int
         Number of blocks of each of these tensors for one of the program's: every
         step does for all of them what it does for one.
+    max_beta : float
+        By what the bounds of an inverse are multiplied: those of other programs hold no beta.
 
     Returns
     -------
@@ -40,7 +42,7 @@ def inlined(
     tensors = {name: inputs.get(name, prefix + name) for name in program.tensors}
     constants = [replace(constant, name=prefix + constant.name) for constant in program.constants]
     names = tensors | {constant.name: prefix + constant.name for constant in program.constants}
-    steps = [_for_copies(renamed(step, names.__getitem__), copies) for step in program.steps]
+    steps = [_bounded(_for_copies(renamed(s, names.__getitem__), copies), max_beta) for s in program.steps]
     return steps, constants, {port.name: names[port.tensor] for port in program.outputs}
 
 
@@ -61,6 +63,10 @@ def _for_copies(step: Step, copies: int) -> Step:
     if not isinstance(step, Slice) or step.blocks is None:
         return step
     return replace(step, blocks=_times(step.blocks, copies))
+
+
+def _bounded(step: Step, max_beta: float) -> Step:
+    return step if step.bound is None else replace(step, bound=step.bound * max_beta)
 
 
 def _times(span: Range, copies: int) -> Range:
