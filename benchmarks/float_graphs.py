@@ -7,11 +7,25 @@ import onnx
 
 from qinvert.execution.tensors import constant_matrix
 from qinvert.export.graph import GraphBuilder
-from qinvert.export.lowering.tensors import AXES
+from qinvert.export.lowering.tensors import AXES, TRANSPOSED
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
-from qinvert.program.steps import Add, Axis, Concat, Constant, Mask, MatMul, Rescale, Scale, Slice
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Concat,
+    Constant,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Rescale,
+    Scale,
+    Slice,
+    Subtract,
+    Transpose,
+)
 
 #: Operator set of the graphs.
 OPSET = 19
@@ -32,7 +46,7 @@ class FloatLowering(Evaluator[str]):
         blocks, rows, columns = self.program.shapes[tensor]
         return [1, blocks * self.batch, rows, columns]
 
-    def _node(self, operator: str, tensor: str, inputs: list[str], **attributes: int) -> str:
+    def _node(self, operator: str, tensor: str, inputs: list[str], **attributes: int | list[int]) -> str:
         return self.graph.node(operator, inputs, tensor, self._shape(tensor), self.element, **attributes)
 
     def constant(self, constant: Constant, blocks: int) -> str:
@@ -56,6 +70,15 @@ class FloatLowering(Evaluator[str]):
     def add(self, step: Add, left: str, right: str) -> str:
         return self._node("Add", step.output, [left, right])
 
+    def subtract(self, step: Subtract, left: str, right: str) -> str:
+        return self._node("Sub", step.output, [left, right])
+
+    def multiply(self, step: Multiply, left: str, right: str) -> str:
+        return self._node("Mul", step.output, [left, right])
+
+    def exponential(self, step: Exponential, source: str) -> str:
+        return self._node("Exp", step.output, [source])
+
     def rescale(self, step: Rescale, source: str) -> str:
         if step.factor == 1:
             return source  # nothing to round
@@ -67,6 +90,9 @@ class FloatLowering(Evaluator[str]):
 
     def mask(self, step: Mask, source: str, constant: str) -> str:
         return self._node("Mul", step.output, [source, constant])
+
+    def transpose(self, step: Transpose, source: str) -> str:
+        return self._node("Transpose", step.output, [source], perm=TRANSPOSED)
 
     def slice(self, step: Slice, source: str) -> str:
         blocks = None if step.blocks is None else [edge * self.batch for edge in step.blocks]

@@ -20,7 +20,7 @@ from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.export import lowering, runtimes
 from qinvert.formats import FORMATS
 from qinvert.program.evaluator import Evaluator
-from qinvert.program.steps import MOVES
+from qinvert.program.serialization import OPERATIONS
 from qinvert.stress import stress_matrices
 
 PAGE = page("extending.md")
@@ -189,7 +189,7 @@ def interpreters(kind=Evaluator):
 
 def kinds_of_steps(tree):
     """Kinds of steps that a module imports."""
-    names = {"Step", "MOVES", *(method.__name__ for method in MOVES), "MatMul", "Add", "Rescale", "Scale"}
+    names = {"Step", "MOVES", *(kind.__name__ for kind in OPERATIONS.values())}
     return {
         alias.name
         for node in ast.walk(tree)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
+from inverse_programs import inverse_program
 from pages import ROOT, code, page, quoted, rows, sections
 from test_ports import planned, step_like
 
@@ -18,10 +19,22 @@ from qinvert.formats import FORMATS
 from qinvert.plan.plan import Plan
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.serialization import SCHEMA_VERSION
+from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.ports import Meaning
 from qinvert.program.program import Program
-from qinvert.program.serialization import OPERATIONS
-from qinvert.program.steps import Axis
+from qinvert.program.serialization import OPERATIONS, oldest_schema
+from qinvert.program.steps import (
+    Add,
+    Axis,
+    Constant,
+    Exponential,
+    Mask,
+    MatMul,
+    Multiply,
+    Slice,
+    Subtract,
+    Transpose,
+)
 
 PAGE = page("plan-schema.md")
 SECTIONS = sections(PAGE)
@@ -53,8 +66,16 @@ def written():
         qinvert.calibrate(lower, method="neumann", min_sqnr_db=90.0, granularity="head"),
         qinvert.calibrate(lower, method=qinvert.elimination(lower.shape[-1], radix=4), min_sqnr_db=0),
         Plan(layers={"step": planned(Requantize.DIVIDE), **golden.layers}, target="int-ops"),
+        Plan(layers={"step": chunk_step()}, target="int-ops"),
     ]
     return [json.loads(plan.to_bytes()) for plan in plans]
+
+
+def chunk_step():
+    """A layer of a whole chunk step, with channels."""
+    program = qinvert.gated_delta_step(qinvert.block_merge(4), 2, 4)
+    layer = planned(Requantize.DIVIDE, program=program)
+    return replace(layer, channels=ValueChannels(exponents=((0, -3, 1, 0),), rotated=True))
 
 
 def inputs():
@@ -81,6 +102,7 @@ def objects(heading):
         "Port": [port for program in others for port in (*program["inputs"], *program["outputs"])],
         "Constant": [constant for program in programs for constant in program["constants"]],
         "Layer": layers,
+        "Channels": [layer["channels"] for layer in layers if "channels" in layer],
         "Tensor": [tensor for layer in layers for tensor in layer["tensors"].values()],
         "Provenance of a plan": [d["provenance"] for d in documents if d["provenance"]],
         "Provenance of a layer": calibrated,
@@ -105,6 +127,7 @@ KINDS = [
     "Constant",
     "Layer",
     "Tensor",
+    "Channels",
     "Provenance of a plan",
     "Provenance of a layer",
     "Binding",
@@ -205,10 +228,47 @@ def test_an_unknown_key_is_ignored_but_not_in_a_step():
 
 
 def test_a_plan_has_the_lowest_version_that_can_hold_it():
-    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 2]
-    kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-1]["programs"]}
+    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 2, 3]
+    kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-2]["programs"]}
     assert kinds == {("inputs",), ("output",)}
     assert isinstance(step_like(), Program)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [Subtract(output="y", left="M", right="M")],
+        [Multiply(output="y", left="M", right="M")],
+        [Exponential(output="y", source="M")],
+        [Transpose(output="y", source="M")],
+        [MatMul(output="y", left="M", right="ones")],
+        [Add(output="y", left="M", right="ones")],
+        [Slice(output="row", source="M", rows=(3, 4)), Mask(output="y", source="row", constant="ones")],
+    ],
+    ids=lambda steps: type(steps[-1]).__name__,
+)
+def test_what_older_readers_refuse_or_would_compute_otherwise_is_version_3(steps):
+    ones = Constant(name="ones", rows=4, columns=4, ones=((0, 4),) * 4)
+    program = inverse_program(*steps, constants=(ones,))
+    assert oldest_schema(program) == 3
+    layer = planned(Requantize.DIVIDE, program=program)
+    plan = Plan(layers={"x": layer}, target="int-ops")
+    assert json.loads(plan.to_bytes())["schema_version"] == 3
+    assert Plan.from_bytes(plan.to_bytes()) == plan
+
+
+def test_channels_alone_make_a_file_version_3():
+    layer = planned(Requantize.DIVIDE)
+    for channels, version in ((None, 2), (ValueChannels(exponents=((1,),)), 3)):
+        plan = Plan(layers={"x": replace(layer, channels=channels)}, target="int-ops")
+        assert json.loads(plan.to_bytes())["schema_version"] == version
+        assert Plan.from_bytes(plan.to_bytes()) == plan
+
+
+def test_whole_masks_and_zero_blocks_stay_in_the_first_version():
+    ones = Constant(name="ones", rows=4, columns=4, ones=((0, 4),) * 4)
+    masked = inverse_program(Mask(output="y", source="M", constant="ones"), constants=(ones,))
+    assert oldest_schema(masked) == oldest_schema(qinvert.block_merge(8, 2)) == 1
 
 
 # plan-v1.json and plan-v1.npz were written by the release before programs had ports; its plans were

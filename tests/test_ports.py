@@ -58,7 +58,8 @@ def planned(requantize: Requantize, fmt=INT8, program: Program | None = None) ->
     program = step_like() if program is None else program
     # 1.0 is an integer of P's grid, so that its residual term can be one of the accumulator.
     scales = {name: float32(1 / (0.75 * fmt.largest)) for name in program.tensors}
-    scales["P"] = scales["o"] = float32(1 / (fmt.largest // 2))
+    if "P" in scales:
+        scales["P"] = scales["o"] = float32(1 / (fmt.largest // 2))
     tensors = {n: Quantization(format=fmt, scale=s) for n, s in scales.items()}
     return LayerPlan(program=program, tensors=tensors, requantize=requantize)
 

@@ -19,14 +19,12 @@ from qinvert.formats import find_format
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
-from qinvert.program.serialization import program_from_json, program_to_json
+from qinvert.program.serialization import oldest_schema, program_from_json, program_to_json
 from qinvert.strict_json import Json, parse, require
 from qinvert.version import __version__
 
 #: Newest version of the file layout; readers take this one and all older ones.
-SCHEMA_VERSION: Final = 2
-#: Version of plans whose programs all compute an inverse; older releases can read them.
-INVERSE_SCHEMA: Final = 1
+SCHEMA_VERSION: Final = 3
 
 
 class PlannedLayer(Protocol):
@@ -70,9 +68,8 @@ def to_bytes(layers: Mapping[str, PlannedLayer], target: str, provenance: Mappin
         if program not in programs:
             programs.append(program)
         entries[name] = _layer_to_json(layer, programs.index(program))
-    inverses = all(layer.program.is_inverse for layer in layers.values())
     document = {
-        "schema_version": INVERSE_SCHEMA if inverses else SCHEMA_VERSION,
+        "schema_version": max(map(_oldest_schema, layers.values())),
         "producer": {"package": "qinvert", "version": __version__},
         "target": target,
         "provenance": dict(provenance),
@@ -122,6 +119,11 @@ def _from_json(document: Json) -> PlanDocument:
         target=require(document, "target", str),
         provenance=require(document, "provenance", dict),
     )
+
+
+def _oldest_schema(layer: PlannedLayer) -> int:
+    # An older reader would pass over the channels and compute something else.
+    return SCHEMA_VERSION if layer.channels else oldest_schema(layer.program)
 
 
 def _layer_to_json(layer: PlannedLayer, program: int) -> Json:

@@ -32,7 +32,7 @@ def inlined(
         Number of blocks of each of these tensors for one of the program's: every
         step does for all of them what it does for one.
     max_beta : float
-        What the bounds of an inverse, which are multiples of the largest beta, are multiplied by.
+        By what the bounds of an inverse are multiplied: those of other programs hold no beta.
 
     Returns
     -------
@@ -42,9 +42,7 @@ def inlined(
     tensors = {name: inputs.get(name, prefix + name) for name in program.tensors}
     constants = [replace(constant, name=prefix + constant.name) for constant in program.constants]
     names = tensors | {constant.name: prefix + constant.name for constant in program.constants}
-    steps = [
-        _bounded(_for_copies(renamed(step, names.__getitem__), copies), max_beta) for step in program.steps
-    ]
+    steps = [_bounded(_for_copies(renamed(s, names.__getitem__), copies), max_beta) for s in program.steps]
     return steps, constants, {port.name: names[port.tensor] for port in program.outputs}
 
 
@@ -60,15 +58,15 @@ def renamed(step: S, rename: Callable[[str], str]) -> S:
     return replace(step, **changes)  # type: ignore[arg-type] # names stay names
 
 
-def _bounded(step: Step, max_beta: float) -> Step:
-    return step if step.bound is None else replace(step, bound=step.bound * max_beta)
-
-
 def _for_copies(step: Step, copies: int) -> Step:
     # The blocks of a program come first and the copies of each beside one another.
     if not isinstance(step, Slice) or step.blocks is None:
         return step
     return replace(step, blocks=_times(step.blocks, copies))
+
+
+def _bounded(step: Step, max_beta: float) -> Step:
+    return step if step.bound is None else replace(step, bound=step.bound * max_beta)
 
 
 def _times(span: Range, copies: int) -> Range:

@@ -46,10 +46,31 @@ OPERATIONS: Final[dict[str, type[Step]]] = {
 }
 
 
+#: Kinds of steps that files of the first two versions do not have.
+_ADDED_KINDS: Final = (Subtract, Multiply, Exponential, Transpose)
+
 _NAMES: Final = {kind: name for name, kind in OPERATIONS.items()}
 #: Keys of the first schema, for the ports of inverses.
 _VECTORS: Final = "vectors"
 _HOLDS_NO_IDENTITY: Final = "implicit_identity"
+
+
+def oldest_schema(program: StepList) -> int:
+    """Return the version of the oldest plan files that can hold the program, see docs/plan-schema.md."""
+    if any(_is_added(program, step) for step in program.steps):
+        return 3
+    return 1 if program.is_inverse else 2
+
+
+def _is_added(program: StepList, step: Step) -> bool:
+    """Whether readers of version 2 refuse the step."""
+    match step:
+        case Mask():
+            return program.shapes[step.source] != program.shapes[step.output]
+        case MatMul() | Add():
+            return step.right not in program.shapes
+        case _:
+            return isinstance(step, _ADDED_KINDS)
 
 
 def program_to_json(program: StepList) -> Json:

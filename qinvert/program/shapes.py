@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from qinvert.errors import ProgramError
 from qinvert.program.ports import MAX_PORTS, Meaning, Port, check_name
@@ -237,8 +238,8 @@ def _operands(
     """Shapes of what a product or sum reads: its right operand may be a constant, which all blocks share."""
     if step.right not in constants or step.left in constants:
         return _tensors(step, shapes)
-    known = {**shapes, step.right: constants[step.right]._replace(blocks=shapes[step.left].blocks)}
-    return _tensors(step, known)
+    left, _, *residuals = _tensors(replace(step, right=step.left), shapes)
+    return [left, constants[step.right]._replace(blocks=left.blocks), *residuals]
 
 
 def _broadcast(step: Multiply, left: Shape, right: Shape) -> Shape:

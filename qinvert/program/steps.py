@@ -99,8 +99,9 @@ class MatMul:
     right: str
     add: tuple[str, ...] = ()
     subtract: tuple[str, ...] = ()
-    #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.  In a
-    #: program that takes beta, only a `Scale` has that factor; for other steps ``max|output| <= bound``.
+    #: ``max|output| <= bound * max(beta)`` for unit keys; None if no proof is known.  In an inverse
+    #: that takes beta, only a `Scale` has that factor; for other steps, and in programs that are no
+    #: inverses, ``max|output| <= bound``.
     bound: float | None = None
     #: Whether values beyond the range of the steps that read the output may saturate, because no
     #: output of the program depends on them.  Such a step has no bound.

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-import numpy as np
-
 from qinvert.errors import ProgramError
 from qinvert.program.ports import Meaning, Port
 from qinvert.program.program import Program
-from qinvert.program.sparsity import constant_support
 from qinvert.program.step_list import StepList
 from qinvert.program.steps import Axis, Concat, Constant, MatMul, Range, Scale, Shape, Slice, Step
 
@@ -65,16 +62,17 @@ def _step(step: Step, constants: dict[str, Constant]) -> Step:
 
 
 def _constant(constant: Constant) -> Constant:
-    support = constant_support(constant).T
-    ones = tuple(_range(constant.name, row) for row in support)
+    ones = tuple(_column(constant, j) for j in range(constant.columns))
     return Constant(name=constant.name, rows=constant.columns, columns=constant.rows, ones=ones)
 
 
-def _range(name: str, row: np.ndarray) -> Range:
-    (columns,) = np.nonzero(row)
-    if not len(columns):
+def _column(constant: Constant, j: int) -> Range:
+    rows = [i for i, (start, stop) in enumerate(constant.ones) if start <= j < stop]
+    if not rows:
         return 0, 0
-    start, stop = int(columns[0]), int(columns[-1]) + 1
-    if stop - start != len(columns):
-        raise ProgramError(f"constant {name!r} has a column whose ones are not one range; split the constant")
-    return start, stop
+    span = rows[0], rows[-1] + 1
+    if span[1] - span[0] != len(rows):
+        raise ProgramError(
+            f"constant {constant.name!r} has a column whose ones are not one range; split the constant"
+        )
+    return span

@@ -166,7 +166,8 @@ def _bounds(program: StepList, max_beta: float) -> dict[str, float]:
     """Return the proved ranges: those of the steps, and of the inputs of an inverse."""
     bounds = {s.output: s.bound for s in program.steps if s.bound is not None}
     if not program.is_inverse:
-        return {name: bound * max_beta for name, bound in bounds.items()}
+        # Other programs have ranges without beta, such as exponentials, beside those with it.
+        return bounds
     # |M[i, j]| = beta_i |<k_i, k_j>| exp(G_i - G_j), and decay never grows.
     ports = program.inverse_ports
     bounds = {ports.matrix: 1.0} | bounds

@@ -199,7 +199,7 @@ def test_a_truncated_plan_is_refused(load_bytes, share):
 STEP = ("programs", 0, "steps", 0)
 TENSOR = ("layers", LAYER, "tensors", "M")
 WRONG = [
-    (("schema_version",), 3, "schema version 3, but this qinvert .* reads up to 2; upgrade qinvert"),
+    (("schema_version",), 4, "schema version 4, but this qinvert .* reads up to 3; upgrade qinvert"),
     (("schema_version",), 0, "versions start at 1"),
     (("schema_version",), True, "'schema_version' must be a int, got True"),
     (("layers",), {}, "needs at least one layer"),

@@ -20,11 +20,15 @@ from qinvert.program.steps import (
     Axis,
     Concat,
     Constant,
+    Exponential,
     Mask,
     MatMul,
+    Multiply,
     Rescale,
     Shape,
     Slice,
+    Subtract,
+    Transpose,
     check_chunk,
 )
 
@@ -79,10 +83,47 @@ WRONG = {
         r"'a': shapes \[1,4,4\] and \[1,2,4\] differ",
     ),
     "sum of two shapes": ([top, Add(output="a", left="top", right=MATRIX)], [], "a sum needs equal ones"),
-    "constant in a product": (
-        [MatMul(output="a", left=MATRIX, right="zeros")],
+    "constant on the left": (
+        [MatMul(output="a", left="zeros", right=MATRIX)],
         [zeros(4)],
-        "constant 'zeros' may only feed a mask or a concat",
+        "constant 'zeros' may only feed a mask or a concat, or be the right operand of a product or sum",
+    ),
+    "product of constants": ([MatMul(output="a", left="zeros", right="zeros")], [zeros(4)], "may only feed"),
+    "residual constant": (
+        [MatMul(output="a", left=MATRIX, right="zeros", add=("zeros",))],
+        [zeros(4)],
+        "constant 'zeros' may only feed",
+    ),
+    "constant that does not fit a product": (
+        [MatMul(output="a", left=MATRIX, right="zeros")],
+        [zeros(2)],
+        r"cannot multiply \[1,4,4\] by \[1,2,4\]; inner sizes",
+    ),
+    "constant that does not fit a difference": (
+        [Subtract(output="a", left=MATRIX, right="zeros")],
+        [zeros(2)],
+        r"shapes \[1,4,4\] and \[1,2,4\] differ",
+    ),
+    "constant multiplied elementwise": (
+        [Multiply(output="a", left=MATRIX, right="zeros")],
+        [zeros(4)],
+        "may only feed a mask",
+    ),
+    "exponential of a constant": ([Exponential(output="a", source="zeros")], [zeros(4)], "may only feed"),
+    "transposed constant": ([Transpose(output="a", source="zeros")], [zeros(4)], "may only feed a mask"),
+    "difference of two shapes": ([top, Subtract(output="a", left=MATRIX, right="top")], [], "differ"),
+    "rows that do not repeat": (
+        [top, Multiply(output="a", left=MATRIX, right="top")],
+        [],
+        r"'a': cannot multiply \[1,4,4\] by \[1,2,4\] elementwise; sizes must agree, or one of",
+    ),
+    "blocks that do not repeat": (
+        [
+            Concat(output="two", sources=(MATRIX, MATRIX), axis=Axis.BLOCKS),
+            Multiply(output="a", left="two", right=MATRIX),
+        ],
+        [],
+        r"cannot multiply \[2,4,4\] by \[1,4,4\] elementwise",
     ),
     "constant in a sum": ([Add(output="a", left="zeros", right=MATRIX)], [zeros(4)], "may only feed a mask"),
     "constant rescaled": ([Rescale(output="a", source="zeros")], [zeros(4)], "may only feed a mask"),
@@ -91,6 +132,11 @@ WRONG = {
         [Mask(output="a", source=MATRIX, constant="zeros")],
         [zeros(2)],
         r"'a': needs a tensor and a constant of its size, got \[1,4,4\] and \[1,2,4\]",
+    ),
+    "rows that a mask cannot repeat": (
+        [top, Mask(output="a", source="top", constant="zeros")],
+        [zeros(4)],
+        r"of its size, got \[1,2,4\] and \[1,4,4\]",
     ),
     "mask that is no constant": (
         [Mask(output="a", source=MATRIX, constant=MATRIX)],
@@ -237,6 +283,15 @@ class Expressions(Evaluator[str]):
     def add(self, step, left, right):
         return f"({left}+{right})"
 
+    def subtract(self, step, left, right):
+        return f"({left}-{right})"
+
+    def multiply(self, step, left, right):
+        return f"({left}*{right})"
+
+    def exponential(self, step, source):
+        return f"exp({source})"
+
     def rescale(self, step, source):
         return f"rescale({source})"
 
@@ -245,6 +300,9 @@ class Expressions(Evaluator[str]):
 
     def mask(self, step, source, constant):
         return f"mask({source},{constant})"
+
+    def transpose(self, step, source):
+        return f"{source}^T"
 
     def slice(self, step, source):
         return f"slice({source})"
@@ -263,15 +321,22 @@ def test_evaluate_hands_every_step_its_operands_in_order():
         Rescale(output="r", source="kept"),
         MatMul(output="p", left="r", right=MATRIX, add=("kept", "r"), subtract=(MATRIX,)),
         Add(output="s", left="p", right="r"),
+        Multiply(output="h", left="s", right="r"),
+        Exponential(output="e", source="h"),
+        Transpose(output="t", source="e"),
+        Subtract(output="d", left="t", right="mask"),
+        MatMul(output="c", left="d", right="mask"),
     )
     tested = program(*steps, constants=(zeros(2), zeros(4, name="mask")))
     seen = {}
     result = tested.evaluate(Expressions(), {MATRIX: "x"}, seen.__setitem__)
-    assert list(seen) == ["M", "top", "half", "rows", "kept", "r", "p", "s"]
+    assert list(seen) == [MATRIX, *(step.output for step in steps)]
     assert seen["M"] == "x"
     kept = "mask(rows[zeros*1,slice(x)],mask*1)"
     assert seen["p"] == f"(rescale({kept})@x+{kept}+rescale({kept})-x)"
-    assert result["S"] == seen["s"] == f"({seen['p']}+{seen['r']})"
+    assert seen["s"] == f"({seen['p']}+{seen['r']})"
+    assert seen["t"] == f"exp(({seen['s']}*{seen['r']}))^T"
+    assert result["S"] == seen["c"] == f"(({seen['t']}-mask*1)@mask*1)"
 
 
 def test_constants_repeat_for_the_blocks_of_their_step():
