@@ -59,12 +59,21 @@ class GraphOutput(StrEnum):
 class Options(TypedDict, total=False):
     """What graphs take and return, as in `qinvert.export`."""
 
-    batch: int | None
+    batch: int | str | None
     input: str
     output: str
     key_size: int | None
     input_type: str
     chains: int | str
+    heads: int | None
+    chunks: int | None
+    layout: str | None
+    normalize: bool | None
+    states: str | None
+
+
+#: Options of graphs of whole chunk steps only.
+STEP_OPTIONS: Final = ("heads", "chunks", "layout", "normalize", "states")
 
 
 class InputType(StrEnum):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from qinvert.chunk_step.ports import NORM_EPSILON
 from qinvert.delta_rule.chunks import Applied, ChunkInverse, DeltaChunks
 from qinvert.delta_rule.from_keys import from_dplr as from_dplr
 from qinvert.delta_rule.from_keys import from_keys as from_keys
@@ -24,8 +25,6 @@ from qinvert.matrices import SolvedInverse, solve
 
 #: ``inverse(L) -> T`` over ``[batch, heads, chunks, C, C]``.
 Inverse = Callable[[torch.Tensor], Applied]
-#: Added to the squared norm of queries and keys, as the models do.
-NORM_EPSILON = 1e-6
 
 
 def exact(lower: torch.Tensor) -> torch.Tensor:
