@@ -16,6 +16,7 @@ from qinvert.plan.value_channels import ValueChannels
 
 #: What float tensors of the ends are called after what they are.
 NORMALIZED: Final = "{}/normalized"
+SCALED: Final = "{}/scaled"
 ROTATED: Final = "{}/rotated"
 
 
@@ -97,7 +98,7 @@ class StepEnds:
     def _scaled(self, name: str) -> str:
         shape = self.graph.shape(name)
         factor = self.graph.scalar("query_scale", float(np.float32(float(shape[3]) ** -0.5)))
-        return self.graph.node("Mul", [name, factor], f"{QUERY}/scaled", shape)
+        return self.graph.node("Mul", [name, factor], SCALED.format(QUERY), shape)
 
     def _valid(self) -> str:
         batch, tokens = self.graph.shape(VALID)
