@@ -9,8 +9,8 @@ from typing import Unpack, cast
 import onnx
 
 from qinvert.errors import ExportError
-from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface, Options
 from qinvert.export.graph import GraphBuilder
+from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
@@ -164,8 +164,8 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
     refuse_step_options(layer, options)
     if is_step(layer):
         raise ExportError(
-            f"{layer.program.title} is a whole chunk step, whose graph has ends of its own; write one file per "
-            "layer by qinvert.export"
+            f"{layer.program.name} is a whole chunk step, whose graph has ends of its own; write one file "
+            "per layer by qinvert.export"
         )
     inverse = layer.program.is_inverse
     source, result = options.get("input", AUTO), options.get("output", AUTO)

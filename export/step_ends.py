@@ -8,11 +8,12 @@ from typing import Final
 import numpy as np
 
 from qinvert.chunk_step.channel_map import channel_factors, rotation
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, NORM_EPSILON, QUERY, STATE, VALUE
+from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, QUERY, STATE, VALUE
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.value_channels import ValueChannels
+from qinvert.program.steps import NORM_EPSILON
 
 #: What float tensors of the ends are called after what they are.
 NORMALIZED: Final = "{}/normalized"
@@ -42,7 +43,9 @@ class StepEnds:
         if self.channels is not None and not self.interface.takes_integers:
             named |= {name: self._entered(name, self.channels) for name in (VALUE, STATE)}
         shapes = {port.name: self._folded_shape(port.shape[1:]) for port in self.window.program.inputs}
-        return {name: self._reshaped(tensor, f"{name}/folded", shapes[name]) for name, tensor in named.items()}
+        return {
+            name: self._reshaped(tensor, f"{name}/folded", shapes[name]) for name, tensor in named.items()
+        }
 
     def results(self, plan: QuantizedProgram) -> dict[str, str]:
         """What the window is to call its outputs, by port: those of the graph, where nothing follows."""
@@ -136,4 +139,3 @@ class StepEnds:
         constant = self.graph.initializer("channels/rotation", matrix[None, None])
         operands = [constant, tensor] if self.interface.values_first else [tensor, constant]
         return self.graph.node("MatMul", operands, name, self.graph.shape(tensor))
-

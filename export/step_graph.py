@@ -34,8 +34,8 @@ def refuse_step_options(plan: LayerPlan, options: Options) -> None:
     for name in STEP_OPTIONS:
         if options.get(name) is not None:
             raise ExportError(
-                f"{name} {options.get(name)!r} is for plans of whole chunk steps, and {plan.program.title} is "
-                f"none; leave {name} out"
+                f"{name} {options.get(name)!r} is for plans of whole chunk steps, and {plan.program.title} "
+                f"is none; leave {name} out"
             )
 
 
@@ -49,7 +49,7 @@ def step_interface(plan: LayerPlan, options: Options) -> StepInterface:
     """
     if options.get("input", AUTO) not in (AUTO, GraphInput.PORTS) or options.get("key_size") is not None:
         raise ExportError(
-            f"{plan.program.title} is a whole chunk step, which takes q, k, v, beta, g and state; leave out "
+            f"{plan.program.name} is a whole chunk step, which takes q, k, v, beta, g and state; leave out "
             "input and key_size"
         )
     batch, chains, output = (options.get(name, AUTO) for name in ("batch", "chains", "output"))
@@ -100,7 +100,9 @@ def lower_step(plan: LayerPlan, profile: Profile, interface: StepInterface) -> G
 def _heads(plan: LayerPlan, heads: int | None) -> int:
     known = plan.provenance.get("heads")
     if heads is None and known is None:
-        raise ExportError("the plan does not say how many heads its layer has; pass heads, for example heads=16")
+        raise ExportError(
+            "the plan does not say how many heads its layer has; pass heads, for example heads=16"
+        )
     if heads is not None and isinstance(known, int) and heads != known:
         raise ExportError(f"heads {heads!r} are not the {known} of the plan's layer; leave heads out")
     return cast("int", known if heads is None else heads)

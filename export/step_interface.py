@@ -15,6 +15,7 @@ from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
 from qinvert.export.interface import MAX_BATCH, MAX_ELEMENTS, GraphInput, GraphOutput, InputType, Interface
 from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Quantization
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.value_channels import MAX_HEADS
 from qinvert.profiles import Profile
@@ -101,7 +102,7 @@ class StepInterface:
         object.__setattr__(self, "output", GraphOutput(self.output))
         if self.normalize and self.takes_integers:
             raise ExportError(
-                "normalize=True needs keys in float, but input_type is 'integers'; let the host normalize them"
+                "normalize=True needs keys in float, but input_type is 'integers'; let the host do it"
             )
         # This checks the chains.
         self.folded()
@@ -247,7 +248,7 @@ class StepInterface:
         return {f"qinvert.{key}": value for key, value in found.items()}
 
     def _grids(self, plan: LayerPlan, profile: Profile) -> dict[str, str]:
-        ends = {}
+        ends: dict[str, Quantization] = {}
         if self.takes_integers:
             ends |= {f"input_{{}}/{name}": plan.tensors[name] for name in self.inputs(plan)}
         if self.returns_integers:

@@ -33,7 +33,9 @@ def read_step_interface(model: onnx.ModelProto, plan: LayerPlan, profile: Profil
         wanted = _described(found.inputs(plan), found.input_elements(plan, profile))
         returned = _described(found.outputs(plan), found.elements(plan, profile))
     except QInvertError as error:
-        raise ExportError(f"the graph is not one of this plan's chunk step: {error}; export it again") from None
+        raise ExportError(
+            f"the graph is not one of this plan's chunk step: {error}; export it again"
+        ) from None
     if _values(model.graph.input) != wanted or _values(model.graph.output) != returned:
         raise ExportError(
             f"the graph does not take and return what its metadata say: {', '.join(wanted)} to "

@@ -46,7 +46,7 @@ def step_inputs(sizes, count=1, chunks=1, seed=0, decay=0.1):
 
 
 def formats_of(wide, logs):
-    """Return which format a tensor has: ``wide`` on the value path, ``logs`` for log decays, int8 elsewhere."""
+    """Return the format of a tensor by its name: ``wide`` for values, ``logs`` for log decays, else int8."""
 
     def choose(name):
         if name in LOGS or name.endswith("/log"):
@@ -103,7 +103,9 @@ def _groups(program):
 
 
 @cache
-def small_plan(target="int-ops", *, decay="scalar", form="folded", values_first=True, halves=False, **formats):
+def small_plan(
+    target="int-ops", *, decay="scalar", form="folded", values_first=True, halves=False, **formats
+):
     """A plan of one layer with chunks of 16 tokens, keys of 8 and values of 12."""
     inverse = elimination(8 if halves else 16)
     program = gated_delta_step(inverse, 8, 12, decay, form, values_first=values_first, halves=halves)

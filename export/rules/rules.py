@@ -104,8 +104,9 @@ def _shapes(case: Case) -> Iterator[tuple[str, str]]:
 def _has_own_axes(graph: Structure, name: str) -> bool:
     """Whether a tensor is a dequantized constant, or lies at an end that has batch and heads as two axes."""
     node = graph.writers.get(name)
-    literal = node is not None and node.op_type == "DequantizeLinear"
-    return name in step_ends(graph) or (literal and graph.constant(node.input[0]) is not None)
+    if name in step_ends(graph) or node is None:
+        return name in step_ends(graph)
+    return node.op_type == "DequantizeLinear" and graph.constant(node.input[0]) is not None
 
 
 @rule("scales", f"store one constant scale of at least {MIN_SCALE:g} for each tensor")

@@ -1,4 +1,4 @@
-"""The ends of the graph of a chunk step: batch, heads and tokens as axes of their own, and in float what is not quantized."""
+"""The ends of the graph of a chunk step: batch, heads and tokens as axes of their own, floats among them."""
 
 from __future__ import annotations
 

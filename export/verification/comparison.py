@@ -93,7 +93,7 @@ def measured(
     rounding: Rounding,
     sqnr_db: float,
 ) -> Verification:
-    """Count differences that are known in steps, and how far each may go where that is `Tolerance.by_reach`."""
+    """Count differences in steps; ``reached`` is how far each may go where that is `Tolerance.by_reach`."""
     return Verification(
         runtime=label,
         values=steps.size,

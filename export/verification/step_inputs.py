@@ -11,15 +11,25 @@ import numpy.typing as npt
 import torch
 
 from qinvert.chunk_step.channel_map import enter
-from qinvert.chunk_step.ports import BETA, INPUTS, KEY, LOG_DECAY, NORM_EPSILON, QUERY, STATE, VALUE, step_sizes
+from qinvert.chunk_step.ports import (
+    BETA,
+    INPUTS,
+    KEY,
+    LOG_DECAY,
+    QUERY,
+    STATE,
+    VALUE,
+    step_sizes,
+)
 from qinvert.errors import InputError
+from qinvert.export.graph import Sizes
 from qinvert.export.runtimes import Feed
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.matrices import as_tensor
 from qinvert.numerics.rounding import quantize
 from qinvert.plan.plan import LayerPlan
 from qinvert.profiles import Profile
-from qinvert.program.steps import MAX_BETA
+from qinvert.program.steps import MAX_BETA, NORM_EPSILON
 
 #: Arrays by the names of inputs; batch first.
 Arrays: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
@@ -39,7 +49,7 @@ class StepData:
     @property
     def calls(self) -> int:
         """Calls that one sequence takes."""
-        return self.arrays[VALID].shape[1] // self.interface.tokens(self.plan)
+        return int(self.arrays[VALID].shape[1]) // self.interface.tokens(self.plan)
 
     def cleared(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return beta and g with 0 where tokens do not count."""
@@ -113,7 +123,7 @@ class StepData:
         return {name: torch.from_numpy(x.reshape(-1, *x.shape[2:])) for name, x in folded.items()}
 
     def unfolded(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return o or a state of the program, ``[N H, rows, columns]``, as ``[N, H, .., ..]`` of the layout."""
+        """Return o or a state of the program, ``[N H, rows, columns]``, with heads and in the layout."""
         whole = values.reshape(-1, self.interface.heads, *values.shape[1:])
         same = step_sizes(self.plan.program).values_first == self.interface.values_first
         return whole if same else self._turn(whole)
@@ -143,8 +153,8 @@ def step_data(plan: LayerPlan, interface: StepInterface, given: object) -> StepD
     if not isinstance(given, Mapping) or not set(INPUTS) <= set(given) <= names:
         kind = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
         raise InputError(
-            f"the graph is a whole chunk step, got {kind}; pass a mapping of q, k, v, beta, g and state, and of "
-            "valid where not all tokens count"
+            f"the graph is a whole chunk step, got {kind}; pass a mapping of q, k, v, beta, g and state, and "
+            "of valid where not all tokens count"
         )
     arrays = {name: _array(name, given[name]) for name in given}
     if VALID not in arrays:
@@ -163,7 +173,8 @@ def _array(name: str, value: object) -> npt.NDArray[np.float32]:
 def _check_shapes(plan: LayerPlan, interface: StepInterface, arrays: Arrays) -> None:
     count, tokens = (*arrays[BETA].shape, 0, 0, 0)[0:3:2]
     found = {name: list(x.shape) for name, x in arrays.items()}
-    wanted = {VALID: [interface.batch, interface.tokens(plan)], **interface.inputs(plan)}
+    own: Sizes = [interface.batch, interface.tokens(plan)]
+    wanted = {VALID: own, **interface.inputs(plan)}
     for name, shape in wanted.items():
         shape[0] = count
         if name != STATE:
@@ -171,8 +182,8 @@ def _check_shapes(plan: LayerPlan, interface: StepInterface, arrays: Arrays) -> 
             shape[axis] = tokens
         if found[name] != shape or not count or not tokens:
             raise InputError(
-                f"{name} has the shape {found[name]}; pass {interface.inputs(plan).get(name, shape)} with any "
-                "number of sequences and of tokens, the same for all inputs"
+                f"{name} has the shape {found[name]}; pass {interface.inputs(plan).get(name, shape)} with "
+                "any number of sequences and of tokens, the same for all inputs"
             )
 
 

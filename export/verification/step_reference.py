@@ -12,11 +12,11 @@ import torch
 
 from qinvert.chunk_step.channel_map import channel_factors, leave, rotation
 from qinvert.chunk_step.ports import OUTPUT
-from qinvert.chunk_step.rollout import run_chunks, run_chunks_exactly
 from qinvert.errors import ExportError
 from qinvert.export.runtimes import Feed
 from qinvert.export.step_interface import STATE_OUT
 from qinvert.export.verification.step_inputs import Arrays, StepData
+from qinvert.export.verification.step_rollout import run_chunks, run_chunks_exactly
 from qinvert.export.verification.tolerance import Steps
 from qinvert.numerics.rounding import dequantize
 from qinvert.profiles import Profile
@@ -57,10 +57,12 @@ class StepReference:
     def steps(self, output: str, actual: Array) -> Steps:
         """Return the differences of what a graph returned, in steps of the output's grid."""
         if not self._by_graph:
-            return np.abs(actual.astype(np.float64) - self.expected(output))
+            return np.asarray(np.abs(actual.astype(np.float64) - self.expected(output)))
         if not self.rotated:
-            return np.abs(self._in_steps(output, actual) - self._in_steps(output, self.expected(output)))
-        return np.abs(self._in_steps(output, actual) - np.stack(self.integers[output]))
+            wanted = self._in_steps(output, self.expected(output))
+        else:
+            wanted = np.stack(self.integers[output])
+        return np.asarray(np.abs(self._in_steps(output, actual) - wanted))
 
     def reals(self, output: str, actual: Array) -> Array:
         """Return the real values of what a graph returned."""

@@ -139,7 +139,7 @@ class _StepCheck:
     def _float_ends(self) -> dict[str, str]:
         """Tensors that the graph computes by sums in float, by the port that they become."""
         interface, channels = self.data.interface, self.data.plan.channels
-        found = {}
+        found: dict[str, str] = {}
         if interface.normalize:
             found |= {QUERY: SCALED.format(QUERY), KEY: NORMALIZED.format(KEY)}
         if channels is not None and channels.rotated and not interface.takes_integers:
@@ -147,7 +147,7 @@ class _StepCheck:
         return found
 
     def _made_by(self, runtime: str) -> dict[str, dict[str, Any]]:
-        """What each setting of a runtime makes of the inputs in float, by port: the simulator starts there."""
+        """What each setting of a runtime makes of the inputs in float; the simulator starts there."""
         ends = self._float_ends()
         if not ends:
             return {}
@@ -178,8 +178,8 @@ class _StepCheck:
             # NaN fails.
             if not error <= KEYS_TOLERANCE["float32"] * max(1.0, float(np.abs(expected[port]).max())):
                 raise VerificationError(
-                    f"{runtime} ({setting}) computes {port} with an error of {error:.3g} before it is quantized; "
-                    "run float operators in float32"
+                    f"{runtime} ({setting}) computes {port} with an error of {error:.3g} before it is "
+                    "quantized; run float operators in float32"
                 )
 
 
@@ -203,7 +203,7 @@ def step_tolerance(
     exact_ends : bool
         Whether nothing is summed in float before it is quantized.
     rotated : bool
-        Whether the output is summed in float after it was dequantized: then half a step tells two integers apart.
+        Whether the output is summed in float after it was dequantized: half a step tells integers apart.
     wide : bool
         Whether the output's grid has 16 bits.
     """

@@ -22,7 +22,7 @@ def rotation(size: int) -> npt.NDArray[np.float64]:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(size)
+    return np.asarray(matrix / np.sqrt(size))
 
 
 def enter(values: Array, channels: ValueChannels | None) -> Array:

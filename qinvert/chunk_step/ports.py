@@ -21,8 +21,6 @@ STATE: Final = "state"
 OUTPUT: Final = "o"
 INPUTS: Final = (QUERY, KEY, VALUE, BETA, LOG_DECAY, STATE)
 OUTPUTS: Final = (OUTPUT, STATE)
-#: Added to the squared norm of queries and keys, as the models do.
-NORM_EPSILON: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,8 +45,8 @@ def window_plan(
     ProgramError
         If ``plan`` is not that of a chunk step, or the number of chunks is not legal.
     """
-    check_state_grids(plan)
     window = _Window(plan.program, chunks, values_first)
+    check_state_grids(plan)
     program = window.program(every_state=every_state)
     tensors = {name: plan.tensors[origin] for name, origin in window.origins.items()}
     return QuantizedProgram(program=program, tensors=tensors, requantize=plan.requantize)

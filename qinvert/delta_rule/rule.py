@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from qinvert.chunk_step.ports import NORM_EPSILON
 from qinvert.delta_rule.chunks import Applied, ChunkInverse, DeltaChunks
 from qinvert.delta_rule.from_keys import from_dplr as from_dplr
 from qinvert.delta_rule.from_keys import from_keys as from_keys
 from qinvert.errors import InputError
 from qinvert.matrices import SolvedInverse, solve
+from qinvert.program.steps import NORM_EPSILON
 
 #: ``inverse(L) -> T`` over ``[batch, heads, chunks, C, C]``.
 Inverse = Callable[[torch.Tensor], Applied]

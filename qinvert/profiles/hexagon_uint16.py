@@ -11,12 +11,12 @@ from qinvert.profiles.hexagon_int16 import PROFILE as INT16_PROFILE
 PROFILE: Profile = replace(
     INT16_PROFILE,
     name="hexagon-uint16",
-    summary="hexagon-uint8, and uint16 inside: products of 16 by 8 bits, which the compiler takes unsigned only",
+    summary="hexagon-uint8, and uint16 inside: products of 16 by 8 bits in chunk steps",
     ends={},
     proved=("onnxruntime",),
     caveats=(
-        "as hexagon-int16; Qualcomm's compiler did not finalize graphs of signed int16 products of chunk steps, "
-        "and took those of uint16 with the zero point 32768"
+        "as hexagon-int16; Qualcomm's compiler did not finalize chunk steps with signed int16 products, and "
+        "took those of uint16 with the zero point 32768"
     ),
     wide_storage=UINT16,
 )

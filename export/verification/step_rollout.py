@@ -58,7 +58,13 @@ def run_chunks_exactly(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Ten
 
 def _chunks(sizes: StepSizes, inputs: Ports) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the ports of every chunk but the state."""
-    axes = {QUERY: 1, KEY: 1, VALUE: _tokens(sizes), BETA: _tokens(sizes), LOG_DECAY: 1 if sizes.per_channel else 2}
+    axes = {
+        QUERY: 1,
+        KEY: 1,
+        VALUE: _tokens(sizes),
+        BETA: _tokens(sizes),
+        LOG_DECAY: 1 if sizes.per_channel else 2,
+    }
     for start in range(0, inputs[QUERY].shape[1], sizes.chunk):
         yield {name: inputs[name].narrow(axis, start, sizes.chunk) for name, axis in axes.items()}
 
