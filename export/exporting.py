@@ -9,10 +9,13 @@ from typing import Unpack, cast
 import onnx
 
 from qinvert.errors import ExportError
+from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
+from qinvert.export.step_graph import is_step, lower_step, refuse_step_options, step_interface
+from qinvert.export.step_interface import StepInterface
 from qinvert.files import write_atomically
 from qinvert.hardware import HARDWARE, find_hardware
 from qinvert.plan.plan import LayerPlan, Plan
@@ -26,12 +29,17 @@ def export(
     *,
     profile: str | None = None,
     layer: str | None = None,
-    batch: int = 8,
+    batch: int | str = AUTO,
     input: str = AUTO,  # noqa: A002 - the name in the public contract
     output: str = AUTO,
     key_size: int | None = None,
     input_type: str = InputType.FLOAT32,
     chains: int | str = AUTO,
+    heads: int | None = None,
+    chunks: int | None = None,
+    layout: str | None = None,
+    normalize: bool | None = None,
+    states: str | None = None,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph.
 
@@ -101,6 +109,11 @@ def export(
         key_size=key_size,
         input_type=input_type,
         chains=chains,
+        heads=heads,
+        chunks=chunks,
+        layout=layout,
+        normalize=normalize,
+        states=states,
     )
     write_atomically(path, serialize(model))
     return model
@@ -115,9 +128,22 @@ def build(
     name = layer if layer is not None else next(iter(plan.layers))
     if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
+    if is_step(layer_plan):
+        step = step_interface(layer_plan, options)
+        return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step))
     interface = interface_of(plan, layer_plan, chosen, **options)
+    return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface))
+
+
+def _model(
+    plan: Plan,
+    name: str,
+    layer_plan: LayerPlan,
+    chosen: Profile,
+    interface: Interface | StepInterface,
+    graph: GraphBuilder,
+) -> onnx.ModelProto:
     metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
-    graph = lower(layer_plan, chosen, interface)
     model = graph.model(_graph_name(layer_plan), chosen.opset, metadata, describe(layer_plan, interface))
     ensure(chosen, model)
     return model
@@ -135,14 +161,21 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
     ExportError
         If one of them is not legal.
     """
+    refuse_step_options(layer, options)
+    if is_step(layer):
+        raise ExportError(
+            f"{layer.program.name} is a whole chunk step, whose graph has ends of its own; write one file "
+            "per layer by qinvert.export"
+        )
     inverse = layer.program.is_inverse
     source, result = options.get("input", AUTO), options.get("output", AUTO)
     if source == AUTO:
         source = GraphInput.L if inverse else GraphInput.PORTS
     if result == AUTO:
         result = GraphOutput.T if inverse else GraphOutput.PORTS
+    batch = options.get("batch", AUTO)
     whole = Interface(
-        batch=options.get("batch", 8),
+        batch=8 if batch == AUTO else cast("int | None", batch),
         input=cast("GraphInput", source),
         output=cast("GraphOutput", result),
         key_size=options.get("key_size"),

@@ -59,12 +59,21 @@ class GraphOutput(StrEnum):
 class Options(TypedDict, total=False):
     """What graphs take and return, as in `qinvert.export`."""
 
-    batch: int | None
+    batch: int | str | None
     input: str
     output: str
     key_size: int | None
     input_type: str
     chains: int | str
+    heads: int | None
+    chunks: int | None
+    layout: str | None
+    normalize: bool | None
+    states: str | None
+
+
+#: Options of graphs of whole chunk steps only.
+STEP_OPTIONS: Final = ("heads", "chunks", "layout", "normalize", "states")
 
 
 class InputType(StrEnum):
@@ -146,8 +155,8 @@ class Interface:
         ExportError
             If it is not.
         """
-        given = {value.name: _static_shape(value) for value in model.graph.input}
-        returned = {value.name: _static_shape(value) for value in model.graph.output}
+        given = {value.name: static_shape(value) for value in model.graph.input}
+        returned = {value.name: static_shape(value) for value in model.graph.output}
         first = next(iter(given), "")
         source = GraphInput.KEYS if first == KEYS else GraphInput.M if first == "M" else GraphInput.L
         shape = given.get(first, [])
@@ -348,7 +357,8 @@ def _check_planes(fmt: IntFormat, option: str = "output", tensor: str = "result"
         )
 
 
-def _static_shape(value: onnx.ValueInfoProto) -> Sizes:
+def static_shape(value: onnx.ValueInfoProto) -> Sizes:
+    """Declared sizes of an input or output; a name or ``"?"`` where one is open."""
     dims = value.type.tensor_type.shape.dim
     return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
 

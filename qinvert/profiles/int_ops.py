@@ -32,6 +32,8 @@ PROFILE = Profile(
             "Div",
             "Max",
             "Transpose",
+            # Chunk steps only.
+            "Exp",
         }
     ),
     proved=("onnxruntime", "openvino", "iree", "tvm"),

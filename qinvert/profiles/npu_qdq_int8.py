@@ -17,6 +17,8 @@ PROFILE = Profile(
     requantize=Requantize.MULTIPLIER,
     operators=frozenset(
         {"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}
+        # Chunk steps only.
+        | {"Exp"}
         # Factored plans only.
         | {"Div", "Max", "Transpose"}
     ),
