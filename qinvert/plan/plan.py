@@ -77,6 +77,58 @@ class LayerPlan(QuantizedProgram):
 
         return inverse(self, L, beta, rounding)
 
+    def step(
+        self,
+        q: M,
+        k: M,
+        v: M,
+        g: M,
+        beta: M,
+        state: M | None = None,
+        *,
+        valid: M | None = None,
+        normalize: bool = False,
+        rounding: str = "onnx",
+    ) -> tuple[M, M]:
+        """``(o, state)`` of the whole chunk step by the integer program, simulated bit-exactly.
+
+        Parameters
+        ----------
+        q, k : tensor or array, shape ``(B, H, T, Dk)``
+            Scaled queries, and keys of norm 1; with ``normalize`` both as the layer has them.
+        v : tensor or array, shape ``(B, H, T, Dv)``
+        g : tensor or array, shape ``(B, H, T)`` or ``(B, H, T, Dk)``
+            Log decay, at most 0.
+        beta : tensor or array, shape ``(B, H, T)``
+            Between 0 and the largest beta that the plan was made for.
+        state : tensor or array, optional, shape ``(B, H, Dk, Dv)``
+            What the call before returned; zeros by default.
+        valid : tensor or array, optional, shape ``(B, T)``
+            1 for tokens, 0 for padding, which changes no state.
+        normalize : bool
+            Divide q and k by their norms, and q by ``sqrt(Dk)``, in float32 first.
+        rounding : {"onnx", "hexagon", "tflite"}
+            As in `inverse`.
+
+        Returns
+        -------
+        tuple
+            o ``(B, H, T, Dv)`` and the state, float32, dequantized.  T may be any length; the last
+            chunk is padded with tokens that change nothing.
+
+        Raises
+        ------
+        InputError
+            If shapes do not fit, or g or beta are not legal.
+        PlanError
+            If the grids of the state differ, or that rounding is not known for the plan.
+        ProgramError
+            If the plan holds an inverse only.
+        """
+        from qinvert.execution.step_inputs import step
+
+        return step(self, q, k, v, g, beta, state, valid=valid, normalize=normalize, rounding=rounding)
+
     def execute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output of any program, simulated bit-exactly; see `qinvert.execution.simulator.execute`."""
         from qinvert.execution.simulator import execute
