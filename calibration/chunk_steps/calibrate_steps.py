@@ -168,7 +168,7 @@ def step_calibration(
         rules=StepRules(
             narrow=INT8 if all_wide else narrowest,
             wide=narrowest if all_wide else wide[0] if wide else None,
-            wide_exponentials=profile.quantized_everywhere,
+            equal_widths=profile.quantized_everywhere,
             scales=scales,
             requantize=profile.requantize,
             room=RoomRules(state_margin=options.state_margin),

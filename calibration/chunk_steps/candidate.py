@@ -36,8 +36,8 @@ class StepRules:
     narrow: IntFormat
     #: None where the target has no format of more than 8 bits.
     wide: IntFormat | None
-    #: Whether an exponential is stored as wide as its source.
-    wide_exponentials: bool
+    #: Whether all that an elementwise operator reads and writes must have one width.
+    equal_widths: bool
     scales: ScaleRule
     requantize: Requantize
     room: RoomRules
@@ -110,7 +110,7 @@ def plan_layer(
     """Return the plan with these groups wide."""
     rules = layer.rules
     formats = layer.widths.formats(
-        rules.narrow, rules.wide or rules.narrow, widened, wide_exponentials=rules.wide_exponentials
+        rules.narrow, rules.wide or rules.narrow, widened, equal_widths=rules.equal_widths
     )
     grids = _grids(layer, formats, channels, None)
     if ranges is not RangeRule.MAX:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -15,9 +15,11 @@ from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.scales import choose_quantizations, residual_partners
 from qinvert.chunk_step.ports import BETA, LOG_DECAY, MAX_LOG_DECAY, STATE
 from qinvert.formats import INT8, IntFormat
+from qinvert.numerics.exponentials import safe_scale
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.value_channels import MAX_EXPONENT, ValueChannels
 from qinvert.program.program import Program
+from qinvert.program.steps import Exponential
 
 #: A proved range is taken where it is at most this many times what was seen, 2 dB; else what was seen.
 PROVED_SHARE: Final = 1.25
@@ -130,7 +132,28 @@ def step_grids(
     divides = any(fmt.planes > 1 for fmt in formats.values()) or bool(residual_partners(program))
     form = Requantize.DIVIDE if divides else requantize
     tensors = choose_quantizations(program, ranges, formats, scales, form)
+    if scales is ScaleRule.FLOAT:
+        tensors |= _safe_logs(program, widths, tensors)
     return StepGrids(tensors=tensors, ranges=ranges, requantize=form)
+
+
+def _safe_logs(
+    program: Program, widths: Widths, tensors: Mapping[str, Quantization]
+) -> dict[str, Quantization]:
+    """Return grids of all log decays on which no library's exp decides a rounding to 8 bits.
+
+    They stay on one scale: then their sums are sums of integers.
+    """
+    logs = {name: tensors[name] for name in widths.groups[LOG_DECAY]}
+    narrow = {
+        (tensors[step.output].format, tensors[step.output].scale)
+        for step in program.steps
+        if isinstance(step, Exponential) and tensors[step.output].format.largest <= INT8.largest
+    }
+    fmt, scale = logs[LOG_DECAY].format, max(grid.scale for grid in logs.values())
+    for result, step in sorted(narrow, key=lambda grid: grid[1]):
+        scale = safe_scale(scale, fmt, step, result)
+    return {name: replace(grid, scale=scale) for name, grid in logs.items()}
 
 
 def _range(wanted: float, proved: float) -> float:

@@ -22,6 +22,8 @@ class Widths:
     groups: Mapping[str, tuple[str, ...]]
     #: Exponentials that are stored as wide as their source where the target asks for it.
     exponentials: Mapping[str, str]
+    #: Members of groups of values that do not depend on values: their factors.
+    factors: frozenset[str]
 
     @property
     def value_groups(self) -> tuple[str, ...]:
@@ -29,7 +31,7 @@ class Widths:
         return tuple(name for name in self.groups if name not in (KEY, LOG_DECAY))
 
     def formats(
-        self, narrow: IntFormat, wide: IntFormat, widened: Collection[str], *, wide_exponentials: bool
+        self, narrow: IntFormat, wide: IntFormat, widened: Collection[str], *, equal_widths: bool
     ) -> dict[str, IntFormat]:
         """Return the format of every tensor.
 
@@ -38,16 +40,20 @@ class Widths:
         narrow, wide : IntFormat
         widened : collection of str
             Groups that are wide; sums of log decays always are.
-        wide_exponentials : bool
-            Whether an exponential is as wide as its source; else it has the width of its reader.
+        equal_widths : bool
+            Whether all that an elementwise operator reads and writes has one width.  Else
+            exponentials and other factors of values stay narrow: on 8 bits no library's exp
+            decides a rounding.
         """
         found = {
             tensor: wide if name in widened or name == LOG_DECAY else narrow
             for name, tensors in self.groups.items()
             for tensor in tensors
         }
+        if not equal_widths:
+            found |= dict.fromkeys(self.factors, narrow)
         for tensor, reader in self.exponentials.items():
-            found[tensor] = wide if wide_exponentials else found[reader]
+            found[tensor] = wide if equal_widths else found[reader]
         return found
 
 
@@ -74,7 +80,9 @@ def width_groups(program: Program) -> Widths:
     named = {VALUE: VALUE, OUTPUT: outputs[OUTPUT], STATE: STATE, KEY: KEY, LOG_DECAY: LOG_DECAY}
     special = {ties.find(tensor): port for port, tensor in named.items()}
     groups = {special.get(root, names[0]): tuple(names) for root, names in members.items()}
-    return Widths(groups=groups, exponentials=exponentials)
+    values, keys = program.depends_on(VALUE, STATE), {ties.find(KEY), ties.find(LOG_DECAY)}
+    factors = (name for name in program.tensors if name not in values and ties.find(name) not in keys)
+    return Widths(groups=groups, exponentials=exponentials, factors=frozenset(factors) - {*exponentials})
 
 
 class _Ties:

@@ -17,7 +17,7 @@ from qinvert.export import lint
 from qinvert.export.encodings import encodings
 from qinvert.export.exporting import build, serialize
 from qinvert.export.functions import build_layers
-from qinvert.formats import INT8X2, INT16, INT16_WHOLE
+from qinvert.formats import INT16, INT16_WHOLE
 from qinvert.plan.plan import Plan
 from qinvert.plan.quantization import Quantization
 from qinvert.plan.value_channels import ValueChannels
@@ -203,7 +203,8 @@ def test_two_grids_of_the_state_are_refused():
 
 
 @pytest.mark.parametrize(
-    "option", [{"chunks": 2}, {"heads": 2}, {"layout": "tokens_first"}, {"normalize": True}, {"states": "last"}]
+    "option",
+    [{"chunks": 2}, {"heads": 2}, {"layout": "tokens_first"}, {"normalize": True}, {"states": "last"}],
 )
 def test_inverses_take_no_option_of_steps(option):
     with pytest.raises(QInvertError, match="chunk steps"):
@@ -265,7 +266,17 @@ def test_chunks_share_the_key_path_constants():
 def test_the_command_line_exports_and_verifies(tmp_path):
     plan, folder = planned("int-ops"), tmp_path / "graphs"
     plan.save(tmp_path / "plan.json")
-    options = ["--heads", "2", "--chunks", "2", "--layout", "values_first", "--normalize", "--states", "every"]
+    options = [
+        "--heads",
+        "2",
+        "--chunks",
+        "2",
+        "--layout",
+        "values_first",
+        "--normalize",
+        "--states",
+        "every",
+    ]
     result = CliRunner().invoke(cli, ["export", str(tmp_path / "plan.json"), "-o", str(folder), *options])
     assert result.exit_code == 0, result.output
     (file,) = folder.glob("*.onnx")
