@@ -94,19 +94,19 @@ def _names(case: Case) -> Iterator[tuple[str, str]]:
 def _shapes(case: Case) -> Iterator[tuple[str, str]]:
     for name in case.graph.activations:
         shape = case.graph.shape(name)
-        if shape is not None and _has_own_axes(case.graph, name):
+        if _is_constant_matrix(case.graph, name):
+            continue
+        if shape is not None and name in step_ends(case.graph):
             if len(shape) > MAX_RANK:
                 yield name, f"has the shape {shape}, which has more than {MAX_RANK} axes"
         elif shape is None or len(shape) != 4 or shape[0] != 1:
             yield name, f"has the shape {shape or 'unknown'}, not a static [1, B, R, C]"
 
 
-def _has_own_axes(graph: Structure, name: str) -> bool:
-    """Whether a tensor is a dequantized constant, or lies at an end that has batch and heads as two axes."""
-    node = graph.writers.get(name)
-    if name in step_ends(graph) or node is None:
-        return name in step_ends(graph)
-    return node.op_type == "DequantizeLinear" and graph.constant(node.input[0]) is not None
+def _is_constant_matrix(graph: Structure, name: str) -> bool:
+    # Weights are ``[R, C]`` everywhere; some compilers refuse them with two more axes.
+    stored = graph.writers[name].input[0] if graph.operator(name) == "DequantizeLinear" else ""
+    return graph.constant(stored) is not None and len(graph.shape(stored) or ()) == 2
 
 
 @rule("scales", f"store one constant scale of at least {MIN_SCALE:g} for each tensor")
@@ -201,11 +201,21 @@ def _scales_after(graph: Structure, name: str) -> Iterator[float]:
 
 def _is_scaled_accumulator(graph: Structure, name: str) -> bool:
     # One factor, then QuantizeLinear with scale 1.0: the graph does not contain the result's scale.
-    for operator in ("Mul", "Cast"):
-        if graph.operator(name) != operator:
-            return False
+    if graph.operator(name) != "Mul":
+        return False
+    product = graph.writers.get(graph.writers[name].input[0])
+    if product is None:
+        return False
+    if product.op_type == "Mul":
+        return all(_is_cast(graph, factor) for factor in product.input)
+    return product.op_type == "Cast" and graph.operator(product.input[0]) == "MatMulInteger"
+
+
+def _is_cast(graph: Structure, name: str) -> bool:
+    # Integers of an elementwise product in float32, with or without a zero point.
+    if graph.operator(name) == "Sub":
         name = graph.writers[name].input[0]
-    return graph.operator(name) == "MatMulInteger"
+    return graph.operator(name) == "Cast"
 
 
 @rule("shared-constants", "store the integers once for every scale")

@@ -143,8 +143,8 @@ class OperatorCounter(Evaluator[_Stored]):
         count = sum(len(accumulator.pairs) for accumulator in product.accumulators)
         width = product.left.format.container_bits // 8
         wide = width * (2 if product.right.format.whole else 1)
-        # A constant is arranged when the graph is compiled.
-        right = step.right if step.right in self.plan.program.shapes else ""
+        # Constants are arranged when a graph is compiled.
+        right = step.right if step.right in self.plan.tensors else ""
         for _ in range(count):
             self._product(step.output, inner * depth, wide, right)
         for _ in range(count - 1):
@@ -172,7 +172,9 @@ class OperatorCounter(Evaluator[_Stored]):
         return self._sum(step)
 
     def subtract(self, step: Subtract, left: _Stored, right: _Stored) -> _Stored:
-        return self._written(step, left, right)
+        for value in (left, right):
+            self._plain(value)
+        return self._sum(step)
 
     def multiply(self, step: Multiply, left: _Stored, right: _Stored) -> _Stored:
         return self._written(step, left, right)
@@ -192,7 +194,7 @@ class OperatorCounter(Evaluator[_Stored]):
         self._elementwise(step.output)
         return self._stored(step.output)
 
-    def _sum(self, step: Add | Rescale) -> _Stored:
+    def _sum(self, step: Add | Subtract | Rescale) -> _Stored:
         if is_far(step, self.plan.tensors):
             # Graphs multiply the first operand by an identity.
             self._product(step.output, self.plan.program.shapes[step.output].columns)

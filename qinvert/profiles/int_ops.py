@@ -31,6 +31,7 @@ PROFILE = Profile(
             # Factored plans only.
             "Div",
             "Max",
+            # Factored plans and chunk steps.
             "Transpose",
             # Chunk steps only.
             "Exp",

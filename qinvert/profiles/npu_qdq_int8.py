@@ -20,7 +20,9 @@ PROFILE = Profile(
         # Chunk steps only.
         | {"Exp"}
         # Factored plans only.
-        | {"Div", "Max", "Transpose"}
+        | {"Div", "Max"}
+        # Factored plans and chunk steps.
+        | {"Transpose", "Exp"}
     ),
     proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     hardware="hexagon-v81",

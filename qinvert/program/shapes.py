@@ -238,8 +238,13 @@ def _operands(
     """Shapes of what a product or sum reads: its right operand may be a constant, which all blocks share."""
     if step.right not in constants or step.left in constants:
         return _tensors(step, shapes)
-    left, _, *residuals = _tensors(replace(step, right=step.left), shapes)
-    return [left, constants[step.right]._replace(blocks=left.blocks), *residuals]
+    if isinstance(step, MatMul) and (step.add or step.subtract):
+        raise ProgramError(
+            f"step {step.output!r} adds residual terms to a product with the constant {step.right!r}; "
+            "add them in a step of their own"
+        )
+    left, _ = _tensors(replace(step, right=step.left), shapes)
+    return [left, constants[step.right]._replace(blocks=left.blocks)]
 
 
 def _broadcast(step: Multiply, left: Shape, right: Shape) -> Shape:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from qinvert.errors import ProgramError
+from qinvert.program.assembly import rows_first
 from qinvert.program.ports import Meaning, Port
 from qinvert.program.program import Program
 from qinvert.program.step_list import StepList
@@ -16,6 +17,8 @@ _OTHER: Final = {Axis.ROWS: Axis.COLUMNS, Axis.COLUMNS: Axis.ROWS, Axis.BLOCKS: 
 
 def transposed(program: StepList) -> Program:
     """Return the program P' with ``P'(M^T) = P(M)^T``: every tensor holds the transposed one of ``program``.
+
+    Parts of a matrix that is put together from blocks are others: rows come first, as everywhere.
 
     Products exchange their operands, so that each sum has the same terms in the
     same order.  A vector input stays as it is.  The ports are plain tensors,
@@ -28,7 +31,7 @@ def transposed(program: StepList) -> Program:
         a column whose ones are not one range.
     """
     constants = {constant.name: _constant(constant) for constant in program.constants}
-    return Program(
+    found = Program(
         name=program.name,
         chunk=program.chunk,
         parameters=program.parameters,
@@ -37,6 +40,7 @@ def transposed(program: StepList) -> Program:
         constants=tuple(constants.values()),
         steps=tuple(_step(step, constants) for step in program.steps),
     )
+    return replace(found, steps=rows_first(found))
 
 
 def _port(port: Port) -> Port:

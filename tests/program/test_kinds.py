@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from qinvert.errors import ProgramError
 from qinvert.methods import REGISTRY, block_merge, elimination
+from qinvert.program.assembly import rows_first
 from qinvert.program.builder import StepBuilder
 from qinvert.program.inlining import inlined, renamed
 from qinvert.program.ports import MATRIX, Meaning, Port
@@ -235,8 +238,9 @@ def test_the_transposed_program_of_every_method_returns_the_transposed_result(pr
     results.append(flipped.execute(other, dtype=torch.float64, observe=turned.__setitem__))
     (plain,), (mirrored,) = (list(found.values()) for found in results)
     assert torch.allclose(mirrored, plain.mT, rtol=0, atol=1e-12)
-    # Not only the result: every tensor holds the transposed one.
-    for name in set(program.tensors) - set(program.vector_inputs):
+    # Not only the result: every tensor holds the transposed one, but for parts of a Concat.
+    parts = {name for s in program.steps if isinstance(s, Concat) for name in s.sources}
+    for name in set(program.tensors) - set(program.vector_inputs) - parts:
         assert torch.allclose(turned[name], seen[name].mT, rtol=0, atol=1e-12), name
     assert flipped.cost().macs == program.cost().macs
     again = transposed(flipped)
@@ -318,3 +322,61 @@ def test_steps_that_share_a_stack_share_its_constant(solved):
 
 def test_an_eliminated_inverse_stays_one_when_it_is_transposed_twice():
     assert transposed(transposed(elimination(16))).steps == elimination(16).steps
+
+
+# Blocks.
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, *FACTORED], ids=lambda program: program.title)
+def test_transposed_programs_join_rows_first(program):
+    """As the programs of methods do: compilers get the other order wrong."""
+    for tested in (program, transposed(program)):
+        joins = {s.output: s for s in tested.steps if isinstance(s, Concat)}
+        for s in joins.values():
+            inner = [joins[name] for name in s.sources if name in joins]
+            if s.axis == Axis.ROWS:
+                assert sum(part.axis == Axis.COLUMNS for part in inner) <= 1, s.output
+
+
+def blocks(b: StepBuilder) -> None:
+    zeros = Constant(name="zeros", rows=2, columns=2, ones=((0, 0),) * 2)
+    b.concat("upper", ["p", zeros, "q"], Axis.COLUMNS)
+    b.concat("lower", ["q", "p", zeros], Axis.COLUMNS)
+    b.concat("o", ["upper", "lower"], Axis.ROWS)
+
+
+def test_rows_first_gives_the_same_matrix():
+    program = built({"p": (2, 2), "q": (2, 2)}, blocks, "o")
+    changed = dataclasses.replace(program, steps=rows_first(program))
+    given_values = {name: torch.rand(2, 2, 2).double() for name in "pq"}
+    expected, found = (p.execute(given_values, dtype=torch.float64)["o"] for p in (program, changed))
+    assert torch.equal(found, expected)
+    assert [s.axis for s in changed.steps] == [Axis.ROWS] * 3 + [Axis.COLUMNS]
+    assert [s.output for s in changed.steps] == ["o/column_0", "o/column_1", "o/column_2", "o"]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        # Somebody else reads a row of blocks.
+        lambda b: (blocks(b), b.transpose("reader", "upper")),
+        # A column of nothing but zeros.
+        lambda b: (
+            b.concat("upper", ["p", Constant(name="z", rows=2, columns=2, ones=((0, 0),) * 2)], Axis.COLUMNS),
+            b.concat("lower", ["q", Constant(name="z", rows=2, columns=2, ones=((0, 0),) * 2)], Axis.COLUMNS),
+            b.concat("o", ["upper", "lower"], Axis.ROWS),
+        ),
+        # Rows that are cut in different places.
+        lambda b: (
+            b.slice("thin", "p", columns=(0, 1)),
+            b.concat("wide", ["q", "thin"], Axis.COLUMNS),
+            b.concat("upper", ["thin", "q"], Axis.COLUMNS),
+            b.concat("o", ["wide", "upper"], Axis.ROWS),
+        ),
+        # A plain tensor among them.
+        lambda b: (b.concat("upper", ["p"], Axis.COLUMNS), b.concat("o", ["upper", "q"], Axis.ROWS)),
+    ],
+)
+def test_what_cannot_be_joined_rows_first_stays(build):
+    program = built({"p": (2, 2), "q": (2, 2)}, build, "o")
+    assert rows_first(program) == program.steps

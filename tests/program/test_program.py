@@ -92,7 +92,7 @@ WRONG = {
     "residual constant": (
         [MatMul(output="a", left=MATRIX, right="zeros", add=("zeros",))],
         [zeros(4)],
-        "constant 'zeros' may only feed",
+        "'a' adds residual terms to a product with the constant 'zeros'; add them in a step of their own",
     ),
     "constant that does not fit a product": (
         [MatMul(output="a", left=MATRIX, right="zeros")],
