@@ -17,7 +17,7 @@ from qinvert.export import lint
 from qinvert.export.encodings import encodings
 from qinvert.export.exporting import build, serialize
 from qinvert.export.functions import build_layers
-from qinvert.formats import INT8X2, INT16, INT16_WHOLE
+from qinvert.formats import INT16, INT16_WHOLE
 from qinvert.plan.plan import Plan
 from qinvert.plan.quantization import Quantization
 from qinvert.plan.value_channels import ValueChannels
@@ -155,6 +155,12 @@ def test_heads_of_the_plan_need_no_option():
     assert shapes(build(plan).graph.input)["q"] == [1, 5, 16, 8]
 
 
+def test_ends_of_one_chunk_and_several_sequences_have_names_of_their_own():
+    for profile in ("int-ops", "npu-qdq-int8"):
+        model = build(planned(profile), batch=2, heads=3, states="every")
+        assert list(shapes(model.graph.output)) == ["o", "state_out"]
+
+
 def test_equal_arguments_give_equal_bytes():
     first, second = (serialize(build(planned(), **SIZES)) for _ in range(2))
     assert first == second
@@ -203,7 +209,8 @@ def test_two_grids_of_the_state_are_refused():
 
 
 @pytest.mark.parametrize(
-    "option", [{"chunks": 2}, {"heads": 2}, {"layout": "tokens_first"}, {"normalize": True}, {"states": "last"}]
+    "option",
+    [{"chunks": 2}, {"heads": 2}, {"layout": "tokens_first"}, {"normalize": True}, {"states": "last"}],
 )
 def test_inverses_take_no_option_of_steps(option):
     with pytest.raises(QInvertError, match="chunk steps"):
@@ -265,7 +272,17 @@ def test_chunks_share_the_key_path_constants():
 def test_the_command_line_exports_and_verifies(tmp_path):
     plan, folder = planned("int-ops"), tmp_path / "graphs"
     plan.save(tmp_path / "plan.json")
-    options = ["--heads", "2", "--chunks", "2", "--layout", "values_first", "--normalize", "--states", "every"]
+    options = [
+        "--heads",
+        "2",
+        "--chunks",
+        "2",
+        "--layout",
+        "values_first",
+        "--normalize",
+        "--states",
+        "every",
+    ]
     result = CliRunner().invoke(cli, ["export", str(tmp_path / "plan.json"), "-o", str(folder), *options])
     assert result.exit_code == 0, result.output
     (file,) = folder.glob("*.onnx")
