@@ -47,11 +47,9 @@ def run_chunks(
     for i, chunk in enumerate(_chunks(step_sizes(plan.program), inputs)):
         if i and i % chunks_per_call == 0:
             state = _quantized(plan, STATE, dequantize(state, grid.scale, grid.format))
-        given = {
-            name: quantize(x, plan.tensors[name].scale, plan.tensors[name].format)
-            for name, x in chunk.items()
-        }
-        found = plan.program.evaluate(evaluator, {**given, STATE: state})
+        given = {name: _quantized(plan, name, x) for name, x in chunk.items()}
+        with torch.autocast(state.device.type, enabled=False):
+            found = plan.program.evaluate(evaluator, {**given, STATE: state})
         outputs.append(found[OUTPUT])
         state = found[STATE]
         states.append(state)
