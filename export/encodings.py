@@ -101,7 +101,7 @@ def find_encodings(model: onnx.ModelProto) -> dict[str, Encoding]:
 
 
 def _before(graph: Structure, name: str) -> list[str]:
-    """Return a tensor and those that were reshaped into it, as step graphs fold batch and heads."""
+    """Return a tensor and those that were reshaped into it: step graphs fold batch and heads."""
     names = [name]
     while graph.operator(names[-1]) == "Reshape":
         names.append(graph.writers[names[-1]].input[0])

@@ -239,6 +239,10 @@ class Interface:
             for port in plan.program.outputs
         }
 
+    def end_names(self, plan: QuantizedProgram) -> set[str]:
+        """Names of the graph's inputs and outputs, which no tensor between them may have."""
+        return {*(port.name for port in plan.program.inputs), *self.output_names(plan).values()}
+
     def result_names(self, plan: QuantizedProgram) -> dict[str, str]:
         """What the graph calls every output, by the tensor of the program that holds it."""
         names = self.output_names(plan)

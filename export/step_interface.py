@@ -61,6 +61,10 @@ class FoldedInterface(Interface):
         # No super(): a dataclass with slots is another class than the one whose body this is.
         return {port: self.names.get(port, name) for port, name in Interface.output_names(self, plan).items()}
 
+    def end_names(self, plan: QuantizedProgram) -> set[str]:
+        """Names of the graph's ends, those of outputs included that something follows."""
+        return Interface.end_names(self, plan) | set(Interface.output_names(self, plan).values())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInterface:

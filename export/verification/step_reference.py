@@ -97,7 +97,7 @@ def step_reference(data: StepData, profile: Profile, replaced: Arrays) -> StepRe
     return StepReference(
         data=data,
         profile=profile,
-        integers=_by_output(data, *run_chunks(data.plan, ports)),
+        integers=_by_output(data, *run_chunks(data.plan, ports, data.interface.chunks)),
         truth=_by_output(data, *run_chunks_exactly(data.plan, data.ports({}))),
     )
 

@@ -10,16 +10,22 @@ import torch
 from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, OUTPUT, QUERY, STATE, VALUE, StepSizes, step_sizes
 from qinvert.chunk_step.window import check_state_grids
 from qinvert.execution.floating import execute as execute_floating
-from qinvert.execution.simulator import evaluate
-from qinvert.numerics.rounding import dequantize
+from qinvert.execution.laws import LAWS
+from qinvert.numerics.law import Rounding
+from qinvert.numerics.rounding import dequantize, quantize
 from qinvert.plan.quantized_program import QuantizedProgram
 
 #: Ports of a step by name, ``[N, rows, columns]`` with all tokens.
 Ports: TypeAlias = Mapping[str, torch.Tensor]
 
 
-def run_chunks(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run_chunks(
+    plan: QuantizedProgram, inputs: Ports, chunks_per_call: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run a chunk step on all chunks of a batch, bit for bit as in ONNX.
+
+    Inside a call the integers of the state go on as they are.  Between two calls they
+    are read as real numbers and rounded again, which changes those of two planes only.
 
     Parameters
     ----------
@@ -27,6 +33,7 @@ def run_chunks(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Tensor, lis
         Of a chunk step; its state has one grid.
     inputs : mapping
         Real values of every port, ``[N, rows, columns]``, with a multiple of C tokens and the first state.
+    chunks_per_call : int
 
     Returns
     -------
@@ -35,14 +42,22 @@ def run_chunks(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Tensor, lis
     """
     check_state_grids(plan)
     grid, outputs, states = plan.tensors[STATE], [], list[torch.Tensor]()
-    state = inputs[STATE]
-    for chunk in _chunks(step_sizes(plan.program), inputs):
-        # What lies on the grid is rounded to itself, so that the integers go on as they are.
-        found = evaluate(plan, {**chunk, STATE: state})
+    state, law = _quantized(plan, STATE, inputs[STATE]), LAWS[Rounding.ONNX]
+    evaluator = law.evaluator(plan, len(state), state.device)
+    for i, chunk in enumerate(_chunks(step_sizes(plan.program), inputs)):
+        if i and i % chunks_per_call == 0:
+            state = _quantized(plan, STATE, dequantize(state, grid.scale, grid.format))
+        given = {name: _quantized(plan, name, x) for name, x in chunk.items()}
+        with torch.autocast(state.device.type, enabled=False):
+            found = plan.program.evaluate(evaluator, {**given, STATE: state})
         outputs.append(found[OUTPUT])
-        states.append(found[STATE])
-        state = dequantize(found[STATE], grid.scale, grid.format)
+        state = found[STATE]
+        states.append(state)
     return _joined(step_sizes(plan.program), outputs), states
+
+
+def _quantized(plan: QuantizedProgram, name: str, values: torch.Tensor) -> torch.Tensor:
+    return quantize(values, plan.tensors[name].scale, plan.tensors[name].format)
 
 
 def run_chunks_exactly(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Tensor, list[torch.Tensor]]:

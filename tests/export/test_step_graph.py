@@ -155,6 +155,12 @@ def test_heads_of_the_plan_need_no_option():
     assert shapes(build(plan).graph.input)["q"] == [1, 5, 16, 8]
 
 
+def test_ends_of_one_chunk_and_several_sequences_have_names_of_their_own():
+    for profile in ("int-ops", "npu-qdq-int8"):
+        model = build(planned(profile), batch=2, heads=3, states="every")
+        assert list(shapes(model.graph.output)) == ["o", "state_out"]
+
+
 def test_equal_arguments_give_equal_bytes():
     first, second = (serialize(build(planned(), **SIZES)) for _ in range(2))
     assert first == second
