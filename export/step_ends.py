@@ -42,6 +42,8 @@ class StepEnds:
             named |= {name: self._kept(name, valid) for name in (BETA, LOG_DECAY)}
         if self.channels is not None and not self.interface.takes_integers:
             named |= {name: self._entered(name, self.channels) for name in (VALUE, STATE)}
+        if self.interface.takes_integers:
+            return named
         shapes = {port.name: self._folded_shape(port.shape[1:]) for port in self.window.program.inputs}
         return {
             name: self._reshaped(tensor, f"{name}/folded", shapes[name]) for name, tensor in named.items()

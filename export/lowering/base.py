@@ -307,7 +307,14 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
 
     def entry(self, tensor: str, name: str) -> str:
         """Return what chains take their matrices from, of an input of the graph."""
-        return name
+        return self.reshaped(name, f"{tensor}/folded", self.shape(tensor))
+
+    def reshaped(self, tensor: str, name: str, shape: Sizes) -> str:
+        """Return a tensor with other axes, or itself where it has them."""
+        if self.batch is None or self.graph.shape(tensor) == shape:
+            return tensor
+        sizes = self.graph.initializer(f"shape/{'x'.join(map(str, shape))}", np.array(shape, dtype=np.int64))
+        return self.graph.node("Reshape", [tensor, sizes], name, shape, self.graph.element(tensor))
 
     def _end(self, port: Port, result: Value, name: str, inputs: Mapping[str, str]) -> None:
         """Append an output in float32; T of what an inverse returns."""

@@ -40,7 +40,7 @@ class IntegerLowering(GraphLowering):
 
     def source(self, tensor: str, name: str) -> Value:
         if tensor in self.integer_inputs:
-            return Value(name, tensor)
+            return Value(self.entry(tensor, name), tensor)
         return self._quantized(tensor, name, self.grid(tensor).scale)
 
     def converted(self, name: str, result: Value) -> None:

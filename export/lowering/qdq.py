@@ -50,8 +50,12 @@ class QdqLowering(GraphLowering):
             return self._finished(tensor, name)
         shape, grid = self.shape(tensor), self.grid(tensor)
         end = self.profile.end_of(grid.format)
-        given = self._dequantize(f"{tensor}/dequantized", name, shape, grid, end)
-        if self.converts(tensor):
+        given = self._dequantize(f"{tensor}/dequantized", name, self.graph.shape(name), grid, end)
+        if self.graph.shape(name) != shape:
+            # Compilers move dequantized tensors: integers alone have no scale for them.
+            folded = self.reshaped(given, f"{tensor}/folded/float", shape)
+            given = self._stored(f"{tensor}/folded", folded, shape, grid)
+        elif self.converts(tensor):
             given = self._stored(f"{tensor}/inside", given, shape, grid)
         return Value(given, tensor)
 
@@ -79,7 +83,10 @@ class QdqLowering(GraphLowering):
         return self._stored(name, total, shape, self.grid(tensor))
 
     def literal(self, name: str, array: IntArray, grid: Quantization, *, spread: bool = False) -> str:
-        fmt, output = self.storage(grid), f"{name}/{grid.scale!r}"
+        fmt = self.storage(grid)
+        # Two widths may have the same scale.
+        width = f"/{grid.format.container_bits}_bits" if grid.format.is_wide else ""
+        output = f"{name}{width}/{grid.scale!r}"
         shifted = (array.astype(np.int32) + fmt.zero_point).astype(fmt.element)
         # Every scale has its own integers: onnxruntime-qnn reads a shared constant on one scale only.
         values = self.graph.initializer(f"{output}/{fmt.element}", shifted)

@@ -37,9 +37,15 @@ def _from_inputs(graph: Structure) -> set[str]:
         given = [name for name in node.input if graph.constant(name) is None]
         # A product of two inputs is one of the program.
         single = node.op_type != "MatMul" or len(given) == 1
-        if node.op_type in OPERATORS and single and set(given) <= found:
+        if (node.op_type in OPERATORS and single and set(given) <= found) or _gets_axes(graph, node):
             found.update(node.output)
     return found
+
+
+def _gets_axes(graph: Structure, node: onnx.NodeProto) -> bool:
+    """Whether a node dequantizes an input of three axes, which a Reshape makes four."""
+    dequantizes = node.op_type == "DequantizeLinear" and node.input[0] in graph.inputs
+    return dequantizes and len(graph.shape(node.input[0]) or ()) < MAX_RANK
 
 
 def _to_outputs(graph: Structure) -> set[str]:

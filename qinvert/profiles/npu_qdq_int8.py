@@ -17,12 +17,12 @@ PROFILE = Profile(
     requantize=Requantize.MULTIPLIER,
     operators=frozenset(
         {"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}
-        # Chunk steps only.
-        | {"Exp"}
+        # Chunk steps only; where beta and log decays enter as integers, they get four axes by a Reshape.
+        | {"Exp", "Reshape"}
         # Factored plans only.
         | {"Div", "Max"}
         # Factored plans and chunk steps.
-        | {"Transpose", "Exp"}
+        | {"Transpose"}
     ),
     proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     hardware="hexagon-v81",
