@@ -10,6 +10,9 @@ other side.  The next product multiplies that step.  So every value gets an
 interval of integers: `qinvert.proof.intervals` carries them through the
 program, and here each rounding is opened by that error.  Where no value comes
 near a boundary, every interval is the simulator's integer.
+
+On grids that are powers of two, float32 holds every product and every sum of
+less than 2^24 steps exactly, in any order: nothing is opened there.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from qinvert.execution.inputs import only, program_inputs
 from qinvert.execution.simulator import simulate_integers
 from qinvert.formats import INT8
 from qinvert.numerics import rounding
+from qinvert.numerics.accumulators import FLOAT32_EXACT
+from qinvert.numerics.exponentials import MAX_ULPS
 from qinvert.numerics.folded_sums import MAX_LOSS, folded_loss
+from qinvert.numerics.scales import is_power_of_two
 from qinvert.plan.integer_product import Accumulator, IntegerProduct
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.cost import inner_size
-from qinvert.program.steps import Rescale
+from qinvert.program.steps import Exponential, Rescale
 from qinvert.proof.interval_arithmetic import join, magnitude, oriented, split
 from qinvert.proof.intervals import IntervalEvaluator, Term
 from qinvert.systems import Systems
@@ -97,10 +103,11 @@ class ReachEvaluator(IntervalEvaluator):
     def given(self, name: str, value: torch.Tensor, from_keys: bool) -> torch.Tensor:
         """Interval of an input ``[N, rows, columns]`` in real units."""
         largest = value.abs()
-        error = largest.amax().expand_as(value) * KEYS_ERROR if from_keys else largest * INPUT_ERROR
+        grid = self.plan.tensors[name]
+        relative = 0.0 if is_power_of_two(grid.scale) else INPUT_ERROR
+        error = largest.amax().expand_as(value) * KEYS_ERROR if from_keys else largest * relative
         # What is zero stays zero: above the diagonal nothing is computed.
         error = torch.where(value == 0, 0.0, error)
-        grid = self.plan.tensors[name]
         return rounding.quantize(join(value - error, value + error), grid.scale, grid.format)
 
     def opened(
@@ -109,15 +116,22 @@ class ReachEvaluator(IntervalEvaluator):
         step = reading.step
         terms = inner_size(self.plan.program, step) * len(part.pairs)
         terms += sum(reading.identity_parts(term.tensor).number for term in part.residuals)
-        return _widened(total, (terms + OPERATIONS) * ROUNDOFF * largest)
+        error = (terms + OPERATIONS) * ROUNDOFF * largest
+        if all(is_power_of_two(grid.scale) for grid in (reading.left, reading.right, reading.output)):
+            # A single product is rounded once in float32, here and in the simulator.
+            error = torch.where((largest <= FLOAT32_EXACT) | (terms == 1), 0.0, error)
+        return _widened(total, error)
 
     def _sum(self, name: str, terms: list[Term]) -> torch.Tensor:
         grid = self.plan.tensors[name]
         largest = torch.stack([magnitude(ends).to(torch.float64) * abs(unit) for ends, unit in terms]).sum(0)
         error = (len(terms) + OPERATIONS) * ROUNDOFF * largest
+        units = [abs(unit) for _, unit in terms]
+        if all(map(is_power_of_two, (*units, grid.scale))):
+            error = torch.where(largest <= FLOAT32_EXACT * min(units), 0.0, error)
         if grid.format.container_bits == INT8.container_bits:
             # Beyond the largest loss the graph has another form, which loses nothing.
-            error += min(MAX_LOSS, folded_loss([abs(unit) for _, unit in terms], grid.scale)) * grid.scale
+            error += min(MAX_LOSS, folded_loss(units, grid.scale)) * grid.scale
         return super()._sum(name, [*terms, (join(-error, error), 1.0)])
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
@@ -125,8 +139,17 @@ class ReachEvaluator(IntervalEvaluator):
             return super().rescale(step, source)
         grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
         value = oriented(rounding.dequantize(source, grid.scale, grid.format), step.factor) * step.factor
-        value = _widened(value, OPERATIONS * ROUNDOFF * magnitude(value))
+        if not all(map(is_power_of_two, (grid.scale, step.factor, output.scale))):
+            value = _widened(value, OPERATIONS * ROUNDOFF * magnitude(value))
         return rounding.quantize(value, output.scale, output.format)
+
+    def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:
+        grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
+        value = torch.exp(rounding.dequantize(source, grid.scale, grid.format).to(torch.float64))
+        # exp(0) is 1 in every library.
+        error = torch.where(value == 1, 0.0, (2 * MAX_ULPS + OPERATIONS) * ROUNDOFF * value)
+        (low, high), (below, above) = split(value), split(error)
+        return rounding.quantize(join(low - below, high + above), output.scale, output.format)
 
 
 def _widened(interval: torch.Tensor, error: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,11 @@
 """By how much a runtime may differ from the simulator, who allows it, and why.
 
-There are five kinds of tolerance, each with a constructor of its own:
+There are four kinds of tolerance, each with a constructor of its own:
 
 =====================================  ===========================================================
 `Tolerance.of_known_rounding`          a processor whose rounding the simulator follows: no value
 `Tolerance.of_own_rounding`            a processor whose rounding is not known: any value, a little
 `Tolerance.of_equality`                profile and scales promise equality: no value
-`Tolerance.of_wide_products`           a 16-bit grid: any value, by a few of its small steps
 `Tolerance.of_float_products`          products that may stay in float32: what their sums can reach
 =====================================  ===========================================================
 
@@ -38,9 +37,6 @@ NOISE: Final = 2**-8
 #: possible for it.  Ties are rare, but a program that amplifies spreads one over a matrix; where it
 #: spreads many, a comparison could not tell another program.
 FLOAT_PRODUCT_SHARE: Final = 1 / 16
-#: Steps of a 16-bit grid by which any value may differ there: accumulators of int16 by
-#: int8 are wider than float32, and a step that flips early is multiplied.
-WIDE_STEPS: Final = 8
 #: Steps of a 16-bit grid for one of an 8-bit grid where a processor has its own rounding:
 #: Hexagon cuts 8 bits off the accumulators of int16 by int8, about one step per product.
 WIDE_OWN_STEPS: Final = 32
@@ -80,12 +76,12 @@ class Tolerance:
     counted_from: float
     #: Share of the values that may differ, from 0 to 1.
     #: The profile allows it.  The standard leaves the order of float sums in a QDQ graph open, so
-    #: that rare values close to a rounding boundary fall on its other side; on a 16-bit grid, and
-    #: on a processor with its own rounding, that may happen to any value.
+    #: that rare values close to a rounding boundary fall on its other side; on a processor with its
+    #: own rounding, that may happen to any value.
     share: float = 0.0
     #: Steps by which the values that may differ may do so; half a step is added for float noise.
-    #: The output's format allows them, 1 on an 8-bit and more on a 16-bit grid, where one step is
-    #: 256 times smaller; the runtime sets them where a processor has its own rounding.
+    #: The runtime sets them where a processor has its own rounding, and more on a 16-bit grid, where
+    #: one step is 256 times smaller.
     steps: int = 0
     #: Share of the values that may differ by more than `steps`, from 0 to 1.
     #: The processor allows it, if it has its own rounding: matrices that amplify turn a single
@@ -133,13 +129,8 @@ class Tolerance:
         return Tolerance(counted_from=counted_from, steps=1)
 
     @staticmethod
-    def of_wide_products() -> Tolerance:
-        """Any value of a 16-bit grid may differ by a few of its steps."""
-        return Tolerance(counted_from=NOISE, share=1.0, steps=WIDE_STEPS)
-
-    @staticmethod
     def of_float_products() -> Tolerance:
-        """A value of an 8-bit grid may differ as far as the error of float32 sums can carry it."""
+        """A value may differ as far as the error of float32 sums can carry it."""
         return Tolerance(counted_from=NOISE, share=FLOAT_PRODUCT_SHARE, by_reach=True)
 
     @property
@@ -212,24 +203,21 @@ def tolerance_for(
     """
     known, own = rounding is not Rounding.ONNX, runtime.own_steps != 0
     promised = is_exact(profile, plan) and not from_keys
-    wide = plan.output.format.is_wide
     every_bit = NOISE if runtime.reorders else 0.0
     # The first row that fits: what is known of a processor comes before what ONNX promises.
-    match (known, own, promised, wide):
-        case (True, _, _, _):
+    match (known, own, promised):
+        case (True, _, _):
             return Tolerance.of_known_rounding(HALF_STEP if own else every_bit)
-        case (_, True, _, _):
-            return Tolerance.of_own_rounding(runtime.own_steps, wide=wide)
-        case (_, _, True, _):
+        case (_, True, _):
+            return Tolerance.of_own_rounding(runtime.own_steps, wide=plan.output.format.is_wide)
+        case (_, _, True):
             return Tolerance.of_equality(every_bit)
-        case (_, _, _, True):
-            return Tolerance.of_wide_products()
         case _:
             return Tolerance.of_float_products()
 
 
 def is_exact(profile: Profile, plan: LayerPlan) -> bool:
     """Whether profile and scales promise equality with the simulator bit for bit."""
-    # Sums of products of 16 bits by 8 are wider than float32 holds, whatever the scales.
+    # Sums of products of 16 bits by 8 may be wider than float32 holds: `reach` says which are.
     exact = all(is_power_of_two(q.scale) and q.format.container_bits == 8 for q in plan.tensors.values())
     return exact or profile.exact

@@ -20,8 +20,9 @@ PROFILE = Profile(
     operators=INT8_PROFILE.operators,
     proved=("onnxruntime", "qnn", "iree", "tvm"),
     caveats=(
-        "onnxruntime multiplies in float32: values may differ by up to 8 steps of 1/32767; Hexagon cuts 8 "
-        "bits off its accumulators"
+        "onnxruntime multiplies in float32: where it sums 2^24 steps or more, or scales are no powers of "
+        "two, rare values differ, by steps that verify bounds one by one; Hexagon cuts 8 bits off its "
+        "accumulators"
     ),
     accumulator_limit=INT32_LIMIT - 1,
 )

@@ -27,11 +27,9 @@ from qinvert.stress import from_keys, stress_keys, stress_matrices
 from qinvert.systems import Systems
 
 BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16}
-#: Every profile but one is exact under these.
+#: Every profile is exact under these, and int16 where sums stay below 2^24 steps, as they do here.
 SCALES = "pow2"
-#: 16 bits are summed in float32.
-# Any value of int16 may differ, by eight steps at most.
-SHARE = dict.fromkeys(PROFILES, 0.0) | {"npu-qdq-int16": 1.0}
+SHARE = dict.fromkeys(PROFILES, 0.0)
 SIZE = 24
 
 
@@ -401,7 +399,8 @@ def test_floats_in_a_graph_from_l_are_no_prologue():
     exp = onnx.helper.make_node("Exp", [model.graph.node[0].output[0]], ["e"], name="e")
     model.graph.node[1].input[0] = "e"
     model.graph.node.insert(1, exp)
-    assert {("e", "operators"), ("e", "quantized")} <= {(f.node, f.rule) for f in lint(model)}
+    # A chunk step has exponentials too, but quantized ones.
+    assert ("e", "quantized") in {(f.node, f.rule) for f in lint(model)}
 
 
 def test_constants_of_functions_may_not_lie_outside():

@@ -76,7 +76,7 @@ def program(step: Step) -> Program:
 
 
 def planned(step: Step, formats, requantize, seed: int, *, pow2: bool) -> LayerPlan:
-    """A plan with random scales; `formats` are those of the inputs, in order, and of the result."""
+    """A plan with random scales; the inputs have `formats` in turn, the result has the last."""
     tested, rng = program(step), np.random.default_rng(seed)
     tensors = {}
     for i, name in enumerate(tested.tensors):
