@@ -52,10 +52,13 @@ def value_exponents(observed: Observed, tensor: str) -> tuple[tuple[int, ...], .
     A channel that is always zero takes the smallest exponent of the others.
     """
     largest = observed.largest[tensor].to(torch.float64)
-    seen = largest[(largest > 0) & torch.isfinite(largest)]
+    seen = largest[largest > 0]
     floor = float(seen.min()) if seen.numel() else 1.0
-    exponents = torch.log2(largest.clamp(min=floor)).round().clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return tuple(tuple(int(e) for e in row) for row in exponents.tolist())
+    return tuple(tuple(_exponent(max(x, floor)) for x in row) for row in largest.tolist())
+
+
+def _exponent(largest: float) -> int:
+    return round(max(-MAX_EXPONENT, min(MAX_EXPONENT, math.log2(largest))))
 
 
 def seen_ranges(program: Program, observed: Observed, channels: ValueChannels | None) -> dict[str, float]:
