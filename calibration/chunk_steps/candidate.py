@@ -85,6 +85,11 @@ class Candidate:
         """Sum of both relative powers of noise."""
         return sum(10 ** (-db / 10) for db in (self.sqnr_o_db, self.sqnr_state_db))
 
+    @property
+    def whole_cost(self) -> int:
+        """The cost as a plan holds it."""
+        return round(self.cost)
+
     def to_json(self, chosen: bool) -> dict[str, Any]:
         """Return a row of the table of candidates."""
         return {
@@ -92,7 +97,7 @@ class Candidate:
             "formats": self.plan.formats,
             "widened": list(self.widened),
             "ranges": str(self.ranges),
-            "cost": round(self.cost),
+            "cost": self.whole_cost,
             "sqnr_o_db": finite_db(self.sqnr_o_db),
             "sqnr_state_db": finite_db(self.sqnr_state_db),
             "chosen": chosen,

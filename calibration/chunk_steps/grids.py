@@ -19,7 +19,7 @@ from qinvert.numerics.exponentials import safe_scale
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.value_channels import MAX_EXPONENT, ValueChannels
 from qinvert.program.program import Program
-from qinvert.program.steps import Exponential
+from qinvert.program.steps import Exponential, Multiply
 
 #: A proved range is taken where it is at most this many times what was seen, 2 dB; else what was seen.
 PROVED_SHARE: Final = 1.25
@@ -52,10 +52,13 @@ def value_exponents(observed: Observed, tensor: str) -> tuple[tuple[int, ...], .
     A channel that is always zero takes the smallest exponent of the others.
     """
     largest = observed.largest[tensor].to(torch.float64)
-    seen = largest[(largest > 0) & torch.isfinite(largest)]
+    seen = largest[largest > 0]
     floor = float(seen.min()) if seen.numel() else 1.0
-    exponents = torch.log2(largest.clamp(min=floor)).round().clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return tuple(tuple(int(e) for e in row) for row in exponents.tolist())
+    return tuple(tuple(_exponent(max(x, floor)) for x in row) for row in largest.tolist())
+
+
+def _exponent(largest: float) -> int:
+    return round(max(-MAX_EXPONENT, min(MAX_EXPONENT, math.log2(largest))))
 
 
 def seen_ranges(program: Program, observed: Observed, channels: ValueChannels | None) -> dict[str, float]:
@@ -127,7 +130,7 @@ def step_grids(
     ranges |= dict.fromkeys(widths.exponentials, 1.0)
     ranges |= dict.fromkeys(widths.groups[LOG_DECAY], _log_range(seen, widths, formats))
     ranges |= {name: min(limit, ranges[name]) for name, limit in (clipped or {}).items()}
-    states = [STATE, *(port.tensor for port in program.outputs if port.name == STATE)]
+    states = _states(program)
     ranges |= dict.fromkeys(states, max(ranges[name] for name in states))
     divides = any(fmt.planes > 1 for fmt in formats.values()) or bool(residual_partners(program))
     form = Requantize.DIVIDE if divides else requantize
@@ -135,6 +138,15 @@ def step_grids(
     if scales is ScaleRule.FLOAT:
         tensors |= _safe_logs(program, widths, tensors)
     return StepGrids(tensors=tensors, ranges=ranges, requantize=form)
+
+
+def _states(program: Program) -> list[str]:
+    """Return the tensors that share the grid of the state.
+
+    A decay of 1 then keeps every integer of the state: chunks that are all padding change nothing.
+    """
+    kept = [step.output for step in program.steps if isinstance(step, Multiply) and STATE in step.inputs]
+    return [STATE, *kept, *(port.tensor for port in program.outputs if port.name == STATE)]
 
 
 def _safe_logs(

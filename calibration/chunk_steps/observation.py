@@ -61,12 +61,13 @@ class ChunkObserver:
         #: Tokens seen so far.
         self.tokens = 0
         self._sample: DeltaChunks | None = None
-        self._heads = self._written = 0
+        self._heads = self._chunks = self._written = 0
         self._new_state = next(port.tensor for port in program.outputs if port.name == STATE)
 
     def update(self, chunks: DeltaChunks, sampled: bool) -> torch.Tensor:
         """Add the chunks of one forward pass, as a sample, too, if wanted; return the outputs."""
-        self._heads, self._written = chunks.beta.shape[1], 0
+        self._heads, self._chunks = chunks.beta.shape[1:3]
+        self._written = 0
         result = run_float(self.program, chunks, observe=self._observe, channels=self._channels)
         batch, _, number, size = chunks.beta.shape
         self.tokens += batch * number * size
@@ -89,9 +90,11 @@ class ChunkObserver:
         return self.sizes.value_size if name in self._values else 1
 
     def _grow(self, largest: float) -> None:
-        if self._written == len(self._growth):
+        # Sequences come in parts, each from its first chunk to its last.
+        index = self._written % self._chunks
+        if index == len(self._growth):
             self._growth.append(0.0)
-        self._growth[self._written] = max(self._growth[self._written], largest)
+        self._growth[index] = max(self._growth[index], largest)
         self._written += 1
 
     def observed(self) -> Observed:

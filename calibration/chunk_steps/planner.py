@@ -57,7 +57,7 @@ class StepChoice:
             "expected_sqnr_o_db": finite_db(best.sqnr_o_db),
             "expected_sqnr_state_db": finite_db(best.sqnr_state_db),
             "widened": list(best.widened),
-            "cost": round(best.cost),
+            "cost": best.whole_cost,
             "candidates": [candidate.to_json(candidate is best) for candidate in self.candidates],
             "rejected": [_reason(candidate, self) for candidate in self.candidates if candidate is not best],
             "fix": "" if self.meets_goal else self._fix(choices),

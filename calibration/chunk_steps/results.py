@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from qinvert.calibration.heads import (
@@ -15,6 +17,7 @@ from qinvert.chunk_step.ports import step_sizes
 from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
 from qinvert.errors import InputError
 from qinvert.execution.chunk_steps import run_integers
+from qinvert.matrices import like
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import LayerPlan, Plan
 
@@ -80,7 +83,11 @@ def step_results(plan: LayerPlan, chunks: DeltaChunks, rounding: Rounding = Roun
             "the layer has chunk, key size, value size, one decay per channel = "
             f"{given}, but the plan is for {wanted}; calibrate this model"
         )
-    return run_integers(plan, chunks, plan.channels, rounding)
+    with torch.no_grad():
+        result = run_integers(plan, chunks, plan.channels, rounding)
+    inputs = (chunks.q, chunks.k, chunks.v, chunks.g, chunks.beta, chunks.state)
+    out, state = (cast("torch.Tensor", like(x, *inputs)) for x in (result.out, result.state))
+    return ChunkOutputs(out=out, state=state)
 
 
 def head_of(chunks: DeltaChunks, head: int) -> DeltaChunks:

@@ -18,6 +18,7 @@ from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
 from qinvert.documents import to_document
 from qinvert.errors import InputError, PlanError
 from qinvert.execution.chunk_steps import run_integers
+from qinvert.execution.laws import LAWS
 from qinvert.matrices import SolvedInverse
 from qinvert.metrics import ErrorStatistics, NoiseStatistics
 from qinvert.numerics.law import Rounding
@@ -189,10 +190,13 @@ def simulate_steps(
     InputError
         If the source is not a model with data, or its layers do not fit the plan.
     PlanError
-        If the model has a layer that the plan does not know.
+        If the model has a layer that the plan does not know, or the rounding is not known for the plan.
     """
     if not isinstance(model, torch.nn.Module) or data is None:
         raise InputError("a plan of chunk steps is simulated on a model: pass a model and data=...")
+    for layer_plan in plan.layers.values():
+        # Before the model runs: it may take minutes to the first chunk.
+        LAWS[rounding].check(layer_plan)
     running: dict[str, StepSimulation] = {}
 
     def see(layer: str, chunks: DeltaChunks) -> SolvedInverse:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from qinvert.errors import ProgramError
+from qinvert.errors import PlanError, ProgramError
+from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.ports import Port
 from qinvert.program.step_list import StepList
 from qinvert.program.steps import Shape
@@ -97,3 +98,20 @@ def step_sizes(program: StepList) -> StepSizes:
             "calibrate with scope='chunk', or build it by qinvert.gated_delta_step"
         )
     return found
+
+
+def check_state_grids(plan: QuantizedProgram) -> None:
+    """Refuse a plan whose state cannot be handed on as it is.
+
+    Raises
+    ------
+    PlanError
+        With both grids.
+    """
+    taken = plan.tensors[STATE]
+    given = next(plan.tensors[port.tensor] for port in plan.program.outputs if port.name == STATE)
+    if taken != given:
+        raise PlanError(
+            f"the state is taken on the grid {taken} and returned on {given}, so that no call could hand it "
+            "to the next; give both one quantization"
+        )

@@ -7,8 +7,19 @@ from dataclasses import replace
 from typing import Final
 
 from qinvert.checks import check_integer
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, OUTPUT, QUERY, STATE, VALUE, StepSizes, step_sizes
-from qinvert.errors import PlanError, ProgramError
+from qinvert.chunk_step.ports import (
+    BETA,
+    KEY,
+    LOG_DECAY,
+    OUTPUT,
+    QUERY,
+    STATE,
+    VALUE,
+    StepSizes,
+    step_sizes,
+)
+from qinvert.chunk_step.ports import check_state_grids as check_state_grids
+from qinvert.errors import ProgramError
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.inlining import inlined, renamed
 from qinvert.program.ports import MAX_PORTS, Port
@@ -50,23 +61,6 @@ def window_plan(
     program = window.program(every_state=every_state)
     tensors = {name: plan.tensors[origin] for name, origin in window.origins.items()}
     return QuantizedProgram(program=program, tensors=tensors, requantize=plan.requantize)
-
-
-def check_state_grids(plan: QuantizedProgram) -> None:
-    """Refuse a plan whose state cannot be handed on as it is.
-
-    Raises
-    ------
-    PlanError
-        With both grids.
-    """
-    taken = plan.tensors[STATE]
-    given = next(plan.tensors[port.tensor] for port in plan.program.outputs if port.name == STATE)
-    if taken != given:
-        raise PlanError(
-            f"the state is taken on the grid {taken} and returned on {given}, so that no call could hand it "
-            "to the next; give both one quantization"
-        )
 
 
 class _Window:

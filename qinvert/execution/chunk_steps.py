@@ -19,6 +19,7 @@ from qinvert.chunk_step.ports import (
     STATE,
     VALUE,
     StepSizes,
+    check_state_grids,
     step_sizes,
 )
 from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
@@ -38,7 +39,8 @@ GPU_MATRICES: Final = 65536
 
 #: Makes an interpreter for a number of matrices.
 Evaluators: TypeAlias = Callable[[int], TorchEvaluator]
-#: ``observe(name, values)`` with values ``[chunks, batch * heads, rows, columns]`` of single blocks.
+#: ``observe(name, values)`` with values ``[chunks, sequences * heads, rows, columns]`` of single blocks, of
+#: some sequences at a time.
 Observer: TypeAlias = Callable[[str, torch.Tensor], None]
 
 
@@ -75,10 +77,11 @@ def run_integers(
     Raises
     ------
     PlanError
-        If that rounding is not known for the plan.
+        If the grids of the state differ, or that rounding is not known for the plan.
     """
     law = LAWS[rounding]
     law.check(plan)
+    check_state_grids(plan)
 
     def quantized(name: str, values: torch.Tensor) -> torch.Tensor:
         grid = plan.tensors[name]
@@ -147,7 +150,9 @@ def _parts(chunks: DeltaChunks, sizes: StepSizes) -> Iterator[dict[str, torch.Te
     g = chunks.g if sizes.per_channel else chunks.g.unsqueeze(-2)
     whole = {QUERY: chunks.q, KEY: chunks.k, VALUE: values, BETA: beta, LOG_DECAY: g}
     most = GPU_MATRICES if chunks.q.is_cuda else CPU_MATRICES
-    size = max(1, most // chunks.q.shape[2])
+    heads, number = chunks.beta.shape[1:3]
+    # Whole sequences, so that whoever observes can tell the heads apart.
+    size = heads * max(1, most // (heads * number))
     flat = {name: x.flatten(0, 1) for name, x in whole.items()}
     states = state.flatten(0, 1)
     for start in range(0, len(states), size):

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 
 from qinvert.chunk_step.ports import BETA, STATE, StepSizes, step_sizes
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.delta_rule.rule import in_chunks, normalized
-from qinvert.errors import InputError, PlanError
+from qinvert.errors import InputError
 from qinvert.execution.chunk_steps import run_integers
 from qinvert.matrices import as_tensor, like
 from qinvert.numerics.law import Rounding
 from qinvert.plan.quantized_program import QuantizedProgram
-
-if TYPE_CHECKING:
-    from qinvert.plan.plan import LayerPlan
+from qinvert.plan.value_channels import ValueChannels
 
 M = TypeVar("M")
 
 
 def step(
-    plan: LayerPlan,
+    plan: QuantizedProgram,
+    channels: ValueChannels | None,
     q: M,
     k: M,
     v: M,
@@ -36,29 +35,13 @@ def step(
 ) -> tuple[M, M]:
     """See `qinvert.LayerPlan.step`."""
     chosen, sizes = Rounding.named(rounding), step_sizes(plan.program)
-    check_state_grids(plan)
-    chunks, tokens = cut(sizes, q, k, v, g, beta, state, valid, normalize)
-    _check_beta(chunks.beta, plan)
-    result = run_integers(plan, chunks, plan.channels, chosen)
-    out = result.out.flatten(2, 3)[:, :, :tokens].contiguous()
-    return cast("M", like(out, q)), cast("M", like(result.state, q))
-
-
-def check_state_grids(plan: QuantizedProgram) -> None:
-    """Refuse a plan whose state comes in on another grid than it leaves on.
-
-    Raises
-    ------
-    PlanError
-        With both grids.
-    """
-    given = plan.tensors[STATE]
-    written = plan.tensors[next(port.tensor for port in plan.program.outputs if port.name == STATE)]
-    if given != written:
-        raise PlanError(
-            f"the state comes in on the grid {given} and leaves on {written}; give both one quantization, so "
-            "that a call can take what the one before returned"
-        )
+    given = (q, k, v, g, beta, state)
+    with torch.no_grad():
+        chunks, tokens = cut(sizes, *given, valid, normalize)
+        _check_beta(chunks.beta, plan)
+        result = run_integers(plan, chunks, channels, chosen)
+        out = result.out.flatten(2, 3)[:, :, :tokens].contiguous()
+    return cast("M", like(out, *given)), cast("M", like(result.state, *given))
 
 
 def cut(

@@ -127,7 +127,8 @@ class LayerPlan(QuantizedProgram):
         """
         from qinvert.execution.step_inputs import step
 
-        return step(self, q, k, v, g, beta, state, valid=valid, normalize=normalize, rounding=rounding)
+        given = {"valid": valid, "normalize": normalize, "rounding": rounding}
+        return step(self, self.channels, q, k, v, g, beta, state, **given)
 
     def execute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output of any program, simulated bit-exactly; see `qinvert.execution.simulator.execute`."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from qinvert.errors import ProgramError
 from qinvert.program.ports import MAX_PORTS, Meaning, Port, check_name
 from qinvert.program.steps import (
+    MAX_CHUNK,
     MAX_EXPANSION,
     MAX_MACS,
     MAX_RESIDUALS,
@@ -64,7 +65,7 @@ def infer_shapes(
         if isinstance(step, Concat):
             _check_zeros(step, set(known) - zeros)
         shapes[step.output] = _bounded(step, _output_shape(step, shapes, known), largest)
-        work += _work(step, shapes, largest)
+        work += _work(step, shapes, max(largest, _square(inputs)))
     if work > MAX_MACS:
         raise ProgramError(
             f"{name}: {work:,} multiply-accumulates for one matrix; at most {MAX_MACS:,} are legal"
@@ -170,6 +171,12 @@ def _bounded(step: Step, shape: Shape, largest: int) -> Shape:
     return shape
 
 
+def _square(inputs: Sequence[Port]) -> int:
+    """Elements of a square matrix as wide as the longest input: a chunk step multiplies tokens by tokens."""
+    longest = max(max(port.shape.rows, port.shape.columns) for port in inputs)
+    return min(longest, MAX_CHUNK) ** 2
+
+
 def _work(step: Step, shapes: Mapping[str, Shape], largest: int) -> int:
     """Multiply-accumulates of a step, checked: the size of its tensors does not bound them."""
     if not isinstance(step, MatMul):
@@ -179,7 +186,7 @@ def _work(step: Step, shapes: Mapping[str, Shape], largest: int) -> int:
     if work > max(most, MAX_WORK * largest):
         raise ProgramError(
             f"step {step.output!r} takes {work:,} multiply-accumulates; a product may take {MAX_WORK} times "
-            f"those of square matrices as large as the largest input, {most:,} here; split it"
+            f"those of square matrices as large or as wide as the largest input, {most:,} here; split it"
         )
     return work
 

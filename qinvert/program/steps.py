@@ -26,8 +26,8 @@ MIN_BETA: Final = 2.0**-14
 MAX_CHUNK: Final = 1024
 #: A tensor holds at most this many times the elements of the largest port; built-in methods need 1.
 MAX_EXPANSION: Final = 16
-#: A product takes at most this many times the multiply-accumulates of one of square matrices as large as
-#: the largest port; built-in methods need 1.
+#: A product takes at most this many times the multiply-accumulates of one of square matrices as large
+#: or as wide as the largest port; built-in methods need 1.
 MAX_WORK: Final = 4
 #: Most multiply-accumulates of a program; Neumann's series of 1,023 terms of chunks of 1,024 needs 2^40.
 MAX_MACS: Final = 2**40

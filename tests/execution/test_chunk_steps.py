@@ -1,0 +1,212 @@
+"""Many chunks in a row: against single calls, against the delta rule, and what observers see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_plans import small_plan, step_inputs
+
+from qinvert.chunk_step.ports import OUTPUT, STATE, step_sizes
+from qinvert.delta_rule.chunks import DeltaChunks
+from qinvert.errors import InputError, PlanError
+from qinvert.execution import chunk_steps
+from qinvert.execution.chunk_steps import run_float, run_integers
+from qinvert.execution.simulator import evaluate
+from qinvert.execution.value_channels import enter, hadamard, leave
+from qinvert.formats import INT8X2, INT16
+from qinvert.matrices import SolvedInverse, solve
+from qinvert.numerics.rounding import dequantize
+from qinvert.plan.quantization import Quantization
+from qinvert.plan.value_channels import ValueChannels
+
+PLANS = {
+    "int8": small_plan().layer(),
+    "planes": small_plan(wide=INT8X2).layer(),
+    "wide": small_plan("npu-qdq-int16", wide=INT16, logs=INT16).layer(),
+    "channel": small_plan(decay="channel").layer(),
+    "state": small_plan(form="state", values_first=False).layer(),
+    "wy": small_plan(form="wy").layer(),
+    "halves": small_plan(form="state", halves=True, values_first=False).layer(),
+}
+plans = pytest.mark.parametrize("name", PLANS)
+BATCH, HEADS, NUMBER = 2, 3, 4
+EXPONENTS = ((3, 0, -2, *(0,) * 9), (0,) * 12, (1, -1) * 6)
+
+
+def chunks_of(plan, seed=0, batch=BATCH, heads=HEADS, number=NUMBER) -> DeltaChunks:
+    """Chunks of a layer, from inputs as the program's ports hold them."""
+    sizes = step_sizes(plan.program)
+    drawn = step_inputs(sizes, batch * heads, number, seed)
+    turn = (lambda x: x.mT) if sizes.values_first else (lambda x: x)
+
+    def cut(x):
+        return x.reshape(batch, heads, number, sizes.chunk, *x.shape[2:])
+
+    g = drawn["g"] if sizes.per_channel else drawn["g"][:, 0]
+    return DeltaChunks(
+        q=cut(drawn["q"]),
+        k=cut(drawn["k"]),
+        v=cut(turn(drawn["v"])),
+        g=cut(g),
+        beta=cut(turn(drawn["beta"])[..., 0]),
+        state=turn(drawn["state"]).reshape(batch, heads, sizes.key_size, sizes.value_size),
+    )
+
+
+def one_by_one(plan, chunks):
+    """Call the simulator for each chunk, and carry the integers of the state by hand."""
+    sizes = step_sizes(plan.program)
+    turn = (lambda x: x.mT) if sizes.values_first else (lambda x: x)
+    grids = {p.name: plan.tensors[p.tensor] for p in plan.program.outputs}
+
+    def real(name, integers):
+        return dequantize(integers, grids[name].scale, grids[name].format)
+
+    state, outs = turn(chunks.state.flatten(0, 1)), []
+    for i in range(chunks.beta.shape[2]):
+        g = chunks.g[:, :, i].flatten(0, 1)
+        ports = {
+            "q": chunks.q[:, :, i].flatten(0, 1),
+            "k": chunks.k[:, :, i].flatten(0, 1),
+            "v": turn(chunks.v[:, :, i].flatten(0, 1)),
+            "beta": turn(chunks.beta[:, :, i].flatten(0, 1)[..., None]),
+            "g": g if sizes.per_channel else g[:, None],
+            "state": state,
+        }
+        found = evaluate(plan, ports)
+        # Back to real values and again to integers: the grid of both ends is one.
+        state = real(STATE, found[STATE])
+        outs.append(turn(real(OUTPUT, found[OUTPUT])))
+    front = chunks.beta.shape[:2]
+    out = torch.stack(outs, 1)
+    return out.reshape(*front, *out.shape[1:]), turn(state).reshape(*front, *chunks.state.shape[2:])
+
+
+@plans
+def test_many_chunks_are_as_many_calls_with_the_state_carried_by_hand(name):
+    plan = PLANS[name]
+    chunks = chunks_of(plan)
+    result = run_integers(plan, chunks)
+    out, state = one_by_one(plan, chunks)
+    assert torch.equal(result.out, out)
+    assert torch.equal(result.state, state)
+    assert len(torch.unique(state)) > 20
+
+
+@plans
+def test_in_floating_point_it_is_the_delta_rule_with_the_exact_inverse(name):
+    program = PLANS[name].program
+    chunks = chunks_of(PLANS[name], 1)
+    wide = DeltaChunks(
+        **{n: getattr(chunks, n).to(torch.float64) for n in ("q", "k", "v", "g", "beta", "state")}
+    )
+    expected = wide.apply(solve(wide.lower))
+    found = run_float(program, wide, torch.float64)
+    assert torch.allclose(found.out, expected.out, rtol=0, atol=1e-11)
+    assert torch.allclose(found.state, expected.state, rtol=0, atol=1e-11)
+    single, exact = run_float(program, chunks), chunks.apply(SolvedInverse(chunks.lower))
+    assert torch.allclose(single.out, exact.out, rtol=0, atol=1e-5)
+    assert torch.allclose(single.state, exact.state, rtol=0, atol=1e-5)
+
+
+def test_states_before_chunks_are_those_of_shorter_runs():
+    plan = PLANS["int8"]
+    chunks = chunks_of(plan)
+    states = chunks.states(SolvedInverse(chunks.lower))
+    assert torch.equal(states[:, :, 0], chunks.state)
+    shorter = replace(chunks, **{n: getattr(chunks, n)[:, :, :2] for n in ("q", "k", "v", "g", "beta")})
+    assert torch.allclose(
+        states[:, :, 2], shorter.apply(SolvedInverse(shorter.lower)).state, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("most", [1, NUMBER * HEADS, 10**6])
+@pytest.mark.parametrize("name", ["int8", "channel"])
+def test_parts_hold_whole_sequences_and_change_no_bit(name, most, monkeypatch):
+    plan, chunks = PLANS[name], chunks_of(PLANS[name])
+    expected = run_integers(plan, chunks)
+    monkeypatch.setattr(chunk_steps, "CPU_MATRICES", most)
+    seen: dict[str, list[torch.Tensor]] = {}
+    result = run_integers(plan, chunks, observe=lambda n, x: seen.setdefault(n, []).append(x))
+    assert torch.equal(result.out, expected.out)
+    assert torch.equal(result.state, expected.state)
+    assert all(x.shape[1] % HEADS == 0 for values in seen.values() for x in values)
+    parts = 1 if most == 10**6 else BATCH
+    assert len(seen["k"]) == len(seen["state"]) == parts
+    assert len(seen["state/new"]) == parts * NUMBER
+
+
+@pytest.mark.parametrize("name", ["int8", "halves"])
+def test_observers_see_every_tensor_of_every_chunk(name):
+    plan, chunks = PLANS[name], chunks_of(PLANS[name])
+    seen: dict[str, int] = {}
+    run_integers(plan, chunks, observe=lambda n, x: seen.__setitem__(n, seen.get(n, 0) + x.numel()))
+    assert set(seen) == set(plan.program.tensors)
+    for tensor, shape in plan.program.shapes.items():
+        count = BATCH * HEADS * (1 if tensor == STATE else NUMBER)
+        assert seen[tensor] == count * shape.blocks * shape.rows * shape.columns, tensor
+    states: list[torch.Tensor] = []
+    result = run_integers(plan, chunks, observe=lambda n, x: states.append(x) if n == "state/new" else None)
+    last = dequantize(states[-1][0], plan.tensors[STATE].scale, plan.tensors[STATE].format)
+    last = last.mT if step_sizes(plan.program).values_first else last
+    assert torch.equal(last.reshape(result.state.shape), result.state)
+
+
+def test_a_state_with_two_grids_is_refused():
+    plan = PLANS["int8"]
+    grid = Quantization(format=plan.tensors[STATE].format, scale=2 * plan.tensors[STATE].scale)
+    with pytest.raises(PlanError, match="one quantization"):
+        run_integers(replace(plan, tensors={**plan.tensors, STATE: grid}), chunks_of(plan))
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 1000), shift=st.integers(-20, 20), heads=st.sampled_from([1, HEADS]))
+def test_powers_of_two_commute_with_the_rule_bit_for_bit(seed, shift, heads):
+    plan = PLANS["wide"]
+    chunks = chunks_of(plan, seed, batch=1, number=2)
+    rows = EXPONENTS[:heads]
+    channels = ValueChannels(exponents=tuple(tuple(e + shift for e in row) for row in rows))
+    larger = replace(chunks, v=leave(channels, chunks.v), state=leave(channels, chunks.state))
+    assert torch.equal(enter(channels, larger.v), chunks.v)
+    expected, result = run_integers(plan, chunks), run_integers(plan, larger, channels)
+    assert torch.equal(result.out, leave(channels, expected.out))
+    assert torch.equal(result.state, leave(channels, expected.state))
+
+
+def test_a_rotation_commutes_with_the_rule():
+    plan = small_plan().layer()
+    program = plan.program
+    chunks = chunks_of(plan, 2)
+    # Hadamard's matrix needs a power of two: of the 12 channels, 8.
+    chunks = replace(chunks, v=chunks.v.to(torch.float64), state=chunks.state.to(torch.float64))
+    turned = hadamard(8)
+    assert torch.allclose(turned @ turned.mT, torch.eye(8, dtype=torch.float64), atol=1e-15)
+    whole = torch.eye(12, dtype=torch.float64)
+    whole[:8, :8] = turned
+    found = run_float(program, replace(chunks, v=chunks.v @ whole, state=chunks.state @ whole), torch.float64)
+    expected = run_float(program, chunks, torch.float64)
+    assert torch.allclose(found.out @ whole.mT, expected.out, rtol=0, atol=1e-12)
+    assert torch.allclose(found.state @ whole.mT, expected.state, rtol=0, atol=1e-12)
+
+
+def test_entering_and_leaving_are_inverse_to_each_other():
+    values = torch.randn(2, 3, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    for rows in (((2, -3) * 4,), tuple((i,) * 8 for i in range(3))):
+        scaled, rotated = (ValueChannels(exponents=rows, rotated=r) for r in (False, True))
+        assert torch.equal(leave(scaled, enter(scaled, values)), values)
+        assert torch.allclose(leave(rotated, enter(rotated, values)), values, rtol=0, atol=1e-5)
+        assert not torch.allclose(enter(rotated, values), values, atol=0.1)
+    assert enter(None, values) is values is leave(None, values)
+    # The axis of heads may be another one.
+    heads_last = values.movedim(1, 3)
+    assert torch.equal(enter(scaled, heads_last, axis=3), enter(scaled, values).movedim(1, 3))
+
+
+@pytest.mark.parametrize("rows", [((0,) * 8,) * 2, ((0,) * 7,)])
+def test_channels_of_another_layer_are_refused(rows):
+    with pytest.raises(InputError, match="values have 3 heads and 8 channels, but the plan has"):
+        enter(ValueChannels(exponents=rows), torch.ones(1, 3, 2, 4, 8))
