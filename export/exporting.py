@@ -41,11 +41,16 @@ def export(
     normalize: bool | None = None,
     states: str | None = None,
 ) -> onnx.ModelProto:
-    """Write ``T = (I + L)^-1`` as a static integer graph.
+    """Write ``T = (I + L)^-1`` as a static integer graph, or a whole chunk step.
 
     The graph maps ``L`` float32 ``[1, batch, C, C]`` to ``T`` float32 of the
     same shape.  Fold batch, heads and chunks of a model into the second axis.
     The graph of a factored plan also takes ``beta`` ``[1, batch, C, 1]``.
+
+    Where the program is a chunk step, the graph maps ``q, k [batch, heads, T, Dk]``,
+    ``v [batch, heads, T, Dv]``, ``beta`` and ``g [batch, heads, T]``, ``valid [batch, T]``
+    (1 for tokens, 0 for padding) and ``state [batch, heads, Dk, Dv]`` to ``o`` and
+    ``state_out``, with ``T = chunks C``.  g is ``[.., Dk]`` with one decay per channel.
 
     Parameters
     ----------
@@ -56,8 +61,8 @@ def export(
         Export profile, see `qinvert.profiles`; the plan's target if left out.
     layer : str, optional
         Layer of the plan; may be left out if there is only one.
-    batch : int
-        Matrices per call.
+    batch : int or "auto"
+        Matrices per call, 8 by default; sequences per call of a chunk step, 1 by default.
     input : {"auto", "L", "M", "keys", "ports"}
         ``"auto"`` means ``"L"``, or ``"ports"`` where the program does not compute
         an inverse.  ``"ports"`` takes the program's inputs by their names, float32
@@ -85,7 +90,17 @@ def export(
         Independent parts into which the graph cuts the batch, and which it joins at
         the end: on some chips elementwise work of one part runs beside products of
         another.  The values do not depend on it.  ``"auto"`` takes what costs the least
-        on the plan's chip, see `qinvert.hardware`.
+        on the plan's chip, see `qinvert.hardware`; 1 for chunk steps, whose parts are heads.
+    heads : int, optional
+        Heads of a chunk step, where the plan does not say their number.
+    chunks : int, optional
+        Chunks per call of a chunk step, 1 by default.
+    layout : {"tokens_first", "values_first"}, optional
+        Order of the last two axes of v, o and the state; see `qinvert.export.step_interface.Layout`.
+    normalize : bool, optional
+        Whether q and k of a chunk step are raw: the graph gives them norm 1 and scales q, in float32.
+    states : {"last", "every"}, optional
+        Whether a chunk step also returns the state behind each chunk: ``state_1``, ``state_2``, ...
 
     Returns
     -------

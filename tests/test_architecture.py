@@ -42,7 +42,7 @@ ROOMS = (
     ("calibration.chunk_steps",),
     ("calibration.calibrate", "calibration.simulate"),
     ("calibration.survey",),
-    ("export.graph", "export.reading", "export.runtimes"),
+    ("export.graph", "export.options", "export.reading", "export.runtimes"),
     ("export.interface",),
     ("export.lowering", "export.rules", "export.step_interface"),
     ("export.encodings", "export.layer_graph", "export.metadata", "export.step_ends", "export.step_reading"),

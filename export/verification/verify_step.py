@@ -25,7 +25,6 @@ from qinvert.export.verification.tolerance import (
     HALF_STEP,
     KEYS_TOLERANCE,
     NOISE,
-    WIDE_STEPS,
     Tolerance,
     is_exact,
 )
@@ -37,6 +36,8 @@ from qinvert.profiles import Profile
 #: Steps of an 8-bit grid by which a rare value may differ, where one of the key path fell on the other
 #: side of a tie and multiplied many values; on a 16-bit grid it is as much in real units.
 TIE_STEPS: Final = 2
+#: Steps of a 16-bit grid that float32 products of such tensors may be off.
+WIDE_STEPS: Final = 8
 #: How many times these steps the largest such difference may reach: states carry it on.
 TIE_TIMES: Final = 16
 #: Share of the values to which that may happen.
