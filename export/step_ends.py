@@ -90,9 +90,10 @@ class StepEnds:
     def _normalized(self, name: str) -> str:
         """``x / sqrt(sum(x^2) + epsilon)``."""
         graph, shape = self.graph, self.graph.shape(name)
-        column: Sizes = [*shape[:3], 1]
+        axis = 2 if self.interface.keys_first else 3
+        column: Sizes = [*shape[:axis], 1, *shape[axis + 1 :]]
         square = graph.node("Mul", [name, name], f"{name}/square", shape)
-        axes = graph.initializer("axes/3", np.array([3], dtype=np.int64))
+        axes = graph.initializer(f"axes/{axis}", np.array([axis], dtype=np.int64))
         total = graph.node("ReduceSum", [square, axes], f"{name}/square/sum", column, keepdims=1)
         floored = graph.node(
             "Add", [total, graph.scalar("norm_epsilon", NORM_EPSILON)], f"{name}/square/floored", column
@@ -102,7 +103,8 @@ class StepEnds:
 
     def _scaled(self, name: str) -> str:
         shape = self.graph.shape(name)
-        factor = self.graph.scalar("query_scale", float(np.float32(float(shape[3]) ** -0.5)))
+        size = shape[2 if self.interface.keys_first else 3]
+        factor = self.graph.scalar("query_scale", float(np.float32(float(size) ** -0.5)))
         return self.graph.node("Mul", [name, factor], SCALED.format(QUERY), shape)
 
     def _valid(self) -> str:
@@ -113,7 +115,9 @@ class StepEnds:
         """Clear the numbers of tokens that do not count."""
         shape = self.graph.shape(name)
         if len(shape) > len(self.graph.shape(valid)):
-            valid = self._reshape(valid, f"{VALID}/channels", [*self.graph.shape(valid), 1])
+            batch, one, tokens = self.graph.shape(valid)
+            last: Sizes = [1, tokens] if self.interface.keys_first else [tokens, 1]
+            valid = self._reshape(valid, f"{VALID}/channels", [batch, one, *last])
         return self.graph.node("Mul", [name, valid], f"{name}/{VALID}", shape)
 
     def _entered(self, name: str, channels: ValueChannels) -> str:

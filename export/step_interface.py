@@ -29,12 +29,14 @@ E = TypeVar("E", bound=StrEnum)
 
 
 class Layout(StrEnum):
-    """Order of the last two axes of v, o and the state."""
+    """Order of the last two axes of keys, values and the state."""
 
-    #: ``v [.., T, Dv]`` and ``state [.., Dk, Dv]``.
+    #: ``q, k [.., T, Dk]``, ``v [.., T, Dv]`` and ``state [.., Dk, Dv]``.
     TOKENS_FIRST = "tokens_first"
-    #: ``v [.., Dv, T]`` and ``state [.., Dv, Dk]``.
+    #: ``q, k [.., T, Dk]``, ``v [.., Dv, T]`` and ``state [.., Dv, Dk]``.
     VALUES_FIRST = "values_first"
+    #: ``q, k [.., Dk, T]``, ``v [.., Dv, T]`` and ``state [.., Dv, Dk]``: NPUs transpose the least.
+    CHANNELS_FIRST = "channels_first"
 
 
 class States(StrEnum):
@@ -124,7 +126,20 @@ class StepInterface:
     @property
     def values_first(self) -> bool:
         """Whether v, o and the state hold values before tokens and keys."""
-        return self.layout is Layout.VALUES_FIRST
+        return self.layout is not Layout.TOKENS_FIRST
+
+    @property
+    def keys_first(self) -> bool:
+        """Whether q, k, and g of channels hold channels before tokens."""
+        return self.layout is Layout.CHANNELS_FIRST
+
+    def token_axis(self, name: str, plan: QuantizedProgram) -> int:
+        """Axis of the tokens in an input or in o."""
+        if name == VALID:
+            return 1
+        turned = self.keys_first if name in step_sizes(plan.program).key_ports else False
+        turned = self.values_first if name in (VALUE, OUTPUT) else turned
+        return 3 if turned else 2
 
     def tokens(self, plan: QuantizedProgram) -> int:
         """Tokens of one call."""
@@ -139,7 +154,9 @@ class StepInterface:
             If the state has two grids.
         """
         every = self.states is States.EVERY
-        return window_plan(plan, self.chunks, values_first=self.values_first, every_state=every)
+        return window_plan(
+            plan, self.chunks, values_first=self.values_first, keys_first=self.keys_first, every_state=every
+        )
 
     def folded(self, names: Mapping[str, str] | None = None) -> FoldedInterface:
         """Return what the integer program inside takes and returns."""
@@ -181,7 +198,8 @@ class StepInterface:
         """Shape of every input by its name, in order."""
         sizes, front = step_sizes(plan.program), [self.batch, self.heads]
         tokens: Sizes = [*front, self.tokens(plan)]
-        keys: Sizes = [*tokens, sizes.key_size]
+        last = [self.tokens(plan), sizes.key_size]
+        keys: Sizes = [*front, *(reversed(last) if self.keys_first else last)]
         found: dict[str, Sizes] = {
             QUERY: keys,
             KEY: keys,

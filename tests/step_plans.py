@@ -34,10 +34,11 @@ def step_inputs(sizes, count=1, chunks=1, seed=0, decay=0.1):
     c, keys, values = sizes.chunk * chunks, sizes.key_size, sizes.value_size
     q, k = (torch.nn.functional.normalize(draw(c, keys), dim=-1) for _ in range(2))
     turn = (lambda x: x.mT) if sizes.values_first else (lambda x: x)
-    g = -decay * gate(c, keys) if sizes.per_channel else -decay * gate(1, c)
+    turn_keys = (lambda x: x.mT) if sizes.keys_first else (lambda x: x)
+    g = turn_keys(-decay * gate(c, keys)) if sizes.per_channel else -decay * gate(1, c)
     return {
-        "q": q * keys**-0.5,
-        "k": k,
+        "q": turn_keys(q * keys**-0.5),
+        "k": turn_keys(k),
         "v": turn(draw(c, values)),
         "beta": turn(gate(c, 1)),
         "g": g,

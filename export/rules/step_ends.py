@@ -51,9 +51,11 @@ def _from_inputs(graph: Structure) -> set[str]:
 
 
 def _gets_axes(graph: Structure, node: onnx.NodeProto) -> bool:
-    """Whether a node dequantizes an input of three axes, which a Reshape makes four."""
-    dequantizes = node.op_type == "DequantizeLinear" and node.input[0] in graph.inputs
-    return dequantizes and len(graph.shape(node.input[0]) or ()) < MAX_RANK
+    """Whether a node dequantizes an input with axes that a Reshape then folds."""
+    if node.op_type != "DequantizeLinear" or node.input[0] not in graph.inputs:
+        return False
+    shape = graph.shape(node.input[0]) or ()
+    return len(shape) != MAX_RANK or shape[0] != 1
 
 
 def _to_outputs(graph: Structure) -> set[str]:

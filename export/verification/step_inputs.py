@@ -75,11 +75,7 @@ class StepData:
             yield {**feed, STATE: arrays[STATE]} if i == 0 else feed
 
     def _cut(self, name: str, span: slice) -> tuple[slice, ...]:
-        every = slice(None)
-        if name == VALID:
-            return every, span
-        last = name == VALUE and self.interface.values_first
-        return (every, every, every, span) if last else (every, every, span)
+        return *(slice(None),) * self.interface.token_axis(name, self.plan), span
 
     def _stored(self, profile: Profile) -> dict[str, npt.NDArray[Any]]:
         """Return what a host hands over: integers on the grids of the plan."""
@@ -101,10 +97,11 @@ class StepData:
         if not self.interface.normalize:
             return {name: self.arrays[name] for name in (QUERY, KEY)}
         found = {}
+        axis = -2 if self.interface.keys_first else -1
         for name in (QUERY, KEY):
             x = self.arrays[name].astype(np.float64)
-            x = x / np.sqrt((x * x).sum(-1, keepdims=True) + NORM_EPSILON)
-            found[name] = (x * (x.shape[-1] ** -0.5 if name == QUERY else 1.0)).astype(np.float32)
+            x = x / np.sqrt((x * x).sum(axis, keepdims=True) + NORM_EPSILON)
+            found[name] = (x * (x.shape[axis] ** -0.5 if name == QUERY else 1.0)).astype(np.float32)
         return found
 
     def ports(self, replaced: Arrays) -> dict[str, torch.Tensor]:
@@ -116,6 +113,8 @@ class StepData:
         reals = {**self.arrays, **self.cleared(), **self.entered(), **self.normalized(), **replaced}
         if sizes.values_first != self.interface.values_first:
             reals |= {name: self._turn(reals[name]) for name in (VALUE, STATE)}
+        if sizes.keys_first != self.interface.keys_first:
+            reals |= {name: self._turn(reals[name]) for name in sizes.key_ports}
         reals[BETA] = reals[BETA][..., None, :] if sizes.values_first else reals[BETA][..., None]
         if not sizes.per_channel:
             reals[LOG_DECAY] = reals[LOG_DECAY][..., None, :]
@@ -178,8 +177,7 @@ def _check_shapes(plan: LayerPlan, interface: StepInterface, arrays: Arrays) -> 
     for name, shape in wanted.items():
         shape[0] = count
         if name != STATE:
-            axis = 1 if name == VALID else 3 if name == VALUE and interface.values_first else 2
-            shape[axis] = tokens
+            shape[interface.token_axis(name, plan)] = tokens
         if found[name] != shape or not count or not tokens:
             raise InputError(
                 f"{name} has the shape {found[name]}; pass {interface.inputs(plan).get(name, shape)} with "

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, OUTPUT, QUERY, STATE, VALUE, StepSizes, step_sizes
+from qinvert.chunk_step.ports import BETA, LOG_DECAY, OUTPUT, STATE, VALUE, StepSizes, step_sizes
 from qinvert.chunk_step.window import check_state_grids
 from qinvert.execution.floating import execute as execute_floating
 from qinvert.execution.laws import LAWS
@@ -74,13 +74,12 @@ def run_chunks_exactly(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Ten
 def _chunks(sizes: StepSizes, inputs: Ports) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the ports of every chunk but the state."""
     axes = {
-        QUERY: 1,
-        KEY: 1,
         VALUE: _tokens(sizes),
         BETA: _tokens(sizes),
-        LOG_DECAY: 1 if sizes.per_channel else 2,
+        LOG_DECAY: 2,
+        **dict.fromkeys(sizes.key_ports, 2 if sizes.keys_first else 1),
     }
-    for start in range(0, inputs[QUERY].shape[1], sizes.chunk):
+    for start in range(0, inputs[BETA].numel() // len(inputs[BETA]), sizes.chunk):
         yield {name: inputs[name].narrow(axis, start, sizes.chunk) for name, axis in axes.items()}
 
 

@@ -42,7 +42,9 @@ def step_samples(
         STATE: _values(rng, plan, interface, sizes, STATE, sizes.key_size),
         VALID: valid,
     }
-    return {name: np.ascontiguousarray(x, dtype=np.float32) for name, x in found.items()}
+    turned = sizes.key_ports if interface.keys_first else ()
+    arrays = {name: np.swapaxes(x, -1, -2) if name in turned else x for name, x in found.items()}
+    return {name: np.ascontiguousarray(x, dtype=np.float32) for name, x in arrays.items()}
 
 
 def _values(

@@ -168,7 +168,7 @@ class _StepCheck:
         return found
 
     def _joined(self, execution: Execution, port: str, tensor: str) -> Any:
-        axis = 3 if port == VALUE and self.data.interface.values_first else 2
+        axis = self.data.interface.token_axis(port, self.data.plan)
         rows = [
             calls[0][tensor] if port == STATE else np.concatenate([call[tensor] for call in calls], axis=axis)
             for calls in execution.sequences

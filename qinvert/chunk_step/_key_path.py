@@ -58,14 +58,11 @@ class Oriented:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decays:
-    """Exponentials of sums of log decays; a number for each token, or one for each of its channels.
-
-    Those *turned* have tokens along the axis that stored keys do not have them along.
-    """
+    """Exponentials of sums of log decays; a number for each token, or one for each of its channels."""
 
     #: ``exp(G_i)``, a factor of row i of keys and queries that read the old state; stored.
     reads: str
-    #: ``exp(G_C - G_j)``, a factor of row j of keys that write the new state; turned.
+    #: ``exp(G_C - G_j)``, a factor of row j of keys that write the new state; along columns.
     writes: str
     #: ``exp(G_C)``, a factor of the rows of the state; stored.
     kept: str
@@ -75,7 +72,9 @@ def append_decays(o: Oriented, g: str) -> Decays:
     """Append the decays to and from the ends of the chunk; ``g`` is ``[1, C]`` or ``[Dk, C]``."""
     c = o.sizes.chunk
     reads = _exponential(o, "decay_reads", g, triangle(c, upper=True, strict=False), turned=not o.flipped)
-    writes = _exponential(o, "decay_writes", g, triangle(c, upper=False, strict=True), turned=o.flipped)
+    # Rows of tokens are what stored keys have, or what is transposed after they were multiplied.
+    column = o.flipped and not o.sizes.keys_first
+    writes = _exponential(o, "decay_writes", g, triangle(c, upper=False, strict=True), turned=column)
     return Decays(reads=reads, writes=writes, kept=_kept(o, g))
 
 
@@ -106,16 +105,16 @@ class Products:
     scores: str
 
 
-def append_products(o: Oriented, g: str, turned: dict[str, str]) -> Products:
-    """Append M and the scores; ``turned`` holds the transposed keys and queries."""
+def append_products(o: Oriented, g: str, keys: Keys) -> Products:
+    """Append M and the scores."""
     negative = o.steps.rescale("beta/negative", BETA, -1.0, o.max_beta)
     if o.sizes.per_channel:
-        return _by_halves(o, g, turned, negative)
+        return _by_halves(o, g, keys, negative)
     decay = _segments(o, g)
-    gram = o.steps.matmul("gram", KEY, turned[KEY], bound=1.0)
+    gram = o.steps.matmul("gram", keys.plain[KEY], keys.turned[KEY], bound=1.0)
     factors = o.steps.multiply("D/beta", decay, negative, o.max_beta)
     whole = o.steps.multiply("M/whole", gram, factors, o.max_beta)
-    products = _scores(o, "scores/decayless", KEY, turned[QUERY], QUERY, turned[KEY])
+    products = _whole_scores(o, "scores/decayless", keys)
     kept = o.lower("D/lower", decay, strict=False, bound=1.0)
     return Products(
         matrix=o.lower("M", whole, strict=True, bound=o.max_beta),
@@ -134,14 +133,14 @@ def _segments(o: Oriented, g: str) -> str:
     return o.exponential("D", total)
 
 
-def _by_halves(o: Oriented, g: str, turned: dict[str, str], negative: str) -> Products:
+def _by_halves(o: Oriented, g: str, keys: Keys, negative: str) -> Products:
     """Sum the products over pivots, level by level: no exponential of a positive number."""
-    grams, scores, half = [], [_diagonal(o, turned)], 1
+    grams, scores, half = [], [_diagonal(o, keys)], 1
     while half < o.sizes.chunk:
         level = f"level_{2 * half}"
         log = o.steps.matmul(f"{level}/log", g, sums_to_pivots(o.sizes.chunk, half), bound=MAX_LOG_DECAY)
         decay = o.exponential(f"{level}/decay", log)
-        k, q = (o.steps.multiply(f"{level}/{n}/turned", turned[n], decay, 1.0) for n in (KEY, QUERY))
+        k, q = (o.steps.multiply(f"{level}/{n}/turned", keys.turned[n], decay, 1.0) for n in (KEY, QUERY))
         rows = {n: o.steps.transpose(f"{level}/{n}", x, 1.0) for n, x in ((KEY, k), (QUERY, q))}
         keep = below_pivots(o.sizes.chunk, half, transposed=o.flipped)
         gram = o.steps.matmul(f"{level}/gram", rows[KEY], k, bound=1.0)
@@ -156,9 +155,14 @@ def _by_halves(o: Oriented, g: str, turned: dict[str, str], negative: str) -> Pr
     )
 
 
-def _diagonal(o: Oriented, turned: dict[str, str]) -> str:
-    whole = _scores(o, "scores/whole", KEY, turned[QUERY], QUERY, turned[KEY])
+def _diagonal(o: Oriented, keys: Keys) -> str:
+    whole = _whole_scores(o, "scores/whole", keys)
     return o.steps.mask("scores/diagonal", whole, identity(o.sizes.chunk), query_bound(o))
+
+
+def _whole_scores(o: Oriented, name: str, keys: Keys) -> str:
+    first, second = (KEY, QUERY) if o.flipped else (QUERY, KEY)
+    return o.steps.matmul(name, keys.plain[first], keys.turned[second], bound=query_bound(o))
 
 
 def _scores(o: Oriented, name: str, k: str, q_turned: str, q: str, k_turned: str) -> str:
@@ -180,14 +184,31 @@ def query_bound(o: Oriented) -> float:
     return float(o.sizes.key_size**-0.5)
 
 
-def append_turned(o: Oriented) -> dict[str, str]:
-    """Append the transposed keys and queries, ``[Dk, C]``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Keys and queries both ways, by the names of their ports."""
+
+    #: ``[C, Dk]``.
+    plain: dict[str, str]
+    #: ``[Dk, C]``.
+    turned: dict[str, str]
+
+
+def append_keys(o: Oriented) -> Keys:
+    """Append the transposed keys and queries."""
     bounds = {KEY: 1.0, QUERY: query_bound(o)}
-    return {name: o.steps.transpose(f"{name}/turned", name, bound) for name, bound in bounds.items()}
+    given = {name: name for name in bounds}
+    if o.sizes.keys_first:
+        return Keys(plain=_transposed(o, {KEY: 1.0} if o.flipped else bounds, "plain"), turned=given)
+    return Keys(plain=given, turned=_transposed(o, bounds, "turned"))
+
+
+def _transposed(o: Oriented, bounds: dict[str, float], suffix: str) -> dict[str, str]:
+    return {name: o.steps.transpose(f"{name}/{suffix}", name, bound) for name, bound in bounds.items()}
 
 
 def append_log_decays(o: Oriented) -> str:
     """Append the log decays with tokens along the columns, ``[1, C]`` or ``[Dk, C]``."""
-    if o.sizes.per_channel:
+    if o.sizes.per_channel and not o.sizes.keys_first:
         return o.steps.transpose("g/turned", LOG_DECAY, MAX_LOG_DECAY)
     return LOG_DECAY

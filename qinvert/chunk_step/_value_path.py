@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Final
 
 from qinvert.chunk_step._constants import identity
-from qinvert.chunk_step._key_path import Decays, Oriented, query_bound
+from qinvert.chunk_step._key_path import Decays, Keys, Oriented, query_bound
 from qinvert.chunk_step.form import Form
 from qinvert.chunk_step.ports import BETA, KEY, QUERY, STATE, VALUE
 from qinvert.program.ports import MATRIX
@@ -30,8 +30,8 @@ class KeyPath:
     #: ``tril(q k^T D)``.
     scores: str
     decays: Decays
-    #: Transposed keys and queries by the names of their ports.
-    turned: dict[str, str]
+    #: Keys and queries.
+    both: Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +76,31 @@ class ValuePath:
         return self.o.product("v_predicted", self._decayed(KEY, 1.0), STATE)
 
     def _decayed(self, port: str, bound: float) -> str:
-        name = self.keys.turned[port] if self.o.flipped else port
+        name = self._stored(port)
         return self.o.steps.multiply(f"{port}/decayed", name, self.keys.decays.reads, bound)
+
+    def _stored(self, port: str) -> str:
+        """Keys or queries as stored matrices are."""
+        return self.keys.both.turned[port] if self.o.flipped else self.keys.both.plain[port]
+
+    def _written(self) -> str:
+        """``(exp(G_C - G) k)^T``, stored."""
+        steps, both, decay = self.o.steps, self.keys.both, self.keys.decays.writes
+        if not self.o.flipped:
+            return steps.multiply("k/written", both.turned[KEY], decay, 1.0)
+        if not self.o.sizes.keys_first:
+            return steps.multiply("k/written", both.plain[KEY], decay, 1.0)
+        # A row is repeated at less cost than a column.
+        return steps.transpose(
+            "k/written", steps.multiply("k/written/turned", both.turned[KEY], decay, 1.0), 1.0
+        )
 
     def _right_hand_side(self) -> str:
         steps = self.o.steps
         if self._folds:
             error = steps.subtract("v_error", VALUE, self._predicted())
             return steps.multiply("rhs", error, self._beta)
-        stored = self.keys.turned[KEY] if self.o.flipped else KEY
-        predicted = self.o.product("v_predicted", stored, STATE)
+        predicted = self.o.product("v_predicted", self._stored(KEY), STATE)
         factor = steps.multiply("beta/decayed", self._beta, self._reads, self.o.max_beta)
         return steps.subtract(
             "rhs",
@@ -180,16 +195,13 @@ class ValuePath:
         if self._folds:
             old = self.o.product("o/old", self._decayed(QUERY, query_bound(self.o)), STATE)
         else:
-            stored = self.keys.turned[QUERY] if self.o.flipped else QUERY
-            read = self.o.product("o/read", stored, STATE)
+            read = self.o.product("o/read", self._stored(QUERY), STATE)
             old = self.o.steps.multiply("o/old", read, self._reads)
         new = self.o.product("o/new", self.keys.scores, values)
         return self.o.steps.add("o", old, new)
 
     def _state(self, values: str) -> str:
         """``S' = exp(G_C) S + (exp(G_C - G) k)^T V'``."""
-        steps, decays = self.o.steps, self.keys.decays
-        keys = KEY if self.o.flipped else self.keys.turned[KEY]
-        written = steps.multiply("k/written", keys, decays.writes, 1.0)
+        steps, decays, written = self.o.steps, self.keys.decays, self._written()
         old = steps.multiply("state/kept", STATE, decays.kept)
         return steps.add(NEW_STATE, old, self.o.product("state/written", written, values))

@@ -9,9 +9,9 @@ from qinvert.checks import check_integer, check_power_of_two
 from qinvert.chunk_step._key_path import (
     Oriented,
     append_decays,
+    append_keys,
     append_log_decays,
     append_products,
-    append_turned,
 )
 from qinvert.chunk_step._value_path import KeyPath, ValuePath
 from qinvert.chunk_step.form import Decay, Form
@@ -37,6 +37,7 @@ def gated_delta_step(
     form: str = "folded",
     *,
     values_first: bool = True,
+    keys_first: bool | None = None,
     halves: bool = False,
     max_beta: float = 1.0,
 ) -> Program:
@@ -67,6 +68,9 @@ def gated_delta_step(
     values_first : bool
         Whether v, o and the state are stored transposed, ``[Dv, C]`` and ``[Dv, Dk]``.  Values are then
         the left operands of all products: targets multiply 16 bits from the left by 8 from the right.
+    keys_first : bool, optional
+        Whether q, k, and g of channels are taken transposed, ``[Dk, C]``; as values are, if left out.
+        Compilers for NPUs then need one transpose in place of three.
     halves : bool
         Apply the last level of the inverse to values in place of forming T:
         ``x1 = T1 r1``, ``x2 = T2 r2 + (T2 M21) x1``.
@@ -76,9 +80,9 @@ def gated_delta_step(
     Returns
     -------
     Program
-        Inputs ``q`` and ``k`` ``[C, Dk]`` (queries scaled, keys of norm 1), ``v``, ``state``, ``beta`` (a row
-        or column) and ``g`` (``[1, C]``, or ``[C, Dk]`` per channel, at most 0); outputs ``o`` and
-        ``state``.  Exact in real arithmetic, but that sums of log decays end at -16 in integers.
+        Inputs ``q`` and ``k`` (queries scaled, keys of norm 1), ``v``, ``state``, ``beta`` (a row or
+        column) and ``g`` (``[1, C]``, or a log decay per channel as keys are; at most 0); outputs ``o``
+        and ``state``.  Exact in real arithmetic, but that sums of log decays end at -16 in integers.
 
     Raises
     ------
@@ -104,6 +108,7 @@ def gated_delta_step(
         value_size=check_integer("value_size", value_size, 1, MAX_SIZE, ProgramError),
         per_channel=_member(Decay, "decay", decay) is Decay.CHANNEL,
         values_first=bool(values_first),
+        keys_first=bool(values_first if keys_first is None else keys_first),
     )
     steps = StepBuilder()
     oriented = Oriented(steps=steps, sizes=sizes, max_beta=float(max_beta))
@@ -120,9 +125,9 @@ def gated_delta_step(
 
 
 def _append(o: Oriented, inverse: Program, form: Form) -> tuple[str, str]:
-    turned, g = append_turned(o), append_log_decays(o)
-    products = append_products(o, g, turned)
-    keys = KeyPath(matrix=products.matrix, scores=products.scores, decays=append_decays(o, g), turned=turned)
+    both, g = append_keys(o), append_log_decays(o)
+    products = append_products(o, g, both)
+    keys = KeyPath(matrix=products.matrix, scores=products.scores, decays=append_decays(o, g), both=both)
     return ValuePath(o=o, keys=keys, inverse=inverse, form=form).append()
 
 
@@ -134,6 +139,7 @@ def _parameters(inverse: Program, sizes: StepSizes, form: Form, halves: bool) ->
         "decay": str(Decay.CHANNEL if sizes.per_channel else Decay.SCALAR),
         "form": str(form),
         "values_first": sizes.values_first,
+        "keys_first": sizes.keys_first,
         "halves": bool(halves),
         **({PARAMETER: SUMS} if has_sums(inverse) else {}),
     }

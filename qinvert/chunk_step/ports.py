@@ -7,7 +7,7 @@ from typing import Final
 
 from qinvert.errors import PlanError, ProgramError
 from qinvert.plan.quantized_program import QuantizedProgram
-from qinvert.program.ports import Port
+from qinvert.program.ports import Meaning, Port
 from qinvert.program.step_list import StepList
 from qinvert.program.steps import Shape
 
@@ -40,19 +40,32 @@ class StepSizes:
     per_channel: bool
     #: Whether v, o and the state are held transposed: ``[Dv, C]`` and ``[Dv, Dk]``.
     values_first: bool
+    #: Whether q, k, and g of channels are held transposed: ``[Dk, C]``.
+    keys_first: bool
 
     def inputs(self) -> tuple[Port, ...]:
         """Return the input ports."""
-        c, keys, values = self.chunk, self.key_size, self.value_size
+        c, values = self.chunk, self.value_size
+        keys = (self.key_size, c) if self.keys_first else (c, self.key_size)
         shapes = {
-            QUERY: (c, keys),
-            KEY: (c, keys),
+            QUERY: keys,
+            KEY: keys,
             VALUE: self._turned(c, values),
             BETA: self._turned(c, 1),
-            LOG_DECAY: (c, keys) if self.per_channel else (1, c),
-            STATE: self._turned(keys, values),
+            LOG_DECAY: keys if self.per_channel else (1, c),
+            STATE: self._turned(self.key_size, values),
         }
-        return tuple(Port(name=name, shape=Shape(1, *shape)) for name, shape in shapes.items())
+        # Shapes alone cannot tell, where a chunk has as many tokens as a key has channels.
+        turned = {name: Meaning.CHANNELS_FIRST for name in self.key_ports if self.keys_first}
+        return tuple(
+            Port(name=name, shape=Shape(1, *shape), meaning=turned.get(name, Meaning.TENSOR))
+            for name, shape in shapes.items()
+        )
+
+    @property
+    def key_ports(self) -> tuple[str, ...]:
+        """Ports that have the layout of keys."""
+        return (QUERY, KEY, LOG_DECAY) if self.per_channel else (QUERY, KEY)
 
     def outputs(self, output: str, state: str) -> tuple[Port, ...]:
         """Return the output ports, which return the tensors ``output`` and ``state``."""
@@ -69,14 +82,17 @@ def find_step_sizes(program: StepList) -> StepSizes | None:
     shapes = {port.name: port.shape for port in program.inputs}
     if tuple(shapes) != INPUTS or tuple(port.name for port in program.outputs) != OUTPUTS:
         return None
-    (_, chunk, keys), value, state = shapes[KEY], shapes[VALUE], shapes[STATE]
+    (_, *key), value, state = shapes[KEY], shapes[VALUE], shapes[STATE]
     values_first = shapes[BETA].rows == 1
+    keys_first = next(p.meaning for p in program.inputs if p.name == KEY) is Meaning.CHANNELS_FIRST
+    chunk, keys = reversed(key) if keys_first else key
     sizes = StepSizes(
         chunk=chunk,
         key_size=keys,
         value_size=state.rows if values_first else state.columns,
         per_channel=shapes[LOG_DECAY].rows != 1,
         values_first=values_first,
+        keys_first=keys_first,
     )
     o, s = (port.tensor for port in program.outputs)
     fits = program.inputs == sizes.inputs() and program.outputs == sizes.outputs(o, s)

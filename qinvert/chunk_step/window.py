@@ -32,7 +32,12 @@ MAX_CHUNKS: Final = MAX_PORTS - 2
 
 
 def window_plan(
-    plan: QuantizedProgram, chunks: int, *, values_first: bool | None = None, every_state: bool = False
+    plan: QuantizedProgram,
+    chunks: int,
+    *,
+    values_first: bool | None = None,
+    keys_first: bool | None = None,
+    every_state: bool = False,
 ) -> QuantizedProgram:
     """Return the plan of ``chunks`` chunk steps in a row, each on the grids of ``plan``.
 
@@ -46,6 +51,8 @@ def window_plan(
     values_first : bool, optional
         Whether the ports v, o and state hold values before tokens and keys, ``[Dv, chunks C]`` and
         ``[Dv, Dk]``; as in ``plan`` if left out.
+    keys_first : bool, optional
+        Whether the ports q, k, and g of channels hold channels before tokens; as in ``plan`` if left out.
     every_state : bool
         Whether the states behind all chunks but the last are outputs, too: ``state_1``, ``state_2``, ...
 
@@ -56,7 +63,7 @@ def window_plan(
     ProgramError
         If ``plan`` is not that of a chunk step, or the number of chunks is not legal.
     """
-    window = _Window(plan.program, chunks, values_first)
+    window = _Window(plan.program, chunks, values_first, keys_first)
     check_state_grids(plan)
     program = window.program(every_state=every_state)
     tensors = {name: plan.tensors[origin] for name, origin in window.origins.items()}
@@ -66,11 +73,14 @@ def window_plan(
 class _Window:
     """Collects the steps of all chunks, and from which tensor of the chunk step each has its grid."""
 
-    def __init__(self, program: StepList, chunks: int, values_first: bool | None) -> None:
+    def __init__(
+        self, program: StepList, chunks: int, values_first: bool | None, keys_first: bool | None
+    ) -> None:
         self.chunks = check_integer("chunks", chunks, 1, MAX_CHUNKS, ProgramError)
         self.step = program
         self.sizes = step_sizes(program)
         self.turns = values_first is not None and values_first != self.sizes.values_first
+        self.turns_keys = keys_first is not None and keys_first != self.sizes.keys_first
         self.origins = {port.name: port.tensor for port in program.inputs}
         self._steps: list[Step] = []
         self._constants: dict[str, Constant] = {}
@@ -79,8 +89,11 @@ class _Window:
         whole, out = self._sizes(), {port.name: port.tensor for port in self.step.outputs}
         outputs, states, state = [], list[str](), self._turned(STATE, STATE)
         values = self._turned(VALUE, VALUE)
+        keys = {name: name for name in (QUERY, KEY, LOG_DECAY)}
+        if self.turns_keys:
+            keys |= {name: self._transposed(name, name) for name in self.sizes.key_ports}
         for i in range(self.chunks):
-            parts = {name: self._part(i, name, name) for name in (QUERY, KEY, BETA, LOG_DECAY)}
+            parts = {name: self._part(i, name, tensor) for name, tensor in {**keys, BETA: BETA}.items()}
             parts |= {VALUE: self._part(i, VALUE, values), STATE: state}
             found = self._inline(parts, f"chunk_{i}/" if self.chunks > 1 else "")
             outputs.append(found[OUTPUT])
@@ -92,7 +105,7 @@ class _Window:
             name=self.step.name,
             chunk=self.step.chunk,
             parameters={**self.step.parameters, **({"chunks": self.chunks} if self.chunks > 1 else {})},
-            inputs=whole.inputs() if not self.turns else self._turned_inputs(whole),
+            inputs=self._inputs(whole),
             outputs=self._outputs(whole, o, returned),
             constants=tuple(self._constants.values()),
             steps=tuple(self._steps),
@@ -101,14 +114,15 @@ class _Window:
     def _sizes(self) -> StepSizes:
         return replace(self.sizes, chunk=self.chunks * self.sizes.chunk)
 
-    def _turned_inputs(self, whole: StepSizes) -> tuple[Port, ...]:
-        """Ports of which v and the state alone are in the other layout; beta stays as products want it."""
+    def _inputs(self, whole: StepSizes) -> tuple[Port, ...]:
+        """Ports of which v and the state, or the keys, are in the other layout; beta stays as it is."""
+        turned = {*((VALUE, STATE) if self.turns else ()), *(whole.key_ports if self.turns_keys else ())}
         other = {port.name: port for port in self._other(whole).inputs()}
-        return tuple(other[port.name] if port.name in (VALUE, STATE) else port for port in whole.inputs())
+        return tuple(other[port.name] if port.name in turned else port for port in whole.inputs())
 
     @staticmethod
     def _other(whole: StepSizes) -> StepSizes:
-        return replace(whole, values_first=not whole.values_first)
+        return replace(whole, values_first=not whole.values_first, keys_first=not whole.keys_first)
 
     def _outputs(self, whole: StepSizes, o: str, states: list[str]) -> tuple[Port, ...]:
         output, last = (self._other(whole) if self.turns else whole).outputs(o, states[-1])
@@ -140,6 +154,7 @@ class _Window:
     def _spans(self, port: str, span: Range) -> tuple[Range | None, Range | None]:
         row = port == LOG_DECAY and not self.sizes.per_channel
         row = row or (port in (VALUE, BETA) and self.sizes.values_first)
+        row = row or (port in self.sizes.key_ports and self.sizes.keys_first)
         return (None, span) if row else (span, None)
 
     def _joined(self, outputs: list[str], origin: str) -> str:
@@ -150,8 +165,9 @@ class _Window:
         return f"{OUTPUT}/chunks"
 
     def _turned(self, tensor: str, origin: str) -> str:
-        if not self.turns:
-            return tensor
+        return self._transposed(tensor, origin) if self.turns else tensor
+
+    def _transposed(self, tensor: str, origin: str) -> str:
         self._append(Transpose(output=f"{tensor}/layout", source=tensor), origin)
         return f"{tensor}/layout"
 

@@ -149,6 +149,8 @@ def _parts(chunks: DeltaChunks, sizes: StepSizes) -> Iterator[dict[str, torch.Te
         values, state, beta = values.mT, state.mT, beta.mT
     g = chunks.g if sizes.per_channel else chunks.g.unsqueeze(-2)
     whole = {QUERY: chunks.q, KEY: chunks.k, VALUE: values, BETA: beta, LOG_DECAY: g}
+    if sizes.keys_first:
+        whole |= {name: whole[name].mT for name in sizes.key_ports}
     most = GPU_MATRICES if chunks.q.is_cuda else CPU_MATRICES
     heads, number = chunks.beta.shape[1:3]
     # Whole sequences, so that whoever observes can tell the heads apart.

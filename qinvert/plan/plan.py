@@ -127,8 +127,19 @@ class LayerPlan(QuantizedProgram):
         """
         from qinvert.execution.step_inputs import step
 
-        given = {"valid": valid, "normalize": normalize, "rounding": rounding}
-        return step(self, self.channels, q, k, v, g, beta, state, **given)
+        return step(
+            self,
+            self.channels,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            state,
+            valid=valid,
+            normalize=normalize,
+            rounding=rounding,
+        )
 
     def execute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output of any program, simulated bit-exactly; see `qinvert.execution.simulator.execute`."""

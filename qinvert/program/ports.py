@@ -21,6 +21,8 @@ class Meaning(StrEnum):
 
     #: Any matrix; the program's documentation says what it is.
     TENSOR = "tensor"
+    #: A matrix whose columns are tokens and whose rows are channels; other layouts are `TENSOR`.
+    CHANNELS_FIRST = "channels_first"
     #: ``M = -L``, strictly lower triangular, ``[C, C]``.
     MATRIX = "matrix"
     #: ``K = M / max(beta, 2^-14)``, row by row, strictly lower triangular, ``[C, C]``.
