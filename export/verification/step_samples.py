@@ -43,7 +43,7 @@ def step_samples(
         VALID: valid,
     }
     turned = sizes.key_ports if interface.keys_first else ()
-    arrays = {name: np.swapaxes(x, -1, -2) if name in turned else x for name, x in found.items()}
+    arrays = {name: np.asarray(x).swapaxes(-1, -2) if name in turned else x for name, x in found.items()}
     return {name: np.ascontiguousarray(x, dtype=np.float32) for name, x in arrays.items()}
 
 
