@@ -15,7 +15,7 @@ from qinvert.export.interface import GraphOutput, InputType, Interface
 from qinvert.export.lowering.tensors import TRANSPOSED, ProgramTensors, vector_name
 from qinvert.numerics import scalar
 from qinvert.plan.carried_identity import CarriedIdentities, joined_ones
-from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantization import CONSTANT_GRID, Quantization, Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
 from qinvert.program.evaluator import Evaluator
@@ -102,14 +102,14 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     def constant(self, constant: Constant, blocks: int) -> Value:
         return Value("", constant.name, constant)
 
-    def operand(self, value: Value, blocks: int = 0) -> Value:
+    def operand(self, value: Value, blocks: int = 0, grid: Quantization = CONSTANT_GRID) -> Value:
         """Return the right operand of a product or sum.
 
-        A constant is written as ``[rows, columns]``, or once for each of ``blocks``.
+        A constant is written onto a grid as ``[rows, columns]``, or once for each of ``blocks``.
         """
         if value.constant is None:
             return value
-        matrix, grid = constant_support(value.constant).astype(np.int8), self.grid(value.tensor)
+        matrix = constant_support(value.constant).astype(grid.format.element) * grid.one
         if blocks:
             return Value(self.repeated(f"{value.tensor}/{blocks}", matrix, blocks, grid), value.tensor)
         return Value(self.literal(value.tensor, matrix, grid), value.tensor)

@@ -156,7 +156,7 @@ class QdqLowering(GraphLowering):
     def _term(self, step: Add | Subtract, right: Value) -> str:
         full = self.profile.full_masks and self.batch is not None
         blocks = self.plan.program.shapes[step.output].blocks if full else 0
-        return self.plain(self.operand(right, blocks)).name
+        return self.plain(self.operand(right, blocks, self.plan.term_grid(step))).name
 
     def multiply(self, step: Multiply, left: Value, right: Value) -> Value:
         scale = product_scale(self.grid(step.left).scale, self.grid(step.right).scale)

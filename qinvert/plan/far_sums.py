@@ -8,7 +8,7 @@ from qinvert.formats import INT8
 from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import loses
 from qinvert.plan.integer_product import operands
-from qinvert.plan.quantization import CONSTANT_GRID, Quantization
+from qinvert.plan.quantization import Quantization, constant_grid
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.steps import Add, Multiply, Rescale, Scale, Step, Subtract
 
@@ -35,7 +35,9 @@ def is_far(step: Step, tensors: Mapping[str, Quantization]) -> bool:
             spoils = leaves_int32
         case _:
             return False
-    *grids, result = [tensors.get(name, CONSTANT_GRID) for name in names]
+    # A constant may stand on the right of a sum.
+    own = constant_grid(tensors[names[0]])
+    *grids, result = [tensors.get(name, own) for name in names]
     narrow = all(grid.format.container_bits == INT8.container_bits for grid in (*grids, result))
     return narrow and spoils([grid.scale * factor for grid in grids], result.scale)
 

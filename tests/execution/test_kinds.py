@@ -17,6 +17,7 @@ from qinvert.numerics import scalar
 from qinvert.numerics.accumulators import partial_factors
 from qinvert.numerics.exact import integer_multiply
 from qinvert.numerics.scales import float32, multiplier, product_scale
+from qinvert.plan.far_sums import is_far
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.ports import Port
@@ -171,6 +172,7 @@ def test_sums_and_differences_are_the_scalar_twin(kind, right, fmt):
     ones = np.array([[start <= j < stop for j in range(4)] for start, stop in LIKE_A.ones]) * 1
     others = given[right].numpy() if right == "b" else np.broadcast_to(ones, found.shape)
     other = plan.tensors[right] if right == "b" else Quantization(format=INT8, scale=1.0)
+    assert right == "b" or plan.term_grid(step) == other
     for a, b, y in zip(given["a"].numpy().flat, others.flat, found.flat, strict=True):
         (first, unit), *rest = scalar.planes_scalar(int(a), grid.scale, grid.format)
         rest += [(q, sign * s) for q, s in scalar.planes_scalar(int(b), other.scale, other.format)]
@@ -263,6 +265,40 @@ def test_a_narrower_interval_would_be_left():
     assert (seen["y"] > ends["y"][1]).any()
 
 
+# Constants in sums.
+
+
+@pytest.mark.parametrize(
+    ("fmt", "scale", "own"),
+    [
+        (INT8, float32(1 / 127), True),
+        (INT8, 2.0**-6, True),
+        (INT16, float32(1 / 32767), True),
+        # 128 is beyond the format; 0.3 is no reciprocal.
+        (INT8, 2.0**-7, False),
+        (INT8, float32(0.3), False),
+        (INT8X2, float32(1 / 127), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Add, Subtract])
+def test_a_constant_takes_the_grid_of_what_it_is_added_to_where_that_has_one(kind, fmt, scale, own):
+    step = kind(output="y", left="a", right="like_a")
+    grid = Quantization(format=fmt, scale=scale)
+    plan = planned(step, (fmt, fmt), Requantize.DIVIDE, 3)
+    plan = LayerPlan(program=plan.program, tensors=dict.fromkeys("ay", grid), requantize=plan.requantize)
+    assert (plan.term_grid(step) == grid) == own
+    assert not own or not is_far(step, plan.tensors)
+    ones = np.array([[start <= j < stop for j in range(4)] for start, stop in LIKE_A.ones])
+    given, seen = integers(plan, 4, 30)["a"] * 0.4 // 1, {}
+    reals = torch.from_numpy((given.numpy() * np.float32(scale)).astype(np.float32))
+    evaluate(plan, {"a": reals}, seen.__setitem__)
+    sign = 1 if kind is Add else -1
+    total = (seen["a"].numpy() * np.float32(scale) + sign * ones.astype(np.float32)) / np.float32(scale)
+    if fmt.planes == 1:
+        assert np.array_equal(seen["y"].numpy(), np.rint(total).clip(fmt.minimum, fmt.maximum))
+
+
 # Who refuses what.
 
 
@@ -296,5 +332,7 @@ def test_tflite_sees_the_grid_of_a_constant():
 def test_operators_of_a_chip_are_counted_for_every_kind(step):
     plan = planned(step, (INT8, INT8), Requantize.MULTIPLIER, 11)
     kinds = [operator.kind for operator in operators(plan, 8)]
-    assert kinds == [Kind.PRODUCT if isinstance(step, MatMul) else Kind.ELEMENTWISE]
+    assert kinds[-1] is (Kind.PRODUCT if isinstance(step, MatMul) else Kind.ELEMENTWISE)
+    # A sum of grids that are far apart is preceded by a product with the identity.
+    assert len(kinds) == 1 + is_far(step, plan.tensors) * (not isinstance(step, Multiply))
     assert plan.cost() > 0
