@@ -12,17 +12,16 @@ import numpy as np
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import GraphOutput, InputType, Interface
-from qinvert.export.lowering.tensors import TRANSPOSED, IntArray, ProgramTensors, vector_name
+from qinvert.export.lowering.tensors import TRANSPOSED, ProgramTensors, vector_name
 from qinvert.numerics import scalar
 from qinvert.plan.carried_identity import CarriedIdentities, joined_ones
-from qinvert.plan.far_sums import constant_grid
-from qinvert.plan.quantization import Quantization, Requantize
+from qinvert.plan.quantization import CONSTANT_GRID, Quantization, Requantize
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
 from qinvert.program.evaluator import Evaluator
 from qinvert.program.ports import Meaning, Port
 from qinvert.program.sparsity import Support, constant_support
-from qinvert.program.steps import Add, Axis, Concat, Constant, MatMul, Slice, Subtract
+from qinvert.program.steps import Axis, Concat, Constant, MatMul, Slice
 
 #: Identity blocks that one residual term may add to a product; calibration needs 16.
 MAX_IDENTITY_BLOCKS = 32
@@ -103,15 +102,14 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     def constant(self, constant: Constant, blocks: int) -> Value:
         return Value("", constant.name, constant)
 
-    def operand(self, step: MatMul | Add | Subtract, value: Value, blocks: int = 0) -> Value:
+    def operand(self, value: Value, blocks: int = 0, grid: Quantization = CONSTANT_GRID) -> Value:
         """Return the right operand of a product or sum.
 
-        A constant is written as ``[rows, columns]``, or once for each of ``blocks``.
+        A constant is written onto a grid as ``[rows, columns]``, or once for each of ``blocks``.
         """
         if value.constant is None:
             return value
-        grid = constant_grid(step, self.plan.tensors)
-        matrix: IntArray = constant_support(value.constant) * np.array(grid.one, dtype=grid.format.element)
+        matrix = constant_support(value.constant).astype(grid.format.element) * grid.one
         if blocks:
             return Value(self.repeated(f"{value.tensor}/{blocks}", matrix, blocks, grid), value.tensor)
         return Value(self.literal(f"{value.tensor}/matrix", matrix, grid), value.tensor)

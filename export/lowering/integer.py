@@ -77,7 +77,7 @@ class IntegerLowering(GraphLowering):
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
-        name, right = step.output, self.operand(step, right)
+        name, right = step.output, self.operand(right)
         if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             steps = self._product(name, step, operands)

@@ -106,7 +106,7 @@ class QdqLowering(GraphLowering):
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
     ) -> Value:
-        shape, right = self.shape(step.output), self.operand(step, right)
+        shape, right = self.shape(step.output), self.operand(right)
         if self._integer_residuals:
             *operands, ones = self.widened(step, left, right)
             return replace(self._partial(step, *operands), ones=ones)
@@ -163,7 +163,7 @@ class QdqLowering(GraphLowering):
     def _term(self, step: Add | Subtract, right: Value) -> str:
         full = self.profile.full_masks and self.batch is not None
         blocks = self.plan.program.shapes[step.output].blocks if full else 0
-        return self.plain(self.operand(step, right, blocks)).name
+        return self.plain(self.operand(right, blocks, self.plan.term_grid(step))).name
 
     def multiply(self, step: Multiply, left: Value, right: Value) -> Value:
         scale = product_scale(self.grid(step.left).scale, self.grid(step.right).scale)

@@ -19,7 +19,7 @@ class QLinearLowering(IntegerLowering):
         if self.plan.requantize is not Requantize.MULTIPLIER:
             # QLinearMatMul rounds by one factor, which is not the plan's rounding.
             return super().matmul(step, left, right, add, subtract)
-        *operands, ones = self.widened(step, left, self.operand(step, right))
+        *operands, ones = self.widened(step, left, self.operand(right))
         zero, element = self.zero_point(self.stored_format), self.stored_format.element
         inputs: list[str] = []
         for operand, tensor in zip(operands, (step.left, step.right), strict=True):

@@ -38,7 +38,7 @@ def check_plan(plan: QuantizedProgram) -> None:
     if plan.requantize is not Requantize.MULTIPLIER:
         raise PlanError(f"Hexagon joins the residual terms of this plan in float16; {remedy}")
     for step in plan.program.steps:
-        grids = [plan.grid(name) for name in (*step.inputs, step.output)]
+        grids = plan.grids_of(step)
         kept = isinstance(step, Rescale) and plan.keeps_integers(step)
         sums = isinstance(step, Add) and _is_known_sum({grid.scale for grid in grids})
         if not kept and not sums and not isinstance(step, (MatMul, Slice, Concat, Mask)):

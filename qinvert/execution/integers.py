@@ -96,10 +96,16 @@ class IntegerEvaluator(TorchEvaluator):
         return planes(value, grid.scale, grid.format)
 
     def add(self, step: Add, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return self._sum(step.output, [*self._planes(step.left, left), *self._planes(step.right, right)])
+        return self._sum(step.output, [*self._planes(step.left, left), *self._right(step, right)])
+
+    def _right(self, step: Add | Subtract, right: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+        if step.right in self.plan.tensors:
+            return self._planes(step.right, right)
+        grid = self.plan.term_grid(step)
+        return [(grid.one * right, grid.scale)]
 
     def subtract(self, step: Subtract, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        negated = [(q, -scale) for q, scale in self._planes(step.right, right)]
+        negated = [(q, -scale) for q, scale in self._right(step, right)]
         return self._sum(step.output, [*self._planes(step.left, left), *negated])
 
     def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:

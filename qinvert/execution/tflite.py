@@ -50,7 +50,7 @@ def check_plan(plan: QuantizedProgram) -> None:
     for step in plan.program.steps:
         if isinstance(step, (Subtract, Exponential)):
             raise PlanError(f"how TFLite rounds step {step.output!r} is not known; {remedy}")
-        grids = [plan.grid(name) for name in (*step.inputs, step.output)]
+        grids = plan.grids_of(step)
         if isinstance(step, (Add, Rescale)) and not tflite.adds([grid.scale for grid in grids]):
             raise PlanError(f"TFLite does not sum on the grids of step {step.output!r}; {remedy}")
     for name, grid in plan.tensors.items():

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from qinvert.formats import INT8
 from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import loses
-from qinvert.numerics.scalar import dequantize_scalar
 from qinvert.plan.integer_product import operands
-from qinvert.plan.quantization import CONSTANT_GRID, Quantization
+from qinvert.plan.quantization import Quantization, constant_grid
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.steps import Add, Multiply, Rescale, Scale, Step, Subtract
 
@@ -36,22 +35,11 @@ def is_far(step: Step, tensors: Mapping[str, Quantization]) -> bool:
             spoils = leaves_int32
         case _:
             return False
-    *grids, result = [tensors[name] if name in tensors else constant_grid(step, tensors) for name in names]
+    # A constant may stand on the right of a sum.
+    own = constant_grid(tensors[names[0]])
+    *grids, result = [tensors.get(name, own) for name in names]
     narrow = all(grid.format.container_bits == INT8.container_bits for grid in (*grids, result))
     return narrow and spoils([grid.scale * factor for grid in grids], result.scale)
-
-
-def constant_grid(step: Step, tensors: Mapping[str, Quantization]) -> Quantization:
-    """Return the grid of a 0/1 constant as graphs write it for a step.
-
-    A sum takes the grid of its other operand where 1.0 is one of its numbers, exactly:
-    no grids of a sum are then far apart.
-    """
-    if isinstance(step, (Add, Subtract)):
-        grid = tensors[step.left]
-        if 0 < grid.one <= grid.largest_one and dequantize_scalar(grid.one, grid.scale, grid.format) == 1.0:
-            return grid
-    return CONSTANT_GRID
 
 
 def far_sums_cost(plan: QuantizedProgram) -> int:

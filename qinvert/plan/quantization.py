@@ -71,6 +71,16 @@ class Quantization:
 CONSTANT_GRID: Final = Quantization(format=INT8, scale=1.0)
 
 
+def constant_grid(partner: Quantization) -> Quantization:
+    """Return the grid of a 0/1 constant in a sum with ``partner``.
+
+    It is the partner's own where 1.0 is one of its integers, bit for bit: sums of
+    one grid are exact in every kernel, and of one width.
+    """
+    fits = partner.format.planes == 1 and 0 < partner.one <= partner.format.maximum
+    return partner if fits and scales.product_scale(partner.one, partner.scale) == 1 else CONSTANT_GRID
+
+
 def requantize_named(name: str) -> Requantize:
     """Return the member of that name.
 

@@ -15,11 +15,12 @@ from qinvert.plan.quantization import (
     check_moves,
     check_names,
     check_single_planes,
+    constant_grid,
     requantize_named,
 )
 from qinvert.program.cost import inner_size
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import Rescale
+from qinvert.program.steps import Add, Rescale, Step, Subtract
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,17 @@ class QuantizedProgram:
     def grid(self, name: str) -> Quantization:
         """Return the grid of a tensor or of a constant."""
         return self.tensors.get(name, CONSTANT_GRID)
+
+    def term_grid(self, step: Add | Subtract) -> Quantization:
+        """Return the grid of the right operand of a sum, see `constant_grid`."""
+        return self.tensors.get(step.right) or constant_grid(self.tensors[step.left])
+
+    def grids_of(self, step: Step) -> list[Quantization]:
+        """Return the grids of what a step reads, in the order of its inputs, and of what it writes."""
+        inputs = [self.grid(name) for name in step.inputs]
+        if isinstance(step, (Add, Subtract)):
+            inputs[1] = self.term_grid(step)
+        return [*inputs, self.tensors[step.output]]
 
     def _read_products(self) -> dict[str, IntegerProduct]:
         grids = {**self.tensors, **{c.name: CONSTANT_GRID for c in self.program.constants}}

@@ -188,6 +188,22 @@ def test_grids_far_from_each_other_stay_right(profile, kind, spread, tmp_path):
         assert found.max() < 1e-3
 
 
+@pytest.mark.parametrize("profile", [name for name, p in PROFILES.items() if INT8 in p.formats])
+@pytest.mark.parametrize("kind", ["constant added", "constant subtracted"])
+@pytest.mark.parametrize("scale", [float32(1 / 127), 2.0**-6])
+def test_a_constant_on_the_grid_of_its_partner_needs_no_product(profile, kind, scale, tmp_path):
+    """As T = I + S has it: the constant is stored as the integer of 1.0."""
+    if PROFILES[profile].power_of_two_scales and scale != 2.0**-6:
+        pytest.skip("the profile takes powers of two only")
+    plan = planned(STEPS[kind], (INT8, INT8), PROFILES[profile].requantize, 0, pow2=True)
+    grid = Quantization(format=INT8, scale=scale)
+    plan = replace(plan, tensors=dict.fromkeys(plan.tensors, grid))
+    for found in differences(plan, profile, tmp_path / "x.onnx", 1):
+        assert not found.any()
+    kinds = {node.op_type for node in exported(plan, profile, tmp_path / "y.onnx").graph.node}
+    assert "MatMul" not in kinds
+
+
 @pytest.mark.parametrize("scales", [(2.0**-14, 2.0**-7), (float32(1 / 30000), float32(1 / 101))])
 def test_a_narrower_format_survives_the_optimizer(scales, tmp_path):
     """Int16 to int8 is one pair of QuantizeLinear and DequantizeLinear, which nothing may merge."""
