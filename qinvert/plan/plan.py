@@ -127,8 +127,8 @@ class LayerPlan(QuantizedProgram):
         """
         from qinvert.execution.step_inputs import step
 
-        given = {"valid": valid, "normalize": normalize, "rounding": rounding}
-        return step(self, self.channels, q, k, v, g, beta, state, **given)
+        inputs = (q, k, v, g, beta, state)
+        return step(self, self.channels, *inputs, valid=valid, normalize=normalize, rounding=rounding)
 
     def execute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output of any program, simulated bit-exactly; see `qinvert.execution.simulator.execute`."""
