@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
-from qinvert.calibration.choices import (
-    HARDWARE_LOSS_DB,
-    MAX_LOSS_DB,
-    Granularity,
-    RangeRule,
-    ScaleRule,
-    format_of,
-)
+from qinvert.calibration.choices import Granularity
 from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, step_calibration
 from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
 from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.grid_options import GridOptions, grid_options, member
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
-from qinvert.calibration.planning.costs import Costs, Measure, costs_for
+from qinvert.calibration.planning.costs import Measure, costs_for
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.extent import check_extent
-from qinvert.calibration.planning.grids import GridRules
-from qinvert.calibration.planning.planner import Candidate, Goals, choose
-from qinvert.checks import check_decibels, check_seed
+from qinvert.calibration.planning.planner import Candidate, choose
+from qinvert.checks import check_seed
 from qinvert.errors import PlanError, ProgramError
-from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
-from qinvert.methods import AUTO
+from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Requantize
-from qinvert.profiles import Profile
 from qinvert.program.program import Program
-
-E = TypeVar("E", bound=StrEnum)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """The checked arguments of `calibrate` that choose grids."""
-
-    profile: Profile
-    costs: Costs
-    ladder: tuple[IntFormat, ...]
-    rules: GridRules
-    goals: Goals
 
 
 def calibrate(
@@ -168,17 +144,20 @@ def calibrate(
         If the method is unknown, has no factored form, or has another chunk
         size than the data.
     """
-    options = _options(
+    options = grid_options(
         bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch, measure)
     )
     check_seed(seed, PlanError)
-    grain = _member(Granularity, "granularity", granularity)
+    grain = member(Granularity, "granularity", granularity)
     given = with_options(data, num_samples, seq_len, seed)
-    if _member(Scope, "scope", scope) is Scope.CHUNK:
-        _check_chunk_options(factored, checkpoint)
+    if member(Scope, "scope", scope) is Scope.CHUNK:
+        _check_chunk_options(factored, checkpoint, max_loss_db, measure)
         calibration = _step_calibration(method, bits, ranges, options, grain, chunk or ChunkOptions())
         steps = calibration.run(source, given, progress)
-        provenance = _provenance(method, bits, grain, options, seed) | {"scope": scope, "ranges": ranges}
+        provenance = _provenance(method, bits, grain, options, seed)
+        # A step has no floor to stay near, and rules of its own for ranges.
+        provenance |= {"scope": scope, "ranges": ranges}
+        del provenance["max_loss_db"]
         return Plan(layers=steps, target=options.costs.target_of(steps.values()), provenance=provenance)
     if chunk is not None:
         raise PlanError("chunk=ChunkOptions(...) goes with scope='chunk'; leave it out, or pass that scope")
@@ -199,7 +178,7 @@ def calibrate(
 
 
 def _provenance(
-    method: str | Program, bits: int | str, grain: Granularity, options: _Options, seed: int
+    method: str | Program, bits: int | str, grain: Granularity, options: GridOptions, seed: int
 ) -> dict[str, Any]:
     return {
         "method": method if isinstance(method, str) else method.title,
@@ -214,9 +193,17 @@ def _provenance(
     }
 
 
-def _check_chunk_options(factored: bool, checkpoint: object) -> None:
-    for name, given in (("factored", factored), ("checkpoint", checkpoint is not None)):
-        if given:
+def _check_chunk_options(
+    factored: bool, checkpoint: object, max_loss_db: float | None, measure: Measure | None
+) -> None:
+    given = {
+        "factored": factored,
+        "checkpoint": checkpoint is not None,
+        "max_loss_db": max_loss_db is not None,
+        "measure": measure is not None,
+    }
+    for name, passed in given.items():
+        if passed:
             raise PlanError(f"{name} goes with scope='inverse'; leave it out with scope='chunk'")
 
 
@@ -224,14 +211,14 @@ def _step_calibration(
     method: str | Program,
     bits: int | str,
     ranges: str,
-    options: _Options,
+    options: GridOptions,
     grain: Granularity,
     chunk: ChunkOptions,
 ) -> StepCalibration:
     return step_calibration(
         method=method,
         narrowest=options.ladder[0],
-        widens=str(bits) == AUTO,
+        bits=str(bits),
         scales=options.rules.scales,
         ranges=ranges,
         min_sqnr_db=options.goals.min_sqnr_db,
@@ -241,7 +228,7 @@ def _step_calibration(
     )
 
 
-def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
+def _plan_layer(observer: LayerObserver, options: GridOptions) -> LayerPlan:
     sample = observer.sampled
     costs = options.costs
     choice = choose(observer, options.ladder, options.rules, options.goals, costs)
@@ -263,7 +250,7 @@ def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
     return replace(choice.best.plan, provenance=provenance)
 
 
-def _programs(method: str | Program, chunk: int, factored: bool, options: _Options) -> list[Program]:
+def _programs(method: str | Program, chunk: int, factored: bool, options: GridOptions) -> list[Program]:
     if isinstance(method, Program):
         if method.chunk != chunk:
             raise ProgramError(
@@ -275,79 +262,3 @@ def _programs(method: str | Program, chunk: int, factored: bool, options: _Optio
         return [method]
     requantize, on_chips = options.profile.requantize, options.costs.hardware is not None
     return candidate_programs(method, chunk, factored, requantize, on_chips)
-
-
-def _options(
-    bits: int | str,
-    scales: str,
-    ranges: str,
-    min_sqnr_db: float,
-    max_loss_db: float | None,
-    costs: Costs,
-) -> _Options:
-    profile = costs.profile
-    ladder = _ladder(bits, profile)
-    if max_loss_db is None:
-        max_loss_db = HARDWARE_LOSS_DB if costs.named else MAX_LOSS_DB
-    return _Options(
-        profile=profile,
-        costs=costs,
-        ladder=ladder,
-        rules=GridRules(
-            scales=_scale_rule(scales, profile),
-            ranges=_range_rule(ranges, ladder),
-            requantize=profile.requantize,
-            folds=profile.quantized_everywhere,
-        ),
-        goals=Goals(
-            min_sqnr_db=check_decibels("min_sqnr_db", min_sqnr_db, PlanError),
-            max_loss_db=check_decibels("max_loss_db", max_loss_db, PlanError),
-        ),
-    )
-
-
-def _scale_rule(scales: str, profile: Profile) -> ScaleRule:
-    needed = ScaleRule.POW2 if profile.power_of_two_scales else ScaleRule.FLOAT
-    if scales == "auto":
-        return needed
-    if scales not in list(ScaleRule):
-        raise PlanError(f"scales {scales!r} is unknown; use {_alternatives(['auto', *ScaleRule])}")
-    if needed is ScaleRule.POW2 and scales == ScaleRule.FLOAT:
-        raise PlanError(
-            f"target {profile.name!r} takes power-of-two scales only, not scales={str(scales)!r}; "
-            "use scales='pow2' or another target"
-        )
-    return ScaleRule(scales)
-
-
-def _range_rule(ranges: str, ladder: tuple[IntFormat, ...]) -> RangeRule:
-    if ranges == "auto":
-        return RangeRule.MSE if ladder[0] == INT4 else RangeRule.MAX
-    if ranges not in list(RangeRule):
-        raise PlanError(f"ranges {ranges!r} is unknown; use {_alternatives(['auto', *RangeRule])}")
-    return RangeRule(ranges)
-
-
-def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:
-    if str(bits) == "auto":
-        # int4 lies in int8 containers: no target multiplies it faster.
-        wide = [fmt for fmt in profile.formats if fmt != INT4]
-        return tuple(sorted(wide, key=lambda fmt: fmt.largest)) or profile.formats[:1]
-    fmt = format_of(bits, profile)
-    if fmt not in profile.formats:
-        names = ", ".join(f.name for f in profile.formats)
-        raise PlanError(
-            f"target {profile.name!r} takes {names}, not {fmt}; choose other bits or another target"
-        )
-    return (fmt,)
-
-
-def _member(kind: type[E], name: str, value: str) -> E:
-    try:
-        return kind(value)
-    except ValueError:
-        raise PlanError(f"{name} {value!r} is unknown; use {_alternatives(list(kind))}") from None
-
-
-def _alternatives(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -14,19 +14,20 @@ from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.one_pass import Progress, observe_steps, split_heads
 from qinvert.calibration.chunk_steps.options import WIDE_BITS, ChunkOptions
 from qinvert.calibration.chunk_steps.planner import StepChoices, choose_step
+from qinvert.calibration.chunk_steps.results import check_sizes
 from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.calibration.heads import head_name
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.costs import Costs
 from qinvert.chunk_step.gated_delta_step import gated_delta_step
-from qinvert.chunk_step.ports import BETA, find_step_sizes
+from qinvert.chunk_step.ports import BETA, NEGATIVE_BETA, find_step_sizes
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError, PlanError, ProgramError
 from qinvert.formats import INT8, INT16, IntFormat
 from qinvert.methods import AUTO
 from qinvert.methods.elimination import elimination
 from qinvert.plan.plan import LayerPlan
-from qinvert.profiles import default_target
+from qinvert.profiles import Profile, default_target
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.program.steps import MAX_BETA
@@ -71,6 +72,7 @@ class StepCalibration:
         """Return the program for the sizes of a layer."""
         method, size = self.method, chunks.beta.shape[-1]
         if isinstance(method, Program) and find_step_sizes(method) is not None:
+            check_sizes(method, chunks)
             return method
         return gated_delta_step(
             self._inverse(size // 2 if self.options.halves else size),
@@ -105,6 +107,7 @@ class StepCalibration:
         max_beta = 1.0 if largest <= 1 else MAX_BETA
         if max_beta > 1:
             program = self._program(sample, max_beta)
+        _check_beta(program, largest)
         layer = Layer(
             program=program,
             observed=observed,
@@ -115,6 +118,17 @@ class StepCalibration:
         )
         choice = choose_step(layer, self.choices, self.costs)
         return with_provenance(choice.best.plan, {**_facts(layer), **choice.to_json(self.choices)})
+
+
+def _check_beta(program: Program, largest: float) -> None:
+    # A program of a step that the caller built holds for the beta that it was built for.
+    bounds = {step.output: step.bound for step in program.steps}
+    limit = bounds.get(NEGATIVE_BETA)
+    if limit is not None and largest > limit * (1 + 2**-10):
+        raise ProgramError(
+            f"beta reaches {largest:.4g}, but {program.title} is for beta up to {limit:g}; build it with "
+            f"max_beta={MAX_BETA:g}"
+        )
 
 
 def _facts(layer: Layer) -> dict[str, Any]:
@@ -141,7 +155,7 @@ def step_calibration(
     *,
     method: str | Program,
     narrowest: IntFormat,
-    widens: bool,
+    bits: str,
     scales: ScaleRule,
     ranges: str,
     min_sqnr_db: float,
@@ -154,15 +168,11 @@ def step_calibration(
     Raises
     ------
     PlanError
-        If an option asks for more bits than the target has.
+        If options do not go together, or ask for more bits than the target has.
     """
+    _check_options(options, bits, narrowest, costs.profile)
     profile, all_wide = costs.profile, narrowest.largest > INT8.largest
     wide = [fmt for fmt in profile.formats if fmt.largest > INT8.largest]
-    if not wide and WIDE_BITS in (options.value_bits, options.state_bits):
-        raise PlanError(
-            f"target {profile.name!r} has no format of more than 8 bits for values or a state; choose "
-            f"target={default_target(INT16)!r}, or leave value_bits and state_bits out"
-        )
     return StepCalibration(
         method=method,
         rules=StepRules(
@@ -175,7 +185,7 @@ def step_calibration(
         ),
         choices=StepChoices(
             min_sqnr_db=min_sqnr_db,
-            widens=widens and bool(wide),
+            widens=bits == AUTO and bool(wide),
             all_wide=all_wide,
             value_bits=options.value_bits,
             state_bits=options.state_bits,
@@ -187,6 +197,24 @@ def step_calibration(
         options=options,
         granularity=granularity,
     )
+
+
+def _check_options(options: object, bits: str, narrowest: IntFormat, profile: Profile) -> None:
+    if not isinstance(options, ChunkOptions):
+        raise PlanError(f"chunk is a {type(options).__name__}; pass chunk=qinvert.ChunkOptions(...)")
+    chosen = {name: getattr(options, name) for name in ("value_bits", "state_bits")}
+    fixed = {name: given for name, given in chosen.items() if given != AUTO}
+    if fixed and narrowest != INT8:
+        name, given = next(iter(fixed.items()))
+        raise PlanError(
+            f"{name}={given} does not go with bits={bits}, which is the format of all tensors; leave one of "
+            "them out"
+        )
+    if WIDE_BITS in fixed.values() and all(fmt.largest <= INT8.largest for fmt in profile.formats):
+        raise PlanError(
+            f"target {profile.name!r} has no format of more than 8 bits for values or a state; choose "
+            f"target={default_target(INT16)!r}, or leave value_bits and state_bits out"
+        )
 
 
 def _range_rules(ranges: str) -> tuple[RangeRule, ...]:

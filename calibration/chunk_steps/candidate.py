@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -63,6 +63,13 @@ class Layer:
         return self.observed.sample
 
 
+class Scaling(NamedTuple):
+    """What happens to value channels, and how reasons name it."""
+
+    name: str
+    channels: ValueChannels | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Candidate:
     """A plan, and what it reaches on the sample."""
@@ -70,6 +77,7 @@ class Candidate:
     plan: LayerPlan
     #: Groups that have more than 8 bits.
     widened: tuple[str, ...]
+    scaling: Scaling
     ranges: RangeRule
     sqnr_o_db: float
     sqnr_state_db: float
@@ -96,6 +104,7 @@ class Candidate:
             "program": self.plan.program.title,
             "formats": self.plan.formats,
             "widened": list(self.widened),
+            "channels": self.scaling.name,
             "ranges": str(self.ranges),
             "cost": self.whole_cost,
             "sqnr_o_db": finite_db(self.sqnr_o_db),

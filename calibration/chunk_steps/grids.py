@@ -127,7 +127,7 @@ def step_grids(
         for name in members:
             factor = room.of(group, formats[name]) if group in widths.value_groups else 1.0
             ranges[name] = _range(seen[name] * factor, proved.get(name, math.inf))
-    ranges |= dict.fromkeys(widths.exponentials, 1.0)
+    ranges |= dict.fromkeys(_decays(program, widths), 1.0)
     ranges |= dict.fromkeys(widths.groups[LOG_DECAY], _log_range(seen, widths, formats))
     ranges |= {name: min(limit, ranges[name]) for name, limit in (clipped or {}).items()}
     states = _states(program)
@@ -138,6 +138,16 @@ def step_grids(
     if scales is ScaleRule.FLOAT:
         tensors |= _safe_logs(program, widths, tensors)
     return StepGrids(tensors=tensors, ranges=ranges, requantize=form)
+
+
+def _decays(program: Program, widths: Widths) -> list[str]:
+    """Return the tensors that follow from log decays alone.
+
+    They reach 1 whatever the data showed: the last chunk of a sequence may hold one token.
+    """
+    others = program.depends_on(*(port.name for port in program.inputs if port.name != LOG_DECAY))
+    apart = {*others, *widths.groups[LOG_DECAY]}
+    return [name for name in program.tensors if name not in apart]
 
 
 def _states(program: Program) -> list[str]:

@@ -40,6 +40,7 @@ def observe_steps(
     shard, observers = Shard.current(), dict[str, ChunkObserver]()
 
     def see(layer: str, chunks: DeltaChunks) -> SolvedInverse:
+        _check_finite(layer, chunks)
         if layer not in observers:
             observers[layer] = ChunkObserver(programs(chunks), rotated=rotated)
         observers[layer].update(chunks, sampled=shard.rank == 0)
@@ -54,6 +55,16 @@ def observe_steps(
                     forward(model, batch)
         own = {name: (observer.program, observer.observed()) for name, observer in observers.items()}
         return _merged(shard.gather("merging layers", own))
+
+
+def _check_finite(layer: str, chunks: DeltaChunks) -> None:
+    given = {"q": chunks.q, "k": chunks.k, "v": chunks.v, "g": chunks.g, "beta": chunks.beta}
+    for name, values in given.items():
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(
+                f"{name} of layer {layer!r} holds NaN or Inf values; look for them upstream, or run the model "
+                "in float32"
+            )
 
 
 def _merged(parts: list[dict[str, tuple[Program, Observed]]]) -> dict[str, tuple[Program, Observed]]:

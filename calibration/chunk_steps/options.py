@@ -56,6 +56,8 @@ class ChunkOptions:
         if self.form not in list(Form):
             raise PlanError(f"form {self.form!r} is unknown; use {', '.join(Form)}")
         object.__setattr__(self, "form", Form(self.form))
+        if self.halves and self.form is Form.WY:
+            raise PlanError("halves applies T to one tensor, but form 'wy' has two; use 'folded' or 'state'")
         for name in ("value_bits", "state_bits"):
             if (given := getattr(self, name)) not in (AUTO, NARROW_BITS, WIDE_BITS):
                 raise PlanError(f"{name} {given!r} is unknown; use {AUTO}, {NARROW_BITS} or {WIDE_BITS}")

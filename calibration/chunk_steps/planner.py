@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qinvert.calibration.choices import RangeRule
-from qinvert.calibration.chunk_steps.candidate import Candidate, Layer, finite_db, measure, plan_layer
+from qinvert.calibration.chunk_steps.candidate import (
+    Candidate,
+    Layer,
+    Scaling,
+    finite_db,
+    measure,
+    plan_layer,
+)
 from qinvert.calibration.chunk_steps.grids import value_exponents
 from qinvert.calibration.chunk_steps.options import WIDE_BITS
 from qinvert.calibration.planning.costs import Costs
-from qinvert.chunk_step.ports import KEY, STATE, VALUE
+from qinvert.chunk_step.ports import KEY, NEW_VALUES, STATE, VALUE
 from qinvert.methods import AUTO
 from qinvert.plan.value_channels import ValueChannels
 
 #: Tensors whose channels may be made equally large; the new values are what all products of values read.
-EQUALIZED: Final = ("v_new", VALUE)
+EQUALIZED: Final = (NEW_VALUES, VALUE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +72,7 @@ class StepChoice:
         }
 
     def _fix(self, choices: StepChoices) -> str:
-        reached = f"lower min_sqnr_db to {best_db(self.candidates):.0f}"
+        reached = f"lower min_sqnr_db to {math.floor(best_db(self.candidates))}"
         if choices.widens or choices.all_wide:
             return f"no wider grid of this target helps; {reached}"
         return f"pass bits='auto' with a target of 16 bits, such as npu-qdq-int16, or {reached}"
@@ -80,42 +88,91 @@ def choose_step(layer: Layer, choices: StepChoices, costs: Costs) -> StepChoice:
 
     It starts from narrow grids with the value channels and ranges that serve
     them best.  Then it gives more bits to the group that removes the most noise
-    for its cost, one group after the other, until the goal is reached.
+    for its cost, one group after the other, until the goal is reached, and takes
+    back what the goal turns out not to need.
     """
-    groups = (*layer.widths.value_groups, KEY)
-    seen: list[Candidate] = []
+    search = _Search(layer, choices, costs)
+    best = search.base()
+    if choices.widens:
+        best = search.narrowed(search.widened(best))
+    met = best.sqnr_db >= choices.min_sqnr_db
+    final = best if met else max(search.seen, key=lambda candidate: candidate.sqnr_db)
+    candidates = tuple(sorted(search.seen, key=lambda candidate: candidate.cost))
+    return StepChoice(best=final, candidates=candidates, meets_goal=met)
 
-    def tried(widened: tuple[str, ...], channels: ValueChannels | None, rule: RangeRule) -> Candidate:
-        plan = plan_layer(layer, widened, channels, rule)
-        sqnr_o, sqnr_state = measure(layer, plan)
-        candidate = Candidate(
+
+class _Search:
+    """Candidates of one layer, each simulated once."""
+
+    def __init__(self, layer: Layer, choices: StepChoices, costs: Costs) -> None:
+        self.layer, self.choices, self.costs = layer, choices, costs
+        self.groups = (*layer.widths.value_groups, KEY)
+        self.start, self.fixed = _start(self.groups, choices)
+        self._found: dict[tuple[frozenset[str], Scaling, RangeRule], Candidate] = {}
+
+    @property
+    def seen(self) -> list[Candidate]:
+        """All candidates, in the order in which they were simulated."""
+        return list(self._found.values())
+
+    def base(self) -> Candidate:
+        """Return the candidate with the least noise among those that have only the fixed groups wide."""
+        # Only narrow values are clipped.
+        narrow = {*self.groups[:-1]} - {*self.start}
+        rules = self.choices.ranges if narrow else (RangeRule.MAX,)
+        scalings = list(_scalings(self.layer, self.choices))
+        bases = [self._tried(self.start, scaling, rule) for scaling in scalings for rule in rules]
+        return min(bases, key=lambda candidate: candidate.noise)
+
+    def widened(self, best: Candidate) -> Candidate:
+        """Widen group after group until the goal is reached."""
+        while not self._meets(best):
+            rest = [group for group in self._free if group not in best.widened]
+            if not rest:
+                break
+            wider = [self._like(best, (*best.widened, group)) for group in rest]
+            best = max(wider, key=lambda candidate: _gain(candidate, best))
+        return best
+
+    def narrowed(self, best: Candidate) -> Candidate:
+        """Take back the costliest group that the goal does not need, until it needs all."""
+        while self._meets(best):
+            given = [group for group in best.widened if group in self._free]
+            fewer = [self._like(best, tuple(g for g in best.widened if g != group)) for group in given]
+            enough = [candidate for candidate in fewer if self._meets(candidate)]
+            if not enough:
+                break
+            best = min(enough, key=lambda candidate: candidate.cost)
+        return best
+
+    @property
+    def _free(self) -> list[str]:
+        return [group for group in self.groups if group not in self.fixed]
+
+    def _meets(self, candidate: Candidate) -> bool:
+        return candidate.sqnr_db >= self.choices.min_sqnr_db
+
+    def _like(self, other: Candidate, widened: tuple[str, ...]) -> Candidate:
+        return self._tried(widened, other.scaling, other.ranges)
+
+    def _tried(self, widened: tuple[str, ...], scaling: Scaling, rule: RangeRule) -> Candidate:
+        key = (frozenset(widened), scaling, rule)
+        if key not in self._found:
+            self._found[key] = self._simulated(widened, scaling, rule)
+        return self._found[key]
+
+    def _simulated(self, widened: tuple[str, ...], scaling: Scaling, rule: RangeRule) -> Candidate:
+        plan = plan_layer(self.layer, widened, scaling.channels, rule)
+        sqnr_o, sqnr_state = measure(self.layer, plan)
+        return Candidate(
             plan=plan,
             widened=widened,
+            scaling=scaling,
             ranges=rule,
             sqnr_o_db=sqnr_o,
             sqnr_state_db=sqnr_state,
-            cost=costs.of(plan),
+            cost=self.costs.of(plan),
         )
-        seen.append(candidate)
-        return candidate
-
-    start, fixed = _start(groups, choices)
-    # Only narrow values are clipped.
-    rules = choices.ranges if set(groups[:-1]) - set(start) else (RangeRule.MAX,)
-    bases = [tried(start, channels, rule) for channels in _channels(layer, choices) for rule in rules]
-    best = min(bases, key=lambda candidate: candidate.noise)
-    while best.sqnr_db < choices.min_sqnr_db and choices.widens:
-        rest = [group for group in groups if group not in (*best.widened, *fixed)]
-        if not rest:
-            break
-        wider = [tried((*best.widened, group), best.plan.channels, best.ranges) for group in rest]
-        best = max(wider, key=lambda candidate: _gain(candidate, best))
-    final = best if best.sqnr_db >= choices.min_sqnr_db else max(seen, key=lambda c: c.sqnr_db)
-    return StepChoice(
-        best=final,
-        candidates=tuple(sorted(seen, key=lambda candidate: candidate.cost)),
-        meets_goal=final.sqnr_db >= choices.min_sqnr_db,
-    )
 
 
 def _start(groups: tuple[str, ...], choices: StepChoices) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -132,26 +189,25 @@ def _gain(wider: Candidate, narrower: Candidate) -> float:
     return (narrower.noise - wider.noise) / max(1.0, wider.cost - narrower.cost)
 
 
-def _channels(layer: Layer, choices: StepChoices) -> Iterator[ValueChannels | None]:
+def _scalings(layer: Layer, choices: StepChoices) -> Iterator[Scaling]:
     size = layer.observed.largest[VALUE].shape[-1]
     if choices.rotated:
-        yield ValueChannels(exponents=((0,) * size,), rotated=True)
+        yield Scaling("rotated", ValueChannels(exponents=((0,) * size,), rotated=True))
         return
     if choices.equalize is not True:
-        yield None
+        yield Scaling("as they are", None)
     if choices.equalize is not False:
-        found = {
-            value_exponents(layer.observed, name) for name in EQUALIZED if name in layer.observed.largest
-        }
+        names = [name for name in EQUALIZED if name in layer.observed.largest]
+        found = {value_exponents(layer.observed, name): name for name in reversed(names)}
         # In one order, whatever the hash of a tuple.
-        yield from (ValueChannels(exponents=exponents) for exponents in sorted(found))
+        for exponents, name in sorted(found.items()):
+            yield Scaling(f"scaled by {name}", ValueChannels(exponents=exponents))
 
 
 def _reason(candidate: Candidate, choice: StepChoice) -> str:
     best = choice.best
     wide = " and ".join(candidate.widened) or "no group"
-    scaled = "channels scaled" if candidate.plan.channels else "channels as they are"
-    what = f"{wide} wide, {scaled}, ranges by {candidate.ranges}"
+    what = f"{wide} wide, channels {candidate.scaling.name}, ranges by {candidate.ranges}"
     reached = f"o has {candidate.sqnr_o_db:.1f} dB and the state {candidate.sqnr_state_db:.1f} dB"
     if candidate.cost > best.cost:
         return f"{what}: it costs {candidate.cost / best.cost:.2f} times as much ({reached})"

@@ -20,6 +20,7 @@ from qinvert.execution.chunk_steps import run_integers
 from qinvert.matrices import like
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.program.step_list import StepList
 
 
 def layer_results(
@@ -75,19 +76,32 @@ def step_results(plan: LayerPlan, chunks: DeltaChunks, rounding: Rounding = Roun
     ProgramError
         If it is another program.
     """
-    sizes = step_sizes(plan.program)
-    given = (chunks.k.shape[-2], chunks.k.shape[-1], chunks.v.shape[-1], chunks.g.ndim == chunks.k.ndim)
-    wanted = (sizes.chunk, sizes.key_size, sizes.value_size, sizes.per_channel)
-    if given != wanted:
-        raise InputError(
-            "the layer has chunk, key size, value size, one decay per channel = "
-            f"{given}, but the plan is for {wanted}; calibrate this model"
-        )
+    check_sizes(plan.program, chunks)
     with torch.no_grad():
         result = run_integers(plan, chunks, plan.channels, rounding)
     inputs = (chunks.q, chunks.k, chunks.v, chunks.g, chunks.beta, chunks.state)
     out, state = (cast("torch.Tensor", like(x, *inputs)) for x in (result.out, result.state))
     return ChunkOutputs(out=out, state=state)
+
+
+def check_sizes(program: StepList, chunks: DeltaChunks) -> None:
+    """Refuse chunks of other sizes than a program of a step is for.
+
+    Raises
+    ------
+    InputError
+        With both sizes.
+    ProgramError
+        If it is another program.
+    """
+    sizes = step_sizes(program)
+    given = (chunks.k.shape[-2], chunks.k.shape[-1], chunks.v.shape[-1], chunks.g.ndim == chunks.k.ndim)
+    wanted = (sizes.chunk, sizes.key_size, sizes.value_size, sizes.per_channel)
+    if given != wanted:
+        raise InputError(
+            "the layer has chunk, key size, value size, one decay per channel = "
+            f"{given}, but the program is for {wanted}; calibrate this model, or build the program for these sizes"
+        )
 
 
 def head_of(chunks: DeltaChunks, head: int) -> DeltaChunks:

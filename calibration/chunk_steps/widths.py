@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from qinvert.chunk_step.ports import KEY, LOG_DECAY, OUTPUT, STATE, VALUE
+from qinvert.chunk_step.ports import KEY, LOG_DECAY, NEW_VALUES, OUTPUT, STATE, VALUE
 from qinvert.formats import IntFormat
 from qinvert.program.program import Program
 from qinvert.program.steps import MOVES, Add, Exponential, MatMul, Multiply, Rescale, Subtract
@@ -60,7 +60,7 @@ class Widths:
 def width_groups(program: Program) -> Widths:
     """Return the groups of a chunk step: keys, log decays, and those of values.
 
-    A group is named after the port that it holds, or after its first tensor.
+    A group is named after the port that it holds or the new values, or after its first tensor.
     """
     ties, outputs = _Ties(program.tensors), {port.name: port.tensor for port in program.outputs}
     ties.join(STATE, outputs[STATE])
@@ -77,8 +77,15 @@ def width_groups(program: Program) -> Widths:
     for name in program.tensors:
         if name not in exponentials:
             members.setdefault(ties.find(name), []).append(name)
-    named = {VALUE: VALUE, OUTPUT: outputs[OUTPUT], STATE: STATE, KEY: KEY, LOG_DECAY: LOG_DECAY}
-    special = {ties.find(tensor): port for port, tensor in named.items()}
+    named = {
+        NEW_VALUES: NEW_VALUES,
+        VALUE: VALUE,
+        OUTPUT: outputs[OUTPUT],
+        STATE: STATE,
+        KEY: KEY,
+        LOG_DECAY: LOG_DECAY,
+    }
+    special = {ties.find(tensor): name for name, tensor in named.items() if tensor in program.shapes}
     groups = {special.get(root, names[0]): tuple(names) for root, names in members.items()}
     values, keys = program.depends_on(VALUE, STATE), {ties.find(KEY), ties.find(LOG_DECAY)}
     factors = (name for name in program.tensors if name not in values and ties.find(name) not in keys)

@@ -15,7 +15,7 @@ from qinvert.chunk_step._constants import (
     sums_to_pivots,
     triangle,
 )
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, MAX_LOG_DECAY, QUERY, StepSizes
+from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, MAX_LOG_DECAY, NEGATIVE_BETA, QUERY, StepSizes
 from qinvert.program.builder import StepBuilder
 from qinvert.program.steps import Constant
 
@@ -107,7 +107,7 @@ class Products:
 
 def append_products(o: Oriented, g: str, keys: Keys) -> Products:
     """Append M and the scores."""
-    negative = o.steps.rescale("beta/negative", BETA, -1.0, o.max_beta)
+    negative = o.steps.rescale(NEGATIVE_BETA, BETA, -1.0, o.max_beta)
     if o.sizes.per_channel:
         return _by_halves(o, g, keys, negative)
     decay = _segments(o, g)

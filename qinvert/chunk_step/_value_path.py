@@ -9,7 +9,7 @@ from typing import Final
 from qinvert.chunk_step._constants import identity
 from qinvert.chunk_step._key_path import Decays, Keys, Oriented, query_bound
 from qinvert.chunk_step.form import Form
-from qinvert.chunk_step.ports import BETA, KEY, QUERY, STATE, VALUE
+from qinvert.chunk_step.ports import BETA, KEY, NEW_VALUES, QUERY, STATE, VALUE
 from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.steps import Axis
@@ -65,11 +65,11 @@ class ValuePath:
         match self.form:
             case Form.FOLDED:
                 difference = self.o.steps.subtract("rhs", VALUE, self._predicted())
-                return self._solved("v_new", difference, folded=True)
+                return self._solved(NEW_VALUES, difference, folded=True)
             case Form.WY:
                 return self._separate()
             case Form.STATE:
-                return self._solved("v_new", self._right_hand_side(), folded=False)
+                return self._solved(NEW_VALUES, self._right_hand_side(), folded=False)
 
     def _predicted(self) -> str:
         """``(exp(G) k) S``: what the old state predicts."""
@@ -116,7 +116,7 @@ class ValuePath:
         u = self.o.product("U", inverse, steps.multiply("v/beta", VALUE, self._beta))
         # Row i of T diag(beta) is a product of contractions, as those of S are.
         w = self.o.product("W", inverse, keys, self._inverse_bound)
-        return steps.subtract("v_new", u, self.o.product("v_predicted", w, STATE))
+        return steps.subtract(NEW_VALUES, u, self.o.product("v_predicted", w, STATE))
 
     def _solved(self, name: str, source: str, *, folded: bool) -> str:
         if self.inverse.chunk < self.o.sizes.chunk:

@@ -20,6 +20,10 @@ BETA: Final = "beta"
 LOG_DECAY: Final = "g"
 STATE: Final = "state"
 OUTPUT: Final = "o"
+#: Tensor of V', which all products of values read.
+NEW_VALUES: Final = "v_new"
+#: Tensor of -beta, whose bound is the largest beta that a step was built for.
+NEGATIVE_BETA: Final = "beta/negative"
 INPUTS: Final = (QUERY, KEY, VALUE, BETA, LOG_DECAY, STATE)
 OUTPUTS: Final = (OUTPUT, STATE)
 #: Sums of log decays are cut off here in integers: exp(-16) is below every step of an 8-bit grid.

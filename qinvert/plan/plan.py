@@ -127,19 +127,8 @@ class LayerPlan(QuantizedProgram):
         """
         from qinvert.execution.step_inputs import step
 
-        return step(
-            self,
-            self.channels,
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state,
-            valid=valid,
-            normalize=normalize,
-            rounding=rounding,
-        )
+        inputs = (q, k, v, g, beta, state)
+        return step(self, self.channels, *inputs, valid=valid, normalize=normalize, rounding=rounding)
 
     def execute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Every output of any program, simulated bit-exactly; see `qinvert.execution.simulator.execute`."""
