@@ -63,11 +63,11 @@ def ports(given_chunks: DeltaChunks, decay: str, first: bool) -> dict[str, torch
 
     c = given_chunks
     return {
-        "q": c.q[0, :, 0],
-        "k": c.k[0, :, 0],
+        "q": turned(c.q[0, :, 0]),
+        "k": turned(c.k[0, :, 0]),
         "v": turned(c.v[0, :, 0]),
         "beta": turned(c.beta[0, :, 0, :, None]),
-        "g": c.g[0, :, 0] if decay == "channel" else c.g[0, :, 0, None],
+        "g": turned(c.g[0, :, 0]) if decay == "channel" else c.g[0, :, 0, None],
         "state": turned(c.state[0]),
     }
 

@@ -19,7 +19,8 @@ def one_after_the_other(plan, inputs):
     """o and the states of every chunk, by the plan of one chunk."""
     sizes, state, outputs, states = step_sizes(plan.program), inputs["state"], [], []
     last = 2 if sizes.values_first else 1
-    axes = {"q": 1, "k": 1, "v": last, "beta": last, "g": 1 if sizes.per_channel else 2}
+    keys = 2 if sizes.keys_first else 1
+    axes = {"q": keys, "k": keys, "v": last, "beta": last, "g": keys if sizes.per_channel else 2}
     for i in range(CHUNKS):
         part = {name: inputs[name].narrow(axis, i * sizes.chunk, sizes.chunk) for name, axis in axes.items()}
         found = evaluate(plan, {**part, "state": state})

@@ -46,10 +46,11 @@ def chunks_of(plan, seed=0, batch=BATCH, heads=HEADS, number=NUMBER) -> DeltaChu
     def cut(x):
         return x.reshape(batch, heads, number, sizes.chunk, *x.shape[2:])
 
-    g = drawn["g"] if sizes.per_channel else drawn["g"][:, 0]
+    turn_keys = (lambda x: x.mT) if sizes.keys_first else (lambda x: x)
+    g = turn_keys(drawn["g"]) if sizes.per_channel else drawn["g"][:, 0]
     return DeltaChunks(
-        q=cut(drawn["q"]),
-        k=cut(drawn["k"]),
+        q=cut(turn_keys(drawn["q"])),
+        k=cut(turn_keys(drawn["k"])),
         v=cut(turn(drawn["v"])),
         g=cut(g),
         beta=cut(turn(drawn["beta"])[..., 0]),
@@ -69,12 +70,13 @@ def one_by_one(plan, chunks):
     state, outs = turn(chunks.state.flatten(0, 1)), []
     for i in range(chunks.beta.shape[2]):
         g = chunks.g[:, :, i].flatten(0, 1)
+        turn_keys = (lambda x: x.mT) if sizes.keys_first else (lambda x: x)
         ports = {
-            "q": chunks.q[:, :, i].flatten(0, 1),
-            "k": chunks.k[:, :, i].flatten(0, 1),
+            "q": turn_keys(chunks.q[:, :, i].flatten(0, 1)),
+            "k": turn_keys(chunks.k[:, :, i].flatten(0, 1)),
             "v": turn(chunks.v[:, :, i].flatten(0, 1)),
             "beta": turn(chunks.beta[:, :, i].flatten(0, 1)[..., None]),
-            "g": g if sizes.per_channel else g[:, None],
+            "g": turn_keys(g) if sizes.per_channel else g[:, None],
             "state": state,
         }
         found = evaluate(plan, ports)
