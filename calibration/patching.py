@@ -21,6 +21,7 @@ from weakref import WeakSet
 import torch
 
 from qinvert.calibration.heads import is_split, layer_inverse, plan_inverse
+from qinvert.calibration.wrappers import COMPILED, own_names
 from qinvert.delta_rule.chunks import Applied, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
@@ -131,7 +132,7 @@ def solve_chunks(_layer: str, chunks: DeltaChunks) -> SolvedInverse:
 
 
 def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the model's delta-rule layers by module name.
+    """Return the model's delta-rule layers by module name, which no wrapper changes.
 
     Raises
     ------
@@ -141,14 +142,17 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{type(model).__name__} is not a model; pass a torch.nn.Module")
     layers = {
-        name: m for name, m in model.named_modules() if _called(m) is not None or hasattr(m, ATTRIBUTE_NAME)
+        name: m
+        for name, m in model.named_modules()
+        if _called(m) is not None or (hasattr(m, ATTRIBUTE_NAME) and not hasattr(m, COMPILED))
     }
     if not layers:
         raise InputError(
             f"{type(model).__name__} has no delta-rule layer; the supported Hugging Face models are "
             f"{', '.join(FAMILIES)}; for other models, pass the matrices L themselves"
         )
-    return layers
+    names = own_names(model, layers)
+    return {names[name]: layer for name, layer in layers.items()}
 
 
 def _called(layer: torch.nn.Module) -> tuple[Any, str] | None:

@@ -30,7 +30,7 @@ ROOMS = (
     ("kernels", "plan.serialization"),
     ("simulation",),
     ("plan.plan",),
-    ("calibration.__init__", "calibration.choices", "calibration.heads"),
+    ("calibration.__init__", "calibration.choices", "calibration.heads", "calibration.wrappers"),
     ("calibration.patching",),
     ("calibration.data",),
     ("calibration.capture", "calibration.evaluate"),
