@@ -39,6 +39,7 @@ ROOMS = (
     ("calibration.growth", "calibration.planning"),
     ("calibration.calibrate",),
     ("calibration.survey",),
+    ("export.open_shapes",),
     ("export.graph", "export.reading", "export.runtimes"),
     ("export.interface",),
     ("export.lowering", "export.rules"),

@@ -22,6 +22,7 @@ from qinvert.errors import ExportError, InputError
 from qinvert.export.exporting import profile_for, serialize
 from qinvert.export.graph import MAX_BYTES
 from qinvert.export.graph import check as check_model
+from qinvert.export.open_shapes import check_file
 from qinvert.export.whole_models.check import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.whole_models.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
 from qinvert.files import check_writable, make_folder, write_atomically
@@ -267,7 +268,7 @@ def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> o
         written = folder / path.name
         onnx_ir.save(model, written, external_data=data)
         try:
-            onnx.checker.check_model(os.fspath(written), full_check=True)
+            check_file(written)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"onnx refuses the exported graph: {error}") from error
         proto = onnx.load(os.fspath(written), load_external_data=False)
