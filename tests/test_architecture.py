@@ -58,6 +58,7 @@ TOUCHES_PATHS = {
     "qinvert.temporaries": "makes files that will be renamed, and deletes what killed processes left",
     "qinvert.pretrained": "lets transformers load a folder",
     "qinvert.recall": "knows the folder of the embedded model",
+    "qinvert.export.open_shapes": "has onnx check a copy beside the weights",
     "qinvert.calibration.data.arrays": "reads .npz and .safetensors, array by array",
     "qinvert.calibration.data.documents": "reads text files line by line, and data sets",
     "qinvert.calibration.data.token_batches": "tells a file from the name of a data set",
