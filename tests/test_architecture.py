@@ -31,6 +31,7 @@ ROOMS = (
     ("simulation",),
     ("plan.plan",),
     ("calibration.__init__", "calibration.choices", "calibration.heads", "calibration.wrappers"),
+    ("calibration.running",),
     ("calibration.patching",),
     ("calibration.data",),
     ("calibration.capture", "calibration.evaluate"),

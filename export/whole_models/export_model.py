@@ -122,7 +122,7 @@ def export_model(
     require_onnx_ir()
     chosen = profile_for(plan, profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
-    check_writable(path)
+    check_target(path)
     _check_element(model)
     given = inputs = _inputs(model, example)
     shapes = None
@@ -139,6 +139,24 @@ def export_model(
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
+
+
+def check_target(path: str | PathLike[str]) -> None:
+    """Refuse a path that a model cannot be written to, before the work starts.
+
+    A model names the file of its weights, so that its own name must be text.
+
+    Raises
+    ------
+    InputError
+        If the path cannot be written, or its name is not UTF-8.
+    """
+    name = os.fsencode(Path(path).name)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"the file name {name!r} is not UTF-8 text; choose another name") from None
+    check_writable(path)
 
 
 def _check_element(model: torch.nn.Module) -> None:
