@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from qinvert.export.whole_models.check import LOGITS, TOLERANCE, ModelCheck, ran
 from qinvert.export.whole_models.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
 from qinvert.files import check_writable, make_folder, write_atomically
 from qinvert.plan.plan import Plan
-from qinvert.temporaries import GRACE, temporary_folder
+from qinvert.temporaries import GRACE, scratch_folder, temporary_folder
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -265,8 +264,8 @@ def save(
     proto: onnx.ModelProto = serialize_model(model)
     check_model(proto)
     if examine is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            examine(proto, Path(folder))
+        with scratch_folder() as folder:
+            examine(proto, folder)
     write_atomically(path, serialize(proto))
     _forget_weights(Path(os.path.realpath(path)))
     return proto
