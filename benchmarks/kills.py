@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import onnx
+from hosts import host
 
 from qinvert.errors import QInvertError
 from qinvert.plan.plan import Plan
@@ -21,6 +22,14 @@ from qinvert.temporaries import GRACE, SUFFIX
 
 #: Sequences that calibration reads: enough to be killed in the middle.
 SEQUENCES: Final = "4"
+#: Layer of the embedded model that the host's node takes.
+LAYER: Final = "model.layers.0.linear_attn"
+#: The model that is grafted, and the folder of the system's temporary files.
+HOST: Final = "host.onnx"
+SYSTEM: Final = "system"
+#: What a process runs.
+PLAIN: Final = "from qinvert.cli.app import cli; cli()"
+BESIDE: Final = f"import qinvert.export.whole_models.export_model as m; m.MAX_BYTES = 1; {PLAIN}"
 
 
 @dataclass(kw_only=True)
@@ -28,17 +37,23 @@ class Command:
     """One command line."""
 
     arguments: tuple[str, ...]
+    #: Whether its weights go to a file of their own: then the limit for that is low.
+    beside: bool = False
     #: How long its last whole run took.
     seconds: float = 0.0
 
     def start(self, folder: Path) -> subprocess.Popen[bytes]:
         """Run the command in a folder."""
         return subprocess.Popen(
-            [sys.executable, "-m", "qinvert.cli", *self.arguments, "--quiet"],
+            [sys.executable, "-c", BESIDE if self.beside else PLAIN, *self.arguments, "--quiet"],
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "TMPDIR": str(folder / SYSTEM),
+            },
         )
 
     def complete(self, folder: Path) -> int:
@@ -57,9 +72,18 @@ def commands(whole: bool) -> list[Command]:
         (*recall, "-o", "other.json", "--checkpoint", "checkpoint.npz"),
         ("export", "plan.json", "-o", "graphs"),
         ("export", "plan.json", "-o", "graphs", "--one-file"),
-        *([("export-model", "plan.json", "-o", "model.onnx", "--no-check")] if whole else []),
     ]
-    return [Command(arguments=line) for line in lines]
+    found = [Command(arguments=line) for line in lines]
+    if whole:
+        model = ("export-model", "plan.json", "-o")
+        grafted = ("graft", HOST, "plan.json", "--layer", f"attention={LAYER}", "-o")
+        found += [
+            Command(arguments=(*model, "model.onnx")),
+            Command(arguments=(*model, "large.onnx", "--no-check"), beside=True),
+            Command(arguments=(*grafted, "grafted.onnx")),
+            Command(arguments=(*grafted, "large-grafted.onnx"), beside=True),
+        ]
+    return found
 
 
 def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> int:
@@ -67,6 +91,8 @@ def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> in
     faults = 0
     with tempfile.TemporaryDirectory(prefix="qinvert-kills-") as name:
         folder, every = Path(name), commands(whole)
+        (folder / SYSTEM).mkdir()
+        (folder / HOST).write_bytes(host())
         for command in every:
             code = command.complete(folder)
             if code:
@@ -86,7 +112,8 @@ def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> in
         age(folder)
         for command in every:
             command.complete(folder)
-        rest = [path.name for path in temporaries(folder)]
+        rest = [path.name for path in (*temporaries(folder), *(folder / SYSTEM).iterdir())]
+        rest += surplus(folder)
         report(f"{count} kills left {left} temporaries, of which {len(rest)} outlive the next run")
     return faults + len(rest)
 
@@ -107,13 +134,22 @@ def broken(folder: Path) -> list[str]:
     return found
 
 
+def surplus(folder: Path) -> list[str]:
+    """Weights that no model names any more."""
+    return [path.name for path in folder.glob("*.data") if not any(map(_names(path), folder.glob("*.onnx")))]
+
+
+def _names(weights: Path) -> Callable[[Path], bool]:
+    return lambda model: weights.name.encode() in model.read_bytes()
+
+
 def temporaries(folder: Path) -> list[Path]:
     """What killed processes left."""
     return [path for path in folder.rglob("*") if path.name.endswith(SUFFIX)]
 
 
 def age(folder: Path) -> None:
-    """Have temporaries look as if they had been left some time ago."""
+    """Have temporaries, and weights, look as if they had been left some time ago."""
     then = time.time() - 2 * GRACE
-    for path in temporaries(folder):
+    for path in (*temporaries(folder), *folder.glob("*.data")):
         os.utime(path, (then, then))

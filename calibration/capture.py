@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from qinvert.checks import check_seed
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError
 from qinvert.matrices import SolvedInverse
+from qinvert.pretrained import opened
 
 
 class Detail(StrEnum):
@@ -48,7 +50,7 @@ class Captured:
 
 
 def capture(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     data: Any,
     *,
     share: float = 1.0,
@@ -76,7 +78,7 @@ def capture(
 
 
 def capture_details(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     data: Any,
     *,
     details: Collection[str] = (),
@@ -89,8 +91,8 @@ def capture_details(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        A Hugging Face model of one of `qinvert.calibration.patching.FAMILIES`.
+    model : torch.nn.Module or path
+        A Hugging Face model, or its folder, of one of `qinvert.calibration.patching.FAMILIES`.
     data
         See `qinvert.calibration.data.token_batches.token_batches`.
     details : collection of str
@@ -110,11 +112,12 @@ def capture_details(
         If an option, the model or a batch is not legal, see
         `qinvert.patched`.
     """
+    loaded = opened(model)
     wanted = frozenset(_detail(name) for name in details)
     tokens = with_options(data, num_samples, seq_len, seed)
     sample = ChunkSample(share=share, seed=seed)
-    for index, batch in enumerate(token_batches(tokens, model)):
-        yield from capture_batch(model, batch, wanted, partial(sample.positions, index))
+    for index, batch in enumerate(token_batches(tokens, loaded)):
+        yield from capture_batch(loaded, batch, wanted, partial(sample.positions, index))
 
 
 def _detail(name: str) -> Detail:

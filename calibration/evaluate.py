@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Final
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.data.token_data import with_options
-from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
+from qinvert.calibration.patching import by_layer, patched_by_layer, run_model, solve_chunks
+from qinvert.calibration.running import LayerInverse
 from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, applicable
 from qinvert.documents import to_document
@@ -19,6 +21,7 @@ from qinvert.errors import InputError
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, NoiseStatistics
 from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.pretrained import opened
 
 #: Label of what is not to be predicted, as in transformers.
 IGNORED: Final = -100
@@ -77,7 +80,7 @@ Progress = Callable[[str, int], None]
 
 
 def evaluate(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     plan: Plan | LayerPlan | Inverse,
     data: Any,
     *,
@@ -90,7 +93,7 @@ def evaluate(
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module or path
     plan : Plan, LayerPlan or callable
         As for `qinvert.patched`.
     data
@@ -109,16 +112,17 @@ def evaluate(
     InputError, PlanError
         See `qinvert.patched`.
     """
-    if not isinstance(model, torch.nn.Module):
+    loaded = opened(model)
+    if not isinstance(loaded, torch.nn.Module):
         raise InputError(
             f"the first argument is a {type(model).__name__}; call evaluate(model, plan, data), in this order"
         )
     tokens = with_options(data, num_samples, seq_len)
-    return compare(model, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
+    return compare(loaded, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
 
 
 def compare(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     plans: Mapping[str, Plan | LayerPlan | Inverse],
     data: Any,
     *,
@@ -141,11 +145,12 @@ def compare(
     InputError, PlanError
         See `qinvert.patched`.
     """
-    running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
+    loaded = opened(model)
+    running = {name: _Comparison(by_layer(loaded, plan), score) for name, plan in plans.items()}
     tokens = 0
-    for batch in token_batches(with_options(data, num_samples, seq_len), model):
-        with patched_by_layer(model, solve_chunks):
-            reference = run_model(model, batch).to(torch.float32)
+    for batch in token_batches(with_options(data, num_samples, seq_len), loaded):
+        with patched_by_layer(loaded, solve_chunks):
+            reference = run_model(loaded, batch).to(torch.float32)
         ids = batch["input_ids"]
         if reference.shape[:2] != ids.shape:
             raise InputError(
@@ -153,7 +158,7 @@ def compare(
                 "leave out arguments that cut them"
             )
         for comparison in running.values():
-            comparison.update(model, batch, reference)
+            comparison.update(loaded, batch, reference)
         tokens += int(attended(batch).sum())
         if progress is not None:
             progress("tokens", tokens)

@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 from weakref import WeakSet
 
 import torch
 
 from qinvert.calibration.chunk_steps.results import layer_results, plan_results
 from qinvert.calibration.heads import is_split
-from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
-from qinvert.delta_rule.rule import Inverse, chunk_gated_delta_rule, exact
+from qinvert.calibration.running import LayerInverse, redirect, running, track
+from qinvert.calibration.wrappers import COMPILED, own_names
+from qinvert.delta_rule.chunks import DeltaChunks
+from qinvert.delta_rule.rule import Inverse, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
 from qinvert.matrices import SolvedInverse, exact_inverse
 from qinvert.plan.plan import LayerPlan, Plan
-
-#: ``inverse(layer, chunks) -> T``, or what the whole step returns.
-LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied | ChunkOutputs]
 
 #: Module globals that models call in prefill: with one decay per head, and with one per channel.
 GLOBAL_NAMES: Final = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
@@ -48,18 +44,6 @@ FAMILIES: Final = (
 )
 
 _patched_models: WeakSet[torch.nn.Module] = WeakSet()
-
-
-class _Running(threading.local):
-    """Patched layers whose forward pass is under way in this thread, innermost last."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[str, LayerInverse]] = []
-        #: What an inverse raised last: it reaches the caller as it is, and not as an error of the model.
-        self.failure: Exception | None = None
-
-
-_running = _Running()
 
 
 @contextmanager
@@ -132,7 +116,7 @@ def solve_chunks(_layer: str, chunks: DeltaChunks) -> SolvedInverse:
 
 
 def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the model's delta-rule layers by module name.
+    """Return the model's delta-rule layers by module name, which no wrapper changes.
 
     Raises
     ------
@@ -142,14 +126,17 @@ def delta_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"{type(model).__name__} is not a model; pass a torch.nn.Module")
     layers = {
-        name: m for name, m in model.named_modules() if _called(m) is not None or hasattr(m, ATTRIBUTE_NAME)
+        name: m
+        for name, m in model.named_modules()
+        if _called(m) is not None or (hasattr(m, ATTRIBUTE_NAME) and not hasattr(m, COMPILED))
     }
     if not layers:
         raise InputError(
             f"{type(model).__name__} has no delta-rule layer; the supported Hugging Face models are "
             f"{', '.join(FAMILIES)}; for other models, pass the matrices L themselves"
         )
-    return layers
+    names = own_names(model, layers)
+    return {names[name]: layer for name, layer in layers.items()}
 
 
 def _called(layer: torch.nn.Module) -> tuple[Any, str] | None:
@@ -173,66 +160,13 @@ def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[
         _patched_models.add(model)
         undo.callback(_patched_models.discard, model)
         for name, layer in layers.items():
-            _track(layer, name, inverse, undo)
+            track(layer, name, inverse, undo)
             if hasattr(layer, ATTRIBUTE_NAME):
-                _redirect(layer, ATTRIBUTE_NAME, undo)
+                redirect(layer, ATTRIBUTE_NAME, undo)
         for called in {_called(layer) for layer in layers.values()}:
             if called is not None:
-                _redirect(*called, undo)
+                redirect(*called, undo)
         yield
-
-
-def _track(layer: torch.nn.Module, name: str, inverse: LayerInverse, undo: ExitStack) -> None:
-    def enter(*_: Any) -> None:
-        _running.layers.append((name, inverse))
-
-    def leave(*_: Any) -> None:
-        _running.layers.pop()
-
-    undo.callback(layer.register_forward_pre_hook(enter).remove)
-    # always_call: the entry must also be removed after an exception in forward.
-    undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
-
-
-@dataclass(slots=True)
-class _Redirection:
-    """A function that patched models share: which layer runs decides what a call does."""
-
-    owner: Any
-    name: str
-    original: Callable[..., Any]
-    #: Patches in force; the last one to leave restores the original.
-    users: int = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A module global is shared: other models of the family keep the original.
-        if not _running.layers:
-            return self.original(*args, **kwargs)
-        layer, inverse = _running.layers[-1]
-        try:
-            return chunk_gated_delta_rule(*args, **kwargs, chunk_inverse=partial(inverse, layer))
-        except Exception as error:
-            _running.failure = error
-            raise
-
-    def release(self) -> None:
-        """Count one patch less."""
-        with _redirecting:
-            self.users -= 1
-            if self.users == 0 and getattr(self.owner, self.name) is self:
-                setattr(self.owner, self.name, self.original)
-
-
-_redirecting = threading.Lock()
-
-
-def _redirect(owner: Any, name: str, undo: ExitStack) -> None:
-    with _redirecting:
-        current = getattr(owner, name)
-        redirection = current if isinstance(current, _Redirection) else _Redirection(owner, name, current)
-        redirection.users += 1
-        setattr(owner, name, redirection)
-    undo.callback(redirection.release)
 
 
 def run_model(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -295,7 +229,7 @@ def _refusals(inputs: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        failure, _running.failure = _running.failure, None
+        failure, running.failure = running.failure, None
         if error is failure or isinstance(error, QInvertError):
             raise
         raise InputError(

@@ -13,6 +13,7 @@ import torch
 from qinvert.calibration.data.arrays import read_all, read_arrays
 from qinvert.calibration.data.processes import Shard
 from qinvert.errors import InputError
+from qinvert.pretrained import opened
 from qinvert.systems import Systems
 
 #: Name of a layer, and systems of it.
@@ -35,7 +36,7 @@ def open_source(source: Any, data: Any = None) -> Iterator[tuple[str, torch.Tens
     Parameters
     ----------
     source
-        One of: a Hugging Face model (then ``data`` holds text or tokens, see
+        One of: a Hugging Face model or its folder (then ``data`` holds text or tokens, see
         `qinvert.calibration.data.token_batches.token_batches`); ``{layer: L}``; a tensor
         or array L; a path to .npz or .safetensors with one array per layer; an
         object with ``get_next()`` that returns such a dict, or None at the
@@ -68,6 +69,7 @@ def open_groups(
     matrices; it is empty where the last round has nothing for this process.
     ``passing`` sees every batch or item before it is shared out, and may drop some.
     """
+    source = opened(source)
     if isinstance(source, torch.nn.Module):
         if data is None:
             raise InputError(

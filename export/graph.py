@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qinvert.errors import ExportError
+from qinvert.export.open_shapes import check_content
 
 #: Sizes of a tensor; a name stands for a size that the caller chooses.
 Sizes: TypeAlias = list[int | str]
@@ -235,6 +236,6 @@ def check(model: onnx.ModelProto) -> None:
         If onnx finds it illegal.
     """
     try:
-        onnx.checker.check_model(model, full_check=True)
+        check_content(model, full=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx refuses the exported graph: {error}") from error

@@ -42,6 +42,18 @@ def load_pretrained(path: str | PathLike[str]) -> Any:
     return model.eval()
 
 
+def opened(model: Any) -> Any:
+    """Return the model of a local folder; anything but the path of a folder as it is.
+
+    Raises
+    ------
+    InputError, MissingDependencyError
+        See `load_pretrained`.
+    """
+    folder = isinstance(model, (str, PathLike)) and Path(model).is_dir()
+    return load_pretrained(model) if folder else model
+
+
 def _loader(transformers: Any, folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(str(folder), **LOCAL)
     # Some families exist only as models of text and images.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ except ImportError:  # pragma: no cover - there are no such locks on Windows, wh
 SUFFIX: Final = ".qinvert-tmp"
 #: Name of the file in a temporary folder that its process holds a lock on.
 LOCK: Final = "lock"
+#: What a folder among the system's temporary files stands for.
+SCRATCH: Final = "scratch"
 #: Seconds after which a temporary without a lock was left by a killed process: before that, its
 #: process may be about to lock it.
 GRACE: Final = 60.0
@@ -48,7 +51,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     """Create an empty folder beside ``target``, and delete it with all that is in it at the end."""
     clean(target)
     path = _name(target)
-    path.mkdir()
+    path.mkdir(mode=0o700)
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(handle)
@@ -56,6 +59,19 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Create an empty folder where the system has temporary files, and delete it at the end.
+
+    Folders that killed processes left there are deleted first, as beside files.
+    """
+    with temporary_folder(Path(tempfile.gettempdir()) / SCRATCH) as folder:
+        # Apart from the lock, which is no business of what works in it.
+        work = folder / "work"
+        work.mkdir()
+        yield work
 
 
 def clean(target: Path) -> None:

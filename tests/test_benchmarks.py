@@ -43,7 +43,7 @@ def test_a_soak_prints_the_seed_of_a_fault(pytestconfig, tmp_path):
         (root / "benchmarks" / "soak.py").read_text().replace("plan = Plan.load(path)", "plan = {}[path]")
     )
     (tmp_path / "soak.py").write_text(broken.replace("reader(path, random.Random(1))", "pass"))
-    for name in ("kills.py", "mutations.py", "random_plans.py"):
+    for name in ("hosts.py", "kills.py", "mutations.py", "random_plans.py"):
         (tmp_path / name).write_bytes((root / "benchmarks" / name).read_bytes())
     done = run(root, tmp_path / "soak.py", "files", "--count", 12, "--seed", 7)
     assert done.returncode == 1, done.stdout + done.stderr

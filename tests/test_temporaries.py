@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from qinvert.cli.graph_folder import check_same_plan, export_all
 from qinvert.errors import InputError
 from qinvert.files import check_folder, check_writable, write_atomically, write_together
 from qinvert.stress import stress_matrices
-from qinvert.temporaries import GRACE, SUFFIX, temporary_file, temporary_folder
+from qinvert.temporaries import GRACE, SCRATCH, SUFFIX, scratch_folder, temporary_file, temporary_folder
 
 #: Writes large files until it is killed.
 WRITER = """
@@ -66,6 +68,27 @@ def test_what_killed_writers_leave_is_deleted_by_the_next_one(tmp_path):
     write_atomically(target, b"new")
     assert temporaries(tmp_path) == [other]
     assert target.read_bytes() == b"new"
+
+
+def test_what_killed_processes_leave_among_the_system_s_temporary_files_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    other = tmp_path / "of somebody else"
+    other.mkdir()
+    killed = temporary_folder(tmp_path / SCRATCH)
+    left = killed.__enter__()
+    (left / "part").write_bytes(b"x")
+    age(left)
+    with scratch_folder() as running:
+        # Its process runs, for all that is known: the lock is held.
+        assert sorted(tmp_path.iterdir()) == sorted([left, other, running.parent])
+        assert running.parent.stat().st_mode & 0o77 == 0
+        assert not list(running.iterdir())
+    shutil.copytree(left, ended := left.with_name(left.name.replace("scratch.", "scratch.0")))
+    age(ended)
+    with scratch_folder():
+        assert not ended.exists()
+    killed.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def environment():

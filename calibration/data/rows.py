@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,15 +16,58 @@ ARGUMENTS: Final = (MASK, "labels", "position_ids")
 FILLERS: Final = {"labels": -100}
 
 
+def is_table(value: Any) -> bool:
+    """Whether a value is a table of pandas or Arrow; iterating over those gives columns, not rows."""
+    return hasattr(value, "iterrows") or hasattr(value, "to_pylist")
+
+
+def table_rows(table: Any) -> list[dict[str, Any]]:
+    """Return the rows of a table of pandas or Arrow."""
+    found: list[dict[str, Any]] = (
+        table.to_dict("records") if hasattr(table, "iterrows") else table.to_pylist()
+    )
+    return found
+
+
+def without_tables(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield items, and instead of a table its rows."""
+    for item in items:
+        yield from table_rows(item) if is_table(item) else [item]
+
+
+def is_map_style(data: Any) -> bool:
+    """Whether data have a length and items by number alone, as data sets of torch may."""
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
+def plain(item: Any) -> Any:
+    """Return an array of rows as the list that it stands for, and the only tensor of a list as itself.
+
+    numpy has no other array of rows whose lengths differ; a TensorDataset gives
+    tuples of one tensor, and a DataLoader over it lists of one.
+    """
+    if isinstance(item, np.ndarray) and item.dtype == object:
+        return list(item)
+    single = isinstance(item, list | tuple) and len(item) == 1 and isinstance(item[0], torch.Tensor)
+    # A list of one row could be the only column of rows with one token.
+    return item[0] if single and (item[0].ndim == 2 or isinstance(item, tuple)) else item
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    """Return lists or an array as a tensor; of an array that cannot be written, as in tables, a copy."""
+    array = np.asarray(value)
+    return torch.as_tensor(array if array.flags.writeable else array.copy())
+
+
 def is_ragged(value: Any) -> bool:
     """Whether a value is a list of sequences of numbers whose lengths differ."""
-    if not isinstance(value, list | tuple) or len({len(row) for row in value if _is_sequence(row)}) < 2:
+    if not isinstance(value, list | tuple) or not all(_is_sequence(row) for row in value):
         return False
-    return all(_is_sequence(row) for row in value)
+    return len({len(row) for row in value}) > 1
 
 
 def _is_sequence(row: Any) -> bool:
-    return isinstance(row, list | tuple | np.ndarray)
+    return isinstance(row, list | tuple) or (isinstance(row, np.ndarray | torch.Tensor) and row.ndim == 1)
 
 
 def padded(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +76,8 @@ def padded(item: Mapping[str, Any]) -> dict[str, Any]:
     Every field with one number for each token is padded alike.
     """
     lengths = [len(row) for row in item["input_ids"]]
-    fields = {MASK: [np.ones(length, np.int64) for length in lengths], **item}
+    given = {name: plain(value) for name, value in item.items()}
+    fields = {MASK: [np.ones(length, np.int64) for length in lengths], **given}
     return {
         name: _padded(value, lengths, FILLERS.get(name, 0)) if _fits(value, lengths) else value
         for name, value in fields.items()
@@ -60,17 +104,26 @@ def others(item: Mapping[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
     Numbers for each token, such as position ids, get the shape of the ids.
     """
     return {
-        str(name): _shaped(value, tokens)
+        str(name): _shaped(str(name), value, tokens)
         for name, value in item.items()
-        if value is not None and (name in ARGUMENTS or not isinstance(value, str))
+        if value is not None and (name in ARGUMENTS or not _is_text(value))
     }
 
 
-def _shaped(value: Any, tokens: torch.Tensor) -> Any:
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list | tuple | np.ndarray) and len(value):
+        return all(isinstance(part, str) for part in value)
+    return isinstance(value, str)
+
+
+def _shaped(name: str, value: Any, tokens: torch.Tensor) -> Any:
     if isinstance(value, list | np.ndarray):
         try:
-            value = torch.as_tensor(np.asarray(value))
+            value = as_tensor(value)
         except (TypeError, ValueError):
             return value
-    flat = isinstance(value, torch.Tensor) and value.ndim == 1 and value.numel() == tokens.numel()
-    return value.reshape(tokens.shape) if flat and len(tokens) == 1 else value
+    if not isinstance(value, torch.Tensor) or value.ndim != 1 or len(value) != tokens.shape[1]:
+        return value
+    # Positions may be those of every sequence; anything else of a batch has one value for each.
+    shared = len(tokens) == 1 or name == "position_ids"
+    return value.expand(tokens.shape) if shared else value

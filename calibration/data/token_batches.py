@@ -15,7 +15,17 @@ import torch
 from qinvert.calibration.data.arrays import read_all, read_arrays
 from qinvert.calibration.data.documents import MASK, Document, dataset_documents, file_documents, row_document
 from qinvert.calibration.data.packing import draw, packed
-from qinvert.calibration.data.rows import is_ragged, others, padded
+from qinvert.calibration.data.rows import (
+    as_tensor,
+    is_map_style,
+    is_ragged,
+    is_table,
+    others,
+    padded,
+    plain,
+    table_rows,
+    without_tables,
+)
 from qinvert.calibration.data.token_data import NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.calibration.data.tokenizers import find_tokenizer
 from qinvert.errors import InputError, reason
@@ -91,14 +101,20 @@ class _Reading:
         match data:
             case str() | os.PathLike():
                 return self._named(data)
+            case np.ndarray() if data.dtype == object:
+                return self._items(iter(data))
             case torch.Tensor() | np.ndarray():
                 return self._rows({"input_ids": _token_ids(data)})
+            case _ if is_table(data):
+                return self._items(iter(table_rows(data)))
             case Mapping():
                 return self._items(iter([data]))
             case _ if hasattr(data, "get_next"):
                 return self._items(read_all(data))
             case Iterable():
-                return self._items(iter(data))
+                return self._items(without_tables(data))
+            case _ if is_map_style(data):
+                return self._items(without_tables(data[i] for i in range(len(data))))
         raise InputError(
             f"cannot read tokens from {type(data).__name__}; pass text or token ids: a path, an array "
             "[count, length], an iterable of texts or batches, or a get_next() reader"
@@ -157,11 +173,13 @@ class _Reading:
 
     def _batch(self, item: Any) -> dict[str, Any]:
         if not isinstance(item, Mapping):
-            return {"input_ids": self._cut(_token_ids(item))}
+            item = {"input_ids": item}
         if "input_ids" not in item:
             raise InputError(
-                f"a batch has {', '.join(map(str, item)) or 'nothing'}; it needs input_ids, or text"
+                f"a batch has {', '.join(map(str, item)) or 'nothing'}; it needs input_ids, or text; "
+                "of the splits of a data set pass one"
             )
+        item = {**item, "input_ids": plain(item["input_ids"])}
         if is_ragged(item["input_ids"]):
             item = padded(item)
         tokens = _token_ids(item["input_ids"])
@@ -261,7 +279,7 @@ def _stacked(item: Any) -> torch.Tensor:
             "whether they are sequences or, as the default collate_fn of a DataLoader gives them, columns; "
             "pass one tensor [count, length] (torch.stack of rows, or rows as tensors in the dataset)"
         )
-    return item if isinstance(item, torch.Tensor) else torch.as_tensor(np.asarray(item))
+    return item if isinstance(item, torch.Tensor) else as_tensor(item)
 
 
 def _token_ids(item: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from qinvert.calibration.observation.model_digest import model_digest
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, check_size, open_groups
 from qinvert.execution.inputs import needed
+from qinvert.pretrained import opened
 from qinvert.program.program import Program
 from qinvert.systems import Systems
 
@@ -140,6 +141,7 @@ def observe(
     """
     shard = Shard.current()
     with shard.together():
+        source = opened(source)
         options: dict[str, Any] = {"seed": seed, "granularity": str(granularity)}
         if checkpoint is not None and isinstance(source, torch.nn.Module):
             # The data alone say nothing of the model that made L of them.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
+from qinvert.temporaries import scratch_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -47,8 +47,8 @@ def _sessions(content: bytes) -> Iterator[tuple[str, Any, dict[str, str]]]:
     import onnx
 
     for setting in ("unoptimized", "optimized"):
-        with TemporaryDirectory() as folder:
-            written = Path(folder) / "optimized.onnx"
+        with scratch_folder() as folder:
+            written = folder / "optimized.onnx"
             session = open_session(content, optimized=setting == "optimized", written=written)
             yield setting, session, product_types(onnx.load(written))
 

@@ -20,13 +20,13 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from qinvert.errors import ExportError
 from qinvert.export.runtimes.estimates import CycleEstimate, Request
 from qinvert.export.runtimes.runtime import Execution, Feed, Runtime
 from qinvert.numerics.law import Rounding
+from qinvert.temporaries import scratch_folder
 
 PROGRAMS: Final = Path(__file__).parent / "programs"
 #: Lines of a program's complaint that an error repeats.
@@ -101,8 +101,7 @@ def _compile(
     request: Request,
 ) -> Iterator[Execution]:
     command = _command(name, module, requirement)
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with scratch_folder() as folder:
         _write_job(folder, content, feeds, request)
         complaint = _run([*command, str(folder)], folder, name, seconds)
         if complaint:
@@ -114,8 +113,8 @@ def _compile_each(
     name: str, module: str, requirement: str, seconds: float, contents: Sequence[bytes], request: Request
 ) -> Iterator[Sequence[Execution] | ExportError]:
     command = _command(name, module, requirement)
-    with TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / str(i) for i in range(len(contents))]
+    with scratch_folder() as parent:
+        folders = [parent / str(i) for i in range(len(contents))]
         for folder, content in zip(folders, contents, strict=True):
             folder.mkdir()
             _write_job(folder, content, (), request)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,11 +21,12 @@ from qinvert.errors import ExportError, InputError
 from qinvert.export.exporting import profile_for, serialize
 from qinvert.export.graph import MAX_BYTES
 from qinvert.export.graph import check as check_model
+from qinvert.export.open_shapes import check_file
 from qinvert.export.whole_models.check import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.whole_models.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
 from qinvert.files import check_writable, make_folder, write_atomically
 from qinvert.plan.plan import Plan
-from qinvert.temporaries import GRACE, temporary_folder
+from qinvert.temporaries import GRACE, scratch_folder, temporary_folder
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -121,7 +121,7 @@ def export_model(
     require_onnx_ir()
     chosen = profile_for(plan, profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
-    check_writable(path)
+    check_target(path)
     _check_element(model)
     given = inputs = _inputs(model, example)
     shapes = None
@@ -138,6 +138,24 @@ def export_model(
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
+
+
+def check_target(path: str | PathLike[str]) -> None:
+    """Refuse a path that a model cannot be written to, before the work starts.
+
+    A model names the file of its weights, so that its own name must be text.
+
+    Raises
+    ------
+    InputError
+        If the path cannot be written, or its name is not UTF-8.
+    """
+    name = os.fsencode(Path(path).name)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"the file name {name!r} is not UTF-8 text; choose another name") from None
+    check_writable(path)
 
 
 def _check_element(model: torch.nn.Module) -> None:
@@ -246,8 +264,8 @@ def save(
     proto: onnx.ModelProto = serialize_model(model)
     check_model(proto)
     if examine is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            examine(proto, Path(folder))
+        with scratch_folder() as folder:
+            examine(proto, folder)
     write_atomically(path, serialize(proto))
     _forget_weights(Path(os.path.realpath(path)))
     return proto
@@ -267,7 +285,7 @@ def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> o
         written = folder / path.name
         onnx_ir.save(model, written, external_data=data)
         try:
-            onnx.checker.check_model(os.fspath(written), full_check=True)
+            check_file(written)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"onnx refuses the exported graph: {error}") from error
         proto = onnx.load(os.fspath(written), load_external_data=False)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Final
 
 import onnx
 import onnx.inliner
-import torch
 from onnx import helper
 
 from qinvert.calibration.heads import in_layer_order, is_split, layer_name
-from qinvert.delta_rule.rule import chunk_gated_delta_rule
 from qinvert.errors import ExportError, PlanError, reason
 from qinvert.export.exporting import profile_for
-from qinvert.export.functions import function_names
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
-from qinvert.export.whole_models.export_model import BATCH, EXAMPLE_CHUNKS, SEQUENCE, chunk_of, save
+from qinvert.export.open_shapes import set_shapes
+from qinvert.export.whole_models.chunked_nodes import ChunkedNodes
+from qinvert.export.whole_models.export_model import check_target, save
 from qinvert.export.whole_models.linear_attention_nodes import (
     LinearAttention,
     find_nodes,
+    known_values,
     load,
     refuse_hidden,
     set_aside,
@@ -30,17 +29,10 @@ from qinvert.export.whole_models.linear_attention_nodes import (
 from qinvert.export.whole_models.tracing import (
     FIRST_OPSET,
     attach_functions,
-    calls_of,
     require_onnx_ir,
-    trace,
 )
-from qinvert.files import check_writable
 from qinvert.plan.plan import Plan
 
-#: Last operator set that PyTorch's exporter converts to by itself.
-LAST_OPSET: Final = 25
-#: Sequences that a node is traced with.
-SEQUENCES: Final = 2
 #: Start of the names of functions that take a node's place until they are inlined.
 PREFIX: Final = "DeltaRule_"
 
@@ -98,7 +90,7 @@ def graft(
     chosen = profile_for(plan, profile)
     if os.path.realpath(source) == os.path.realpath(path):
         raise ExportError(f"{path} is the model itself; write to another file")
-    check_writable(path)
+    check_target(path)
     model = load(source)
     opset = _opset(model)
     found = find_nodes(model)
@@ -107,8 +99,12 @@ def graft(
     # Of an earlier graft, perhaps of another plan with layers of the same names.
     taken = {function.name for function in model.functions if function.domain == DOMAIN}
     weights = set_aside(model)
-    for node, layer in _assigned(found, plan, layers).items():
-        _replace(model, found[node], _Chunked(found[node], plan, layer, taken), layer, opset)
+    set_shapes(model, known_values(model, found.values()))
+    chunked, functions = ChunkedNodes(plan, taken, opset), []
+    for i, (node, layer) in enumerate(_assigned(found, plan, layers).items()):
+        functions.append(_free(f"{PREFIX}{i}", model))
+        _replace(model, found[node], chunked.function(found[node], layer, functions[-1]))
+    model = _inlined(model, functions)
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     try:
         result = ir.serde.deserialize_model(model)
@@ -122,7 +118,7 @@ def graft(
 
 def _opset(model: onnx.ModelProto) -> int:
     found = {entry.domain: entry.version for entry in model.opset_import}
-    version: int = found.get("", found.get("ai.onnx", 0))
+    version: int = found.get("", 0)
     if version < FIRST_OPSET:
         raise ExportError(
             f"the model has operator set {version}; convert it to {FIRST_OPSET} or later "
@@ -155,61 +151,8 @@ def _assigned(
     return dict(zip(nodes, in_layer_order(entries), strict=True))
 
 
-class _Chunked(torch.nn.Module):
-    """A LinearAttention node as our chunked delta rule; inputs and outputs are the node's."""
-
-    def __init__(self, node: LinearAttention, plan: Plan, layer: str, taken: Collection[str]) -> None:
-        super().__init__()
-        self.node = node
-        self.chunk = chunk_of(plan)
-        self.inverse = partial(calls_of(plan, taken), layer)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past_state: torch.Tensor | None = None,
-        decay: torch.Tensor | None = None,
-        beta: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        node = self.node
-        q, k = _by_head(query, node.query_heads), _by_head(key, node.key_heads)
-        v = _by_head(value, node.value_heads)
-        assert beta is not None
-        beta = beta.expand(*v.shape[:3])
-        g = torch.zeros_like(beta) if decay is None else decay
-        if g.shape[-1] != node.value_heads:
-            g = _by_head(g, node.value_heads)
-        # The function shares queries and keys among values; where queries share values, values repeat.
-        heads, shared = max(q.shape[2], v.shape[2]), max(1, node.query_heads // node.value_heads)
-        v, g, beta = (x.repeat_interleave(shared, dim=2) for x in (v, g, beta))
-        if q.shape[2] != k.shape[2]:
-            q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
-        out, state = chunk_gated_delta_rule(
-            q if node.scale is None else q * (node.scale * node.key_size**0.5),
-            k,
-            v,
-            g,
-            beta,
-            chunk_size=self.chunk,
-            initial_state=None if past_state is None else past_state.repeat_interleave(shared, dim=1),
-            output_final_state=True,
-            chunk_inverse=self.inverse,
-        )
-        assert state is not None
-        return out.flatten(2), state[:, ::shared].to(node.state_element)
-
-
-def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.reshape(*x.shape[:-1], heads, -1)
-
-
-def _replace(
-    model: onnx.ModelProto, node: LinearAttention, chunked: _Chunked, layer: str, opset: int
-) -> None:
-    """Put the chunks in a node's place; what they call is attached later."""
-    function = _function(node, chunked, layer, opset)
+def _replace(model: onnx.ModelProto, node: LinearAttention, function: onnx.FunctionProto) -> None:
+    """Put a call of the function in a node's place; what it calls is attached later."""
     call = helper.make_node(
         function.name, list(node.inputs.values()), list(node.node.output), name=node.node.name, domain=DOMAIN
     )
@@ -219,54 +162,18 @@ def _replace(
     model.graph.node.insert(position, call)
     del model.graph.node[position + 1]
     model.functions.append(function)
+
+
+def _free(name: str, model: onnx.ModelProto) -> str:
+    """Return a name that no function of the model has."""
+    names = {function.name for function in model.functions}
+    while name in names:
+        name += "_"
+    return name
+
+
+def _inlined(model: onnx.ModelProto, functions: Sequence[str]) -> onnx.ModelProto:
+    """Inline the functions of all nodes in one pass; what they call is attached later."""
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    model.CopyFrom(onnx.inliner.inline_selected_functions(model, [(DOMAIN, function.name)]))
-
-
-def _function(node: LinearAttention, chunked: _Chunked, layer: str, opset: int) -> onnx.FunctionProto:
-    example = node.example(SEQUENCES, EXAMPLE_CHUNKS * chunked.chunk)
-    axes = {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)}
-    shapes = {name: {0: axes[0]} if name == "past_state" else axes for name in example}
-    traced = trace(chunked.eval(), example, min(opset, LAST_OPSET), dynamic_shapes=shapes)
-    graph = require_onnx_ir().serde.serialize_model(traced).graph
-    _forget_shapes(graph)
-    constants = [
-        helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in graph.initializer
-    ]
-    nodes = [*constants, *graph.node]
-    _check_versions(nodes, opset)
-    return helper.make_function(
-        DOMAIN,
-        PREFIX + function_names([layer])[layer],
-        [value.name for value in graph.input],
-        [value.name for value in graph.output],
-        nodes,
-        [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
-    )
-
-
-def _forget_shapes(graph: onnx.GraphProto) -> None:
-    """Drop the sizes of a trace, whose names could be those of the model."""
-    del graph.value_info[:]
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _forget_shapes(attribute.g)
-                for value in (*attribute.g.input, *attribute.g.output):
-                    value.type.tensor_type.ClearField("shape")
-
-
-def _check_versions(nodes: Sequence[onnx.NodeProto], opset: int) -> None:
-    """Refuse an operator that has changed since the last set that a trace can have."""
-    for node in nodes:
-        if not node.domain and opset > LAST_OPSET:
-            known, wanted = (
-                onnx.defs.get_schema(node.op_type, version, "").since_version
-                for version in (LAST_OPSET, opset)
-            )
-            if known != wanted:
-                raise ExportError(
-                    f"operator {node.op_type} has changed in operator set {opset}; convert the model to "
-                    f"{LAST_OPSET}"
-                )
+    return onnx.inliner.inline_selected_functions(model, [(DOMAIN, name) for name in functions])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Final
 
@@ -15,11 +15,13 @@ import torch
 from onnx import TensorProto, helper
 
 from qinvert.errors import ExportError, reason
-from qinvert.export.reading import check_calls, check_model, check_texts
+from qinvert.export.reading import check_calls, check_model, check_texts, within
 
+#: Long name of ONNX's own domain, whose short name is empty.
+STANDARD: Final = "ai.onnx"
 #: Name of the operator, and the domains that have it.
 OPERATOR: Final = "LinearAttention"
-DOMAINS: Final = ("com.microsoft", "", "ai.onnx")
+DOMAINS: Final = ("com.microsoft", "", STANDARD)
 #: Update rules with a triangular inverse; the others have none.
 GATED: Final = "gated_delta"
 RULES: Final = ("delta", GATED)
@@ -80,14 +82,31 @@ class LinearAttention:
     def outputs(self) -> list[onnx.ValueInfoProto]:
         """Types of the outputs, batch and length open."""
         heads = max(self.query_heads, self.value_heads)
-        state = [None, self.value_heads, self.key_size, self.value_size]
-        shapes = [None, None, heads * self.value_size], state
+        shapes = [None, None, heads * self.value_size], self.state_shape
         elements = [ELEMENTS[self.element], ELEMENTS[self.state_element]]
         return [
             helper.make_tensor_value_info(name, element, shape)
             for name, element, shape in zip(self.node.output, elements, shapes, strict=False)
             if name
         ]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """All that a trace of the node depends on."""
+        own = (getattr(self, entry.name) for entry in fields(self) if entry.name != "node")
+        return *own, *self.inputs
+
+    @property
+    def state_shape(self) -> list[int | None]:
+        """Shape of the state, batch open."""
+        return [None, self.value_heads, self.key_size, self.value_size]
+
+    @property
+    def past_state(self) -> list[onnx.ValueInfoProto]:
+        """Type of the state that comes in, if one does."""
+        name = self.inputs.get("past_state")
+        element = ELEMENTS[self.state_element]
+        return [helper.make_tensor_value_info(name, element, self.state_shape)] if name else []
 
     def example(self, batch: int, length: int) -> dict[str, torch.Tensor]:
         """Zeros in the shapes of the inputs."""
@@ -121,8 +140,22 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
         raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
     check_texts(model, path)
     check_calls(model)
+    _spell_alike(model)
     check_model(_light(model, with_outputs=True), path)
     return model
+
+
+def _spell_alike(model: onnx.ModelProto) -> None:
+    """Call the domain of ONNX by its empty name only: it has two, which a model may mix."""
+    for holder in (model, *model.functions):
+        versions = {entry.domain: entry.version for entry in holder.opset_import}
+        if STANDARD in versions:
+            versions.setdefault("", versions.pop(STANDARD))
+            del holder.opset_import[:]
+            holder.opset_import.extend(helper.make_opsetid(*entry) for entry in versions.items())
+    for node in within([*model.graph.node, *(n for function in model.functions for n in function.node)]):
+        if node.domain == STANDARD:
+            node.domain = ""
 
 
 def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
@@ -153,6 +186,14 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
             "qinvert.export_model writes Hugging Face models themselves"
         )
     return found
+
+
+def known_values(model: onnx.ModelProto, nodes: Iterable[LinearAttention]) -> list[onnx.ValueInfoProto]:
+    """Types of all values of the main graph that follow from its inputs and from these nodes."""
+    shapes = _light(model)
+    for node in nodes:
+        _declare(shapes.graph, [*node.outputs, *node.past_state])
+    return list(_inferred(shapes).value_info)
 
 
 def refuse_hidden(model: onnx.ModelProto) -> None:
@@ -218,7 +259,12 @@ def _read(
     for needed in ("query", "key", "value", "beta", *(("decay",) if gated else ())):
         if needed not in inputs:
             raise ExportError(f"node {name!r} has no input {needed}, which its update rule needs")
-    width = {key: _width(values.get(given), f"{key} of node {name!r}") for key, given in inputs.items()}
+    # The sizes of the state follow from those of the others, so that its own need not be known.
+    width = {
+        key: _width(values.get(given), f"{key} of node {name!r}")
+        for key, given in inputs.items()
+        if key != "past_state"
+    }
     queries, heads = options.get("q_num_heads", 0), options.get("kv_num_heads", 0)
     size = width["query"] // max(1, queries)
     legal = min(queries, heads, size) > 0 and width["query"] == queries * size
@@ -294,14 +340,18 @@ def _declare(graph: onnx.GraphProto, values: Sequence[onnx.ValueInfoProto]) -> N
 
 
 def _values(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # the model may be wrong anywhere; the declared shapes may be enough
-        graph = model.graph
+    graph = _inferred(model)
     found = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info)}
     for tensor in graph.initializer:
         found[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
     return found
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:
+    try:
+        return onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # the model may be wrong anywhere; the declared shapes may be enough
+        return model.graph
 
 
 def _width(value: onnx.TypeProto.Tensor | None, what: str) -> int:

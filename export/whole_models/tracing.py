@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from qinvert.calibration.heads import by_entry
-from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer
+from qinvert.calibration.patching import by_layer, patched_by_layer
+from qinvert.calibration.running import LayerInverse
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import ExportError, MissingDependencyError, reason
 from qinvert.export.functions import function_names, layer_function

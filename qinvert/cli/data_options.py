@@ -86,8 +86,8 @@ def data_options(function: F) -> F:
 _DATA_OPTIONS = (
     click.option(
         "--data",
-        help="For a model: text, .jsonl, token ids (.npz, .safetensors) or a Hugging Face dataset, "
-        "NAME or NAME:CONFIGURATION. Or matrices L (.npz, .safetensors).",
+        help="Data for the model: text, .jsonl, token ids (.npz, .safetensors) or a Hugging Face dataset, "
+        "NAME or NAME:CONFIGURATION.",
     ),
     click.option(
         "--num-samples",

@@ -35,6 +35,8 @@ def simulate(
 ) -> None:
     """Run the integer programs bit-exactly and measure the error of T.
 
+    With matrices L as --data (.npz, .safetensors) no model runs.
+
     \b
     Example: qinvert simulate plan.json --min-sqnr 20
              qinvert simulate plan.json --data L.npz --json

@@ -39,7 +39,8 @@ PROFILE = Profile(
     ),
     proved=("onnxruntime", "openvino", "iree", "tvm"),
     caveats=(
-        "no NPU compiler takes MatMulInteger (QNN and RKNN refuse it); OpenVINO multiplies in float32; "
+        "no NPU compiler takes MatMulInteger (QNN and RKNN refuse it); OpenVINO multiplies in float32, and "
+        "int8x2 is proved there for scales='pow2' only; "
         "s8 x s8 is slow on x86 in onnxruntime"
     ),
 )

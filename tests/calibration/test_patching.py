@@ -1,5 +1,8 @@
+import copy
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +113,35 @@ def test_other_models_of_the_family_keep_their_own_inverse(model):
         with qinvert.patched(other, qinvert.exact_inverse):
             assert torch.allclose(logits(other), before, atol=1e-3)
             assert not torch.allclose(logits(model), before, atol=0.1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_patched_model_is_not_patched(copied):
+    # Of a model of one's own: pickles and copies hold all of it.
+    model = build("qwen3_next", **of_layers("linear_attention", "full_attention"))
+    tokens = TOKENS % 64
+    before = logits(model, tokens)
+    with qinvert.patched(model, no_inverse):
+        assert not torch.equal(logits(model, tokens), before)
+        copy_ = copied(model)
+        # The function that is replaced is shared, the layer that runs is not.
+        assert torch.equal(logits(copy_, tokens), before)
+    assert torch.equal(logits(copy_, tokens), before)
+    assert torch.equal(logits(model, tokens), before)
+    with qinvert.patched(copy_, no_inverse):
+        assert not torch.equal(logits(copy_, tokens), before)
+        assert torch.equal(logits(model, tokens), before)
+
+
+def test_a_model_may_be_given_by_its_folder(model, plan):
+    folder = Path(qinvert.__file__).parent / "assets" / "recall"
+    for given in (folder, str(folder)):
+        assert [name for name, _ in qinvert.capture(given, TOKENS)] == LAYERS
+    assert qinvert.calibrate(folder, recall.sequences(4)).to_bytes() == plan.to_bytes()
+    assert list(qinvert.simulate(plan, folder, TOKENS).layers) == LAYERS
+    assert qinvert.evaluate(folder, plan, TOKENS).kl == qinvert.evaluate(model, plan, TOKENS).kl
+    with pytest.raises(InputError, match="is not a model folder"):
+        qinvert.calibrate(folder.parent, TOKENS)
 
 
 def test_generation_with_a_cache_gives_the_same_tokens(small_qwen3_next):

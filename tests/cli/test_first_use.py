@@ -154,3 +154,11 @@ def test_arguments_of_evaluate_in_another_order_are_named():
     plan = qinvert.calibrate(stress_matrices("half_random", 4, 16))
     with pytest.raises(InputError, match=r"the first argument is a Plan; call evaluate\(model, plan, data\)"):
         qinvert.evaluate(plan, recall.load_model, [])
+
+
+@pytest.mark.parametrize("verb", ["simulate", "evaluate", "calibrate"])
+def test_only_the_verb_that_takes_matrices_as_data_offers_them(verb):
+    said = CliRunner().invoke(cli, [verb, "--help"]).output
+    options = said[said.index("Options:") : said.index("--num-samples")]
+    assert "atrices" not in options
+    assert ("With matrices L as --data" in said) == (verb == "simulate")

@@ -1,11 +1,14 @@
 """Models that graft refuses in its own words, before anything is traced."""
 
+import os
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qinvert.errors import ExportError
+from qinvert.errors import ExportError, InputError
+from qinvert.export.whole_models.export_model import check_target
 from qinvert.export.whole_models.linear_attention_nodes import find_nodes, load
 
 WIDTHS = {"query": 32, "key": 32, "value": 32, "decay": 2, "beta": 2}
@@ -71,6 +74,13 @@ def test_names_that_are_no_text_are_refused(text, tmp_path):
     content = host().SerializeToString().replace(text, text[:-1] + b"\xff")
     with pytest.raises(ExportError, match="is not UTF-8 text"):
         read(content, tmp_path)
+
+
+def test_a_name_of_a_model_that_is_no_text_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"file name b'.\\xff.onnx' is not UTF-8 text"):
+        check_target(tmp_path / os.fsdecode(b"m\xff.onnx"))
+    check_target(tmp_path / "\u00e4.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def element(number):
