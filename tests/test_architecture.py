@@ -26,8 +26,8 @@ ROOMS = (
     ("profiles", "systems"),
     ("delta_rule", "execution", "hardware"),
     ("metrics", "program.program", "proof", "stress"),
-    ("methods", "program.serialization"),
-    ("kernels", "plan.serialization"),
+    ("methods", "program.serialization", "program.transposition"),
+    ("chunk_step", "kernels", "plan.serialization"),
     ("simulation",),
     ("plan.plan",),
     ("calibration.__init__", "calibration.choices", "calibration.heads"),
@@ -39,10 +39,11 @@ ROOMS = (
     ("calibration.growth", "calibration.planning"),
     ("calibration.calibrate",),
     ("calibration.survey",),
-    ("export.graph", "export.reading", "export.runtimes"),
+    ("export.graph", "export.options", "export.reading", "export.runtimes"),
     ("export.interface",),
-    ("export.lowering", "export.rules"),
-    ("export.encodings", "export.layer_graph", "export.metadata"),
+    ("export.lowering", "export.rules", "export.step_interface"),
+    ("export.encodings", "export.layer_graph", "export.metadata", "export.step_ends", "export.step_reading"),
+    ("export.step_graph",),
     ("export.exporting",),
     ("export.__init__", "export.compiled_cost", "export.functions"),
     ("export.verification",),
@@ -109,7 +110,7 @@ PRINTS = re.compile(r"print|(pprint|rich|click)\..*|sys\.__?std(out|err).*|sys\.
 
 #: Modules that load no torch, with all that they import at once.
 LIGHT = re.compile(
-    r"qinvert\.(program|plan|methods|profiles|hardware)\b.*|qinvert\.cli(\.(__main__|app|verbs|profiles))?"
+    r"qinvert\.(program|plan|methods|chunk_step|profiles|hardware)\b.*|qinvert\.cli(\.(__main__|app|verbs|profiles))?"
 )
 
 #: Modules that raise other errors than those of qinvert.errors, and why.

@@ -21,11 +21,10 @@ from qinvert.delta_rule.from_keys import from_dplr as from_dplr
 from qinvert.delta_rule.from_keys import from_keys as from_keys
 from qinvert.errors import InputError
 from qinvert.matrices import SolvedInverse, solve
+from qinvert.program.steps import NORM_EPSILON
 
 #: ``inverse(L) -> T`` over ``[batch, heads, chunks, C, C]``.
 Inverse = Callable[[torch.Tensor], Applied]
-#: Added to the squared norm of queries and keys, as the models do.
-NORM_EPSILON = 1e-6
 
 
 def exact(lower: torch.Tensor) -> torch.Tensor:

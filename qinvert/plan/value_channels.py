@@ -44,8 +44,8 @@ class ValueChannels:
         )
         if not numbers:
             raise PlanError(
-                f"exponents of value channels must be integers of at most {MAX_EXPONENT} in magnitude, one row "
-                "of equal length for each head; calibrate again"
+                f"exponents of value channels must be integers of at most {MAX_EXPONENT} in magnitude, "
+                "one row of equal length for each head; calibrate again"
             )
         if self.rotated:
             check_power_of_two("value_size", self.value_size, 1, 2**20, PlanError, "; leave out the rotation")

@@ -18,6 +18,8 @@ from qinvert.errors import ProgramError
 
 #: The delta rule is stable up to this beta; above it no range has a bound.
 MAX_BETA: Final = 2.0
+#: Added to the squared norm of queries and keys, as the models do.
+NORM_EPSILON: Final = 1e-6
 #: A smaller beta counts as this one: half precision holds it, and K = M / beta stays finite.
 MIN_BETA: Final = 2.0**-14
 #: Largest chunk size that block structure and the runtimes support.
