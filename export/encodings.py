@@ -89,12 +89,32 @@ def find_encodings(model: onnx.ModelProto) -> dict[str, Encoding]:
                 "export under a QDQ profile, for example npu-qdq-int8"
             )
         if node.op_type == "QuantizeLinear":
-            found[node.input[0]] = Encoding(grid=_grid(graph, node), constant=False)
+            for name in _before(graph, node.input[0]):
+                found[name] = Encoding(grid=_grid(graph, node), constant=False)
         elif node.op_type == "DequantizeLinear":
-            (result,), constant = node.output, not graph.operator(node.input[0])
-            if constant or result in graph.outputs:
-                found[result] = Encoding(grid=_grid(graph, node), constant=constant)
+            constant = graph.constant(node.input[0]) is not None
+            given = not constant and _before(graph, node.input[0])[-1] in graph.inputs
+            after = _after(graph, node.output[0])
+            if constant or given or graph.outputs.intersection(after):
+                found |= dict.fromkeys(after, Encoding(grid=_grid(graph, node), constant=constant))
     return found
+
+
+def _before(graph: Structure, name: str) -> list[str]:
+    """Return a tensor and those that were reshaped into it: step graphs fold batch and heads."""
+    names = [name]
+    while graph.operator(names[-1]) == "Reshape":
+        names.append(graph.writers[names[-1]].input[0])
+    return names
+
+
+def _after(graph: Structure, name: str) -> list[str]:
+    """Return a tensor and what it was reshaped into."""
+    names = [name]
+    for tensor in names:
+        # The list grows while it is read.
+        names += [reader.output[0] for reader in graph.readers[tensor] if reader.op_type == "Reshape"]
+    return names
 
 
 def _grid(graph: Structure, node: onnx.NodeProto) -> Grid:

@@ -9,10 +9,13 @@ from typing import Unpack, cast
 import onnx
 
 from qinvert.errors import ExportError
+from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
+from qinvert.export.step_graph import is_step, lower_step, refuse_step_options, step_interface
+from qinvert.export.step_interface import StepInterface
 from qinvert.files import write_atomically
 from qinvert.hardware import HARDWARE, find_hardware
 from qinvert.plan.plan import LayerPlan, Plan
@@ -26,18 +29,28 @@ def export(
     *,
     profile: str | None = None,
     layer: str | None = None,
-    batch: int = 8,
+    batch: int | str = AUTO,
     input: str = AUTO,  # noqa: A002 - the name in the public contract
     output: str = AUTO,
     key_size: int | None = None,
     input_type: str = InputType.FLOAT32,
     chains: int | str = AUTO,
+    heads: int | None = None,
+    chunks: int | None = None,
+    layout: str | None = None,
+    normalize: bool | None = None,
+    states: str | None = None,
 ) -> onnx.ModelProto:
-    """Write ``T = (I + L)^-1`` as a static integer graph.
+    """Write ``T = (I + L)^-1`` as a static integer graph, or a whole chunk step.
 
     The graph maps ``L`` float32 ``[1, batch, C, C]`` to ``T`` float32 of the
     same shape.  Fold batch, heads and chunks of a model into the second axis.
     The graph of a factored plan also takes ``beta`` ``[1, batch, C, 1]``.
+
+    Where the program is a chunk step, the graph maps ``q, k [batch, heads, T, Dk]``,
+    ``v [batch, heads, T, Dv]``, ``beta`` and ``g [batch, heads, T]``, ``valid [batch, T]``
+    (1 for tokens, 0 for padding) and ``state [batch, heads, Dk, Dv]`` to ``o`` and
+    ``state_out``, with ``T = chunks C``.  g is ``[.., Dk]`` with one decay per channel.
 
     Parameters
     ----------
@@ -48,8 +61,8 @@ def export(
         Export profile, see `qinvert.profiles`; the plan's target if left out.
     layer : str, optional
         Layer of the plan; may be left out if there is only one.
-    batch : int
-        Matrices per call.
+    batch : int or "auto"
+        Matrices per call, 8 by default; sequences per call of a chunk step, 1 by default.
     input : {"auto", "L", "M", "keys", "ports"}
         ``"auto"`` means ``"L"``, or ``"ports"`` where the program does not compute
         an inverse.  ``"ports"`` takes the program's inputs by their names, float32
@@ -77,7 +90,17 @@ def export(
         Independent parts into which the graph cuts the batch, and which it joins at
         the end: on some chips elementwise work of one part runs beside products of
         another.  The values do not depend on it.  ``"auto"`` takes what costs the least
-        on the plan's chip, see `qinvert.hardware`.
+        on the plan's chip, see `qinvert.hardware`; 1 for chunk steps, whose parts are heads.
+    heads : int, optional
+        Heads of a chunk step, where the plan does not say their number.
+    chunks : int, optional
+        Chunks per call of a chunk step, 1 by default.
+    layout : {"tokens_first", "values_first"}, optional
+        Order of the last two axes of v, o and the state; see `qinvert.export.step_interface.Layout`.
+    normalize : bool, optional
+        Whether q and k of a chunk step are raw: the graph gives them norm 1 and scales q, in float32.
+    states : {"last", "every"}, optional
+        Whether a chunk step also returns the state behind each chunk: ``state_1``, ``state_2``, ...
 
     Returns
     -------
@@ -101,6 +124,11 @@ def export(
         key_size=key_size,
         input_type=input_type,
         chains=chains,
+        heads=heads,
+        chunks=chunks,
+        layout=layout,
+        normalize=normalize,
+        states=states,
     )
     write_atomically(path, serialize(model))
     return model
@@ -115,9 +143,22 @@ def build(
     name = layer if layer is not None else next(iter(plan.layers))
     if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
+    if is_step(layer_plan):
+        step = step_interface(layer_plan, options)
+        return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step))
     interface = interface_of(plan, layer_plan, chosen, **options)
+    return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface))
+
+
+def _model(
+    plan: Plan,
+    name: str,
+    layer_plan: LayerPlan,
+    chosen: Profile,
+    interface: Interface | StepInterface,
+    graph: GraphBuilder,
+) -> onnx.ModelProto:
     metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
-    graph = lower(layer_plan, chosen, interface)
     model = graph.model(_graph_name(layer_plan), chosen.opset, metadata, describe(layer_plan, interface))
     ensure(chosen, model)
     return model
@@ -135,14 +176,21 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
     ExportError
         If one of them is not legal.
     """
+    refuse_step_options(layer, options)
+    if is_step(layer):
+        raise ExportError(
+            f"{layer.program.name} is a whole chunk step, whose graph has ends of its own; write one file "
+            "per layer by qinvert.export"
+        )
     inverse = layer.program.is_inverse
     source, result = options.get("input", AUTO), options.get("output", AUTO)
     if source == AUTO:
         source = GraphInput.L if inverse else GraphInput.PORTS
     if result == AUTO:
         result = GraphOutput.T if inverse else GraphOutput.PORTS
+    batch = options.get("batch", AUTO)
     whole = Interface(
-        batch=options.get("batch", 8),
+        batch=8 if batch == AUTO else cast("int | None", batch),
         input=cast("GraphInput", source),
         output=cast("GraphOutput", result),
         key_size=options.get("key_size"),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final, TypedDict, cast
+from typing import Final, cast
 
 import onnx
 
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
+from qinvert.export.options import AUTO as AUTO
+from qinvert.export.options import STEP_OPTIONS as STEP_OPTIONS
+from qinvert.export.options import GraphInput as GraphInput
+from qinvert.export.options import GraphOutput as GraphOutput
+from qinvert.export.options import InputType as InputType
+from qinvert.export.options import Options as Options
 from qinvert.formats import IntFormat
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile
@@ -26,54 +31,8 @@ MAX_KEY_SIZE: Final = 4096
 #: Names of the inputs that L is built from: keys, strengths, log decays.
 KEYS: Final = "k"
 LOG_DECAY: Final = "g"
-#: What a graph takes and returns, where a caller leaves it to the program's ports.
-AUTO: Final = "auto"
 #: Name of a batch that is not fixed.
 ANY_BATCH: Final = "batch"
-
-
-class GraphInput(StrEnum):
-    """What a graph starts from."""
-
-    #: The matrices L.
-    L = "L"
-    #: M = -L, which saves the sign flip.
-    M = "M"
-    #: Unit keys, beta and log decays; the graph builds L from them in float32.
-    KEYS = "keys"
-    #: The input ports of a program that does not compute an inverse, as they are.
-    PORTS = "ports"
-
-
-class GraphOutput(StrEnum):
-    """What a graph returns."""
-
-    #: T in float32.
-    T = "T"
-    #: The integers of the program's results, as they are stored, for integer products that follow.
-    INTEGERS = "integers"
-    #: The output ports of a program that does not compute an inverse, in float32.
-    PORTS = "ports"
-
-
-class Options(TypedDict, total=False):
-    """What graphs take and return, as in `qinvert.export`."""
-
-    batch: int | None
-    input: str
-    output: str
-    key_size: int | None
-    input_type: str
-    chains: int | str
-
-
-class InputType(StrEnum):
-    """How matrices enter a graph."""
-
-    #: Real numbers, which the graph quantizes.
-    FLOAT32 = "float32"
-    #: Integers on the plan's grid of M, as the profile stores them at the ends of graphs.
-    INTEGERS = "integers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +105,8 @@ class Interface:
         ExportError
             If it is not.
         """
-        given = {value.name: _static_shape(value) for value in model.graph.input}
-        returned = {value.name: _static_shape(value) for value in model.graph.output}
+        given = {value.name: static_shape(value) for value in model.graph.input}
+        returned = {value.name: static_shape(value) for value in model.graph.output}
         first = next(iter(given), "")
         source = GraphInput.KEYS if first == KEYS else GraphInput.M if first == "M" else GraphInput.L
         shape = given.get(first, [])
@@ -229,6 +188,10 @@ class Interface:
             port.name: f"{port.name}_out" if port.name in taken else port.name
             for port in plan.program.outputs
         }
+
+    def end_names(self, plan: QuantizedProgram) -> set[str]:
+        """Names of the graph's inputs and outputs, which no tensor between them may have."""
+        return {*(port.name for port in plan.program.inputs), *self.output_names(plan).values()}
 
     def result_names(self, plan: QuantizedProgram) -> dict[str, str]:
         """What the graph calls every output, by the tensor of the program that holds it."""
@@ -348,7 +311,8 @@ def _check_planes(fmt: IntFormat, option: str = "output", tensor: str = "result"
         )
 
 
-def _static_shape(value: onnx.ValueInfoProto) -> Sizes:
+def static_shape(value: onnx.ValueInfoProto) -> Sizes:
+    """Declared sizes of an input or output; a name or ``"?"`` where one is open."""
     dims = value.type.tensor_type.shape.dim
     return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
 

@@ -21,7 +21,7 @@ def lower(plan: QuantizedProgram, profile: Profile, interface: Interface) -> Gra
     ExportError
         If the profile cannot express the plan, or names a lowering that does not exist.
     """
-    _require(profile, plan)
+    require(profile, plan)
     graph = GraphBuilder()
     inputs, outputs = interface.inputs(plan), interface.output_names(plan)
     elements = interface.input_elements(plan, profile)
@@ -61,7 +61,14 @@ def _matrix(graph: GraphBuilder, plan: QuantizedProgram, interface: Interface) -
     return graph.node("Mul", ["L", graph.scalar("minus_one", -1.0)], "M/negated", interface.square(plan))
 
 
-def _require(profile: Profile, plan: QuantizedProgram) -> None:
+def require(profile: Profile, plan: QuantizedProgram) -> None:
+    """Refuse formats and scales that a profile does not take.
+
+    Raises
+    ------
+    ExportError
+        With the tensor and the remedy.
+    """
     for tensor, quantization in plan.tensors.items():
         if quantization.format not in profile.formats:
             names = ", ".join(f.name for f in profile.formats)

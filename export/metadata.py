@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qinvert.export.interface import GraphInput, Interface
+from qinvert.export.step_interface import StepInterface
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.profiles import Profile
 from qinvert.version import __version__
@@ -17,7 +18,9 @@ def provenance(plan: Plan, profile: Profile) -> dict[str, str]:
     }
 
 
-def layer_metadata(name: str, plan: LayerPlan, profile: Profile, interface: Interface) -> dict[str, str]:
+def layer_metadata(
+    name: str, plan: LayerPlan, profile: Profile, interface: Interface | StepInterface
+) -> dict[str, str]:
     """Metadata about one layer."""
     return {
         "qinvert.layer": name,
@@ -28,9 +31,9 @@ def layer_metadata(name: str, plan: LayerPlan, profile: Profile, interface: Inte
     }
 
 
-def describe(plan: LayerPlan, interface: Interface) -> str:
+def describe(plan: LayerPlan, interface: Interface | StepInterface) -> str:
     """One line for readers of a graph."""
-    if not plan.program.is_inverse:
+    if isinstance(interface, StepInterface) or not plan.program.is_inverse:
         return str(plan)
     sign = "-" if interface.input is GraphInput.M else "+"
     matrix = "M" if interface.input is GraphInput.M else "L"

@@ -112,7 +112,7 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         matrix, grid = constant_support(value.constant).astype(np.int8), self.grid(value.tensor)
         if blocks:
             return Value(self.repeated(f"{value.tensor}/{blocks}", matrix, blocks, grid), value.tensor)
-        return Value(self.literal(value.tensor, matrix, grid), value.tensor)
+        return Value(self.literal(f"{value.tensor}/matrix", matrix, grid), value.tensor)
 
     def concat(self, step: Concat, sources: list[Value]) -> Value:
         grid, shape = self.grid(step.output), self.shape(step.output)

@@ -39,7 +39,7 @@ class IntegerLowering(GraphLowering):
     stored_format: ClassVar[IntFormat] = INT8
 
     def source(self, tensor: str, name: str) -> Value:
-        if name in self.integer_inputs:
+        if tensor in self.integer_inputs:
             return Value(name, tensor)
         return self._quantized(tensor, name, self.grid(tensor).scale)
 

@@ -46,7 +46,7 @@ class QdqLowering(GraphLowering):
     """Values are dequantized float tensors; every one has just been quantized."""
 
     def source(self, tensor: str, name: str) -> Value:
-        if name not in self.integer_inputs:
+        if tensor not in self.integer_inputs:
             return self._finished(tensor, name)
         shape, grid = self.shape(tensor), self.grid(tensor)
         end = self.profile.end_of(grid.format)

@@ -50,7 +50,7 @@ class ProgramTensors(ABC):
         self.graph = graph
         program = plan.program
         #: Names of float tensors that the graph takes and returns; integers must have other names.
-        self.ends = {*(port.name for port in program.inputs), *interface.output_names(plan).values()}
+        self.ends = interface.end_names(plan)
         #: Tensors of the outputs.
         self.results = {port.tensor for port in program.outputs}
         #: Vector inputs by the name that they have as they multiply rows or columns.

@@ -17,6 +17,7 @@ import onnx
 from qinvert.export.rules.float_ends import is_float_end, is_from_keys
 from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.export.rules.product_bounds import accumulator_bound, products
+from qinvert.export.rules.step_ends import MAX_RANK, OPERATORS, is_step_end, step_ends
 from qinvert.numerics.accumulators import FLOAT32_EXACT
 from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import folded_loss, loses
@@ -66,8 +67,9 @@ def _opset(case: Case) -> Iterator[tuple[str, str]]:
 @rule("operators", "choose another profile or method")
 def _operators(case: Case) -> Iterator[tuple[str, str]]:
     for node in case.graph.nodes:
-        prologue = case.profile.prologue if is_from_keys(case.graph, node) else frozenset()
-        if node.op_type not in case.profile.operators | prologue | {"Pad"}:
+        ends = case.profile.prologue if is_from_keys(case.graph, node) else frozenset()
+        ends |= OPERATORS if is_step_end(case.graph, node) else frozenset()
+        if node.op_type not in case.profile.operators | ends | {"Pad"}:
             yield _name(node), f"is {node.op_type}, which profile {case.profile.name!r} does not allow"
 
 
@@ -92,8 +94,19 @@ def _names(case: Case) -> Iterator[tuple[str, str]]:
 def _shapes(case: Case) -> Iterator[tuple[str, str]]:
     for name in case.graph.activations:
         shape = case.graph.shape(name)
-        if shape is None or len(shape) != 4 or shape[0] != 1:
+        if _is_constant_matrix(case.graph, name):
+            continue
+        if name in step_ends(case.graph):
+            if shape is None or len(shape) > MAX_RANK:
+                yield name, f"has the shape {shape or 'unknown'}, not a static one of at most {MAX_RANK} axes"
+        elif shape is None or len(shape) != 4 or shape[0] != 1:
             yield name, f"has the shape {shape or 'unknown'}, not a static [1, B, R, C]"
+
+
+def _is_constant_matrix(graph: Structure, name: str) -> bool:
+    # Weights are ``[R, C]`` everywhere; some compilers refuse them with two more axes.
+    stored = graph.writers[name].input[0] if graph.operator(name) == "DequantizeLinear" else ""
+    return graph.constant(stored) is not None and len(graph.shape(stored) or ()) == 2
 
 
 @rule("scales", f"store one constant scale of at least {MIN_SCALE:g} for each tensor")
@@ -231,7 +244,8 @@ def _quantized(case: Case) -> Iterator[tuple[str, str]]:
         return
     sums = _accumulating(case.graph)
     for node in case.graph.nodes:
-        if node.op_type not in GRID_INPUTS and not is_float_end(case.graph, node):
+        at_end = is_float_end(case.graph, node) or is_step_end(case.graph, node)
+        if node.op_type not in GRID_INPUTS and not at_end:
             for name in _float_tensors(case.graph, node, sums):
                 yield _name(node), f"leaves {name!r} unquantized"
 

@@ -5,7 +5,7 @@ Each module of this package that defines a `Runtime` adds one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
@@ -29,6 +29,7 @@ __all__ = [
     "estimates",
     "estimators",
     "execute",
+    "execute_sequences",
     "installed",
 ]
 
@@ -80,6 +81,32 @@ def execute(
     if keep is None:
         return _refused(name, runtime.execute(content, feeds))
     return _answers(runtime, content, feeds, _request(runtime, (), keep))
+
+
+def execute_sequences(
+    name: str, content: bytes, sequences: Sequence[Sequence[Feed]], carried: Mapping[str, str]
+) -> Iterator[Execution]:
+    """Yield what each setting of the named runtime makes of sequences of calls that hand a state on.
+
+    Parameters
+    ----------
+    name : str
+    content : bytes
+    sequences : sequence of sequences of feeds
+        Inputs of every call; what is handed on needs to be in the first of a sequence only.
+    carried : mapping
+        Input of the next call that each output becomes.
+
+    Raises
+    ------
+    ExportError
+        As `execute`, or if the runtime cannot hand a state on.
+    """
+    runtime = lookup(RUNTIMES, name, "runtime", ExportError)
+    if runtime.carry is None:
+        able = ", ".join(other.name for other in RUNTIMES.values() if other.carry is not None)
+        raise ExportError(f"{name} cannot hand the state of a chunk step from call to call yet; use {able}")
+    return _refused(name, runtime.carry(content, sequences, carried))
 
 
 def estimators() -> dict[str, Runtime]:

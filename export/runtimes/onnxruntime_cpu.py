@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,39 @@ ZERO_POINTS = {"MatMulInteger": (2, 3), "QLinearMatMul": (2, 5), "MatMulIntegerT
 
 def execute(content: bytes, feeds: Sequence[Feed]) -> Iterator[Execution]:
     """Run the graph unoptimized and optimized."""
+    for setting, session, products in _sessions(content):
+        outputs = [session.run(None, dict(feed))[0] for feed in feeds]
+        yield Execution(setting=setting, outputs=outputs, products=products)
+
+
+def carry(
+    content: bytes, sequences: Sequence[Sequence[Feed]], carried: Mapping[str, str]
+) -> Iterator[Execution]:
+    """Run sequences of calls unoptimized and optimized, each call on what the one before it returned."""
+    for setting, session, products in _sessions(content):
+        results = [_sequence(session, calls, carried) for calls in sequences]
+        yield Execution(setting=setting, outputs=(), sequences=results, products=products)
+
+
+def _sequence(session: Any, calls: Sequence[Feed], carried: Mapping[str, str]) -> list[Feed]:
+    names = [value.name for value in session.get_outputs()]
+    results: list[Feed] = []
+    state: Feed = {}
+    for feed in calls:
+        results.append(dict(zip(names, session.run(None, {**feed, **state}), strict=True)))
+        state = {name: results[-1][output] for output, name in carried.items()}
+    return results
+
+
+def _sessions(content: bytes) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """Yield each setting, its session, and the types of its products."""
     import onnx
 
     for setting in ("unoptimized", "optimized"):
         with TemporaryDirectory() as folder:
             written = Path(folder) / "optimized.onnx"
             session = open_session(content, optimized=setting == "optimized", written=written)
-            products = product_types(onnx.load(written))
-        outputs = [session.run(None, dict(feed))[0] for feed in feeds]
-        yield Execution(setting=setting, outputs=outputs, products=products)
+            yield setting, session, product_types(onnx.load(written))
 
 
 def open_session(
@@ -88,6 +112,7 @@ def product_types(model: onnx.ModelProto) -> dict[str, str]:
 RUNTIME = Runtime(
     name="onnxruntime",
     execute=execute,
+    carry=carry,
     summary="the CPU, graph optimization off and on",
     module="onnxruntime",
     requirement="onnxruntime",

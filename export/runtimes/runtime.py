@@ -25,6 +25,8 @@ class Execution:
     setting: str
     #: Output of every call.
     outputs: Sequence[npt.NDArray[Any]]
+    #: Every output by its name, of every call of every sequence, where sequences were run.
+    sequences: Sequence[Sequence[Feed]] = ()
     #: Types that each product runs in, ``"int8 x int8"``, by name of the node.
     products: Mapping[str, str] = field(default_factory=dict)
     #: Nodes that the runtime left to another processor than the one it compiled for.
@@ -39,6 +41,9 @@ class Execution:
 Execute: TypeAlias = Callable[[bytes, Sequence[Feed]], Iterator[Execution]]
 #: The same with a request; without feeds the graph is compiled only, for the chips of the request.
 Compile: TypeAlias = Callable[[bytes, Sequence[Feed], Request], Iterator[Execution]]
+#: Runs sequences of calls, in which each output that the mapping names is the input that it says of the
+#: next call: the runtime's own values, and not copies that somebody has rounded again.
+Carry: TypeAlias = Callable[[bytes, "Sequence[Sequence[Feed]]", Mapping[str, str]], Iterator[Execution]]
 #: Compiles several graphs in one process, and yields in their order what each gave, or why it is refused.
 CompileEach: TypeAlias = Callable[[Sequence[bytes], Request], "Iterator[Sequence[Execution] | ExportError]"]
 
@@ -73,6 +78,8 @@ class Runtime:
     compile: Compile | None = None
     #: The same for several graphs without feeds, for runtimes whose start takes longer than a small graph.
     compile_each: CompileEach | None = None
+    #: Runs sequences of calls, for runtimes that can hand a state on.
+    carry: Carry | None = None
     #: What each chip is that the runtime estimates cycles for, by the name that callers give.
     hardware: Mapping[str, str] = field(default_factory=dict)
     #: How to load what `Request.keep` leaves, in one sentence; empty where nothing can be kept.

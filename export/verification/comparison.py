@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from qinvert.errors import VerificationError
@@ -15,6 +16,7 @@ from qinvert.export.verification.reach import reach
 from qinvert.export.verification.references import Reference, Returned
 from qinvert.export.verification.tolerance import Steps, Tolerance
 from qinvert.metrics import ErrorStatistics
+from qinvert.numerics.law import Rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,17 +80,31 @@ def compare(
     """
     steps = _steps(actual, wanted)
     reached = _reach(steps, wanted, tolerance)
+    label, sqnr_db = f"{runtime} ({execution.setting})", _sqnr_db(actual, wanted)
+    return measured(label, execution, steps, reached, tolerance, wanted.rounding, sqnr_db)
+
+
+def measured(
+    label: str,
+    execution: Execution,
+    steps: Steps,
+    reached: Steps | None,
+    tolerance: Tolerance,
+    rounding: Rounding,
+    sqnr_db: float,
+) -> Verification:
+    """Count differences in steps; ``reached`` is how far each may go where that is `Tolerance.by_reach`."""
     return Verification(
-        runtime=f"{runtime} ({execution.setting})",
-        values=actual.size,
+        runtime=label,
+        values=steps.size,
         mismatches=int(tolerance.counts(steps).sum()),
         max_steps=float(steps.max(initial=0.0)),
         beyond=int(tolerance.exceeds(steps, reached).sum()),
         exact=tolerance.exact,
-        rounding=str(wanted.rounding),
+        rounding=str(rounding),
         allowed_share=tolerance.share,
         allowed_steps=tolerance.steps if reached is None else int(reached.max(initial=0.0)),
-        sqnr_db=_sqnr_db(actual, wanted),
+        sqnr_db=sqnr_db,
         products=Counter(execution.products.values()),
         elsewhere=tuple(execution.elsewhere),
         kept=execution.kept,
@@ -113,20 +129,33 @@ def judge(result: Verification, actual: Returned, wanted: Reference, tolerance: 
     VerificationError
         If a difference is not allowed; the message has the first differing element.
     """
-    if tolerance.allows(
+    if is_allowed(result, tolerance):
+        return
+    steps = _steps(actual, wanted)
+    blamed = tolerance.blames(steps, _reach(steps, wanted, tolerance))
+    raise refusal(result, blamed, actual, wanted.expected, hint)
+
+
+def is_allowed(result: Verification, tolerance: Tolerance) -> bool:
+    """Whether the differences that were counted are allowed."""
+    return tolerance.allows(
         values=result.values,
         mismatches=result.mismatches,
         beyond=result.beyond,
         max_steps=result.max_steps,
-    ):
-        return
-    steps = _steps(actual, wanted)
-    first = np.argwhere(tolerance.blames(steps, _reach(steps, wanted, tolerance)))[0]
+    )
+
+
+def refusal(
+    result: Verification, blamed: npt.NDArray[np.bool_], actual: Returned, expected: Returned, hint: str
+) -> VerificationError:
+    """Return the error that names the first value that is blamed."""
+    first = np.argwhere(blamed)[0]
     index = tuple(int(i) for i in first)
-    raise VerificationError(
+    return VerificationError(
         f"{result.runtime} differs from the simulator in {result.mismatches} of {result.values} values, "
         f"by up to {result.max_steps:.3g} steps; first at {list(index)}: {actual[index]} instead of "
-        f"{wanted.expected[index]}; {hint}"
+        f"{expected[index]}; {hint}"
     )
 
 

@@ -16,6 +16,9 @@ from qinvert.export.functions import single_layer
 from qinvert.export.interface import GraphInput, Interface
 from qinvert.export.reading import read_model
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute
+from qinvert.export.step_graph import is_step
+from qinvert.export.step_interface import StepInterface
+from qinvert.export.step_reading import read_step_interface
 from qinvert.export.verification.comparison import Verification, compare, judge
 from qinvert.export.verification.references import Reference, graph_inputs, reference
 from qinvert.export.verification.runs import (
@@ -30,6 +33,7 @@ from qinvert.export.verification.runs import (
     stored,
 )
 from qinvert.export.verification.tolerance import tolerance_for
+from qinvert.export.verification.verify_step import verify_step
 from qinvert.files import read_bytes
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import LayerPlan, Plan
@@ -76,7 +80,10 @@ def verify(
         Inputs; repeated to fill the last batch, all of which is compared.
         For a graph from keys a mapping of ``k (..., C, D)``, ``beta (..., C)``
         and ``g (..., C)``: the L that a runtime builds of them must be right
-        in float32, and the simulator is given this L.
+        in float32, and the simulator is given this L.  For a graph of a chunk step a
+        mapping of its inputs ``q, k, v, beta, g, state`` (and ``valid``, if not all tokens
+        count), with any number of sequences and tokens: those beyond one call run in
+        further calls, and the runtime's own state goes from each to the next.
     runtimes : sequence of str
         Names of `qinvert.export.runtimes.RUNTIMES`.
     layer : str, optional
@@ -103,17 +110,22 @@ def verify(
     InputError
         If ``L`` or ``beta`` is not legal.
     """
-    graph = _Graph.read(path, plan, layer)
-    inputs = graph_inputs(graph.plan, graph.interface, L, beta)
+    file = _File.read(path, plan, layer)
     if not runtimes:
         raise ExportError("no runtime was named; pass for example runtimes=('onnxruntime',)")
     if keep is not None:
         _check_keeping(runtimes)
+    if is_step(file.plan):
+        profile = file.profile(plan)
+        step = read_step_interface(file.model, file.plan, profile)
+        return verify_step(file.model, file.content, file.plan, step, profile, L, runtimes, file.hint(plan))
+    graph = _Graph(file=file, interface=Interface.of(file.model, file.plan))
+    inputs = graph_inputs(file.plan, graph.interface, L, beta)
     check = _Check(
         graph=graph,
-        profile=graph.profile(plan),
+        profile=file.profile(plan),
         inputs=filled(inputs, graph.batch),
-        hint=graph.hint(plan),
+        hint=file.hint(plan),
         keep=keep,
     )
     return [result for name in runtimes for result in check.run(name)]
@@ -127,7 +139,7 @@ def _check_keeping(names: Sequence[str]) -> None:
         )
 
 
-def read_interface(path: str | PathLike[str], plan: Plan, layer: str) -> Interface:
+def read_interface(path: str | PathLike[str], plan: Plan, layer: str) -> Interface | StepInterface:
     """Return what the exported graph of a layer takes and returns.
 
     Raises
@@ -135,11 +147,14 @@ def read_interface(path: str | PathLike[str], plan: Plan, layer: str) -> Interfa
     ExportError
         If the file is not a graph of this package.
     """
-    return _Graph.read(path, plan, layer).interface
+    file = _File.read(path, plan, layer)
+    if is_step(file.plan):
+        return read_step_interface(file.model, file.plan, file.profile(plan))
+    return Interface.of(file.model, file.plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Graph:
+class _File:
     """The graph of one layer, as it was read."""
 
     model: onnx.ModelProto
@@ -149,30 +164,17 @@ class _Graph:
     metadata: Mapping[str, str]
     #: Plan of the layer.
     plan: LayerPlan
-    interface: Interface
 
     @staticmethod
-    def read(path: str | PathLike[str], plan: Plan, layer: str | None) -> _Graph:
-        """Read a file, and require that it is a graph of this package for the plan."""
+    def read(path: str | PathLike[str], plan: Plan, layer: str | None) -> _File:
+        """Read a file and its layer of the plan."""
         content = read_bytes(path)
         whole = read_model(content, path)
         model = single_layer(whole, layer)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         layer_plan = plan.layer(layer if layer is not None else metadata.get("qinvert.layer"))
-        interface = Interface.of(model, layer_plan)
         content = content if model is whole else serialize(model)
-        return _Graph(model=model, content=content, metadata=metadata, plan=layer_plan, interface=interface)
-
-    @property
-    def batch(self) -> int:
-        """Matrices per call; `Interface.of` does not take a graph that leaves them open."""
-        assert self.interface.batch is not None
-        return self.interface.batch
-
-    @property
-    def from_keys(self) -> bool:
-        """Whether the graph builds L."""
-        return self.interface.input is GraphInput.KEYS
+        return _File(model=model, content=content, metadata=metadata, plan=layer_plan)
 
     def profile(self, plan: Plan) -> Profile:
         """Return the profile that the graph was exported for."""
@@ -184,6 +186,25 @@ class _Graph:
             return "the file was exported from another plan: export it again"
         entries = (f"{key.removeprefix('qinvert.')} {value}" for key, value in sorted(self.metadata.items()))
         return f"the graph says of itself: {', '.join(entries)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Graph:
+    """The graph of an inverse, and what it takes and returns."""
+
+    file: _File
+    interface: Interface
+
+    @property
+    def batch(self) -> int:
+        """Matrices per call; `Interface.of` does not take a graph that leaves them open."""
+        assert self.interface.batch is not None
+        return self.interface.batch
+
+    @property
+    def from_keys(self) -> bool:
+        """Whether the graph builds L."""
+        return self.interface.input is GraphInput.KEYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -204,12 +225,12 @@ class _Check:
     def run(self, name: str) -> Iterator[Verification]:
         """Run the graph in every setting of a runtime, and judge what it returns."""
         runtime = lookup(RUNTIMES, name, "runtime", ExportError)
-        plan, interface = self.graph.plan, self.graph.interface
+        plan, interface = self.graph.file.plan, self.graph.interface
         given = onto_grids(as_taken(self.inputs, runtime), plan, interface)
         wanted = self._built(runtime, given) if self.graph.from_keys else self._given(runtime, given)
         taken = stored(given, plan, interface, self.profile)
         keep = self.keep if runtime.loading else None
-        for execution in execute(name, self.graph.content, feeds(taken, self.graph.batch), keep=keep):
+        for execution in execute(name, self.graph.file.content, feeds(taken, self.graph.batch), keep=keep):
             yield self._judged(runtime, execution, wanted(execution.setting))
 
     def _given(self, runtime: Runtime, given: Inputs) -> Wanted:
@@ -222,18 +243,18 @@ class _Check:
 
     def _built(self, runtime: Runtime, given: Inputs) -> Wanted:
         """What a graph should return for the L that each setting builds from keys."""
-        built = built_lower(self.graph.model, runtime, given, self.graph.batch)
+        built = built_lower(self.graph.file.model, runtime, given, self.graph.batch)
         return lambda setting: self._reference(runtime, given, built[setting])
 
     def _reference(self, runtime: Runtime, given: Inputs, lower: torch.Tensor) -> Reference:
-        plan, interface = self.graph.plan, self.graph.interface
+        plan, interface = self.graph.file.plan, self.graph.interface
         beta = given[BETA].squeeze(-1) if plan.program.inverse_ports.factored else None
         storage = self.profile.end_of(plan.output.format)
         return reference(plan, interface, storage, Systems(lower=lower, beta=beta), runtime.rounding)
 
     def _judged(self, runtime: Runtime, execution: Execution, wanted: Reference) -> Verification:
         tolerance = tolerance_for(
-            runtime, self.profile, self.graph.plan, wanted.rounding, from_keys=self.graph.from_keys
+            runtime, self.profile, self.graph.file.plan, wanted.rounding, from_keys=self.graph.from_keys
         )
         actual = joined(execution, self.graph.batch, wanted.expected)
         result = compare(runtime.name, execution, actual, wanted, tolerance)

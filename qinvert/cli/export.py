@@ -12,13 +12,14 @@ from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
 from qinvert.export.encodings import STYLES
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Options
+from qinvert.export.step_interface import Layout, States
 from qinvert.files import check_folder
 from qinvert.plan.plan import Plan
 from qinvert.profiles import find_profile
 
 
-class ChainCount(click.ParamType["int | str"]):
-    """A number of chains, or ``auto``."""
+class AutoCount(click.ParamType["int | str"]):
+    """A number, or ``auto``."""
 
     name = "number or auto"
 
@@ -34,7 +35,13 @@ class ChainCount(click.ParamType["int | str"]):
 )
 @profile_option
 @click.option("--layer", "layers", multiple=True, help="Layer to export, repeatable; all by default.")
-@click.option("--batch", default=8, show_default=True, help="Matrices per call of the graph.")
+@click.option(
+    "--batch",
+    default=AUTO,
+    show_default=True,
+    type=AutoCount(),
+    help="Matrices per call of the graph, or sequences per call of a chunk step; auto is 8 or 1.",
+)
 @click.option(
     "--input",
     "source",
@@ -63,8 +70,21 @@ class ChainCount(click.ParamType["int | str"]):
     "--chains",
     default=AUTO,
     show_default=True,
-    type=ChainCount(),
+    type=AutoCount(),
     help="Parts into which the graph cuts the batch; auto takes what costs the least on the plan's chip.",
+)
+@click.option("--heads", type=int, help="Heads of the layer, for chunk steps whose plan does not say it.")
+@click.option("--chunks", type=int, help="Chunks per call of a chunk step; 1 by default.")
+@click.option(
+    "--layout",
+    type=click.Choice([kind.value for kind in Layout]),
+    help="Order of the last two axes of v, o and the state of a chunk step.",
+)
+@click.option("--normalize", is_flag=True, help="Take raw q and k of a chunk step, and normalize them.")
+@click.option(
+    "--states",
+    type=click.Choice([kind.value for kind in States]),
+    help="every returns the state behind each chunk, too, to cache prefixes.",
 )
 @click.option("--one-file", is_flag=True, help=f"Write one {ALL_LAYERS} with a local function per layer.")
 @click.option(
@@ -76,12 +96,17 @@ def export(
     folder: str,
     profile: str | None,
     layers: tuple[str, ...],
-    batch: int,
+    batch: int | str,
     source: str,
     key_size: int | None,
     result: str,
     input_type: str,
     chains: int | str,
+    heads: int | None,
+    chunks: int | None,
+    layout: str | None,
+    normalize: bool,
+    states: str | None,
     one_file: bool,
     style: str | None,
     as_json: bool,
@@ -95,6 +120,7 @@ def export(
              qinvert export plan.json -o graphs/ --one-file --output-type integers
              qinvert export plan.json -o graphs/ --input keys --key-size 128
              qinvert export plan.json -o graphs/ --input M --input-type integers --output-type integers
+             qinvert export plan.json -o graphs/ --heads 16 --chunks 4 --normalize --states every
     """
     output = Output(as_json=as_json, quiet=quiet)
     check_folder(folder)
@@ -110,6 +136,11 @@ def export(
         "key_size": key_size,
         "input_type": input_type,
         "chains": chains,
+        "heads": heads,
+        "chunks": chunks,
+        "layout": layout,
+        "normalize": normalize or None,
+        "states": states,
     }
     if one_file:
         if style is not None:

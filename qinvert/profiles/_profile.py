@@ -55,6 +55,8 @@ class Profile:
     caveats: str
     #: How tensors of the int8 grid are stored: `INT8`, or `UINT8`, the same real values shifted by 128.
     storage: IntFormat = INT8
+    #: How tensors of more than 8 bits are stored, if not as their format says: `UINT16`.
+    wide_storage: IntFormat | None = None
     #: Formats in which graphs take and return integers, by the name of the format inside: signed
     #: integers at the ends cost a conversion on some chips.  Others are stored as inside.
     ends: Mapping[str, IntFormat] = field(default_factory=dict, hash=False)
@@ -92,7 +94,9 @@ class Profile:
 
     def storage_of(self, fmt: IntFormat) -> IntFormat:
         """Return the format whose container and zero point graphs use for values of ``fmt``."""
-        return self.storage if fmt.container_bits == INT8.container_bits else fmt
+        if fmt.container_bits == INT8.container_bits:
+            return self.storage
+        return fmt if self.wide_storage is None else self.wide_storage
 
     def end_of(self, fmt: IntFormat) -> IntFormat:
         """Return the format whose container and zero point integers at the ends of graphs have."""
@@ -106,6 +110,6 @@ class Profile:
     @property
     def stored(self) -> dict[str, int]:
         """ONNX element types of quantized tensors, each with its zero point."""
-        wide = [fmt for fmt in self.formats if fmt.is_wide]
+        wide = [self.storage_of(fmt) for fmt in self.formats if fmt.is_wide]
         narrow = [self.storage] if len(wide) < len(self.formats) else []
         return {fmt.element: fmt.zero_point for fmt in (*narrow, *wide, *self.ends.values())}

@@ -31,7 +31,10 @@ PROFILE = Profile(
             # Factored plans only.
             "Div",
             "Max",
+            # Factored plans and chunk steps.
             "Transpose",
+            # Chunk steps only.
+            "Exp",
         }
     ),
     proved=("onnxruntime", "openvino", "iree", "tvm"),

@@ -18,7 +18,9 @@ PROFILE = Profile(
     operators=frozenset(
         {"QuantizeLinear", "DequantizeLinear", "MatMul", "Add", "Sub", "Mul", "Slice", "Concat"}
         # Factored plans only.
-        | {"Div", "Max", "Transpose"}
+        | {"Div", "Max"}
+        # Factored plans and chunk steps.
+        | {"Transpose", "Exp"}
     ),
     proved=("onnxruntime", "openvino", "qnn", "rknn", "iree", "tvm"),
     hardware="hexagon-v81",

@@ -1,0 +1,51 @@
+"""The ends of the graph of a chunk step: batch, heads and tokens as axes of their own, floats among them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import onnx
+
+from qinvert.chunk_step.ports import INPUTS
+from qinvert.export.rules.graph_index import Structure
+
+#: Operators between the inputs and what is quantized: norms, valid tokens, value channels.
+OPERATORS: Final = frozenset({"Reshape", "Mul", "MatMul", "ReduceSum", "Add", "Sqrt", "Div"})
+#: Most axes of a tensor: compilers for NPUs refuse five.
+MAX_RANK: Final = 4
+
+
+def is_step_end(graph: Structure, node: onnx.NodeProto) -> bool:
+    """Whether a node belongs to the ends, before anything is quantized or after everything is."""
+    return node.op_type in OPERATORS and set(node.output) <= step_ends(graph)
+
+
+def step_ends(graph: Structure) -> set[str]:
+    """Tensors of the ends, inputs and outputs included; none if the graph is not one of a chunk step."""
+    return graph.memo("step_ends", _find)
+
+
+def _find(graph: Structure) -> set[str]:
+    if not set(INPUTS) <= graph.inputs:
+        return set()
+    return _from_inputs(graph) | _to_outputs(graph)
+
+
+def _from_inputs(graph: Structure) -> set[str]:
+    found = set(graph.inputs)
+    for node in graph.nodes:
+        given = [name for name in node.input if graph.constant(name) is None]
+        # A product of two inputs is one of the program.
+        single = node.op_type != "MatMul" or len(given) == 1
+        if node.op_type in OPERATORS and single and set(given) <= found:
+            found.update(node.output)
+    return found
+
+
+def _to_outputs(graph: Structure) -> set[str]:
+    found = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        given = [name for name in node.input if graph.constant(name) is None]
+        if set(node.output) <= found and node.op_type in ("Reshape", "Mul", "MatMul") and len(given) == 1:
+            found.update(name for name in given if graph.operator(name) in ("Reshape", "Mul", "MatMul"))
+    return found

@@ -1,0 +1,223 @@
+"""Runs the graph of a chunk step call after call, and compares every value with the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx.utils
+import torch
+
+from qinvert.chunk_step.ports import KEY, QUERY, STATE, VALUE
+from qinvert.errors import ExportError, VerificationError, lookup
+from qinvert.export.exporting import serialize
+from qinvert.export.runtimes import RUNTIMES, Execution, execute_sequences
+from qinvert.export.step_ends import NORMALIZED, ROTATED, SCALED
+from qinvert.export.step_interface import STATE_OUT, StepInterface
+from qinvert.export.verification.comparison import Verification, is_allowed, measured, refusal
+from qinvert.export.verification.step_inputs import StepData, step_data
+from qinvert.export.verification.step_reference import StepReference, joined_outputs, step_reference
+from qinvert.export.verification.tolerance import (
+    FLOAT_PRODUCT_SHARE,
+    HALF_STEP,
+    KEYS_TOLERANCE,
+    NOISE,
+    Tolerance,
+    is_exact,
+)
+from qinvert.metrics import NoiseStatistics
+from qinvert.numerics.law import Rounding
+from qinvert.plan.plan import LayerPlan
+from qinvert.profiles import Profile
+
+#: Steps of a 16-bit grid by which any value may differ: its sums are wider than float32.
+WIDE_STEPS: Final = 8
+#: Steps of an 8-bit grid by which a rare value may differ, where one of the key path fell on the other
+#: side of a tie and multiplied many values; on a 16-bit grid it is as much in real units.
+TIE_STEPS: Final = 2
+#: How many times these steps the largest such difference may reach: states carry it on.
+TIE_TIMES: Final = 16
+#: Share of the values to which that may happen.
+TIE_SHARE: Final = FLOAT_PRODUCT_SHARE
+
+
+def verify_step(
+    model: onnx.ModelProto,
+    content: bytes,
+    plan: LayerPlan,
+    interface: StepInterface,
+    profile: Profile,
+    given: object,
+    runtimes: Sequence[str],
+    hint: str,
+) -> list[Verification]:
+    """Compare a step graph with the simulator in every setting of some runtimes.
+
+    Tokens beyond those of one call run in further calls.  The state goes from
+    each to the next as the runtime returned it, and in the simulator as integers.
+
+    Returns
+    -------
+    list of Verification
+        One for each runtime, setting and output.
+
+    Raises
+    ------
+    VerificationError
+        If a difference is not allowed.
+    ExportError
+        If a runtime is unknown, refuses the graph, or cannot hand a state on.
+    InputError
+        If ``given`` is not legal.
+    """
+    data = step_data(plan, interface, given)
+    check = _StepCheck(model=model, content=content, data=data, profile=profile, hint=hint)
+    return [result for name in runtimes for result in check.run(name)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepCheck:
+    """A step graph, and the sequences that every runtime is compared on."""
+
+    model: onnx.ModelProto
+    content: bytes
+    data: StepData
+    profile: Profile
+    #: The end of the message of a refusal.
+    hint: str
+    #: The reference that holds for every setting, once it is simulated.
+    simulated: list[StepReference] = field(default_factory=list)
+
+    def run(self, name: str) -> Iterator[Verification]:
+        """Run the graph in every setting of a runtime, and judge every output."""
+        runtime = lookup(RUNTIMES, name, "runtime", ExportError)
+        feeds = self.data.sequences(self.profile)
+        made = self._made_by(runtime.name)
+        for execution in execute_sequences(runtime.name, self.content, feeds, {STATE_OUT: STATE}):
+            reference = self._reference(made.get(execution.setting, {}))
+            for output, actual in joined_outputs(execution.sequences, reference).items():
+                yield self._judged(runtime.name, execution, reference, output, actual)
+
+    def _reference(self, made: dict[str, Any]) -> StepReference:
+        if made:
+            return step_reference(self.data, self.profile, made)
+        if not self.simulated:
+            self.simulated.append(step_reference(self.data, self.profile, {}))
+        return self.simulated[0]
+
+    def _judged(
+        self, runtime: str, execution: Execution, reference: StepReference, output: str, actual: Any
+    ) -> Verification:
+        noise = NoiseStatistics()
+        noise.update(
+            torch.from_numpy(reference.reals(output, actual)), torch.from_numpy(reference.true_reals(output))
+        )
+        tensor = self.data.interface.tensor_of(self.data.plan, output)
+        wide = self.data.plan.tensors[tensor].format.is_wide
+        tolerance = step_tolerance(self.profile, self.data.plan, self._exact_ends, reference.rotated, wide)
+        steps = reference.steps(output, actual)
+        result = measured(
+            f"{runtime} ({execution.setting}) {output}",
+            execution,
+            steps,
+            None,
+            tolerance,
+            Rounding.ONNX,
+            noise.sqnr_db,
+        )
+        if not is_allowed(result, tolerance):
+            blamed = tolerance.blames(steps)
+            # Too many values may differ by little.
+            blamed = blamed if blamed.any() else tolerance.counts(steps)
+            raise refusal(result, blamed, actual, reference.expected(output), self.hint)
+        return result
+
+    @property
+    def _exact_ends(self) -> bool:
+        """Whether no sum in float lies between the inputs and what is quantized."""
+        return not self._float_ends()
+
+    def _float_ends(self) -> dict[str, str]:
+        """Tensors that the graph computes by sums in float, by the port that they become."""
+        interface, channels = self.data.interface, self.data.plan.channels
+        found: dict[str, str] = {}
+        if interface.normalize:
+            found |= {QUERY: SCALED.format(QUERY), KEY: NORMALIZED.format(KEY)}
+        if channels is not None and channels.rotated and not interface.takes_integers:
+            found |= {name: ROTATED.format(name) for name in (VALUE, STATE)}
+        return found
+
+    def _made_by(self, runtime: str) -> dict[str, dict[str, Any]]:
+        """What each setting of a runtime makes of the inputs in float; the simulator starts there."""
+        ends = self._float_ends()
+        if not ends:
+            return {}
+        part = serialize(_part(self.model, list(ends.values())))
+        feeds = self.data.sequences(self.profile)
+        # Every call takes the first state here, whose rotation is all that is asked for.
+        feeds = [[{STATE: calls[0][STATE], **feed} for feed in calls] for calls in feeds]
+        found = {}
+        for execution in execute_sequences(runtime, part, feeds, {}):
+            found[execution.setting] = {
+                port: self._joined(execution, port, tensor) for port, tensor in ends.items()
+            }
+            self._check_made(runtime, execution.setting, found[execution.setting])
+        return found
+
+    def _joined(self, execution: Execution, port: str, tensor: str) -> Any:
+        axis = 3 if port == VALUE and self.data.interface.values_first else 2
+        rows = [
+            calls[0][tensor] if port == STATE else np.concatenate([call[tensor] for call in calls], axis=axis)
+            for calls in execution.sequences
+        ]
+        return np.concatenate(rows)
+
+    def _check_made(self, runtime: str, setting: str, made: dict[str, Any]) -> None:
+        expected = {**self.data.normalized(), **self.data.entered()}
+        for port, values in made.items():
+            error = float(np.abs(values - expected[port]).max())
+            # NaN fails.
+            if not error <= KEYS_TOLERANCE["float32"] * max(1.0, float(np.abs(expected[port]).max())):
+                raise VerificationError(
+                    f"{runtime} ({setting}) computes {port} with an error of {error:.3g} before it is "
+                    "quantized; run float operators in float32"
+                )
+
+
+def _part(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
+    written = {node.output[0] for node in model.graph.node}
+    missing = [name for name in tensors if name not in written]
+    if missing:
+        raise ExportError(f"the graph has no tensor {missing[0]!r}; export it again")
+    return onnx.utils.Extractor(model).extract_model([value.name for value in model.graph.input], tensors)
+
+
+def step_tolerance(
+    profile: Profile, plan: LayerPlan, exact_ends: bool, rotated: bool, wide: bool
+) -> Tolerance:
+    """Choose what a runtime that computes what ONNX says is allowed for an output of a step graph.
+
+    Parameters
+    ----------
+    profile : Profile
+    plan : LayerPlan
+    exact_ends : bool
+        Whether nothing is summed in float before it is quantized.
+    rotated : bool
+        Whether the output is summed in float after it was dequantized: half a step tells integers apart.
+    wide : bool
+        Whether the output's grid has 16 bits.
+    """
+    counted_from = HALF_STEP if rotated else 0.0
+    if is_exact(profile, plan) and exact_ends:
+        return Tolerance.of_equality(counted_from)
+    return Tolerance(
+        counted_from=counted_from or NOISE,
+        share=1.0 if wide else TIE_SHARE,
+        steps=WIDE_STEPS if wide else TIE_STEPS,
+        share_beyond=TIE_SHARE,
+        times_beyond=TIE_TIMES * (TIE_STEPS * 256 // WIDE_STEPS if wide else 1),
+    )
