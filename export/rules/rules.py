@@ -17,7 +17,7 @@ import onnx
 from qinvert.export.rules.float_ends import is_float_end, is_from_keys
 from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.export.rules.product_bounds import accumulator_bound, products
-from qinvert.export.rules.step_ends import MAX_RANK, OPERATORS, has_own_axes, is_step_end
+from qinvert.export.rules.step_ends import MAX_RANK, OPERATORS, is_step_end, step_ends
 from qinvert.numerics.accumulators import FLOAT32_EXACT
 from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import folded_loss, loses
@@ -94,11 +94,19 @@ def _names(case: Case) -> Iterator[tuple[str, str]]:
 def _shapes(case: Case) -> Iterator[tuple[str, str]]:
     for name in case.graph.activations:
         shape = case.graph.shape(name)
-        if shape is not None and has_own_axes(case.graph, name):
-            if len(shape) > MAX_RANK:
-                yield name, f"has the shape {shape}, which has more than {MAX_RANK} axes"
+        if _is_constant_matrix(case.graph, name):
+            continue
+        if name in step_ends(case.graph):
+            if shape is None or len(shape) > MAX_RANK:
+                yield name, f"has the shape {shape or 'unknown'}, not a static one of at most {MAX_RANK} axes"
         elif shape is None or len(shape) != 4 or shape[0] != 1:
             yield name, f"has the shape {shape or 'unknown'}, not a static [1, B, R, C]"
+
+
+def _is_constant_matrix(graph: Structure, name: str) -> bool:
+    # Weights are ``[R, C]`` everywhere; some compilers refuse them with two more axes.
+    stored = graph.writers[name].input[0] if graph.operator(name) == "DequantizeLinear" else ""
+    return graph.constant(stored) is not None and len(graph.shape(stored) or ()) == 2
 
 
 @rule("scales", f"store one constant scale of at least {MIN_SCALE:g} for each tensor")

@@ -20,14 +20,6 @@ def is_step_end(graph: Structure, node: onnx.NodeProto) -> bool:
     return node.op_type in OPERATORS and set(node.output) <= step_ends(graph)
 
 
-def has_own_axes(graph: Structure, name: str) -> bool:
-    """Whether a tensor is a dequantized constant, or lies at an end that has batch and heads as two axes."""
-    node = graph.writers.get(name)
-    if name in step_ends(graph) or node is None:
-        return name in step_ends(graph)
-    return node.op_type == "DequantizeLinear" and graph.constant(node.input[0]) is not None
-
-
 def step_ends(graph: Structure) -> set[str]:
     """Tensors of the ends, inputs and outputs included; none if the graph is not one of a chunk step."""
     return graph.memo("step_ends", _find)
