@@ -17,14 +17,18 @@ from qinvert.calibration.choices import (
     format_of,
 )
 from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.observation.data_record import DataRecord
+from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
+from qinvert.calibration.plan_warnings import warn_beyond_reach, warn_of
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.costs import Costs, Measure, costs_for
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.extent import check_extent
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
+from qinvert.calibration.planning.unseen import unseen_facts
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16, IntFormat
@@ -141,7 +145,17 @@ def calibrate(
     -------
     Plan
         A layer that misses a goal has ``provenance["meets_goal"] == False``
-        and says in ``provenance["fix"]`` what would change that.
+        and says in ``provenance["fix"]`` what would change that.  ``provenance["unseen"]``
+        has the sqnr on matrices that nothing was chosen on, with an interval and the
+        errors of every head.
+
+    Warns
+    -----
+    MissedGoalWarning
+        If a layer, or a head that carries signal, misses a goal, and before any work if the
+        types of the target cannot reach it.
+    DataWarning
+        If the data is too small for what it holds.
 
     Raises
     ------
@@ -158,7 +172,9 @@ def calibrate(
         bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch, measure)
     )
     check_seed(seed, PlanError)
+    warn_beyond_reach(options.goals.min_sqnr_db, options.profile, options.ladder)
     grain = _member(Granularity, "granularity", granularity)
+    record = DataRecord()
     observers = observe(
         source,
         with_options(data, num_samples, seq_len, seed),
@@ -167,10 +183,14 @@ def calibrate(
         seed=seed,
         progress=progress,
         checkpoint=checkpoint,
+        record=record,
     )
     for layer, observer in observers.items():
+        record.check(observer.chunk)
         check_extent(layer, observer.sampled)
-    layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
+    layers = {
+        layer: _plan_layer(observer, options, record.sequences > 0) for layer, observer in observers.items()
+    }
     costs = options.costs
     provenance = {
         "method": method if isinstance(method, str) else method.title,
@@ -183,11 +203,14 @@ def calibrate(
         "seed": seed,
         **costs.provenance,
         **({"factored": True} if factored else {}),
+        **record.provenance,
     }
-    return Plan(layers=layers, target=costs.target_of(layers.values()), provenance=provenance)
+    plan = Plan(layers=layers, target=costs.target_of(layers.values()), provenance=provenance)
+    warn_of(plan)
+    return plan
 
 
-def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
+def _plan_layer(observer: LayerObserver, options: _Options, of_model: bool) -> LayerPlan:
     sample = observer.sampled
     costs = options.costs
     choice = choose(observer, options.ladder, options.rules, options.goals, costs)
@@ -204,7 +227,8 @@ def _plan_layer(observer: LayerObserver, options: _Options) -> LayerPlan:
         "observed": observer.observed,
         "sample": sample.count,
         **costs.chains(choice.best.plan, choice.best.compiled),
-        **explain(choice, wider),
+        **explain(choice, wider, held_out(observer.sample, observer.held)),
+        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model),
     }
     return replace(choice.best.plan, provenance=provenance)
 

@@ -19,7 +19,7 @@ from import_graph import FUNCTIONS, Package, cycles, shown, upward_imports
 #: Programs and plans are data at the bottom; what runs them stands above them.  `Program` and `Plan` are
 #: those data with methods that run them, so that each stands above what it calls.
 ROOMS = (
-    ("assets", "documents", "errors", "temporaries", "version"),
+    ("assets", "cautions", "documents", "errors", "temporaries", "version"),
     ("checks", "discovery", "files", "formats", "pretrained", "strict_json"),
     ("numerics", "program", "recall"),
     ("matrices", "plan"),
@@ -30,7 +30,8 @@ ROOMS = (
     ("kernels", "plan.serialization"),
     ("simulation",),
     ("plan.plan",),
-    ("calibration.__init__", "calibration.choices", "calibration.heads"),
+    ("calibration.__init__", "calibration.choices", "calibration.head_errors", "calibration.heads"),
+    ("calibration.plan_warnings",),
     ("calibration.patching",),
     ("calibration.data",),
     ("calibration.capture", "calibration.evaluate"),

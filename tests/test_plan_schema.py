@@ -14,6 +14,7 @@ from pages import ROOT, code, page, quoted, rows, sections
 from test_ports import planned, step_like
 
 import qinvert
+from qinvert import recall
 from qinvert.formats import FORMATS
 from qinvert.plan.plan import Plan
 from qinvert.plan.quantization import Requantize
@@ -52,6 +53,7 @@ def written():
         qinvert.calibrate((lower, beta), factored=True),
         qinvert.calibrate(lower, method="neumann", min_sqnr_db=90.0, granularity="head"),
         qinvert.calibrate(lower, method=qinvert.elimination(lower.shape[-1], radix=4), min_sqnr_db=0),
+        qinvert.calibrate(recall.load_model(), recall.sequences(1), method="newton_schulz"),
         Plan(layers={"step": planned(Requantize.DIVIDE), **golden.layers}, target="int-ops"),
     ]
     return [json.loads(plan.to_bytes()) for plan in plans]
@@ -84,6 +86,9 @@ def objects(heading):
         "Tensor": [tensor for layer in layers for tensor in layer["tensors"].values()],
         "Provenance of a plan": [d["provenance"] for d in documents if d["provenance"]],
         "Provenance of a layer": calibrated,
+        "Data": [d["provenance"]["data"] for d in documents if "data" in d["provenance"]],
+        "Unseen": [found["unseen"] for found in calibrated if found.get("unseen")],
+        "Head": [head for found in calibrated if found.get("unseen") for head in found["unseen"]["heads"]],
         "Binding": [found["binding"] for found in calibrated],
         "Candidate": [candidate for found in calibrated for candidate in found["candidates"]],
     }[heading]
@@ -106,7 +111,10 @@ KINDS = [
     "Layer",
     "Tensor",
     "Provenance of a plan",
+    "Data",
     "Provenance of a layer",
+    "Unseen",
+    "Head",
     "Binding",
     "Candidate",
 ]
@@ -205,7 +213,7 @@ def test_an_unknown_key_is_ignored_but_not_in_a_step():
 
 
 def test_a_plan_has_the_lowest_version_that_can_hold_it():
-    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 2]
+    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 1, 2]
     kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-1]["programs"]}
     assert kinds == {("inputs",), ("output",)}
     assert isinstance(step_like(), Program)

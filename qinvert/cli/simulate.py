@@ -10,7 +10,9 @@ import click
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import head_cell
 from qinvert.cli.sources import open_for_plan
+from qinvert.documents import to_document
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -55,10 +57,20 @@ def simulate(
 
 def show_report(output: Output, report: Report) -> None:
     """Print the error table."""
-    columns = ["layer", "format", "sqnr_db", "floor_db", "worst_rel", "max_abs", "saturated", "matrices"]
+    columns = [
+        "layer",
+        "format",
+        "sqnr_db",
+        "floor_db",
+        "worst head",
+        "worst_rel",
+        "max_abs",
+        "saturated",
+        "matrices",
+    ]
     rows = [
-        [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), f"{r.worst_rel:.2e}", f"{r.max_abs:.2e}",
-         str(sum(r.saturations.values())), str(r.matrices)]
+        [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), head_cell(to_document(r.heads)),
+         f"{r.worst_rel:.2e}", f"{r.max_abs:.2e}", str(sum(r.saturations.values())), str(r.matrices)]
         for name, r in report.layers.items()
     ]  # fmt: skip
     output.table("Simulated integer inverse", columns, rows)
