@@ -8,6 +8,8 @@ from enum import StrEnum
 from os import PathLike
 from typing import Any, TypeVar
 
+import torch
+
 from qinvert.calibration.choices import (
     HARDWARE_LOSS_DB,
     MAX_LOSS_DB,
@@ -17,6 +19,7 @@ from qinvert.calibration.choices import (
     format_of,
 )
 from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.model_identity import MODEL, model_identity, versions
 from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.observation.one_pass import Progress, observe
@@ -204,6 +207,8 @@ def calibrate(
         **costs.provenance,
         **({"factored": True} if factored else {}),
         **record.provenance,
+        **({MODEL: model_identity(source, layers)} if isinstance(source, torch.nn.Module) else {}),
+        "versions": versions(),
     }
     plan = Plan(layers=layers, target=costs.target_of(layers.values()), provenance=provenance)
     warn_of(plan)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
 from qinvert.delta_rule.chunks import Applied, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, applicable
@@ -85,6 +86,7 @@ def evaluate(
     num_samples: int | None = None,
     seq_len: int | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Evaluation:
     """Compare the model under ``plan`` with the same model under the exact inverse.
 
@@ -103,6 +105,8 @@ def evaluate(
         them has; see `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress("tokens", seen)`` after every batch.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Raises
     ------
@@ -114,7 +118,7 @@ def evaluate(
             f"the first argument is a {type(model).__name__}; call evaluate(model, plan, data), in this order"
         )
     tokens = with_options(data, num_samples, seq_len)
-    return compare(model, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
+    return compare(model, {"plan": plan}, tokens, score=score, progress=progress, force=force)["plan"]
 
 
 def compare(
@@ -126,6 +130,7 @@ def compare(
     num_samples: int | None = None,
     seq_len: int | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate several plans as `evaluate` does, in one pass over the data.
 
@@ -133,7 +138,7 @@ def compare(
     ----------
     plans : mapping
         Plans or inverses by the name that the result gives them.
-    model, data, score, num_samples, seq_len, progress
+    model, data, score, num_samples, seq_len, progress, force
         As for `evaluate`.
 
     Raises
@@ -141,6 +146,8 @@ def compare(
     InputError, PlanError
         See `qinvert.patched`.
     """
+    for plan in plans.values():
+        check_identity(plan, model, force)
     running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
     tokens = 0
     for batch in token_batches(with_options(data, num_samples, seq_len), model):

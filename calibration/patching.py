@@ -21,6 +21,7 @@ from weakref import WeakSet
 import torch
 
 from qinvert.calibration.heads import is_split, layer_inverse, plan_inverse
+from qinvert.calibration.model_identity import check_identity
 from qinvert.delta_rule.chunks import Applied, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
@@ -62,7 +63,9 @@ _running = _Running()
 
 
 @contextmanager
-def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iterator[torch.nn.Module]:
+def patched(
+    model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse, *, force: bool = False
+) -> Iterator[torch.nn.Module]:
     """Run ``model`` with another inverse inside a ``with`` block.
 
     Parameters
@@ -74,6 +77,8 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
         ``L [batch, heads, chunks, C, C]`` to T.  `qinvert.exact_inverse` does
         not form T but solves for what T is multiplied with, in float32.  Many
         models do the same; for these nothing changes, not even a rounding.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Yields
     ------
@@ -85,8 +90,9 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
     InputError
         If the model has no such layer, or is patched already.
     PlanError
-        If the plan lacks a layer of the model.
+        If the plan lacks a layer of the model, or was made for another model.
     """
+    check_identity(inverse, model, force)
     with patched_by_layer(model, by_layer(model, inverse)):
         yield model
 

@@ -10,6 +10,7 @@ from typing import Any
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.head_errors import HeadErrors, head_errors, worst_head
 from qinvert.calibration.heads import head_number, is_split, layer_name, split_heads
+from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -166,6 +167,7 @@ def simulate(
     seq_len: int | None = None,
     rounding: str = "onnx",
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Report:
     """Run every layer's integer program on ``source`` and measure the error of T.
 
@@ -183,6 +185,8 @@ def simulate(
         Whose rounding the integers follow, see `LayerPlan.inverse`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Raises
     ------
@@ -190,9 +194,10 @@ def simulate(
         If a matrix is not legal, or the source lacks a layer of the plan or
         the beta that it takes.
     PlanError
-        If the source has a layer that the plan does not know, or the rounding
-        is not known for a plan like this.
+        If the source has a layer that the plan does not know, or is another model than the
+        plan was made for, or if the rounding is not known for a plan like this.
     """
+    check_identity(plan, source, force)
     chosen = Rounding.named(rounding)
     if chosen is Rounding.HEXAGON:
         # Before the model runs: it may take minutes to the first matrix.

@@ -32,6 +32,8 @@ ROOMS = (
     ("plan.plan",),
     ("calibration.__init__", "calibration.choices", "calibration.head_errors", "calibration.heads"),
     ("calibration.plan_warnings",),
+    ("calibration.model_digest",),
+    ("calibration.model_identity",),
     ("calibration.patching",),
     ("calibration.data",),
     ("calibration.capture", "calibration.evaluate"),

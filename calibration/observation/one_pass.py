@@ -11,9 +11,9 @@ import torch
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.heads import head_indices, split_heads
+from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.data_record import DataRecord
-from qinvert.calibration.observation.model_digest import model_digest
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, Passing, check_size, open_groups
 from qinvert.execution.inputs import needed

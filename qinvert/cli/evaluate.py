@@ -26,6 +26,7 @@ LAYER_TITLE = "Error inside each layer, sqnr_db for the same inputs"
 @click.argument("plan_paths", metavar="PLAN...", nargs=-1, required=True)
 @click.option("--compare", is_flag=True, help="Take several plans and show them side by side.")
 @click.option("--model", help="Model folder or `recall`; the first plan's own by default.")
+@click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @data_options
 @output_options
 def evaluate(
@@ -33,6 +34,7 @@ def evaluate(
     compare: bool,
     model: str | None,
     given: DataOptions,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -56,7 +58,7 @@ def evaluate(
     tokens = given.for_model(name)
     score = recall.accuracy if name == recall.NAME else None
     with output.progress("evaluating") as progress:
-        found = run_comparison(load_model(name), plans, tokens, score=score, progress=progress)
+        found = run_comparison(load_model(name), plans, tokens, score=score, progress=progress, force=force)
     if compare:
         show_comparison(output, found)
         output.result({"plans": {path: evaluation.to_dict() for path, evaluation in found.items()}})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
 @click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below this sqnr, dB.")
 @click.option("--rounding", default="onnx", help="`onnx`, or how NPUs round int8 plans: `hexagon`, `tflite`.")
+@click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @data_options
 @output_options
 def simulate(
@@ -32,6 +33,7 @@ def simulate(
     min_sqnr: float | None,
     rounding: str,
     given: DataOptions,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -47,7 +49,7 @@ def simulate(
     plan = Plan.load(plan_path)
     with output.progress("simulating") as progress:
         source = open_for_plan(plan, model, given)
-        report = run_simulation(plan, *source, rounding=rounding, progress=progress)
+        report = run_simulation(plan, *source, rounding=rounding, progress=progress, force=force)
     show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:

@@ -13,8 +13,8 @@ import torch
 
 import qinvert
 from qinvert import recall
+from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import HEADER, SCHEMA_VERSION, load
-from qinvert.calibration.observation.model_digest import model_digest
 from qinvert.errors import InputError
 from qinvert.stress import stress_matrices
 
