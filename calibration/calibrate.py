@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from os import PathLike
@@ -13,6 +13,7 @@ import torch
 from qinvert.calibration.choices import (
     HARDWARE_LOSS_DB,
     MAX_LOSS_DB,
+    MIN_SQNR_DB,
     Granularity,
     RangeRule,
     ScaleRule,
@@ -24,13 +25,22 @@ from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.observation.one_pass import Progress, observe
 from qinvert.calibration.observation.statistics import LayerObserver
+from qinvert.calibration.output_goals import (
+    ANY_LOSS_DB,
+    SEQUENCES,
+    START_DB,
+    OutputGoals,
+    reach,
+    summary_of,
+    with_facts,
+)
 from qinvert.calibration.plan_warnings import warn_beyond_reach, warn_of
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.costs import Costs, Measure, costs_for
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.extent import check_extent
 from qinvert.calibration.planning.grids import GridRules
-from qinvert.calibration.planning.planner import Candidate, Goals, choose
+from qinvert.calibration.planning.planner import Candidate, Goals, choose, weighed
 from qinvert.calibration.planning.unseen import unseen_facts
 from qinvert.checks import check_decibels, check_seed
 from qinvert.errors import PlanError, ProgramError
@@ -64,7 +74,9 @@ def calibrate(
     hardware: str | None = None,
     batch: int = 8,
     measure: Measure | None = None,
-    min_sqnr_db: float = 20.0,
+    min_sqnr_db: float | None = None,
+    min_output_sqnr_db: float | None = None,
+    max_kl: float | None = None,
     max_loss_db: float | None = None,
     scales: str = "auto",
     ranges: str = "auto",
@@ -108,12 +120,19 @@ def calibrate(
     measure : callable, optional
         Such as `qinvert.compiled_cost("hexagon-v81")`: the few cheapest candidates
         that reach the goals are compiled, and the compiler's cycles decide.
-    min_sqnr_db : float
-        Goal for each layer's sqnr.
+    min_sqnr_db : float, optional
+        Goal for each layer's sqnr: 20 dB by default, where neither of the next two is given.
+    min_output_sqnr_db : float, optional
+        Goal for the output of each layer of a model, ``20 log10(||o|| / ||o_hat - o||)``, as
+        `qinvert.evaluate` measures it, here on the first sequences of the data.
+    max_kl : float, optional
+        Goal for the whole model: largest mean KL(exact || plan) of the logits, nats per token.
+        Layers are planned for as little as these goals take.
     max_loss_db : float, optional
         How far below the floor of its own grids a plan of 8 bits or less may
         stay before ``auto`` prefers a costlier one: 1 dB by default, and 3 dB
-        where ``hardware`` is named, since there every decibel has its price.
+        where ``hardware`` is named, since there every decibel has its price.  Where only
+        outputs have goals there is no such limit.
     scales : {"auto", "float", "pow2"}
         Which scales are allowed: any float32, or powers of two only.
         ``"auto"`` means float, unless the target takes powers of two only.
@@ -171,13 +190,19 @@ def calibrate(
         If the method is unknown, has no factored form, or has another chunk
         size than the data.
     """
+    outputs = OutputGoals(min_output_sqnr_db=min_output_sqnr_db, max_kl=max_kl)
+    outputs.check_source(source)
+    if outputs.given and max_loss_db is None and min_sqnr_db is None:
+        max_loss_db = ANY_LOSS_DB
+    start_db = MIN_SQNR_DB if not outputs.given else START_DB
+    goal_db = start_db if min_sqnr_db is None else min_sqnr_db
     options = _options(
-        bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch, measure)
+        bits, scales, ranges, goal_db, max_loss_db, costs_for(target, hardware, bits, batch, measure)
     )
     check_seed(seed, PlanError)
     warn_beyond_reach(options.goals.min_sqnr_db, options.profile, options.ladder)
     grain = _member(Granularity, "granularity", granularity)
-    record = DataRecord()
+    record = DataRecord(SEQUENCES if outputs.given else 0)
     observers = observe(
         source,
         with_options(data, num_samples, seq_len, seed),
@@ -191,9 +216,12 @@ def calibrate(
     for layer, observer in observers.items():
         record.check(observer.chunk)
         check_extent(layer, observer.sampled)
-    layers = {
-        layer: _plan_layer(observer, options, record.sequences > 0) for layer, observer in observers.items()
-    }
+    planning = _Planning(observers, options, record.sequences > 0)
+    if outputs.given:
+        reached = reach(source, record.first, list(observers), outputs, planning.plan, goal_db)
+        layers = with_facts(reached, min_sqnr_db)
+    else:
+        reached, layers = None, {name: planning.plan(name, goal_db) for name in observers}
     costs = options.costs
     provenance = {
         "method": method if isinstance(method, str) else method.title,
@@ -206,6 +234,7 @@ def calibrate(
         "seed": seed,
         **costs.provenance,
         **({"factored": True} if factored else {}),
+        **({} if reached is None else summary_of(reached, outputs)),
         **record.provenance,
         **({MODEL: model_identity(source, layers)} if isinstance(source, torch.nn.Module) else {}),
         "versions": versions(),
@@ -215,10 +244,28 @@ def calibrate(
     return plan
 
 
-def _plan_layer(observer: LayerObserver, options: _Options, of_model: bool) -> LayerPlan:
+class _Planning:
+    """Plans layers for goals; what candidates measure of themselves is kept from goal to goal."""
+
+    def __init__(self, observers: Mapping[str, LayerObserver], options: _Options, of_model: bool) -> None:
+        self._observers, self._options, self._of_model = observers, options, of_model
+        self._candidates: dict[str, list[Candidate]] = {}
+
+    def plan(self, name: str, goal_db: float) -> LayerPlan:
+        """Return the plan of one entry for a goal of T."""
+        options, observer = self._options, self._observers[name]
+        if name not in self._candidates:
+            self._candidates[name] = weighed(observer, options.ladder, options.rules, options.costs)
+        goals = replace(options.goals, min_sqnr_db=goal_db)
+        return _plan_layer(observer, replace(options, goals=goals), self._of_model, self._candidates[name])
+
+
+def _plan_layer(
+    observer: LayerObserver, options: _Options, of_model: bool, candidates: Sequence[Candidate]
+) -> LayerPlan:
     sample = observer.sampled
     costs = options.costs
-    choice = choose(observer, options.ladder, options.rules, options.goals, costs)
+    choice = choose(observer, options.ladder, options.rules, options.goals, costs, candidates)
     program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.head_errors import HeadErrors, head_errors, with_outputs
 from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.patching import LayerInverse, by_layer, patched_by_layer, run_model, solve_chunks
 from qinvert.delta_rule.chunks import Applied, DeltaChunks
@@ -42,6 +43,8 @@ class LayerErrors:
     out: float
     #: The state after the last chunk.
     state: float
+    #: Every head: its T, its own output, and its shares of the layer's T and output.
+    heads: tuple[HeadErrors, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,9 +149,9 @@ def compare(
     InputError, PlanError
         See `qinvert.patched`.
     """
+    running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
     for plan in plans.values():
         check_identity(plan, model, force)
-    running = {name: _Comparison(by_layer(model, plan), score) for name, plan in plans.items()}
     tokens = 0
     for batch in token_batches(with_options(data, num_samples, seq_len), model):
         with patched_by_layer(model, solve_chunks):
@@ -175,17 +178,27 @@ class _LayerComparison:
     def __init__(self) -> None:
         self.t = ErrorStatistics()
         self.parts = {name: NoiseStatistics() for name in ("u", "w", "out", "state")}
+        self.heads: dict[int, ErrorStatistics] = {}
+        self.outputs: dict[int, NoiseStatistics] = {}
 
     def update(self, chunks: DeltaChunks, t: Applied) -> None:
         lower = chunks.lower
         one = torch.eye(lower.shape[-1], dtype=torch.float32, device=lower.device).expand_as(lower)
-        self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
+        estimate, truth = t if isinstance(t, torch.Tensor) else t @ one, solve(lower)
+        self.t.update(estimate, truth)
         exact, other = chunks.apply(solve_chunks("", chunks)), chunks.apply(t)
         for name, statistics in self.parts.items():
             statistics.update(getattr(other, name), getattr(exact, name))
+        for head in range(lower.shape[1]):
+            own = self.heads.setdefault(head, ErrorStatistics())
+            own.update(estimate[:, head], truth[:, head])
+            output = self.outputs.setdefault(head, NoiseStatistics())
+            output.update(other.out[:, head], exact.out[:, head])
 
     def result(self) -> LayerErrors:
-        return LayerErrors(t=self.t.sqnr_db, **{name: x.sqnr_db for name, x in self.parts.items()})
+        heads = with_outputs(head_errors(self.heads), self.outputs)
+        parts = {name: x.sqnr_db for name, x in self.parts.items()}
+        return LayerErrors(t=self.t.sqnr_db, **parts, heads=heads)
 
 
 class _Comparison:

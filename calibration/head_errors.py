@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from qinvert.errors import PlanError
 
 if TYPE_CHECKING:
-    from qinvert.metrics import ErrorStatistics
+    from qinvert.metrics import ErrorStatistics, NoiseStatistics
 
 #: A head with at least this share of its layer's signal is judged by the goal.  Below it, T of the
 #: head is the identity but for entries that vanish beside those of the other heads.
@@ -47,6 +47,18 @@ def head_errors(statistics: Mapping[int, ErrorStatistics]) -> tuple[HeadErrors, 
     return tuple(
         HeadErrors(head=number, sqnr_db=head.sqnr_db, signal_share=head.signal / total)
         for number, head in sorted(statistics.items())
+    )
+
+
+def with_outputs(
+    heads: Sequence[HeadErrors], outputs: Mapping[int, NoiseStatistics]
+) -> tuple[HeadErrors, ...]:
+    """Return the heads with the errors of their outputs."""
+    total = sum(output.signal for output in outputs.values()) or 1.0
+    return tuple(
+        replace(head, output_share=output.signal / total, output_sqnr_db=output.sqnr_db)
+        for head in heads
+        for output in (outputs[head.head],)
     )
 
 

@@ -92,8 +92,10 @@ def patched(
     PlanError
         If the plan lacks a layer of the model, or was made for another model.
     """
+    # A layer that is missing says more than another hash.
+    found = by_layer(model, inverse)
     check_identity(inverse, model, force)
-    with patched_by_layer(model, by_layer(model, inverse)):
+    with patched_by_layer(model, found):
         yield model
 
 

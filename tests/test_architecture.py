@@ -40,6 +40,7 @@ ROOMS = (
     ("calibration.sources",),
     ("calibration.observation", "calibration.simulate"),
     ("calibration.growth", "calibration.planning"),
+    ("calibration.output_goals",),
     ("calibration.calibrate",),
     ("calibration.survey",),
     ("export.graph", "export.reading", "export.runtimes"),

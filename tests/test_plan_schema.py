@@ -53,7 +53,9 @@ def written():
         qinvert.calibrate((lower, beta), factored=True),
         qinvert.calibrate(lower, method="neumann", min_sqnr_db=90.0, granularity="head"),
         qinvert.calibrate(lower, method=qinvert.elimination(lower.shape[-1], radix=4), min_sqnr_db=0),
-        qinvert.calibrate(recall.load_model(), recall.sequences(1), method="newton_schulz"),
+        qinvert.calibrate(
+            recall.load_model(), recall.sequences(1), method="newton_schulz", min_output_sqnr_db=1, max_kl=9.0
+        ),
         Plan(layers={"step": planned(Requantize.DIVIDE), **golden.layers}, target="int-ops"),
     ]
     return [json.loads(plan.to_bytes()) for plan in plans]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from qinvert.calibration.data.token_batches import attended
+from qinvert.calibration.data.token_batches import attended, first_sequences
 from qinvert.errors import InputError
 
 #: Data of fewer different tokens repeats one key in every place.
@@ -20,8 +20,11 @@ NEEDED: Final = "pass text like that of the model's use, at least 16 sequences o
 class DataRecord:
     """Counts and hashes the real tokens of all batches; padding changes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = 0) -> None:
         self.sequences = 0
+        #: The first ``kept`` sequences, in batches.
+        self.first: list[dict[str, Any]] = []
+        self._kept = kept
         self.tokens = 0
         self._longest = 0
         self._different: set[int] = set()
@@ -40,6 +43,9 @@ class DataRecord:
 
     def _add(self, batch: Mapping[str, Any]) -> None:
         real = attended(batch).cpu()
+        if (wanted := self._kept - self.sequences) > 0:
+            count = len(batch["input_ids"])
+            self.first.append({name: first_sequences(value, count, wanted) for name, value in batch.items()})
         for row, kept in zip(batch["input_ids"].cpu(), real, strict=True):
             ids = row[kept]
             self.sequences += 1

@@ -18,6 +18,7 @@ import torch
 
 from qinvert.calibration.data.token_batches import token_batches
 from qinvert.calibration.model_identity import check_identity
+from qinvert.calibration.patching import by_layer
 from qinvert.checks import check_magnitude
 from qinvert.errors import ExportError, InputError
 from qinvert.export.exporting import profile_for, serialize
@@ -124,6 +125,7 @@ def export_model(
     """
     require_onnx_ir()
     chosen = profile_for(plan, profile)
+    by_layer(model, plan)
     check_identity(plan, model, force)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     check_writable(path)

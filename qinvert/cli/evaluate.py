@@ -9,15 +9,17 @@ import click
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import decibels
 from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import head_cell
 from qinvert.cli.sources import is_matrix_file, load_model
+from qinvert.documents import to_document
 from qinvert.errors import InputError
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
     from qinvert.calibration.evaluate import Evaluation, LayerErrors
 
-#: What an error of T becomes inside its layer, in the order of `LayerErrors`.
-LAYER_COLUMNS = ("T", "U = T (beta v)", "W = T (beta k e^G)", "output", "final state")
+#: What an error of T becomes inside its layer, in the order of `LayerErrors`, and its worst head.
+LAYER_COLUMNS = ("T", "U = T (beta v)", "W = T (beta k e^G)", "output", "final state", "worst head of T")
 #: Title of the table of layers.
 LAYER_TITLE = "Error inside each layer, sqnr_db for the same inputs"
 
@@ -107,4 +109,5 @@ def model_facts(evaluation: Evaluation) -> dict[str, str]:
 def layer_facts(errors: LayerErrors) -> dict[str, str]:
     """Return the errors of a layer, in the order of `LAYER_COLUMNS`."""
     parts = (errors.t, errors.u, errors.w, errors.out, errors.state)
-    return dict(zip(LAYER_COLUMNS, map(decibels, parts), strict=True))
+    cells = [*map(decibels, parts), head_cell(to_document(errors.heads))]
+    return dict(zip(LAYER_COLUMNS, cells, strict=True))

@@ -34,6 +34,11 @@ def show_choices(output: Output, plan: Plan) -> None:
     output.table("Plan", columns, rows)
     if "cost_unit" in plan.provenance:
         output.say(f"  cost: {plan.provenance['cost_unit']}")
+    if "kl" in plan.provenance:
+        facts = plan.provenance
+        output.say(f"  KL to the exact inverse: {facts['kl']:.3g} nats, on {facts['output_tokens']:,} tokens")
+        for name, layer in plan.layers.items():
+            output.say(f"  {name}: output {_decibels(layer.provenance['output_sqnr_db'])} dB")
     if "data" in plan.provenance:
         data = plan.provenance["data"]
         output.say(f"  data: {data['tokens']:,} tokens in {data['sequences']:,} sequences")
@@ -57,7 +62,7 @@ def _choice(layer: LayerPlan) -> list[str]:
         _decibels(facts["expected_sqnr_db"]),
         "-" if unseen is None else unseen_cell(unseen),
         _decibels(facts["expected_floor_db"]),
-        "-" if unseen is None else head_cell(unseen["heads"]),
+        "-" if unseen is None else head_cell(facts.get("output_heads", unseen["heads"])),
         f"{binding['tensor']} {binding['share']:.0%}",
         "yes" if facts["meets_goal"] else "NO",
     ]
