@@ -21,6 +21,8 @@ from qinvert.simulation import simulate_inverse
 
 #: Samples that are drawn with replacement for an interval.
 RESAMPLES: Final = 400
+#: Matrices of one sequence are alike: a sample says as much as this share of independent ones.
+INDEPENDENT: Final = 0.25
 #: Ends of an interval, in percent of the resamples.
 ENDS: Final = (5, 95)
 #: Seed of the resamples: equal data give equal plans.
@@ -39,7 +41,7 @@ class Unseen:
 
     #: Sqnr over all these matrices.
     sqnr_db: float
-    #: The sqnr of 90 % of the samples of as many matrices, drawn with replacement, lies between these.
+    #: The sqnr of 90 % of the resamples lies between these, see `interval`.
     low_db: float
     high_db: float
     #: Matrices that were measured.
@@ -79,8 +81,12 @@ def powers(estimate: torch.Tensor, truth: torch.Tensor) -> tuple[np.ndarray[Any,
 
 
 def interval(signal: np.ndarray[Any, Any], noise: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """``10 log10(sum signal / sum noise)`` between which 90 % of the resamples lie (bootstrap)."""
-    chosen = np.random.default_rng(SEED).integers(len(signal), size=(RESAMPLES, len(signal)))
+    """``10 log10(sum signal / sum noise)`` between which 90 % of the resamples lie (bootstrap).
+
+    A resample has the share `INDEPENDENT` of the matrices.
+    """
+    count = max(1, int(INDEPENDENT * len(signal)))
+    chosen = np.random.default_rng(SEED).integers(len(signal), size=(RESAMPLES, count))
     values = sorted(
         ratio_db(float(s), float(n)) for s, n in zip(signal[chosen].sum(1), noise[chosen].sum(1), strict=True)
     )
