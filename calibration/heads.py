@@ -74,10 +74,10 @@ def head_indices(systems: Systems) -> torch.Tensor:
     """Return the head of every matrix of ``systems.flat()``, `NO_HEAD` where there is no axis of heads."""
     shape = systems.lower.shape[:-2]
     if not systems.has_heads:
-        return torch.full((shape.numel(),), NO_HEAD)
+        return torch.full((shape.numel(),), NO_HEAD, dtype=torch.int64)
     axis = len(shape) + HEAD_AXIS + 2
     view = [-1 if i == axis else 1 for i in range(len(shape))]
-    return torch.arange(shape[axis]).view(view).expand(shape).flatten()
+    return torch.arange(shape[axis], dtype=torch.int64).view(view).expand(shape).flatten()
 
 
 def is_split(plan: Plan, layer: str) -> bool:

@@ -219,7 +219,7 @@ class LayerObserver:
         """Add checked systems, with beta where programs take it, and the head of each where it is known."""
         flat = systems.flat()
         drawn = self.sample.update(flat)
-        known = torch.full((flat.count,), NO_HEAD) if heads is None else heads
+        known = torch.full((flat.count,), NO_HEAD, dtype=torch.int64) if heads is None else heads
         kept_parts = (flat.lower, flat.beta, known)
         self.held.offer(1.0 - drawn, [x.to(torch.float32) for x in kept_parts if x is not None])
         self._update_halves(flat.lower, drawn)
