@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from qinvert.calibration.choices import Granularity
+import torch
+
+from qinvert.calibration.choices import MIN_SQNR_DB, Granularity
 from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, step_calibration
 from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.grid_options import GridOptions, grid_options, member
+from qinvert.calibration.inverse_planning import InversePlanning, candidates_of
+from qinvert.calibration.model_identity import MODEL, model_identity, versions
+from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.observation.one_pass import Progress, observe
-from qinvert.calibration.observation.statistics import LayerObserver
-from qinvert.calibration.planning.candidates import candidate_programs
+from qinvert.calibration.output_goals import (
+    ANY_LOSS_DB,
+    SEQUENCES,
+    START_DB,
+    OutputGoals,
+    reach,
+    summary_of,
+    with_facts,
+)
+from qinvert.calibration.plan_warnings import warn_beyond_reach, warn_of
 from qinvert.calibration.planning.costs import Measure, costs_for
-from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.extent import check_extent
-from qinvert.calibration.planning.planner import Candidate, choose
 from qinvert.checks import check_seed
-from qinvert.errors import PlanError, ProgramError
-from qinvert.formats import INT8, INT8X2, INT16
-from qinvert.plan.plan import LayerPlan, Plan
-from qinvert.plan.quantization import Requantize
+from qinvert.errors import PlanError
+from qinvert.plan.plan import Plan
 from qinvert.program.program import Program
 
 
@@ -36,7 +44,9 @@ def calibrate(
     hardware: str | None = None,
     batch: int = 8,
     measure: Measure | None = None,
-    min_sqnr_db: float = 20.0,
+    min_sqnr_db: float | None = None,
+    min_output_sqnr_db: float | None = None,
+    max_kl: float | None = None,
     max_loss_db: float | None = None,
     scales: str = "auto",
     ranges: str = "auto",
@@ -82,12 +92,19 @@ def calibrate(
     measure : callable, optional
         Such as `qinvert.compiled_cost("hexagon-v81")`: the few cheapest candidates
         that reach the goals are compiled, and the compiler's cycles decide.
-    min_sqnr_db : float
-        Goal for each layer's sqnr.
+    min_sqnr_db : float, optional
+        Goal for each layer's sqnr: 20 dB by default, where neither of the next two is given.
+    min_output_sqnr_db : float, optional
+        Goal for the output of each layer of a model, ``20 log10(||o|| / ||o_hat - o||)``, as
+        `qinvert.evaluate` measures it, here on the first sequences of the data.
+    max_kl : float, optional
+        Goal for the whole model: largest mean KL(exact || plan) of the logits, nats per token.
+        Layers are planned for as little as these goals take.
     max_loss_db : float, optional
         How far below the floor of its own grids a plan of 8 bits or less may
         stay before ``auto`` prefers a costlier one: 1 dB by default, and 3 dB
-        where ``hardware`` is named, since there every decibel has its price.
+        where ``hardware`` is named, since there every decibel has its price.  Where only
+        outputs have goals there is no such limit.
     scales : {"auto", "float", "pow2"}
         Which scales are allowed: any float32, or powers of two only.
         ``"auto"`` means float, unless the target takes powers of two only.
@@ -131,7 +148,17 @@ def calibrate(
     -------
     Plan
         A layer that misses a goal has ``provenance["meets_goal"] == False``
-        and says in ``provenance["fix"]`` what would change that.
+        and says in ``provenance["fix"]`` what would change that.  ``provenance["unseen"]``
+        has the sqnr on matrices that nothing was chosen on, with an interval and the
+        errors of every head.
+
+    Warns
+    -----
+    MissedGoalWarning
+        If a layer, or a head that carries signal, misses a goal, and before any work if the
+        types of the target cannot reach it.
+    DataWarning
+        If the data is too small for what it holds.
 
     Raises
     ------
@@ -144,37 +171,66 @@ def calibrate(
         If the method is unknown, has no factored form, or has another chunk
         size than the data.
     """
+    outputs = OutputGoals(min_output_sqnr_db=min_output_sqnr_db, max_kl=max_kl)
+    outputs.check_source(source)
+    if outputs.given and max_loss_db is None and min_sqnr_db is None:
+        loss_db: float | None = ANY_LOSS_DB
+    else:
+        loss_db = max_loss_db
+    start_db = MIN_SQNR_DB if not outputs.given else START_DB
+    goal_db = start_db if min_sqnr_db is None else min_sqnr_db
     options = grid_options(
-        bits, scales, ranges, min_sqnr_db, max_loss_db, costs_for(target, hardware, bits, batch, measure)
+        bits, scales, ranges, goal_db, loss_db, costs_for(target, hardware, bits, batch, measure)
     )
     check_seed(seed, PlanError)
     grain = member(Granularity, "granularity", granularity)
     given = with_options(data, num_samples, seq_len, seed)
+    facts = _provenance(method, bits, grain, options, seed)
     if member(Scope, "scope", scope) is Scope.CHUNK:
         _check_chunk_options(factored, checkpoint, max_loss_db, measure)
         calibration = _step_calibration(method, bits, ranges, options, grain, chunk or ChunkOptions())
-        steps = calibration.run(source, given, progress)
-        provenance = _provenance(method, bits, grain, options, seed)
+        steps, seen = calibration.run(source, given, progress, outputs)
         # A step has no floor to stay near, and rules of its own for ranges.
-        provenance |= {"scope": scope, "ranges": ranges}
-        del provenance["max_loss_db"]
-        return Plan(layers=steps, target=options.costs.target_of(steps.values()), provenance=provenance)
+        facts |= {"scope": scope, "ranges": ranges, **seen}
+        facts |= {MODEL: model_identity(source, steps), "versions": versions()}
+        del facts["max_loss_db"]
+        return _warned(Plan(layers=steps, target=options.costs.target_of(steps.values()), provenance=facts))
     if chunk is not None:
         raise PlanError("chunk=ChunkOptions(...) goes with scope='chunk'; leave it out, or pass that scope")
+    warn_beyond_reach(options.goals.min_sqnr_db, options.profile, options.ladder)
+    record = DataRecord(SEQUENCES if outputs.given else 0)
     observers = observe(
         source,
         given,
-        lambda chunk: _programs(method, chunk, factored, options),
+        lambda chunk: candidates_of(method, chunk, factored, options),
         granularity=grain,
         seed=seed,
         progress=progress,
         checkpoint=checkpoint,
+        record=record,
     )
     for layer, observer in observers.items():
+        record.check(observer.chunk)
         check_extent(layer, observer.sampled)
-    layers = {layer: _plan_layer(observer, options) for layer, observer in observers.items()}
-    provenance = _provenance(method, bits, grain, options, seed) | ({"factored": True} if factored else {})
-    return Plan(layers=layers, target=options.costs.target_of(layers.values()), provenance=provenance)
+    planning = InversePlanning(observers, options, record.sequences > 0)
+    if outputs.given:
+        reached = reach(source, record.first, list(observers), outputs, planning.plan, goal_db)
+        layers = with_facts(reached, min_sqnr_db)
+    else:
+        reached, layers = None, {name: planning.plan(name, goal_db) for name in observers}
+    facts |= {
+        **({"factored": True} if factored else {}),
+        **({} if reached is None else summary_of(reached, outputs)),
+        **record.provenance,
+        **({MODEL: model_identity(source, layers)} if isinstance(source, torch.nn.Module) else {}),
+        "versions": versions(),
+    }
+    return _warned(Plan(layers=layers, target=options.costs.target_of(layers.values()), provenance=facts))
+
+
+def _warned(plan: Plan) -> Plan:
+    warn_of(plan)
+    return plan
 
 
 def _provenance(
@@ -226,39 +282,3 @@ def _step_calibration(
         options=chunk,
         granularity=grain,
     )
-
-
-def _plan_layer(observer: LayerObserver, options: GridOptions) -> LayerPlan:
-    sample = observer.sampled
-    costs = options.costs
-    choice = choose(observer, options.ladder, options.rules, options.goals, costs)
-    program = choice.best.plan.program
-    free = replace(options.rules, requantize=Requantize.DIVIDE)
-    wider = [
-        Candidate(
-            program, observer.ranges(program), sample, (fmt,), free, costs.of, choice.best.candidate.truth
-        )
-        for fmt in (INT8, INT8X2, INT16)
-    ]
-    provenance = {
-        "matrices": observer.matrices,
-        "observed": observer.observed,
-        "sample": sample.count,
-        **costs.chains(choice.best.plan, choice.best.compiled),
-        **explain(choice, wider),
-    }
-    return replace(choice.best.plan, provenance=provenance)
-
-
-def _programs(method: str | Program, chunk: int, factored: bool, options: GridOptions) -> list[Program]:
-    if isinstance(method, Program):
-        if method.chunk != chunk:
-            raise ProgramError(
-                f"{method.title} is for {method.chunk} x {method.chunk} matrices, but the data has "
-                f"{chunk} x {chunk}; build the program for that chunk size"
-            )
-        if factored and not method.inverse_ports.factored:
-            raise ProgramError(f"{method.title} does not take beta; build it with factored=True")
-        return [method]
-    requantize, on_chips = options.profile.requantize, options.costs.hardware is not None
-    return candidate_programs(method, chunk, factored, requantize, on_chips)

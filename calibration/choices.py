@@ -11,6 +11,8 @@ from qinvert.profiles import Profile
 
 #: The format for each value of ``bits``; the value "auto" chooses among the formats of the target.
 BITS: Final[dict[str, IntFormat]] = {"4": INT4, "8": INT8, "16": INT16, "8x2": INT8X2}
+#: Goal for the sqnr of T where a caller names none.
+MIN_SQNR_DB: Final = 20.0
 #: A method may lose this much against the floor before ``auto`` moves on.
 MAX_LOSS_DB: Final = 1.0
 #: The same where a chip is named, on which every decibel has its price.

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.data.token_data import with_options
+from qinvert.calibration.head_errors import HeadErrors, head_errors, with_outputs
+from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.patching import by_layer, patched_by_layer, run_model, solve_chunks
 from qinvert.calibration.running import LayerInverse
 from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
@@ -44,6 +46,8 @@ class LayerErrors:
     out: float
     #: The state after the last chunk.
     state: float
+    #: Every head: its T, its own output, and its shares of the layer's T and output.
+    heads: tuple[HeadErrors, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,7 @@ def evaluate(
     num_samples: int | None = None,
     seq_len: int | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Evaluation:
     """Compare the model under ``plan`` with the same model under the exact inverse.
 
@@ -106,6 +111,8 @@ def evaluate(
         them has; see `qinvert.TokenData`.
     progress : callable, optional
         Called as ``progress("tokens", seen)`` after every batch.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Raises
     ------
@@ -118,7 +125,7 @@ def evaluate(
             f"the first argument is a {type(model).__name__}; call evaluate(model, plan, data), in this order"
         )
     tokens = with_options(data, num_samples, seq_len)
-    return compare(loaded, {"plan": plan}, tokens, score=score, progress=progress)["plan"]
+    return compare(loaded, {"plan": plan}, tokens, score=score, progress=progress, force=force)["plan"]
 
 
 def compare(
@@ -130,6 +137,7 @@ def compare(
     num_samples: int | None = None,
     seq_len: int | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate several plans as `evaluate` does, in one pass over the data.
 
@@ -137,7 +145,7 @@ def compare(
     ----------
     plans : mapping
         Plans or inverses by the name that the result gives them.
-    model, data, score, num_samples, seq_len, progress
+    model, data, score, num_samples, seq_len, progress, force
         As for `evaluate`.
 
     Raises
@@ -147,6 +155,8 @@ def compare(
     """
     loaded = opened(model)
     running = {name: _Comparison(by_layer(loaded, plan), score) for name, plan in plans.items()}
+    for plan in plans.values():
+        check_identity(plan, loaded, force)
     tokens = 0
     for batch in token_batches(with_options(data, num_samples, seq_len), loaded):
         with patched_by_layer(loaded, solve_chunks):
@@ -174,6 +184,8 @@ class _LayerComparison:
         self.t = ErrorStatistics()
         self.parts = {name: NoiseStatistics() for name in ("u", "w", "out", "state")}
         self._seen: set[str] = set()
+        self.heads: dict[int, ErrorStatistics] = {}
+        self.outputs: dict[int, NoiseStatistics] = {}
 
     def update(self, chunks: DeltaChunks, t: Applied | ChunkOutputs) -> None:
         if isinstance(t, ChunkOutputs):
@@ -181,7 +193,11 @@ class _LayerComparison:
             return
         lower = chunks.lower
         one = torch.eye(lower.shape[-1], dtype=torch.float32, device=lower.device).expand_as(lower)
-        self.t.update(t if isinstance(t, torch.Tensor) else t @ one, solve(lower))
+        estimate, truth = t if isinstance(t, torch.Tensor) else t @ one, solve(lower)
+        self.t.update(estimate, truth)
+        for head in range(lower.shape[1]):
+            own = self.heads.setdefault(head, ErrorStatistics())
+            own.update(estimate[:, head], truth[:, head])
         self._compare(chunks.apply(t), chunks.apply(solve_chunks("", chunks)))
 
     def _compare(self, other: ChunkOutputs, exact: ChunkOutputs) -> None:
@@ -189,12 +205,16 @@ class _LayerComparison:
             if (found := getattr(other, name)) is not None:
                 self._seen.add(name)
                 statistics.update(found, getattr(exact, name))
+        for head in range(exact.out.shape[1]):
+            output = self.outputs.setdefault(head, NoiseStatistics())
+            output.update(other.out[:, head], exact.out[:, head])
 
     def result(self) -> LayerErrors:
         found = {name: x.sqnr_db if name in self._seen else None for name, x in self.parts.items()}
         out, state = self.parts["out"].sqnr_db, self.parts["state"].sqnr_db
         t = self.t.sqnr_db if self.t.matrices else None
-        return LayerErrors(t=t, u=found["u"], w=found["w"], out=out, state=state)
+        heads = with_outputs(head_errors(self.heads), self.outputs) if self.heads else ()
+        return LayerErrors(t=t, u=found["u"], w=found["w"], out=out, state=state, heads=heads)
 
 
 class _Comparison:

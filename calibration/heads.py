@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 
@@ -20,6 +20,9 @@ from qinvert.systems import HEAD_AXIS, Systems
 #: ``inverse(name, systems) -> T`` for an entry of a plan.
 EntryInverse: TypeAlias = Callable[[str, Systems], torch.Tensor]
 
+#: Head of matrices that have no axis of heads.
+NO_HEAD: Final = -1
+
 
 def head_name(layer: str, head: int) -> str:
     """Name of one head's entry in a plan."""
@@ -29,6 +32,12 @@ def head_name(layer: str, head: int) -> str:
 def layer_name(name: str) -> str:
     """Name of the layer that an entry of a plan belongs to."""
     return re.sub(r"/head_\d+$", "", name)
+
+
+def head_number(name: str) -> int | None:
+    """Return the head that an entry of a plan stands for; None where it stands for a whole layer."""
+    found = re.search(r"/head_(\d+)$", name)
+    return None if found is None else int(found[1])
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -59,6 +68,16 @@ def split_heads(layer: str, systems: Systems) -> Iterator[tuple[str, Systems]]:
         )
     for head, part in enumerate(systems.heads()):
         yield head_name(layer, head), part
+
+
+def head_indices(systems: Systems) -> torch.Tensor:
+    """Return the head of every matrix of ``systems.flat()``, `NO_HEAD` where there is no axis of heads."""
+    shape = systems.lower.shape[:-2]
+    if not systems.has_heads:
+        return torch.full((shape.numel(),), NO_HEAD, dtype=torch.int64)
+    axis = len(shape) + HEAD_AXIS + 2
+    view = [-1 if i == axis else 1 for i in range(len(shape))]
+    return torch.arange(shape[axis], dtype=torch.int64).view(view).expand(shape).flatten()
 
 
 def is_split(plan: Plan, layer: str) -> bool:

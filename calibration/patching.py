@@ -19,6 +19,7 @@ import torch
 
 from qinvert.calibration.chunk_steps.results import layer_results, plan_results
 from qinvert.calibration.heads import is_split
+from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.running import LayerInverse, redirect, running, track
 from qinvert.calibration.wrappers import COMPILED, own_names
 from qinvert.delta_rule.chunks import DeltaChunks
@@ -47,7 +48,9 @@ _patched_models: WeakSet[torch.nn.Module] = WeakSet()
 
 
 @contextmanager
-def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iterator[torch.nn.Module]:
+def patched(
+    model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse, *, force: bool = False
+) -> Iterator[torch.nn.Module]:
     """Run ``model`` with another inverse inside a ``with`` block.
 
     Parameters
@@ -59,6 +62,8 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
         ``L [batch, heads, chunks, C, C]`` to T.  `qinvert.exact_inverse` does
         not form T but solves for what T is multiplied with, in float32.  Many
         models do the same; for these nothing changes, not even a rounding.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Yields
     ------
@@ -70,9 +75,12 @@ def patched(model: torch.nn.Module, inverse: Plan | LayerPlan | Inverse) -> Iter
     InputError
         If the model has no such layer, or is patched already.
     PlanError
-        If the plan lacks a layer of the model.
+        If the plan lacks a layer of the model, or was made for another model.
     """
-    with patched_by_layer(model, by_layer(model, inverse)):
+    # A layer that is missing says more than another hash.
+    found = by_layer(model, inverse)
+    check_identity(inverse, model, force)
+    with patched_by_layer(model, found):
         yield model
 
 

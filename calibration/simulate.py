@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qinvert.calibration.chunk_steps.simulate_steps import StepReport, simulate_steps
 from qinvert.calibration.data.token_data import with_options
-from qinvert.calibration.heads import is_split, layer_name, split_heads
+from qinvert.calibration.head_errors import HeadErrors, head_errors, worst_head
+from qinvert.calibration.heads import head_number, is_split, layer_name, split_heads
+from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.documents import to_document
 from qinvert.errors import InputError
@@ -38,7 +40,7 @@ class LayerReport:
     sqnr_db: float
     #: The same for the exact inverse on the plan's input and output grids.
     floor_db: float
-    #: sqnr of every head; empty where the matrices have no head axis.
+    #: sqnr of every head, of which an entry of one head has one; empty without an axis of heads.
     head_sqnr_db: tuple[float, ...]
     #: max over matrices of ||E||_F / ||T||_F.
     worst_rel: float
@@ -52,6 +54,13 @@ class LayerReport:
     #: Number of values at the ends of their grid, for each tensor that has any; partial tensors, on
     #: whose values there no result depends, are left out.
     saturations: dict[str, int]
+    #: Errors of every head, with its share of the layer's signal.
+    heads: tuple[HeadErrors, ...] = ()
+
+    @property
+    def worst_head(self) -> HeadErrors | None:
+        """The head with the least sqnr among those that carry signal; None without an axis of heads."""
+        return worst_head(self.heads)
 
     @property
     def worst_head_sqnr_db(self) -> float | None:
@@ -109,8 +118,10 @@ class Report:
 class LayerSimulation:
     """Streams the errors of one layer's plan."""
 
-    def __init__(self, plan: LayerPlan, rounding: Rounding = Rounding.ONNX) -> None:
+    def __init__(self, plan: LayerPlan, rounding: Rounding = Rounding.ONNX, head: int | None = None) -> None:
         self.plan = plan
+        #: The only head of the systems; None where they may have an axis of heads.
+        self.head = head
         self.rounding = rounding
         self.achieved = ErrorStatistics()
         self.floor = ErrorStatistics()
@@ -124,7 +135,9 @@ class LayerSimulation:
         for name, count in saturations.items():
             self.saturations[name] = self.saturations.get(name, 0) + count
         self.achieved.update(estimate, truth)
-        if systems.has_heads:
+        if self.head is not None:
+            self.heads[self.head] = self.achieved
+        elif systems.has_heads:
             pairs = zip(estimate.unbind(HEAD_AXIS), truth.unbind(HEAD_AXIS), strict=True)
             for head, (part, exact) in enumerate(pairs):
                 self.heads.setdefault(head, ErrorStatistics()).update(part, exact)
@@ -145,6 +158,7 @@ class LayerSimulation:
             noise=self.achieved.noise,
             non_finite=self.achieved.non_finite,
             saturations=self.saturations,
+            heads=head_errors(self.heads),
         )
 
 
@@ -157,6 +171,7 @@ def simulate(
     seq_len: int | None = None,
     rounding: str = "onnx",
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Report:
     """Run every layer's integer program on ``source`` and measure the error of T.
 
@@ -174,6 +189,8 @@ def simulate(
         Whose rounding the integers follow, see `LayerPlan.inverse`.
     progress : callable, optional
         Called as ``progress(layer, matrices)`` after every batch.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Raises
     ------
@@ -181,9 +198,10 @@ def simulate(
         If a matrix is not legal, or the source lacks a layer of the plan or
         the beta that it takes.
     PlanError
-        If the source has a layer that the plan does not know, or the rounding
-        is not known for a plan like this.
+        If the source has a layer that the plan does not know, or is another model than the
+        plan was made for, or if the rounding is not known for a plan like this.
     """
+    check_identity(plan, source, force)
     chosen = Rounding.named(rounding)
     if not all(layer.program.is_inverse for layer in plan.layers.values()):
         given = with_options(data, num_samples, seq_len)
@@ -198,7 +216,7 @@ def simulate(
         parts = split_heads(name, whole) if is_split(plan, name) else [(name, whole)]
         for layer, systems in parts:
             if layer not in running:
-                running[layer] = LayerSimulation(plan.layer(layer), chosen)
+                running[layer] = LayerSimulation(plan.layer(layer), chosen, head_number(layer))
             check_size(systems.chunk, plan.layer(layer).chunk, layer)
             running[layer].update(needed(plan.layer(layer).program, systems, f"beta of layer {layer!r}"))
             if progress is not None:
@@ -206,7 +224,22 @@ def simulate(
     lacking = [name for name in plan.layers if name not in running]
     if lacking:
         raise InputError(f"the source has no matrices for layer {lacking[0]!r}; pass all layers of the plan")
-    return Report(layers={name: running[name].result() for name in plan.layers})
+    return Report(layers=_with_shares({name: running[name].result() for name in plan.layers}))
+
+
+def _with_shares(layers: dict[str, LayerReport]) -> dict[str, LayerReport]:
+    """Return the reports with the share of each head in its layer, where heads are entries of their own."""
+    totals: dict[str, float] = {}
+    for name, layer in layers.items():
+        totals[layer_name(name)] = totals.get(layer_name(name), 0.0) + layer.signal
+
+    def shared(name: str, layer: LayerReport) -> LayerReport:
+        share = layer.signal / (totals[layer_name(name)] or 1.0)
+        return replace(layer, heads=tuple(replace(head, signal_share=share) for head in layer.heads))
+
+    return {
+        name: layer if head_number(name) is None else shared(name, layer) for name, layer in layers.items()
+    }
 
 
 def _match(plan: Plan, given: str) -> str:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from qinvert.calibration.simulate import LayerReport as LayerReport
     from qinvert.calibration.simulate import Report as Report
     from qinvert.calibration.simulate import simulate as simulate
+    from qinvert.cautions import DataWarning as DataWarning
+    from qinvert.cautions import MissedGoalWarning as MissedGoalWarning
+    from qinvert.cautions import QInvertWarning as QInvertWarning
     from qinvert.chunk_step.gated_delta_step import gated_delta_step as gated_delta_step
     from qinvert.delta_rule.rule import chunk_gated_delta_rule as chunk_gated_delta_rule
     from qinvert.errors import ExportError as ExportError
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ChunkOptions": "calibration.chunk_steps.options",
     "CycleEstimate": "export.runtimes.estimates",
+    "DataWarning": "cautions",
     "Evaluation": "calibration.evaluate",
     "ExportError": "errors",
     "InputError": "errors",
@@ -75,12 +79,14 @@ _HOMES = {
     "LayerErrors": "calibration.evaluate",
     "LayerPlan": "plan.plan",
     "LayerReport": "calibration.simulate",
+    "MissedGoalWarning": "cautions",
     "MissingDependencyError": "errors",
     "Plan": "plan.plan",
     "PlanError": "errors",
     "Program": "program.program",
     "ProgramError": "errors",
     "QInvertError": "errors",
+    "QInvertWarning": "cautions",
     "Quantization": "plan.quantization",
     "RangeGrowth": "calibration.growth",
     "Report": "calibration.simulate",

@@ -72,9 +72,9 @@ class Systems:
         return Systems(lower=self.lower.reshape(-1, size, size), beta=beta)
 
     @property
-    def filled(self) -> Systems:
-        """Flat systems without those whose L is all zero, as padding gives them."""
-        return self[(self.lower != 0).flatten(1).any(1)]
+    def is_filled(self) -> torch.Tensor:
+        """Which of flat systems have an L that is not all zero, as padding gives it."""
+        return (self.lower != 0).flatten(1).any(1)
 
     def heads(self) -> Iterator[Systems]:
         """Yield the systems of every head.

@@ -19,7 +19,7 @@ from import_graph import FUNCTIONS, Package, cycles, shown, upward_imports
 #: Programs and plans are data at the bottom; what runs them stands above them.  `Program` and `Plan` are
 #: those data with methods that run them, so that each stands above what it calls.
 ROOMS = (
-    ("assets", "documents", "errors", "temporaries", "version"),
+    ("assets", "cautions", "documents", "errors", "temporaries", "version"),
     ("checks", "discovery", "files", "formats", "pretrained", "strict_json"),
     ("numerics", "program", "recall"),
     ("matrices", "plan"),
@@ -31,7 +31,16 @@ ROOMS = (
     ("chunk_step", "kernels", "plan.serialization"),
     ("simulation",),
     ("plan.plan",),
-    ("calibration.__init__", "calibration.choices", "calibration.heads", "calibration.wrappers"),
+    (
+        "calibration.__init__",
+        "calibration.choices",
+        "calibration.head_errors",
+        "calibration.heads",
+        "calibration.wrappers",
+    ),
+    ("calibration.plan_warnings",),
+    ("calibration.model_digest",),
+    ("calibration.model_identity",),
     ("calibration.chunk_steps.__init__", "calibration.chunk_steps.results"),
     ("calibration.running",),
     ("calibration.patching",),
@@ -40,7 +49,8 @@ ROOMS = (
     ("calibration.sources",),
     ("calibration.observation",),
     ("calibration.growth", "calibration.planning"),
-    ("calibration.chunk_steps", "calibration.grid_options"),
+    ("calibration.output_goals",),
+    ("calibration.chunk_steps", "calibration.grid_options", "calibration.inverse_planning"),
     ("calibration.calibrate", "calibration.simulate"),
     ("calibration.survey",),
     ("export.open_shapes",),

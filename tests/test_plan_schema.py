@@ -15,6 +15,7 @@ from pages import ROOT, code, page, quoted, rows, sections
 from test_ports import planned, step_like
 
 import qinvert
+from qinvert import recall
 from qinvert.formats import FORMATS
 from qinvert.plan.plan import Plan
 from qinvert.plan.quantization import Requantize
@@ -65,6 +66,9 @@ def written():
         qinvert.calibrate((lower, beta), factored=True),
         qinvert.calibrate(lower, method="neumann", min_sqnr_db=90.0, granularity="head"),
         qinvert.calibrate(lower, method=qinvert.elimination(lower.shape[-1], radix=4), min_sqnr_db=0),
+        qinvert.calibrate(
+            recall.load_model(), recall.sequences(1), method="newton_schulz", min_output_sqnr_db=1, max_kl=9.0
+        ),
         Plan(layers={"step": planned(Requantize.DIVIDE), **golden.layers}, target="int-ops"),
         Plan(layers={"step": chunk_step()}, target="int-ops"),
     ]
@@ -106,6 +110,10 @@ def objects(heading):
         "Tensor": [tensor for layer in layers for tensor in layer["tensors"].values()],
         "Provenance of a plan": [d["provenance"] for d in documents if d["provenance"]],
         "Provenance of a layer": calibrated,
+        "Model": [d["provenance"]["model"] for d in documents if "model" in d["provenance"]],
+        "Data": [d["provenance"]["data"] for d in documents if "data" in d["provenance"]],
+        "Unseen": [found["unseen"] for found in calibrated if found.get("unseen")],
+        "Head": [head for found in calibrated if found.get("unseen") for head in found["unseen"]["heads"]],
         "Binding": [found["binding"] for found in calibrated],
         "Candidate": [candidate for found in calibrated for candidate in found["candidates"]],
     }[heading]
@@ -129,7 +137,11 @@ KINDS = [
     "Tensor",
     "Channels",
     "Provenance of a plan",
+    "Model",
+    "Data",
     "Provenance of a layer",
+    "Unseen",
+    "Head",
     "Binding",
     "Candidate",
 ]
@@ -228,7 +240,7 @@ def test_an_unknown_key_is_ignored_but_not_in_a_step():
 
 
 def test_a_plan_has_the_lowest_version_that_can_hold_it():
-    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 2, 3]
+    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 1, 2, 3]
     kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-2]["programs"]}
     assert kinds == {("inputs",), ("output",)}
     assert isinstance(step_like(), Program)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from qinvert.calibration.chunk_steps.planner import StepChoices, choose_step
 from qinvert.calibration.chunk_steps.results import check_sizes
 from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.calibration.heads import head_name
+from qinvert.calibration.observation.data_record import DataRecord
+from qinvert.calibration.output_goals import SEQUENCES, OutputGoals, reach, summary_of, with_facts
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.costs import Costs
 from qinvert.chunk_step.gated_delta_step import gated_delta_step
@@ -45,8 +48,10 @@ class StepCalibration:
     options: ChunkOptions
     granularity: Granularity
 
-    def run(self, model: torch.nn.Module, data: Any, progress: Progress | None) -> dict[str, LayerPlan]:
-        """Return the plan of every layer, or of every head.
+    def run(
+        self, model: torch.nn.Module, data: Any, progress: Progress | None, outputs: OutputGoals
+    ) -> tuple[dict[str, LayerPlan], dict[str, Any]]:
+        """Return the plan of every layer, or of every head, and what is known of data and outputs.
 
         Raises
         ------
@@ -58,15 +63,29 @@ class StepCalibration:
                 "scope='chunk' plans the layers of a model: pass a model and data=...; matrices L alone have "
                 "neither values nor a state, for them use scope='inverse'"
             )
-        seen = observe_steps(model, data, self._program, rotated=self.options.rotate, progress=progress)
-        plans: dict[str, LayerPlan] = {}
-        for name, (program, observed) in seen.items():
-            if self.granularity is Granularity.HEAD:
-                parts = {head_name(name, i): part for i, part in enumerate(split_heads(observed))}
-            else:
-                parts = {name: observed}
-            plans |= {entry: self._plan(program, part) for entry, part in parts.items()}
-        return plans
+        record = DataRecord(SEQUENCES if outputs.given else 0)
+        rotated = self.options.rotate
+        seen = observe_steps(model, data, self._program, rotated=rotated, progress=progress, record=record)
+        parts = self._entries(seen)
+
+        def planned(name: str, goal_db: float) -> LayerPlan:
+            return replace(self, choices=replace(self.choices, min_sqnr_db=goal_db))._plan(*parts[name])
+
+        goal_db = self.choices.min_sqnr_db
+        if not outputs.given:
+            return {name: planned(name, goal_db) for name in parts}, record.provenance
+        reached = reach(model, record.first, list(parts), outputs, planned, goal_db)
+        return with_facts(reached, None), record.provenance | summary_of(reached, outputs)
+
+    def _entries(self, seen: Mapping[str, tuple[Program, Observed]]) -> dict[str, tuple[Program, Observed]]:
+        """Return what was seen of every entry of the plan."""
+        if self.granularity is not Granularity.HEAD:
+            return dict(seen)
+        return {
+            head_name(name, i): (program, part)
+            for name, (program, observed) in seen.items()
+            for i, part in enumerate(split_heads(observed))
+        }
 
     def _program(self, chunks: DeltaChunks, max_beta: float = 1.0) -> Program:
         """Return the program for the sizes of a layer."""

@@ -12,6 +12,7 @@ from qinvert.calibration.chunk_steps.observation import ChunkObserver, Observed,
 from qinvert.calibration.chunk_steps.results import head_of
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.patching import forward, patched_by_layer, solve_chunks
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError
@@ -25,9 +26,15 @@ Programs: TypeAlias = Callable[[DeltaChunks], Program]
 
 
 def observe_steps(
-    model: torch.nn.Module, data: Any, programs: Programs, *, rotated: bool, progress: Progress | None
+    model: torch.nn.Module,
+    data: Any,
+    programs: Programs,
+    *,
+    rotated: bool,
+    progress: Progress | None,
+    record: DataRecord,
 ) -> dict[str, tuple[Program, Observed]]:
-    """Return the program of every layer and what it held, over this pass.
+    """Return the program of every layer and what it held, over this pass; ``record`` counts the tokens.
 
     Under torchrun every process takes its share of the batches, and all return the statistics of
     all batches.
@@ -49,10 +56,12 @@ def observe_steps(
         return solve_chunks(layer, chunks)
 
     with shard.together():
-        for batch in shard.slices(token_batches(data, model)):
+        for batch in shard.slices(record.follow(token_batches(data, model))):
             if batch is not None:
                 with patched_by_layer(model, see):
                     forward(model, batch)
+        for observer in observers.values():
+            record.check(observer.program.chunk)
         own = {name: (observer.program, observer.observed()) for name, observer in observers.items()}
         return _merged(shard.gather("merging layers", own))
 
@@ -62,8 +71,8 @@ def _check_finite(layer: str, chunks: DeltaChunks) -> None:
     for name, values in given.items():
         if not bool(torch.isfinite(values).all()):
             raise InputError(
-                f"{name} of layer {layer!r} holds NaN or Inf values; look for them upstream, or run the model "
-                "in float32"
+                f"{name} of layer {layer!r} holds NaN or Inf values; look for them upstream, or run the "
+                "model in float32"
             )
 
 

@@ -201,7 +201,7 @@ class _Reading:
                 left = None if left is None else left - count
                 continue
             # No further batch is asked for, because the stream may be endless.
-            yield {name: _first(value, count, left) for name, value in batch.items()}
+            yield {name: first_sequences(value, count, left) for name, value in batch.items()}
             return
 
     def _cut(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ class _Reading:
         return tokens[:, : whole * length].reshape(-1, length)
 
 
-def _first(value: Any, count: int, kept: int) -> Any:
+def first_sequences(value: Any, count: int, kept: int) -> Any:
     """Return the entries of the first ``kept`` sequences, if the value has one entry per sequence."""
     per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
     return value[:kept] if per_sequence else value

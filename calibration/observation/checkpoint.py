@@ -32,7 +32,7 @@ from qinvert.matrices import check_beta, check_matrices
 T = TypeVar("T")
 
 #: Version of the file layout; a checkpoint is read by the version that wrote it.
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 #: Name of the array that holds everything but the samples, as JSON.
 HEADER: Final = "checkpoint"
 #: Largest number of matrices that a checkpoint may count; no data holds more.
@@ -178,9 +178,14 @@ def save(path: str | PathLike[str], saved: Saved) -> None:
     """Write a checkpoint, atomically."""
     arrays: dict[str, Any] = {}
     for i, layer in enumerate(saved.layers.values()):
-        parts = (layer.state.keys, *layer.state.sample)
-        for part, tensor in zip(("keys", "lower", "beta"), parts, strict=False):
-            arrays[f"{i}.{part}"] = tensor.cpu().numpy()
+        state = layer.state
+        for kind, keys, sample in (("", state.keys, state.sample), ("held_", state.held_keys, state.held)):
+            names = ("keys", "lower", "beta")
+            *parts, heads = sample if kind and sample else (*sample, None)
+            for part, tensor in zip(names, (keys, *parts), strict=False):
+                arrays[f"{i}.{kind}{part}"] = tensor.cpu().numpy()
+            if heads is not None:
+                arrays[f"{i}.{kind}heads"] = heads.cpu().numpy()
     header = {
         "schema_version": SCHEMA_VERSION,
         "items": saved.items,
@@ -201,6 +206,7 @@ def _header(layer: SavedLayer) -> dict[str, Any]:
         "matrices": layer.state.matrices,
         "observed": layer.state.observed,
         "largest": dict(layer.state.largest),
+        "halves": list(layer.state.halves),
         "ranges": [dict(ranges) for ranges in layer.state.ranges],
     }
 
@@ -241,29 +247,46 @@ def _read(arrays: dict[str, Any]) -> Saved:
 
 def _read_layer(record: dict[str, Any], arrays: dict[str, Any], index: int) -> SavedLayer:
     chunk = int(record["chunk"])
-    # A layer of which only padding was seen has no sample.
-    empty = f"{index}.lower" not in arrays
-    lower = (
-        torch.zeros(0, chunk, chunk, dtype=torch.float32)
-        if empty
-        else check_matrices(arrays[f"{index}.lower"], chunk)
-    )
-    sample = [] if empty else [lower]
-    if f"{index}.beta" in arrays:
-        sample.append(check_beta(arrays[f"{index}.beta"], lower))
-    keys = torch.from_numpy(np.array(arrays[f"{index}.keys"], dtype=np.float64))
-    fits = keys.shape == lower.shape[:1] and lower.ndim == 3 and lower.dtype == torch.float32
-    if not fits or not bool(((keys >= 0) & (keys < 1)).all()):
-        raise InputError(f"its sample of layer {record['name']!r} does not fit together")
+    keys, sample = _read_sample(arrays, f"{index}.", chunk, record["name"])
+    held_keys, held = _read_sample(arrays, f"{index}.held_", chunk, record["name"])
+    if len(held):
+        heads = torch.from_numpy(np.array(arrays[f"{index}.held_heads"], dtype=np.float32))
+        if heads.shape != held_keys.shape:
+            raise InputError(f"its sample of layer {record['name']!r} does not fit together")
+        held.append(heads)
+    first, second = _numbers(dict(zip(("first", "second"), record["halves"], strict=True))).values()
     state = LayerState(
-        matrices=check_integer("matrices", record["matrices"], len(lower), MAX_MATRICES, InputError),
+        matrices=check_integer("matrices", record["matrices"], len(keys), MAX_MATRICES, InputError),
         observed=check_integer("observed", record["observed"], 0, MAX_MATRICES, InputError),
         largest=_numbers(record["largest"]),
         ranges=[_numbers(ranges) for ranges in record["ranges"]],
         keys=keys,
         sample=sample,
+        held_keys=held_keys,
+        held=held,
+        halves=(first, second),
     )
     return SavedLayer(chunk=chunk, programs=[str(title) for title in record["programs"]], state=state)
+
+
+def _read_sample(
+    arrays: dict[str, Any], prefix: str, chunk: int, layer: str
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return keys, and matrices with beta; a layer of which only padding was seen has no sample."""
+    empty = f"{prefix}lower" not in arrays
+    lower = (
+        torch.zeros(0, chunk, chunk, dtype=torch.float32)
+        if empty
+        else check_matrices(arrays[f"{prefix}lower"], chunk)
+    )
+    sample = [] if empty else [lower]
+    if f"{prefix}beta" in arrays:
+        sample.append(check_beta(arrays[f"{prefix}beta"], lower))
+    keys = torch.from_numpy(np.array(arrays[f"{prefix}keys"], dtype=np.float64))
+    fits = keys.shape == lower.shape[:1] and lower.ndim == 3 and lower.dtype == torch.float32
+    if not fits or not bool(((keys >= 0) & (keys <= 1)).all()):
+        raise InputError(f"its sample of layer {layer!r} does not fit together")
+    return keys, sample
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:

@@ -10,11 +10,12 @@ import torch
 
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
-from qinvert.calibration.heads import split_heads
+from qinvert.calibration.heads import head_indices, split_heads
+from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
-from qinvert.calibration.observation.model_digest import model_digest
+from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
-from qinvert.calibration.sources import Item, check_size, open_groups
+from qinvert.calibration.sources import Item, Passing, check_size, open_groups
 from qinvert.execution.inputs import needed
 from qinvert.pretrained import opened
 from qinvert.program.program import Program
@@ -49,10 +50,10 @@ class Observation:
     def update(self, group: Sequence[Item]) -> list[str]:
         """Add this process's part of a round; return the names of all layers in the round."""
         # Before anything is counted: matrices keep their numbers, however the data are padded.
-        group = [(layer, systems.flat().filled) for layer, systems in group]
-        mine = [(layer, systems.count, systems.chunk) for layer, systems in group]
+        filled = [(layer, *_filled(systems)) for layer, systems in group]
+        mine = [(layer, systems.count, systems.chunk) for layer, systems, _ in filled]
         due = self._checkpoint is not None and self._checkpoint.due
-        gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(group), []
+        gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(filled), []
         for rank, (_, part) in enumerate(gathered):
             for layer, count, chunk in part:
                 observer = self._observer(layer, chunk)
@@ -110,10 +111,17 @@ class Observation:
         return self.layers[layer]
 
 
-def _update(observer: LayerObserver, layer: str, systems: Systems) -> None:
+def _filled(systems: Systems) -> tuple[Systems, torch.Tensor]:
+    """Return flat systems without those that are all zero, and the head of each."""
+    flat, heads = systems.flat(), head_indices(systems)
+    chosen = flat.is_filled
+    return flat[chosen], heads[chosen.cpu()]
+
+
+def _update(observer: LayerObserver, layer: str, systems: Systems, heads: torch.Tensor) -> None:
     systems = needed(observer.programs[0], systems, f"beta of layer {layer!r}")
     if systems.count:
-        observer.update(systems)
+        observer.update(systems, heads)
 
 
 def observe(
@@ -125,13 +133,15 @@ def observe(
     seed: int,
     progress: Progress | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    record: DataRecord | None = None,
 ) -> dict[str, LayerObserver]:
     """Return an observer for every layer of ``source``, or for every head.
 
     Under torchrun each process observes its share of the batches, and all
     return observers of all batches.  With ``checkpoint``, statistics are
     saved in that file from time to time, and at the end.  If the file exists,
-    the batches that it has seen are not observed again.
+    the batches that it has seen are not observed again.  ``record`` counts the
+    tokens of all batches.
 
     Raises
     ------
@@ -150,7 +160,10 @@ def observe(
         observation = Observation(programs, seed, shard, file)
         if file is not None and file.saved is not None:
             observation.resume(file.saved)
-        for group in open_groups(source, data, shard, iter if file is None else file.trail.follow):
+        passing: Passing = iter if file is None else file.trail.follow
+        if record is not None:
+            passing = record.before(passing)
+        for group in open_groups(source, data, shard, passing):
             for layer in observation.update(list(_split(group, granularity))):
                 if progress is not None:
                     progress(layer, observation.layers[layer].matrices)

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from qinvert.calibration.heads import NO_HEAD
 from qinvert.errors import InputError
 from qinvert.execution.floating import evaluate
 from qinvert.execution.inputs import program_inputs
@@ -19,6 +20,8 @@ from qinvert.systems import Systems
 
 #: Candidates run on every one of this many first matrices of a layer.
 FIRST: Final = 64
+#: Size of the second sample, in multiples of the first.
+HELD_OUT: Final = 2
 
 
 class RangeObserver:
@@ -67,16 +70,21 @@ class MatrixSample:
         #: The matrices, and beta where it is offered.
         self._kept: list[torch.Tensor] = []
 
-    def update(self, systems: Systems) -> None:
-        """Offer flat systems, always with beta or always without."""
+    def update(self, systems: Systems) -> torch.Tensor:
+        """Offer flat systems, always with beta or always without; return the keys that were drawn."""
         drawn = torch.from_numpy(self._generator.random(systems.count))
         given = (systems.lower, systems.beta)
         self.offer(drawn, [x.to(torch.float32) for x in given if x is not None])
+        return drawn
 
     def offer(self, drawn: torch.Tensor, given: Sequence[torch.Tensor]) -> None:
         """Offer matrices, and beta, with the keys that were drawn for them."""
         if not given:
             return
+        if len(self._keys) == self.capacity:
+            # Most matrices of a long stream draw too small a key to be copied at all.
+            chances = drawn > self._keys[-1]
+            drawn, given = drawn[chances], [x[chances.to(x.device)] for x in given]
         keys = torch.cat([self._keys, drawn])
         order = torch.topk(keys, min(self.capacity, len(keys))).indices
         old = self._kept or [x[:0] for x in given]
@@ -133,6 +141,12 @@ class LayerState:
     keys: torch.Tensor
     #: Matrices of the sample, and beta, in that order.
     sample: Sequence[torch.Tensor]
+    #: Keys of the second sample, largest first: 1 - key of the draw.
+    held_keys: torch.Tensor
+    #: Matrices of the second sample, beta and heads, in that order.
+    held: Sequence[torch.Tensor]
+    #: max|M| of each half of the matrices, by their draws.
+    halves: tuple[float, float]
 
 
 def merged(states: Sequence[LayerState], capacity: int) -> LayerState:
@@ -140,10 +154,12 @@ def merged(states: Sequence[LayerState], capacity: int) -> LayerState:
 
     Only maxima, counts and the largest keys are merged, so the result is exact for every split.
     """
-    sample = MatrixSample(capacity, seed=0)
+    sample, second = MatrixSample(capacity, seed=0), MatrixSample(HELD_OUT * capacity, seed=0)
     for state in states:
         sample.offer(state.keys, state.sample)
+        second.offer(state.held_keys, state.held)
     keys, kept = sample.drawn
+    held_keys, held = second.drawn
     return LayerState(
         matrices=max(state.matrices for state in states),
         observed=sum(state.observed for state in states),
@@ -151,7 +167,15 @@ def merged(states: Sequence[LayerState], capacity: int) -> LayerState:
         ranges=[_largest(parts) for parts in zip(*(state.ranges for state in states), strict=True)],
         keys=keys,
         sample=kept,
+        held_keys=held_keys,
+        held=held,
+        halves=_halves([state.halves for state in states]),
     )
+
+
+def _halves(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    first, second = zip(*parts, strict=True)
+    return max(first), max(second)
 
 
 def _largest(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -172,6 +196,10 @@ class LayerObserver:
         whole = [p for p in programs if not any(_continues(q, p) for q in programs)]
         self._observers = [RangeObserver(program) for program in whole]
         self.sample = MatrixSample(capacity, seed)
+        #: The matrices with the smallest draws, on which plans are measured, with their heads.
+        self.held = MatrixSample(HELD_OUT * capacity, seed)
+        #: max|M| of the matrices with small draws, and of those with large ones.
+        self.halves = (0.0, 0.0)
         self.chunk = programs[0].chunk
         self.matrices = 0
         self.observed = 0
@@ -187,10 +215,14 @@ class LayerObserver:
         beta = torch.ones(1, self.chunk, dtype=torch.float32) if taken else None
         return Systems(lower=torch.zeros(1, self.chunk, self.chunk, dtype=torch.float32), beta=beta)
 
-    def update(self, systems: Systems) -> None:
-        """Add checked systems, with beta where programs take it."""
+    def update(self, systems: Systems, heads: torch.Tensor | None = None) -> None:
+        """Add checked systems, with beta where programs take it, and the head of each where it is known."""
         flat = systems.flat()
-        self.sample.update(flat)
+        drawn = self.sample.update(flat)
+        known = torch.full((flat.count,), NO_HEAD, dtype=torch.int64) if heads is None else heads
+        kept_parts = (flat.lower, flat.beta, known)
+        self.held.offer(1.0 - drawn, [x.to(torch.float32) for x in kept_parts if x is not None])
+        self._update_halves(flat.lower, drawn)
         kept = self._thinned(flat.count).to(flat.lower.device)
         self.matrices += flat.count
         inputs = program_inputs(self.programs[0], flat, torch.float32)
@@ -201,6 +233,12 @@ class LayerObserver:
             for observer in self._observers:
                 observer.update({name: values[kept] for name, values in inputs.items()})
 
+    def _update_halves(self, lower: torch.Tensor, drawn: torch.Tensor) -> None:
+        largest, small = lower.abs().amax((1, 2)).to("cpu", torch.float64), drawn < 0.5
+        each = (largest[small], largest[~small])
+        first, second = (float(part.max()) if len(part) else 0.0 for part in each)
+        self.halves = (max(self.halves[0], first), max(self.halves[1], second))
+
     def skip(self, count: int) -> None:
         """Count matrices that another process observes."""
         self.matrices += count
@@ -210,6 +248,7 @@ class LayerObserver:
     def state(self) -> LayerState:
         """Return what was seen so far."""
         keys, sample = self.sample.drawn
+        held_keys, held = self.held.drawn
         return LayerState(
             matrices=self.matrices,
             observed=self.observed,
@@ -217,6 +256,9 @@ class LayerObserver:
             ranges=[dict(observer.ranges) for observer in self._observers],
             keys=keys,
             sample=[x.cpu() for x in sample],
+            held_keys=held_keys,
+            held=[x.cpu() for x in held],
+            halves=self.halves,
         )
 
     def check(self, programs: Sequence[str], state: LayerState) -> None:
@@ -243,6 +285,8 @@ class LayerObserver:
         for observer, ranges in zip(self._observers, state.ranges, strict=True):
             observer.ranges = dict(ranges)
         self.sample.replace(state.keys, state.sample)
+        self.held.replace(state.held_keys, state.held)
+        self.halves = state.halves
 
     def ranges(self, program: Program) -> dict[str, float]:
         """Return ``max|x|`` of every tensor of one of the programs."""

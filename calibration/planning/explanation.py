@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+from qinvert.calibration.observation.held_out import HeldOut
+from qinvert.calibration.planning.candidates import measure
 from qinvert.calibration.planning.planner import Candidate, Choice, Prediction, finite
 from qinvert.calibration.planning.sensitivity import TRUNCATION
 from qinvert.formats import INT8, INT8X2, INT16, IntFormat
@@ -15,7 +17,7 @@ from qinvert.profiles import default_target
 DIGITS: Final = 6
 
 
-def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]:
+def explain(choice: Choice, alternatives: Sequence[Candidate], held: HeldOut | None = None) -> dict[str, Any]:
     """Return what is known of a choice, as JSON types.
 
     Parameters
@@ -23,20 +25,22 @@ def explain(choice: Choice, alternatives: Sequence[Candidate]) -> dict[str, Any]
     choice : Choice
     alternatives : sequence of Candidate
         The same program on wider formats, to name the change that would fix a miss.
+    held : HeldOut, optional
+        Matrices on which these are simulated, so that advice does not rest on predictions.
     """
     best = choice.best
     sqnr_db, floor_db = best.best_known
     tensor, share = best.binding
     return {
         "meets_goal": choice.meets_goal,
-        "expected_sqnr_db": _decibels(sqnr_db),
-        "expected_floor_db": _decibels(floor_db),
-        "predicted_sqnr_db": _decibels(best.sqnr_db),
+        "expected_sqnr_db": decibels(sqnr_db),
+        "expected_floor_db": decibels(floor_db),
+        "predicted_sqnr_db": decibels(best.sqnr_db),
         "growth": finite(best.candidate.growth),
         "cost": round(best.cost),
         **_compiled(best),
-        "binding": {"tensor": tensor, "share": round(max(0.0, finite(share)), 4)},
-        "fix": "" if choice.meets_goal else _fix(choice, alternatives),
+        "binding": {"tensor": tensor, "share": rounded_share(share)},
+        "fix": "" if choice.meets_goal else _fix(choice, alternatives, held),
         "candidates": [_row(p, p is best) for p in choice.predictions],
         "rejected": [*choice.passed_over, *(str(p) for p in choice.predictions if _lost(p, choice))],
     }
@@ -53,9 +57,9 @@ def _row(prediction: Prediction, chosen: bool) -> dict[str, Any]:
         "formats": prediction.plan.formats,
         "cost": round(prediction.cost),
         **_compiled(prediction),
-        "predicted_sqnr_db": _decibels(prediction.sqnr_db),
-        "predicted_floor_db": _decibels(prediction.floor_db),
-        "simulated_sqnr_db": _decibels(prediction.simulated[0]) if prediction.simulated else None,
+        "predicted_sqnr_db": decibels(prediction.sqnr_db),
+        "predicted_floor_db": decibels(prediction.floor_db),
+        "simulated_sqnr_db": decibels(prediction.simulated[0]) if prediction.simulated else None,
         "chosen": chosen,
     }
 
@@ -68,12 +72,18 @@ def _compiled(prediction: Prediction) -> dict[str, Any]:
     return {"compiled_cost": round(cost) if math.isfinite(cost) else None}
 
 
-def _decibels(value: float) -> float:
+def decibels(value: float) -> float:
+    """Return decibels as plans hold them."""
     # The number of threads decides the order of float64 sums, and with it the last digits.
     return round(finite(value), DIGITS)
 
 
-def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:
+def rounded_share(value: float) -> float:
+    """Return a share as plans hold it."""
+    return round(max(0.0, finite(value)), 4)
+
+
+def _fix(choice: Choice, alternatives: Sequence[Candidate], held: HeldOut | None) -> str:
     tensor, share = choice.best.binding
     reason = (
         "the series is cut off too early"
@@ -83,12 +93,20 @@ def _fix(choice: Choice, alternatives: Sequence[Candidate]) -> str:
     reached = []
     for candidate in alternatives:
         (fmt,) = candidate.ladder
-        predicted = candidate.sensitivities.sqnr_db(candidate.uniform(fmt))
-        reached.append((predicted, fmt))
-        if predicted >= choice.goals.min_sqnr_db:
-            return f"{reason}; {_argument(fmt)} should reach {predicted:.0f} dB"
-    best = max([choice.best.best_known[0], *(predicted for predicted, _ in reached)])
+        found = _reached(candidate, fmt, held)
+        reached.append(found)
+        if found >= choice.goals.min_sqnr_db:
+            return f"{reason}; {_argument(fmt)} should reach {found:.0f} dB"
+    best = max([choice.best.best_known[0], *reached])
     return f"{reason}; no format of more bits helps, lower min_sqnr_db to {best:.0f}"
+
+
+def _reached(candidate: Candidate, fmt: IntFormat, held: HeldOut | None) -> float:
+    """Sqnr of the candidate with one format everywhere: by simulation where there are matrices for it."""
+    if held is None:
+        return candidate.sensitivities.sqnr_db(candidate.uniform(fmt))
+    plan = candidate.plan(candidate.uniform(fmt))
+    return measure(plan, held.systems, held.systems.inverse())[0].sqnr_db
 
 
 def _argument(fmt: IntFormat) -> str:

@@ -222,12 +222,25 @@ class Choice:
         return self.best.best_known[0] >= self.goals.min_sqnr_db
 
 
+def weighed(
+    observer: LayerObserver, ladder: Sequence[IntFormat], rules: GridRules, costs: Costs | None = None
+) -> list[Candidate]:
+    """Return every program of an observer as a candidate, which measures itself once for all goals."""
+    sample = observer.sampled
+    truth = sample.inverse()
+    costing = plan_cost if costs is None else costs.of
+    return [
+        Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs
+    ]
+
+
 def choose(
     observer: LayerObserver,
     ladder: Sequence[IntFormat],
     rules: GridRules,
     goals: Goals,
     costs: Costs | None = None,
+    candidates: Sequence[Candidate] | None = None,
 ) -> Choice:
     """Return the cheapest candidate that reaches the goals in simulation, or the best one.
 
@@ -235,14 +248,11 @@ def choose(
     the goals is simulated on the sample, with wider formats if it falls short.
     Without ``costs`` they are those of `qinvert.plan.cost`.  Where they have a
     compiler, the first `COMPILED` that reach the goals are compiled, and its
-    cycles decide.
+    cycles decide.  ``candidates`` are those of `weighed`, where a caller has them already.
     """
     sample = observer.sampled
-    truth = sample.inverse()
-    costing = plan_cost if costs is None else costs.of
-    candidates = [
-        Candidate(p, observer.ranges(p), sample, ladder, rules, costing, truth) for p in observer.programs
-    ]
+    if candidates is None:
+        candidates = weighed(observer, ladder, rules, costs)
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
     predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
     checked: list[Prediction] = []

@@ -16,6 +16,8 @@ import onnx
 import torch
 
 from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.model_identity import check_identity
+from qinvert.calibration.patching import by_layer
 from qinvert.checks import check_magnitude
 from qinvert.errors import ExportError, InputError
 from qinvert.export.exporting import profile_for, serialize
@@ -56,6 +58,7 @@ def export_model(
     opset: int | None = None,
     check: bool = True,
     tolerance: float = TOLERANCE,
+    force: bool = False,
 ) -> onnx.ModelProto:
     """Write a decoder whose delta-rule layers call their integer program: ``input_ids -> logits``.
 
@@ -98,6 +101,8 @@ def export_model(
         onnxruntime a warning is logged instead.
     tolerance : float
         Largest difference of logits that is allowed, as a share of the largest logit.
+    force : bool
+        Go on with another model than the one that the plan was made for.
 
     Returns
     -------
@@ -109,7 +114,7 @@ def export_model(
     InputError
         If the model has no such layer, or the example does not fit.
     PlanError
-        If the plan lacks a layer of the model.
+        If the plan lacks a layer of the model, or was made for another model.
     ExportError
         If the profile cannot express the plan, PyTorch cannot trace the model,
         or the graph computes something else; nothing is written then.
@@ -120,6 +125,8 @@ def export_model(
     """
     require_onnx_ir()
     chosen = profile_for(plan, profile)
+    by_layer(model, plan)
+    check_identity(plan, model, force)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     check_target(path)
     _check_element(model)

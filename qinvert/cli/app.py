@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 import click
 
+from qinvert.cautions import QInvertWarning
 from qinvert.cli.output import printable
 from qinvert.cli.verbs import LazyVerbs, stand_ins
 from qinvert.errors import QInvertError
@@ -23,7 +27,8 @@ class OneLineErrors(LazyVerbs):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the verb."""
         try:
-            return super().main(*args, **{**kwargs, "standalone_mode": False})
+            with _warnings_as_lines():
+                return super().main(*args, **{**kwargs, "standalone_mode": False})
         except QInvertError as error:
             refuse(str(error))
         except click.exceptions.NoArgsIsHelpError as error:
@@ -52,6 +57,24 @@ class OneLineErrors(LazyVerbs):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         return result
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print each `QInvertWarning` at once, as one line on stderr; tables say those of layers."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, QInvertWarning):
+                click.echo(f"qinvert: warning: {printable(' '.join(str(message).split()))}", err=True)
+            else:
+                before(message, category, *rest, **more)
+
+        setattr(warnings, "showwarning", show)  # noqa: B010 - as the module's page says
+        warnings.simplefilter("always", QInvertWarning)
+        warnings.filterwarnings("ignore", message="layer ", category=QInvertWarning)
+        yield
 
 
 def refuse(message: str, code: int = 2) -> NoReturn:

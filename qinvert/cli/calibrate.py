@@ -10,6 +10,7 @@ from qinvert.calibration.choices import (
     BITS,
     HARDWARE_LOSS_DB,
     MAX_LOSS_DB,
+    MIN_SQNR_DB,
     Granularity,
     RangeRule,
     ScaleRule,
@@ -60,7 +61,15 @@ from qinvert.profiles import PROFILES
     type=click.Choice([grain.value for grain in Granularity]),
     help="One set of grids per layer, or one per head.",
 )
-@click.option("--min-sqnr", default=20.0, type=DECIBELS, show_default=True, help="Goal for each layer, dB.")
+@click.option(
+    "--min-sqnr",
+    type=DECIBELS,
+    help=f"Goal for T of each layer, dB; {MIN_SQNR_DB:g} by default, if the next two are not given.",
+)
+@click.option("--min-output-sqnr", type=DECIBELS, help="Goal for the output of each layer of a model, dB.")
+@click.option(
+    "--max-kl", type=float, help="Goal for the whole model: largest KL of its logits, nats per token."
+)
 @click.option(
     "--max-loss",
     type=DECIBELS,
@@ -88,7 +97,9 @@ def calibrate(
     ranges: str,
     granularity: str,
     factored: bool,
-    min_sqnr: float,
+    min_sqnr: float | None,
+    min_output_sqnr: float | None,
+    max_kl: float | None,
     max_loss: float | None,
     checkpoint: str | None,
     given: DataOptions,
@@ -138,6 +149,8 @@ def calibrate(
                 batch=batch,
                 measure=measure,
                 min_sqnr_db=min_sqnr,
+                min_output_sqnr_db=min_output_sqnr,
+                max_kl=max_kl,
                 max_loss_db=max_loss,
                 scales=scales,
                 ranges=ranges,

@@ -9,15 +9,17 @@ import click
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import decibels
 from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import head_cell
 from qinvert.cli.sources import is_matrix_file, load_model
+from qinvert.documents import to_document
 from qinvert.errors import InputError
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
     from qinvert.calibration.evaluate import Evaluation, LayerErrors
 
-#: What an error of T becomes inside its layer, in the order of `LayerErrors`.
-LAYER_COLUMNS = ("T", "U = T (beta v)", "W = T (beta k e^G)", "output", "final state")
+#: What an error of T becomes inside its layer, in the order of `LayerErrors`, and its worst head.
+LAYER_COLUMNS = ("T", "U = T (beta v)", "W = T (beta k e^G)", "output", "final state", "worst head of T")
 #: Title of the table of layers.
 LAYER_TITLE = "Error inside each layer, sqnr_db for the same inputs"
 
@@ -26,6 +28,7 @@ LAYER_TITLE = "Error inside each layer, sqnr_db for the same inputs"
 @click.argument("plan_paths", metavar="PLAN...", nargs=-1, required=True)
 @click.option("--compare", is_flag=True, help="Take several plans and show them side by side.")
 @click.option("--model", help="Model folder or `recall`; the first plan's own by default.")
+@click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @data_options
 @output_options
 def evaluate(
@@ -33,6 +36,7 @@ def evaluate(
     compare: bool,
     model: str | None,
     given: DataOptions,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -56,7 +60,7 @@ def evaluate(
     tokens = given.for_model(name)
     score = recall.accuracy if name == recall.NAME else None
     with output.progress("evaluating") as progress:
-        found = run_comparison(load_model(name), plans, tokens, score=score, progress=progress)
+        found = run_comparison(load_model(name), plans, tokens, score=score, progress=progress, force=force)
     if compare:
         show_comparison(output, found)
         output.result({"plans": {path: evaluation.to_dict() for path, evaluation in found.items()}})
@@ -106,4 +110,5 @@ def layer_facts(errors: LayerErrors) -> dict[str, str]:
     """Return the errors of a layer, in the order of `LAYER_COLUMNS`."""
     parts = (errors.t, errors.u, errors.w, errors.out, errors.state)
     cells = ["-" if part is None else decibels(part) for part in parts]
+    cells.append(head_cell(to_document(errors.heads)))
     return dict(zip(LAYER_COLUMNS, cells, strict=True))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Run the graph in onnxruntime first; refuse it if it is not the model.",
 )
+@click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @profile_option
 @output_options
 def export_model(
@@ -39,6 +40,7 @@ def export_model(
     opset: int | None,
     check: bool,
     profile: str | None,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -62,7 +64,9 @@ def export_model(
         raise InputError("the plan does not name its model; pass --model")
     model = load_model(source)
     with output.progress("exporting"):
-        written = write_model(model, plan, path, length, profile=profile, opset=opset, check=check)
+        written = write_model(
+            model, plan, path, length, profile=profile, opset=opset, check=check, force=force
+        )
     with output.progress("comparing"):
         errors = differences(model, plan, path, length) if check else {}
     output.say(f"{wrote(path, before)}: {len(written.graph.node)} nodes, {len(written.functions)} layers")

@@ -10,7 +10,9 @@ import click
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.output import Output, output_options
+from qinvert.cli.plan_tables import head_cell
 from qinvert.cli.sources import open_for_plan
+from qinvert.documents import to_document
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
 @click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below this sqnr, dB.")
 @click.option("--rounding", default="onnx", help="`onnx`, or how NPUs round int8 plans: `hexagon`, `tflite`.")
+@click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @data_options
 @output_options
 def simulate(
@@ -30,6 +33,7 @@ def simulate(
     min_sqnr: float | None,
     rounding: str,
     given: DataOptions,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -47,7 +51,7 @@ def simulate(
     plan = Plan.load(plan_path)
     with output.progress("simulating") as progress:
         source = open_for_plan(plan, model, given)
-        report = run_simulation(plan, *source, rounding=rounding, progress=progress)
+        report = run_simulation(plan, *source, rounding=rounding, progress=progress, force=force)
     show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
@@ -57,10 +61,20 @@ def simulate(
 
 def show_report(output: Output, report: Report) -> None:
     """Print the error table."""
-    columns = ["layer", "format", "sqnr_db", "floor_db", "worst_rel", "max_abs", "saturated", "matrices"]
+    columns = [
+        "layer",
+        "format",
+        "sqnr_db",
+        "floor_db",
+        "worst head",
+        "worst_rel",
+        "max_abs",
+        "saturated",
+        "matrices",
+    ]
     rows = [
-        [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), f"{r.worst_rel:.2e}", f"{r.max_abs:.2e}",
-         str(sum(r.saturations.values())), str(r.matrices)]
+        [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), head_cell(to_document(r.heads)),
+         f"{r.worst_rel:.2e}", f"{r.max_abs:.2e}", str(sum(r.saturations.values())), str(r.matrices)]
         for name, r in report.layers.items()
     ]  # fmt: skip
     output.table("Simulated integer inverse", columns, rows)

@@ -13,8 +13,8 @@ import torch
 
 import qinvert
 from qinvert import recall
-from qinvert.calibration.observation.checkpoint import HEADER, load
-from qinvert.calibration.observation.model_digest import model_digest
+from qinvert.calibration.model_digest import model_digest
+from qinvert.calibration.observation.checkpoint import HEADER, SCHEMA_VERSION, load
 from qinvert.errors import InputError
 from qinvert.stress import stress_matrices
 
@@ -138,7 +138,7 @@ def rewritten(path, change):
 
 
 DAMAGE = {
-    "newer": lambda file: file.header.update(schema_version=3),
+    "newer": lambda file: file.header.update(schema_version=SCHEMA_VERSION + 1),
     "no layers": lambda file: file.header.pop("layers"),
     "layers of another kind": lambda file: file.header.update(layers=3),
     "no sample": lambda file: file.arrays.pop("0.lower"),
@@ -151,6 +151,11 @@ DAMAGE = {
     "negative": lambda file: file.header["layers"][0].update(matrices=-1),
     "no items": lambda file: file.header.update(items=0),
     "keys beyond 1": lambda file: file.arrays.update({"0.keys": file.arrays["0.keys"] + 1}),
+    "short heads": lambda file: file.arrays.update({"0.held_heads": file.arrays["0.held_heads"][:-1]}),
+    "held out, not triangular": lambda file: file.arrays.update(
+        {"0.held_lower": file.arrays["0.held_lower"] + 1}
+    ),
+    "one half": lambda file: file.header["layers"][0].update(halves=[1.0]),
     "text": lambda file: file.header["layers"][0].update(matrices="many"),
 }
 

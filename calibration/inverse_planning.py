@@ -1,0 +1,81 @@
+"""Plans of inverses for goals that may rise: one layer at a time, from what a pass has observed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from qinvert.calibration.grid_options import GridOptions
+from qinvert.calibration.observation.held_out import held_out
+from qinvert.calibration.observation.statistics import LayerObserver
+from qinvert.calibration.planning.candidates import candidate_programs
+from qinvert.calibration.planning.explanation import explain
+from qinvert.calibration.planning.planner import Candidate, choose, weighed
+from qinvert.calibration.planning.unseen import unseen_facts
+from qinvert.errors import ProgramError
+from qinvert.formats import INT8, INT8X2, INT16
+from qinvert.plan.plan import LayerPlan
+from qinvert.plan.quantization import Requantize
+from qinvert.program.program import Program
+
+
+class InversePlanning:
+    """Plans layers for goals; what candidates measure of themselves is kept from goal to goal."""
+
+    def __init__(self, observers: Mapping[str, LayerObserver], options: GridOptions, of_model: bool) -> None:
+        self._observers, self._options, self._of_model = observers, options, of_model
+        self._candidates: dict[str, list[Candidate]] = {}
+
+    def plan(self, name: str, goal_db: float) -> LayerPlan:
+        """Return the plan of one entry for a goal of T."""
+        options, observer = self._options, self._observers[name]
+        if name not in self._candidates:
+            self._candidates[name] = weighed(observer, options.ladder, options.rules, options.costs)
+        goals = replace(options.goals, min_sqnr_db=goal_db)
+        return _plan_layer(observer, replace(options, goals=goals), self._of_model, self._candidates[name])
+
+
+def _plan_layer(
+    observer: LayerObserver, options: GridOptions, of_model: bool, candidates: Sequence[Candidate]
+) -> LayerPlan:
+    sample = observer.sampled
+    costs = options.costs
+    choice = choose(observer, options.ladder, options.rules, options.goals, costs, candidates)
+    program = choice.best.plan.program
+    free = replace(options.rules, requantize=Requantize.DIVIDE)
+    wider = [
+        Candidate(
+            program, observer.ranges(program), sample, (fmt,), free, costs.of, choice.best.candidate.truth
+        )
+        for fmt in (INT8, INT8X2, INT16)
+    ]
+    provenance = {
+        "matrices": observer.matrices,
+        "observed": observer.observed,
+        "sample": sample.count,
+        **costs.chains(choice.best.plan, choice.best.compiled),
+        **explain(choice, wider, held_out(observer.sample, observer.held)),
+        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model),
+    }
+    return replace(choice.best.plan, provenance=provenance)
+
+
+def candidates_of(method: str | Program, chunk: int, factored: bool, options: GridOptions) -> list[Program]:
+    """Return the programs that a method leaves open for matrices of a size.
+
+    Raises
+    ------
+    ProgramError
+        If the method is unknown, has no factored form, or has another chunk size.
+    """
+    if isinstance(method, Program):
+        if method.chunk != chunk:
+            raise ProgramError(
+                f"{method.title} is for {method.chunk} x {method.chunk} matrices, but the data has "
+                f"{chunk} x {chunk}; build the program for that chunk size"
+            )
+        if factored and not method.inverse_ports.factored:
+            raise ProgramError(f"{method.title} does not take beta; build it with factored=True")
+        return [method]
+    requantize, on_chips = options.profile.requantize, options.costs.hardware is not None
+    return candidate_programs(method, chunk, factored, requantize, on_chips)

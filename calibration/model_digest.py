@@ -1,0 +1,69 @@
+"""Tells models apart by their weights, in a pass over them that costs less than one batch."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import chain
+from typing import Final
+
+import numpy as np
+import torch
+
+#: Elements of each tensor that are hashed, evenly spread; all others enter by their sum.
+ELEMENTS: Final = 1024
+#: Integers as wide as an element, by its bytes.
+INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Types that float32 holds exactly: weights that are loaded in another of them are the same.
+FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """Name and hash of a model: names, types, shapes and bits of all weights.
+
+    Bits are added as integers, which has one result on every device and in
+    every order, and some of them are hashed in their places.  Weights that
+    are elsewhere (meta tensors) enter without their values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_content(tensor.detach()))
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
+
+
+def weights_digest(model: torch.nn.Module) -> str | None:
+    """Hash of the weights as `model_digest` takes it, but of their values, whatever float type holds them.
+
+    None where weights are elsewhere (meta tensors), so that nobody knows their values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            return None
+        kind = "float" if tensor.dtype in FLOATS else str(tensor.dtype)
+        digest.update(f"{name} {kind} {tuple(tensor.shape)}".encode())
+        digest.update(_content(tensor.detach()))
+    return digest.hexdigest()
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    integer = INTEGERS.get(tensor.element_size())
+    if tensor.is_meta or tensor.layout != torch.strided or integer is None or not tensor.numel():
+        return b""
+    # A bfloat16 is the upper half of a float32: shifted, its bits are those of the float32.
+    shift = 16 if tensor.dtype == torch.bfloat16 else 0
+    if tensor.dtype == torch.float16:
+        tensor, integer = tensor.to(torch.float32), torch.int32
+    bits = tensor.contiguous().view(integer).reshape(-1)
+    places = torch.linspace(0, len(bits) - 1, min(ELEMENTS, len(bits)), dtype=torch.float64).long()
+    chosen = bits[places.to(bits.device)].cpu().contiguous()
+    if shift:
+        chosen = chosen.to(torch.int32) << shift
+    return str(_sum(bits) << shift).encode() + chosen.view(torch.uint8).numpy().tobytes()
+
+
+def _sum(bits: torch.Tensor) -> int:
+    # On a CPU numpy takes a fifteenth of the time that torch takes for it.
+    if bits.device.type == "cpu":
+        return int(bits.numpy().sum(dtype=np.int64))
+    return int(bits.sum(dtype=torch.int64))
