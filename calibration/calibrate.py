@@ -31,6 +31,7 @@ from qinvert.calibration.planning.extent import check_extent
 from qinvert.checks import check_seed
 from qinvert.errors import PlanError
 from qinvert.plan.plan import Plan
+from qinvert.pretrained import opened
 from qinvert.program.program import Program
 
 
@@ -171,6 +172,7 @@ def calibrate(
         If the method is unknown, has no factored form, or has another chunk
         size than the data.
     """
+    source = opened(source)
     outputs = OutputGoals(min_output_sqnr_db=min_output_sqnr_db, max_kl=max_kl)
     outputs.check_source(source)
     if outputs.given and max_loss_db is None and min_sqnr_db is None:

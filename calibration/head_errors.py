@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -44,8 +45,12 @@ class HeadErrors:
 def head_errors(statistics: Mapping[int, ErrorStatistics]) -> tuple[HeadErrors, ...]:
     """Return the errors of every head of one layer, in the order of the heads."""
     total = sum(head.signal for head in statistics.values()) or 1.0
+    # Where the signal is NaN or infinite no head may hide behind another one.
+    known, equal = math.isfinite(total), 1 / max(1, len(statistics))
     return tuple(
-        HeadErrors(head=number, sqnr_db=head.sqnr_db, signal_share=head.signal / total)
+        HeadErrors(
+            head=number, sqnr_db=head.sqnr_db, signal_share=head.signal / total if known else equal
+        )
         for number, head in sorted(statistics.items())
     )
 
