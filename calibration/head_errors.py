@@ -48,9 +48,7 @@ def head_errors(statistics: Mapping[int, ErrorStatistics]) -> tuple[HeadErrors, 
     # Where the signal is NaN or infinite no head may hide behind another one.
     known, equal = math.isfinite(total), 1 / max(1, len(statistics))
     return tuple(
-        HeadErrors(
-            head=number, sqnr_db=head.sqnr_db, signal_share=head.signal / total if known else equal
-        )
+        HeadErrors(head=number, sqnr_db=head.sqnr_db, signal_share=head.signal / total if known else equal)
         for number, head in sorted(statistics.items())
     )
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qinvert.chunk_step.channel_map import enter
 from qinvert.chunk_step.ports import (
     BETA,
     INPUTS,
@@ -22,6 +21,7 @@ from qinvert.chunk_step.ports import (
     step_sizes,
 )
 from qinvert.errors import InputError
+from qinvert.execution.value_channels import enter
 from qinvert.export.graph import Sizes
 from qinvert.export.runtimes import Feed
 from qinvert.export.step_interface import VALID, StepInterface
@@ -90,7 +90,8 @@ class StepData:
     def entered(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return v and the state in the channels of the plan."""
         turn = self._turn if self.interface.values_first else lambda x: x
-        return {name: turn(enter(turn(self.arrays[name]), self.plan.channels)) for name in (VALUE, STATE)}
+        reals = {name: torch.from_numpy(turn(self.arrays[name])) for name in (VALUE, STATE)}
+        return {name: turn(enter(self.plan.channels, x).numpy()) for name, x in reals.items()}
 
     def normalized(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return q and k as the program takes them, in float64 and rounded once."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from qinvert.chunk_step.channel_map import channel_factors, leave, rotation
 from qinvert.chunk_step.ports import OUTPUT
 from qinvert.errors import ExportError
+from qinvert.execution.value_channels import enter, leave
 from qinvert.export.runtimes import Feed
 from qinvert.export.step_interface import STATE_OUT
 from qinvert.export.verification.step_inputs import Arrays, StepData
@@ -22,6 +22,10 @@ from qinvert.numerics.rounding import dequantize
 from qinvert.profiles import Profile
 
 Array = npt.NDArray[Any]
+
+
+#: Axis of the heads, before tokens and channels.
+HEADS: Final = -3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class StepReference:
             end = self.profile.end_of(grid.format)
             return (integers + (end.zero_point - grid.format.zero_point)).astype(end.element)
         reals = dequantize(torch.from_numpy(integers), grid.scale, grid.format).numpy()
-        return self._turned(leave(self._turned(reals), self.data.plan.channels))
+        return self._left(reals)
 
     def steps(self, output: str, actual: Array) -> Steps:
         """Return the differences of what a graph returned, in steps of the output's grid."""
@@ -71,24 +75,27 @@ class StepReference:
         grid = self.data.plan.tensors[self.data.interface.tensor_of(self.data.plan, output)]
         end = self.profile.end_of(grid.format)
         integers = (actual.astype(np.float32) - end.zero_point) * np.float32(grid.scale)
-        return self._turned(leave(self._turned(integers), self.data.plan.channels))
+        return self._left(integers)
 
     def true_reals(self, output: str) -> Array:
         """Return what the rule itself gives, without any rounding."""
         exact = np.stack(self.truth[output]).astype(np.float32)
-        return self._turned(leave(self._turned(exact), self.data.plan.channels))
+        return self._left(exact)
 
     def _in_steps(self, output: str, reals: Array) -> Array:
         grid = self.data.plan.tensors[self.data.interface.tensor_of(self.data.plan, output)]
-        values, channels = self._turned(reals.astype(np.float64)), self.data.plan.channels
-        if channels is not None:
-            values = values * channel_factors(channels, leaving=False)[:, None]
-            values = values @ rotation(channels.value_size) if channels.rotated else values
-        return self._turned(values) / grid.scale
+        values = self._turned(torch.from_numpy(reals.astype(np.float64)))
+        entered = self._turned(enter(self.data.plan.channels, values, HEADS))
+        return np.asarray(entered.numpy() / grid.scale)
 
-    def _turned(self, values: Array) -> Array:
+    def _left(self, reals: Array) -> Array:
+        """Values as the graph returns them, of values in the channels of the plan."""
+        values = self._turned(torch.from_numpy(reals))
+        return np.asarray(self._turned(leave(self.data.plan.channels, values, HEADS)).numpy())
+
+    def _turned(self, values: torch.Tensor) -> torch.Tensor:
         """Values in the last axis, or back."""
-        return np.swapaxes(values, -1, -2) if self.data.interface.values_first else values
+        return values.mT if self.data.interface.values_first else values
 
 
 def step_reference(data: StepData, profile: Profile, replaced: Arrays) -> StepReference:

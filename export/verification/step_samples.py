@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from qinvert.chunk_step.channel_map import leave
 from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, QUERY, STATE, VALUE, StepSizes, step_sizes
+from qinvert.execution.value_channels import leave
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.plan.plan import LayerPlan
 
@@ -60,5 +61,5 @@ def _values(
         * plan.tensors[port].limit
         * rng.standard_normal((interface.batch, interface.heads, rows, sizes.value_size), dtype=np.float32)
     )
-    reals = leave(inside, plan.channels)
+    reals = leave(plan.channels, torch.from_numpy(inside)).numpy()
     return np.swapaxes(reals, -1, -2) if interface.values_first else reals

@@ -23,24 +23,3 @@ def rotation(size: int) -> npt.NDArray[np.float64]:
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return np.asarray(matrix / np.sqrt(size))
-
-
-def enter(values: Array, channels: ValueChannels | None) -> Array:
-    """``(v 2^-e) R`` for ``[..., H, rows, Dv]``; the rotation is rounded to float32 once."""
-    if channels is None:
-        return values
-    scaled = values * channel_factors(channels, leaving=False)[:, None]
-    if not channels.rotated:
-        return scaled
-    rotated: Array = (scaled.astype(np.float64) @ rotation(channels.value_size)).astype(np.float32)
-    return rotated
-
-
-def leave(values: Array, channels: ValueChannels | None) -> Array:
-    """``(o R^T) 2^e`` for ``[..., H, rows, Dv]``, the inverse of `enter`."""
-    if channels is None:
-        return values
-    if channels.rotated:
-        values = (values.astype(np.float64) @ rotation(channels.value_size)).astype(np.float32)
-    left: Array = values * channel_factors(channels, leaving=True)[:, None]
-    return left

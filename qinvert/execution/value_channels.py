@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
 
+from qinvert.chunk_step.channel_map import rotation
 from qinvert.errors import InputError
 from qinvert.plan.value_channels import ValueChannels
 
@@ -24,14 +24,14 @@ def enter(channels: ValueChannels | None, values: torch.Tensor, axis: int = 1) -
     if channels is None:
         return values
     scaled = values * _factors(channels, values, axis, -1)
-    return scaled @ hadamard(channels.value_size).to(scaled) if channels.rotated else scaled
+    return _rotated(scaled) if channels.rotated else scaled
 
 
 def leave(channels: ValueChannels | None, values: torch.Tensor, axis: int = 1) -> torch.Tensor:
     """``(o R^T) 2^e``: the inverse of `enter`."""
     if channels is None:
         return values
-    turned = values @ hadamard(channels.value_size).to(values).mT if channels.rotated else values
+    turned = _rotated(values) if channels.rotated else values
     return turned * _factors(channels, values, axis, 1)
 
 
@@ -50,8 +50,10 @@ def _factors(channels: ValueChannels, values: torch.Tensor, axis: int, sign: int
 
 @lru_cache(maxsize=8)
 def hadamard(size: int) -> torch.Tensor:
-    """Hadamard's matrix of a power of two over its square root, float64: symmetric, its own inverse."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix / math.sqrt(size)
+    """Hadamard's matrix over the square root of its size, float64: symmetric, its own inverse."""
+    return torch.from_numpy(rotation(size))
+
+
+def _rotated(values: torch.Tensor) -> torch.Tensor:
+    # Rounded to the type of the values once.
+    return (values.to(torch.float64) @ hadamard(values.shape[-1]).to(values.device)).to(values.dtype)
