@@ -11,6 +11,7 @@ from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.sources import open_for_plan
+from qinvert.cli.step_tables import show_step_report
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def simulate(
 ) -> None:
     """Run the integer programs bit-exactly and measure the error of T.
 
+    Of plans of whole chunk steps it measures output and state, too, with the
+    state carried by the integers, and one step at a time.
+
     \b
     Example: qinvert simulate plan.json --min-sqnr 20
              qinvert simulate plan.json --data L.npz --json
@@ -46,7 +50,10 @@ def simulate(
     with output.progress("simulating") as progress:
         source = open_for_plan(plan, model, given)
         report = run_simulation(plan, *source, rounding=rounding, progress=progress)
-    show_report(output, report)
+    if report.steps:
+        show_step_report(output, report.steps)
+    else:
+        show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
         output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, the goal is {min_sqnr:.1f}")

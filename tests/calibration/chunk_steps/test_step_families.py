@@ -92,7 +92,7 @@ def cached(model, tokens, start):
 
 
 def test_prefill_then_decode_is_prefill_of_the_whole_within_the_error_of_the_plan(planned):
-    family, model, (_, plan) = planned
+    _, model, (_, plan) = planned
     tokens = TOKENS[:, :68]
     with torch.no_grad():
         exact = model(input_ids=tokens).logits[:, 64:]
