@@ -234,3 +234,26 @@ def test_the_words_of_a_page_that_a_script_writes_are_those_of_the_script(script
     for template in templates:
         for part in re.split(r"\{[^}]*\}", template):
             assert part.strip() in text
+
+
+def test_the_examples_of_chunk_steps_run(capsys):
+    pytest.importorskip("transformers")
+    blocks = code(page("chunk-step.md"), "python")
+    assert len(blocks) == 4
+    # One after the other, as a reader types them.
+    exec("\n".join(blocks), {})
+    text = capsys.readouterr().out
+    assert "['q', 'k', 'v', 'beta', 'g', 'state']" in text
+    assert "free-running" in text
+
+
+def test_the_page_of_chunk_steps_names_every_option():
+    from dataclasses import fields
+
+    from qinvert import ChunkOptions
+    from qinvert.chunk_step.form import Form
+
+    parts = sections(page("chunk-step.md"))
+    named = [name for row in rows(parts["Calibrate"]) for name in quoted(row["`ChunkOptions`"])]
+    assert sorted(named) == sorted(field.name for field in fields(ChunkOptions))
+    assert {quoted(row["`form`"])[0] for row in rows(parts["What it computes"])} == {*Form}

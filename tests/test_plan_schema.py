@@ -71,6 +71,7 @@ def written():
         ),
         Plan(layers={"step": planned(Requantize.DIVIDE), **golden.layers}, target="int-ops"),
         Plan(layers={"step": chunk_step()}, target="int-ops"),
+        qinvert.calibrate(recall.load_model(), recall.sequences(1)[:, :70], scope="chunk"),
     ]
     return [json.loads(plan.to_bytes()) for plan in plans]
 
@@ -96,7 +97,8 @@ def objects(heading):
     inverses = [program for program in programs if "output" in program]
     others = [program for program in programs if "output" not in program]
     layers = [layer for document in documents for layer in document["layers"].values()]
-    calibrated = [layer["provenance"] for layer in layers if layer["provenance"]]
+    known = [layer["provenance"] for layer in layers if layer["provenance"]]
+    calibrated, stepped = ([p for p in known if ("scope" in p) == wanted] for wanted in (False, True))
     return {
         "File": documents,
         "Producer": [document["producer"] for document in documents],
@@ -115,6 +117,8 @@ def objects(heading):
         "Unseen": [found["unseen"] for found in calibrated if found.get("unseen")],
         "Head": [head for found in calibrated if found.get("unseen") for head in found["unseen"]["heads"]],
         "Binding": [found["binding"] for found in calibrated],
+        "Provenance of a chunk step": stepped,
+        "Candidate of a chunk step": [row for found in stepped for row in found["candidates"]],
         "Candidate": [candidate for found in calibrated for candidate in found["candidates"]],
     }[heading]
 
@@ -144,6 +148,8 @@ KINDS = [
     "Head",
     "Binding",
     "Candidate",
+    "Provenance of a chunk step",
+    "Candidate of a chunk step",
 ]
 
 
@@ -240,8 +246,8 @@ def test_an_unknown_key_is_ignored_but_not_in_a_step():
 
 
 def test_a_plan_has_the_lowest_version_that_can_hold_it():
-    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 1, 2, 3]
-    kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-2]["programs"]}
+    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 1, 2, 3, 3]
+    kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-3]["programs"]}
     assert kinds == {("inputs",), ("output",)}
     assert isinstance(step_like(), Program)
 

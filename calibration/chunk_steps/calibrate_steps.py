@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from qinvert.calibration.choices import Granularity, RangeRule, ScaleRule
-from qinvert.calibration.chunk_steps.candidate import Layer, StepRules, exact_outputs, with_provenance
+from qinvert.calibration.chunk_steps.candidate import (
+    Layer,
+    StepRules,
+    exact_outputs,
+    margins,
+    with_provenance,
+)
 from qinvert.calibration.chunk_steps.grids import RoomRules
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.one_pass import Progress, observe_steps, split_heads
@@ -136,7 +142,8 @@ class StepCalibration:
             truth=exact_outputs(sample),
         )
         choice = choose_step(layer, self.choices, self.costs)
-        return with_provenance(choice.best.plan, {**_facts(layer), **choice.to_json(self.choices)})
+        facts = {**_facts(layer), "margins": margins(layer, choice.best.plan)}
+        return with_provenance(choice.best.plan, {**facts, **choice.to_json(self.choices)})
 
 
 def _check_beta(program: Program, largest: float) -> None:

@@ -10,7 +10,13 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from qinvert.calibration.choices import RangeRule, ScaleRule
-from qinvert.calibration.chunk_steps.grids import RoomRules, StepGrids, step_grids
+from qinvert.calibration.chunk_steps.grids import (
+    RoomRules,
+    StepGrids,
+    proved_ranges,
+    seen_ranges,
+    step_grids,
+)
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.clipping import clip_range
@@ -200,6 +206,18 @@ def measure(layer: Layer, plan: LayerPlan) -> tuple[float, float]:
         statistics.update(getattr(result, name), getattr(layer.truth, name))
         found.append(statistics.sqnr_db)
     return found[0], found[1]
+
+
+def margins(layer: Layer, plan: LayerPlan) -> dict[str, float]:
+    """Return how far the grids of every group of values reach, times what the data showed, at the least."""
+    seen = seen_ranges(layer.program, layer.observed, plan.channels)
+    proved = proved_ranges(layer.program, layer.max_beta)
+    found = {}
+    for group in layer.widths.value_groups:
+        names = [name for name in layer.widths.groups[group] if name not in proved and seen[name] > 0]
+        if names:
+            found[group] = float(f"{min(plan.tensors[name].limit / seen[name] for name in names):.4g}")
+    return found
 
 
 def with_provenance(plan: LayerPlan, provenance: Mapping[str, Any]) -> LayerPlan:

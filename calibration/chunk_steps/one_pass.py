@@ -71,8 +71,8 @@ def _check_finite(layer: str, chunks: DeltaChunks) -> None:
     for name, values in given.items():
         if not bool(torch.isfinite(values).all()):
             raise InputError(
-                f"{name} of layer {layer!r} holds NaN or Inf values; look for them upstream, or run the "
-                "model in float32"
+                f"{name} of layer {layer!r} holds NaN or Inf values; look for them upstream, or "
+                "run the model in float32"
             )
 
 

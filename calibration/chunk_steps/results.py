@@ -100,7 +100,8 @@ def check_sizes(program: StepList, chunks: DeltaChunks) -> None:
     if given != wanted:
         raise InputError(
             "the layer has chunk, key size, value size, one decay per channel = "
-            f"{given}, but the program is for {wanted}; calibrate this model, or build the program for these sizes"
+            f"{given}, but the program is for {wanted}; calibrate this model, or build the program for these "
+            "sizes"
         )
 
 

@@ -120,6 +120,20 @@ def step_sizes(program: StepList) -> StepSizes:
     return found
 
 
+def step_bounds(program: StepList) -> dict[str, float]:
+    """Return what the inputs of a chunk step are bounded by: unit keys, scaled queries, beta, cut-off decays.
+
+    Empty for other programs.
+    """
+    sizes = find_step_sizes(program)
+    if sizes is None:
+        return {}
+    bounds = {step.output: step.bound for step in program.steps}
+    largest = bounds.get(NEGATIVE_BETA)
+    found = {KEY: 1.0, QUERY: float(sizes.key_size**-0.5), LOG_DECAY: MAX_LOG_DECAY}
+    return found if largest is None else found | {BETA: largest}
+
+
 def check_state_grids(plan: QuantizedProgram) -> None:
     """Refuse a plan whose state cannot be handed on as it is.
 

@@ -20,6 +20,8 @@ from qinvert.cli.decibels import DECIBELS
 from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.plan_tables import layer_to_dict, show_choices
 from qinvert.cli.sources import open_pair, with_source
+from qinvert.cli.step_options import StepOptions, step_options
+from qinvert.cli.step_tables import show_step_choices
 from qinvert.errors import InputError
 from qinvert.files import check_writable
 from qinvert.hardware import HARDWARE
@@ -82,6 +84,7 @@ from qinvert.profiles import PROFILES
     type=click.Path(),
     help="Save statistics in this file from time to time; continue from it if it exists.",
 )
+@step_options
 @data_options
 @output_options
 def calibrate(
@@ -102,6 +105,7 @@ def calibrate(
     max_kl: float | None,
     max_loss: float | None,
     checkpoint: str | None,
+    steps: StepOptions,
     given: DataOptions,
     as_json: bool,
     quiet: bool,
@@ -117,6 +121,7 @@ def calibrate(
              qinvert calibrate ./my-model --data book.txt --num-samples 64 -o plan.json
              qinvert calibrate ./my-model --data rows.jsonl --column content -o plan.json
              qinvert calibrate ./my-model --data book.txt --hardware hexagon-v81 -o plan.json
+             qinvert calibrate ./my-model --data book.txt --scope chunk --target npu-qdq-int16 -o step.json
              qinvert calibrate L.npz --bits 8x2 --min-sqnr 60 -o plan.json
              qinvert calibrate ./my-model --data t.npz --checkpoint t.checkpoint.npz -o plan.json
              torchrun --nproc-per-node 2 -m qinvert.cli calibrate recall -o plan.json
@@ -124,6 +129,7 @@ def calibrate(
     from qinvert.calibration.calibrate import calibrate as run_calibration
     from qinvert.calibration.data.processes import joined
 
+    chunk = steps.chunk_options()
     measure = None
     if measure_cost:
         if hardware is None:
@@ -159,11 +165,16 @@ def calibrate(
                 seed=given.seed,
                 progress=progress,
                 checkpoint=checkpoint,
+                scope=steps.scope,
+                chunk=chunk,
             )
     plan = with_source(plan, source)
     if first:
         plan.save(path)
-    show_choices(output, plan)
+    if chunk is None:
+        show_choices(output, plan)
+    else:
+        show_step_choices(output, plan)
     output.say(wrote(path, before))
     output.result({"plan": path, "layers": {n: layer_to_dict(p, p.proof()) for n, p in plan.layers.items()}})
     if not all(layer.provenance["meets_goal"] for layer in plan.layers.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -73,23 +74,36 @@ def show_evaluation(output: Output, evaluation: Evaluation) -> None:
     """Print the tables of one plan: the model, and every layer."""
     facts = [*model_facts(evaluation).items(), ("tokens", str(evaluation.tokens))]
     output.table("Model under the plan", ["metric", "value"], [list(fact) for fact in facts])
-    rows = [[layer, *layer_facts(errors).values()] for layer, errors in evaluation.layers.items()]
-    output.table(LAYER_TITLE, ["layer", *LAYER_COLUMNS], rows)
+    columns = layer_columns(evaluation.layers.values())
+    rows = [[layer, *_cells(errors, columns)] for layer, errors in evaluation.layers.items()]
+    output.table(LAYER_TITLE, ["layer", *columns], rows)
 
 
 def show_comparison(output: Output, found: dict[str, Evaluation]) -> None:
     """Print the tables of several plans, one row per plan."""
     facts = {path: model_facts(evaluation) for path, evaluation in found.items()}
-    columns = list(next(iter(facts.values())))
+    names = list(next(iter(facts.values())))
     rows = [[path, *cells.values()] for path, cells in facts.items()]
-    output.table("Model under each plan", ["plan", *columns], rows)
+    output.table("Model under each plan", ["plan", *names], rows)
     layers = dict.fromkeys(layer for evaluation in found.values() for layer in evaluation.layers)
+    columns = layer_columns([e for evaluation in found.values() for e in evaluation.layers.values()])
     rows = [
-        [layer, path, *layer_facts(evaluation.layers[layer]).values()]
+        [layer, path, *_cells(evaluation.layers[layer], columns)]
         for layer in layers
         for path, evaluation in found.items()
     ]
-    output.table(LAYER_TITLE, ["layer", "plan", *LAYER_COLUMNS], rows)
+    output.table(LAYER_TITLE, ["layer", "plan", *columns], rows)
+
+
+def layer_columns(layers: Iterable[LayerErrors]) -> list[str]:
+    """Return the columns that any layer has a number for: whole chunk steps form neither U nor W."""
+    known = {name for errors in layers for name, cell in layer_facts(errors).items() if cell != "-"}
+    return [name for name in LAYER_COLUMNS if name in known]
+
+
+def _cells(errors: LayerErrors, columns: Sequence[str]) -> list[str]:
+    facts = layer_facts(errors)
+    return [facts[name] for name in columns]
 
 
 def model_facts(evaluation: Evaluation) -> dict[str, str]:

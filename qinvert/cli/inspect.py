@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import click
 
+from qinvert.chunk_step.ports import find_step_sizes
 from qinvert.cli.data_options import DataOptions, data_options
 from qinvert.cli.decibels import decibels
 from qinvert.cli.growth_table import growth_to_dict, show_growth
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.plan_tables import layer_to_dict, show_candidates
 from qinvert.cli.sources import open_pair
+from qinvert.cli.step_tables import show_step_candidates, show_step_plan
 from qinvert.errors import InputError
 from qinvert.plan.plan import Plan
 
@@ -89,6 +91,11 @@ def show_plan(output: Output, plan: Plan) -> None:
     """Print every layer's program, grids and proof."""
     proofs = {name: layer.proof() for name, layer in plan.layers.items()}
     for name, layer in plan.layers.items():
+        if find_step_sizes(layer.program) is not None:
+            show_step_plan(output, name, layer, proofs[name])
+            show_step_candidates(output, layer)
+            output.say(f"{proofs[name]}\n")
+            continue
         rows = [[tensor, str(q.format), f"{q.scale:.6g}", f"{layer.ranges.get(tensor, 0):.4g}"]
                 for tensor, q in layer.tensors.items()]  # fmt: skip
         output.table(f"{name}: {layer}", ["tensor", "format", "scale", "calibrated max"], rows)

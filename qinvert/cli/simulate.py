@@ -12,6 +12,7 @@ from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.plan_tables import head_cell
 from qinvert.cli.sources import open_for_plan
+from qinvert.cli.step_tables import show_step_report
 from qinvert.documents import to_document
 from qinvert.plan.plan import Plan
 
@@ -39,7 +40,9 @@ def simulate(
 ) -> None:
     """Run the integer programs bit-exactly and measure the error of T.
 
-    With matrices L as --data (.npz, .safetensors) no model runs.
+    With matrices L as --data (.npz, .safetensors) no model runs.  Of plans of
+    whole chunk steps it measures output and state, too, with the state carried
+    by the integers, and one step at a time.
 
     \b
     Example: qinvert simulate plan.json --min-sqnr 20
@@ -52,7 +55,10 @@ def simulate(
     with output.progress("simulating") as progress:
         source = open_for_plan(plan, model, given)
         report = run_simulation(plan, *source, rounding=rounding, progress=progress, force=force)
-    show_report(output, report)
+    if report.steps:
+        show_step_report(output, report.steps)
+    else:
+        show_report(output, report)
     output.result(report.to_dict())
     if min_sqnr is not None and report.worst_sqnr_db < min_sqnr:
         output.say(f"missed: the worst layer has {report.worst_sqnr_db:.1f} dB, the goal is {min_sqnr:.1f}")

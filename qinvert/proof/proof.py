@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qinvert.checks import check_magnitude
+from qinvert.chunk_step.ports import BETA, step_bounds
 from qinvert.errors import PlanError
 from qinvert.numerics.accumulators import FLOAT32_EXACT, INT32_LIMIT
 from qinvert.numerics.scales import MIN_SCALE
@@ -52,8 +53,10 @@ class Proof:
     unproved: tuple[str, ...]
     #: Assumed largest |M|, or largest magnitude of inputs by name; None for any M.
     limit: float | Mapping[str, float] | None
-    #: Assumed largest beta.
+    #: Assumed largest beta; of a chunk step, the one that it was built for.
     max_beta: float
+    #: Whether the program computes an inverse, so that its input is M.
+    of_inverse: bool = True
 
     @property
     def accumulator_step(self) -> str:
@@ -79,7 +82,7 @@ class Proof:
     def __str__(self) -> str:
         exact = "yes" if self.exact_in_float32 else "no"
         spare = min(self.headroom_bits.values(), default=(INT32_LIMIT - 1).bit_length())
-        inputs = _promise(self.limit)
+        inputs = "any inputs" if self.limit is None and not self.of_inverse else _promise(self.limit)
         lines = [
             f"accumulators: at most {self.accumulator_bound:,} ({self.accumulator_step}), "
             f"fit int32 with {spare} bits to spare; exact where emulated in float32: {exact}",
@@ -139,6 +142,7 @@ def prove(
         If ``limit`` or ``max_beta`` is not a number of at least 0.
     """
     check_magnitude("max_beta", max_beta, PlanError, "pass the largest beta, 1.0 or 2.0 for most models")
+    max_beta = step_bounds(plan.program).get(BETA, max_beta)
     intervals = propagate(plan, limit)
     proved = set(intervals.cannot_saturate)
     bounds = _bounds(plan.program, max_beta)
@@ -159,6 +163,7 @@ def prove(
         unproved=tuple(name for name in open_ if name not in partial | bounds.keys()),
         limit=limit,
         max_beta=max_beta,
+        of_inverse=plan.program.is_inverse,
     )
 
 
@@ -167,7 +172,7 @@ def _bounds(program: StepList, max_beta: float) -> dict[str, float]:
     bounds = {s.output: s.bound for s in program.steps if s.bound is not None}
     if not program.is_inverse:
         # Other programs have ranges without beta, such as exponentials, beside those with it.
-        return bounds
+        return step_bounds(program) | bounds
     # |M[i, j]| = beta_i |<k_i, k_j>| exp(G_i - G_j), and decay never grows.
     ports = program.inverse_ports
     bounds = {ports.matrix: 1.0} | bounds

@@ -182,25 +182,45 @@ def changed(name, value):
     return {**tokens(C), name: value}
 
 
-ONE = torch.ones
+def ones(*shape):
+    return torch.ones(BATCH, *shape)
+
+
+EMPTY = {name: x if name == "state" else x[:, :, :0] for name, x in tokens(C).items()}
+FLAT = {name: x[0] for name, x in tokens(C).items()}
 CASES = {
-    "fewer heads of keys": (changed("k", ONE(BATCH, HEADS - 1, C, KEYS)), r"k \[2, 2, 16, 8\].*do not fit; pass"),
-    "fewer heads of values": (changed("v", ONE(BATCH, 1, C, VALUES)), r"v \[2, 1, 16, 12\].*do not fit"),
-    "another value size": (changed("v", ONE(BATCH, HEADS, C, 5)), r"v \[B, H, T, 12\]"),
-    "another key size": (changed("q", ONE(BATCH, HEADS, C, 9)), r"q, k \[B, H, T, 8\]"),
-    "a decay per channel": (changed("g", -ONE(BATCH, HEADS, C, KEYS)), r"g \[B, H, T\] and beta"),
-    "no token": ({n: x[:, :, :0] if n != "state" else x for n, x in tokens(C).items()}, "with T > 0"),
-    "no batch axis": ({n: x[0] for n, x in tokens(C).items()}, "do not fit"),
-    "a transposed state": (changed("state", ONE(BATCH, HEADS, VALUES, KEYS)), r"state has shape .* pass \[2, 3, 8, 12\]"),
-    "growth": (changed("g", ONE(BATCH, HEADS, C)), "g reaches 1; pass log decays, which are at most 0"),
-    "a large beta": (changed("beta", 1.5 * ONE(BATCH, HEADS, C)), r"beta goes from 1.5 to 1.5; .* made for \[0, 1\]"),
-    "a negative beta": (changed("beta", -ONE(BATCH, HEADS, C)), r"beta goes from -1 to -1"),
-    "NaN": (changed("v", torch.nan * ONE(BATCH, HEADS, C, VALUES)), "v holds NaN or Inf values"),
-    "an infinite state": (changed("state", torch.inf * ONE(BATCH, HEADS, KEYS, VALUES)), "state holds NaN or Inf"),
-    "a mask of another length": (tokens(C) | {"valid": ONE(BATCH, C + 1)}, r"valid has shape \[2, 17\]; pass 0 and 1, \[2, 16\]"),
-    "a mask of halves": (tokens(C) | {"valid": 0.5 * ONE(BATCH, C)}, "pass 0 and 1"),
+    "fewer heads of keys": (
+        changed("k", ones(HEADS - 1, C, KEYS)),
+        r"k \[2, 2, 16, 8\].*do not fit; pass",
+    ),
+    "fewer heads of values": (changed("v", ones(1, C, VALUES)), r"v \[2, 1, 16, 12\].*do not fit"),
+    "another value size": (changed("v", ones(HEADS, C, 5)), r"v \[B, H, T, 12\]"),
+    "another key size": (changed("q", ones(HEADS, C, 9)), r"q, k \[B, H, T, 8\]"),
+    "a decay per channel": (changed("g", -ones(HEADS, C, KEYS)), r"g \[B, H, T\] and beta"),
+    "no token": (EMPTY, "with T > 0"),
+    "no batch axis": (FLAT, "do not fit"),
+    "a transposed state": (
+        changed("state", ones(HEADS, VALUES, KEYS)),
+        r"state has shape .* pass \[2, 3, 8, 12\]",
+    ),
+    "growth": (changed("g", ones(HEADS, C)), "g reaches 1; pass log decays, which are at most 0"),
+    "a large beta": (
+        changed("beta", 1.5 * ones(HEADS, C)),
+        r"beta goes from 1.5 to 1.5; .* made for \[0, 1\]",
+    ),
+    "a negative beta": (changed("beta", -ones(HEADS, C)), r"beta goes from -1 to -1"),
+    "NaN": (changed("v", torch.nan * ones(HEADS, C, VALUES)), "v holds NaN or Inf values"),
+    "an infinite state": (
+        changed("state", torch.inf * ones(HEADS, KEYS, VALUES)),
+        "state holds NaN or Inf",
+    ),
+    "a mask of another length": (
+        tokens(C) | {"valid": ones(C + 1)},
+        r"valid has shape \[2, 17\]; pass 0 and 1, \[2, 16\]",
+    ),
+    "a mask of halves": (tokens(C) | {"valid": 0.5 * ones(C)}, "pass 0 and 1"),
     "text": (changed("q", "text"), "q"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -232,9 +252,9 @@ def test_a_state_with_two_grids_is_refused():
 def test_a_plan_of_inverses_has_no_step_and_a_plan_of_steps_no_inverse():
     lower = torch.tril(torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(0)) / 8, -1)
     inverse = qinvert.calibrate(lower).layer()
-    with pytest.raises(ProgramError, match="not a whole chunk step.*scope='chunk'") as error:
+    with pytest.raises(ProgramError, match=r"not a whole chunk step.*scope='chunk'") as error:
         inverse.step(**tokens(C))
     assert "\n" not in str(error.value)
-    with pytest.raises(ProgramError, match="computes no inverse|not an inverse") as error:
+    with pytest.raises(ProgramError, match=r"computes no inverse|not an inverse") as error:
         PLANS["int8"].inverse(lower)
     assert "\n" not in str(error.value)

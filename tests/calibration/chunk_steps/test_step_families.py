@@ -63,7 +63,7 @@ def test_logits_are_finite_and_close(planned):
     _, model, plans = planned
     exact = run_model(model, {"input_ids": OTHER})
     # Sums of log decays of each channel are coarse in 8 bits.
-    for plan, share in zip(plans, (0.4, 0.1), strict=True):
+    for plan, share in zip(plans, (0.4, 0.15), strict=True):
         with qinvert.patched(model, plan):
             inside = run_model(model, {"input_ids": OTHER})
         assert bool(torch.isfinite(inside).all())
@@ -92,7 +92,7 @@ def cached(model, tokens, start):
 
 
 def test_prefill_then_decode_is_prefill_of_the_whole_within_the_error_of_the_plan(planned):
-    family, model, (_, plan) = planned
+    _, model, (_, plan) = planned
     tokens = TOKENS[:, :68]
     with torch.no_grad():
         exact = model(input_ids=tokens).logits[:, 64:]
