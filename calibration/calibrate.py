@@ -129,7 +129,8 @@ def calibrate(
         tensors that gain the most for their cost.  T alone is the default of models, too: it is
         what `qinvert.graft`, `qinvert.export_model` and other tools put in the place of an inverse.
     chunk : ChunkOptions, optional
-        Options of ``scope="chunk"``.
+        Options of ``scope="chunk"``, which takes neither ``factored``, ``max_loss_db``, ``measure`` nor
+        ``checkpoint``.
     seed : int
         Seed of the sample and of the choice of sequences.
     num_samples, seq_len : int, optional

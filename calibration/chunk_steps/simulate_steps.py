@@ -145,7 +145,7 @@ class StepSimulation:
         if self.plan.program.parameters.get("values_first"):
             t = t.mT
         lower = chunks.lower
-        one = torch.eye(lower.shape[-1], device=lower.device).expand_as(lower)
+        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
         exact = (SolvedInverse(lower) @ one).to(torch.float64)
         for head in range(lower.shape[1]):
             self._inverses.setdefault(head, ErrorStatistics()).update(t[:, head], exact[:, head])

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
+from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
 from qinvert.chunk_step.form import Form
 from qinvert.errors import InputError
-
-if TYPE_CHECKING:
-    from qinvert.calibration.chunk_steps.options import ChunkOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: What may be typed.
-SCOPES: Final = ("inverse", "chunk")
+SCOPES: Final = tuple(scope.value for scope in Scope)
 BITS: Final = ("auto", "8", "16")
 FORMS: Final = tuple(form.value for form in Form)
 
@@ -39,14 +37,12 @@ class StepOptions:
         PlanError
             If an option is not legal.
         """
-        if self.scope != "chunk":
+        if self.scope != Scope.CHUNK:
             if self._given:
                 name = next(iter(self._given)).replace("_", "-")
                 shown = "no-equalize" if name == "equalize" else name
                 raise InputError(f"--{shown} goes with --scope chunk; leave it out, or pass that scope")
             return None
-        from qinvert.calibration.chunk_steps.options import ChunkOptions
-
         return ChunkOptions(**{name: _number(value) for name, value in self._given.items()})
 
 
@@ -68,7 +64,7 @@ def step_options(function: F) -> F:
     options = (
         click.option(
             "--scope",
-            default="inverse",
+            default=Scope.INVERSE.value,
             show_default=True,
             type=click.Choice(SCOPES),
             help="T alone, or the whole chunk step of a model's layers, with the state.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qinvert.chunk_step.ports import find_step_sizes
 from qinvert.cli.decibels import decibels
 from qinvert.cli.output import Output
 from qinvert.plan.plan import LayerPlan, Plan
@@ -13,11 +12,6 @@ from qinvert.plan.plan import LayerPlan, Plan
 if TYPE_CHECKING:
     from qinvert.calibration.chunk_steps.simulate_steps import StepReport
     from qinvert.proof.proof import Proof
-
-
-def holds_steps(plan: Plan) -> bool:
-    """Whether the layers of a plan are whole chunk steps."""
-    return any(find_step_sizes(layer.program) is not None for layer in plan.layers.values())
 
 
 def show_step_choices(output: Output, plan: Plan) -> None:

@@ -22,6 +22,8 @@ from qinvert.execution.chunk_steps import run_float, run_integers
 from qinvert.formats import INT4, INT8, INT8X2, INT16
 from qinvert.plan.value_channels import MAX_EXPONENT, ValueChannels
 
+#: Slices and copies of beta, which are as large as beta itself.
+BETAS = {"beta/turned", "beta/upper", "beta/lower"}
 PLANNED = [
     (decay, form, widened)
     for decay in Decay
@@ -211,6 +213,29 @@ def test_decays_reach_one_whatever_the_data_showed(decay, form, widened):
     for name in names:
         assert plan.ranges[name] == 1.0
         assert 1 / plan.tensors[name].scale == pytest.approx(round(1 / plan.tensors[name].scale))
+
+
+@planned
+def test_the_proof_tells_what_needs_data(decay, form, widened):
+    layer, plan = made(decay, form, widened)
+    proof = plan.proof()
+    parts = (proof.cannot_saturate, proof.covered, tuple(proof.may_saturate), proof.partial, proof.unproved)
+    assert sorted(name for part in parts for name in part) == sorted(plan.tensors)
+    assert {*proof.unproved} <= layer.program.depends_on("v", "state") | {"v", "state"} | BETAS
+    assert {"v", "state", "v_new", "state/new", "o"} <= {*proof.unproved}
+    assert {"T", "M", "gram", "decay_kept"} & {*plan.tensors} <= {*proof.covered, *proof.cannot_saturate}
+    assert "for any inputs" in str(proof)
+    assert proof.accumulator_bound < 2**31
+    assert proof.max_beta == 1.0
+
+
+def test_the_proof_of_a_step_holds_for_the_beta_that_it_was_built_for():
+    program = step_program(max_beta=2.0)
+    layer = replace(layer_of(program, random_chunks(top=2.0)), max_beta=2.0)
+    plan = plan_layer(layer, (), None, RangeRule.MAX)
+    assert plan.proof().max_beta == 2.0
+    assert plan.ranges["beta"] == 2.0
+    assert "beta <= 2," in str(plan.proof())
 
 
 def test_groups_are_those_of_the_program():
