@@ -76,6 +76,19 @@ class Scaling(NamedTuple):
     channels: ValueChannels | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a plan reaches on the sample, the state carried by the integers."""
+
+    #: Sqnr of the outputs.
+    sqnr_o_db: float
+    #: Sqnr of the last states.
+    sqnr_state_db: float
+    #: Noise of every value channel relative to its own signal, on the mean over channels, of both:
+    #: what follows a layer weighs channels alike, and one large channel would hide all others.
+    channel_noise: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Candidate:
     """A plan, and what it reaches on the sample."""
@@ -85,9 +98,18 @@ class Candidate:
     widened: tuple[str, ...]
     scaling: Scaling
     ranges: RangeRule
-    sqnr_o_db: float
-    sqnr_state_db: float
+    measured: Measured
     cost: float
+
+    @property
+    def sqnr_o_db(self) -> float:
+        """Sqnr of the output."""
+        return self.measured.sqnr_o_db
+
+    @property
+    def sqnr_state_db(self) -> float:
+        """Sqnr of the last state."""
+        return self.measured.sqnr_state_db
 
     @property
     def sqnr_db(self) -> float:
@@ -197,15 +219,26 @@ def _clipped(
     return found
 
 
-def measure(layer: Layer, plan: LayerPlan) -> tuple[float, float]:
-    """Return the sqnr of o and of the last state on the sample, in dB, free-running."""
+def measure(layer: Layer, plan: LayerPlan) -> Measured:
+    """Return what a plan reaches on the sample, free-running."""
     result = run_integers(plan, layer.sample, plan.channels)
-    found = []
+    found, channels = [], 0.0
     for name in ("out", "state"):
+        estimate, exact = getattr(result, name), getattr(layer.truth, name)
         statistics = NoiseStatistics()
-        statistics.update(getattr(result, name), getattr(layer.truth, name))
+        statistics.update(estimate, exact)
         found.append(statistics.sqnr_db)
-    return found[0], found[1]
+        channels += _channel_noise(estimate, exact)
+    return Measured(sqnr_o_db=found[0], sqnr_state_db=found[1], channel_noise=channels)
+
+
+def _channel_noise(estimate: torch.Tensor, exact: torch.Tensor) -> float:
+    """Noise of every head and value channel over its own signal, at most 1, on the mean."""
+    axes = [axis for axis in range(exact.ndim) if axis not in (1, exact.ndim - 1)]
+    wide = exact.to(torch.float64)
+    signal, noise = (x.square().sum(axes) for x in (wide, estimate.to(torch.float64) - wide))
+    share = torch.where(noise > 0, noise / signal.clamp(min=1e-300), 0.0)
+    return float(share.nan_to_num(nan=1.0).clamp(max=1.0).mean())
 
 
 def margins(layer: Layer, plan: LayerPlan) -> dict[str, float]:

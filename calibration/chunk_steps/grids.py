@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -46,19 +46,21 @@ class RoomRules:
         return WIDE_ROOM if wide else 1.0
 
 
-def value_exponents(observed: Observed, tensor: str) -> tuple[tuple[int, ...], ...]:
-    """``e = round(log2(max|x|))`` of every head and channel: after division by 2^e all reach 0.7 to 1.4.
+def value_exponents(observed: Observed, tensors: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """``e = round(mean over tensors of log2(max|x|))`` of every head and channel.
 
-    A channel that is always zero takes the smallest exponent of the others.
+    After division by 2^e all channels of one tensor reach 0.7 to 1.4.  A channel that is always
+    zero takes the smallest value of the others.
     """
-    largest = observed.largest[tensor].to(torch.float64)
-    seen = largest[largest > 0]
-    floor = float(seen.min()) if seen.numel() else 1.0
-    return tuple(tuple(_exponent(max(x, floor)) for x in row) for row in largest.tolist())
+    logs = torch.stack([_log_largest(observed.largest[name]) for name in tensors]).mean(0)
+    exponents = logs.round().clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    return tuple(tuple(int(e) for e in row) for row in exponents.tolist())
 
 
-def _exponent(largest: float) -> int:
-    return round(max(-MAX_EXPONENT, min(MAX_EXPONENT, math.log2(largest))))
+def _log_largest(largest: torch.Tensor) -> torch.Tensor:
+    wide = largest.to(torch.float64)
+    seen = wide[wide > 0]
+    return torch.log2(wide.clamp(min=float(seen.min()) if seen.numel() else 1.0))
 
 
 def seen_ranges(program: Program, observed: Observed, channels: ValueChannels | None) -> dict[str, float]:

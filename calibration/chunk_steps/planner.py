@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,8 +23,9 @@ from qinvert.chunk_step.ports import KEY, NEW_VALUES, STATE, VALUE
 from qinvert.methods import AUTO
 from qinvert.plan.value_channels import ValueChannels
 
-#: Tensors whose channels may be made equally large; the new values are what all products of values read.
-EQUALIZED: Final = (NEW_VALUES, VALUE)
+#: Tensors whose channels may be made equally large, on the mean of their logarithms: the new values,
+#: which all products of values read; or also what T is applied to, and the outputs.
+EQUALIZED: Final = ((NEW_VALUES,), (NEW_VALUES, "rhs", "o"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +96,16 @@ def choose_step(layer: Layer, choices: StepChoices, costs: Costs) -> StepChoice:
     best = search.base()
     if choices.widens:
         best = search.narrowed(search.widened(best))
-    met = best.sqnr_db >= choices.min_sqnr_db
-    final = best if met else max(search.seen, key=lambda candidate: candidate.sqnr_db)
+    reaching = [c for c in search.seen if c.sqnr_db >= choices.min_sqnr_db]
+    met = bool(reaching)
+    final = best if best in reaching else _gentlest(reaching or search.seen)
     candidates = tuple(sorted(search.seen, key=lambda candidate: candidate.cost))
     return StepChoice(best=final, candidates=candidates, meets_goal=met)
+
+
+def _gentlest(candidates: Sequence[Candidate]) -> Candidate:
+    """Return the candidate with the least noise in its channels."""
+    return min(candidates, key=lambda candidate: candidate.measured.channel_noise)
 
 
 class _Search:
@@ -116,13 +123,13 @@ class _Search:
         return list(self._found.values())
 
     def base(self) -> Candidate:
-        """Return the candidate with the least noise among those that have only the fixed groups wide."""
+        """Return the candidate that serves the channels best among those with only the fixed groups wide."""
         # Only narrow values are clipped.
         narrow = {*self.groups[:-1]} - {*self.start}
         rules = self.choices.ranges if narrow else (RangeRule.MAX,)
         scalings = list(_scalings(self.layer, self.choices))
         bases = [self._tried(self.start, scaling, rule) for scaling in scalings for rule in rules]
-        return min(bases, key=lambda candidate: candidate.noise)
+        return _gentlest(bases)
 
     def widened(self, best: Candidate) -> Candidate:
         """Widen group after group until the goal is reached."""
@@ -163,14 +170,12 @@ class _Search:
 
     def _simulated(self, widened: tuple[str, ...], scaling: Scaling, rule: RangeRule) -> Candidate:
         plan = plan_layer(self.layer, widened, scaling.channels, rule)
-        sqnr_o, sqnr_state = measure(self.layer, plan)
         return Candidate(
             plan=plan,
             widened=widened,
             scaling=scaling,
             ranges=rule,
-            sqnr_o_db=sqnr_o,
-            sqnr_state_db=sqnr_state,
+            measured=measure(self.layer, plan),
             cost=self.costs.of(plan),
         )
 
@@ -197,11 +202,11 @@ def _scalings(layer: Layer, choices: StepChoices) -> Iterator[Scaling]:
     if choices.equalize is not True:
         yield Scaling("as they are", None)
     if choices.equalize is not False:
-        names = [name for name in EQUALIZED if name in layer.observed.largest]
-        found = {value_exponents(layer.observed, name): name for name in reversed(names)}
-        # In one order, whatever the hash of a tuple.
-        for exponents, name in sorted(found.items()):
-            yield Scaling(f"scaled by {name}", ValueChannels(exponents=exponents))
+        known = layer.observed.largest
+        for tensors in EQUALIZED:
+            names = [name for name in tensors if name in known]
+            exponents = value_exponents(layer.observed, names)
+            yield Scaling(f"scaled by {', '.join(names)}", ValueChannels(exponents=exponents))
 
 
 def _reason(candidate: Candidate, choice: StepChoice) -> str:

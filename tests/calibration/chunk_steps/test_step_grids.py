@@ -171,7 +171,7 @@ def test_scales_are_powers_of_two_where_they_must_be():
 
 def test_exponents_make_channels_equally_large():
     layer = small_layer(outlier=50.0)
-    exponents = value_exponents(layer.observed, "v")
+    exponents = value_exponents(layer.observed, ["v"])
     assert len(exponents) == HEADS
     assert all(len(row) == VALUES for row in exponents)
     largest = layer.observed.largest["v"] * torch.exp2(-torch.tensor(exponents, dtype=torch.float32))
@@ -195,10 +195,10 @@ def test_exponents_of_zeros_and_of_infinities_are_legal():
     layer = small_layer()
     largest = torch.zeros(HEADS, VALUES)
     zeros = replace(layer.observed, largest={**layer.observed.largest, "v": largest})
-    assert value_exponents(zeros, "v") == ((0,) * VALUES,) * HEADS
+    assert value_exponents(zeros, ["v"]) == ((0,) * VALUES,) * HEADS
     largest = torch.ones(HEADS, VALUES)
     largest[0, 0], largest[1, 1], largest[2, 2] = torch.inf, 0, 2**-100
-    found = value_exponents(replace(zeros, largest={"v": largest}), "v")
+    found = value_exponents(replace(zeros, largest={"v": largest}), ["v"])
     assert found[0][0] == MAX_EXPONENT
     assert found[1][1] == found[2][2] == -MAX_EXPONENT
 

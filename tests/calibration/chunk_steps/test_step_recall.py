@@ -50,7 +50,7 @@ def test_8_bits_everywhere_recall_all(model):
     assert {q.format for layer in plan.layers.values() for q in layer.tensors.values()} == {INT8}
     found = evaluated(model, plan)
     assert found.score == 1.0
-    assert found.kl <= 0.6
+    assert found.kl <= 0.5
 
 
 def test_grids_of_every_head_leave_less(model):
@@ -106,7 +106,8 @@ def test_simulation_counts_errors_head_by_head(model, wide):
         assert min(step.head_sqnr_o_db) <= step.sqnr_o_db <= max(step.head_sqnr_o_db)
         assert min(step.head_sqnr_t_db) <= step.sqnr_t_db <= max(step.head_sqnr_t_db)
         # What chunks hand on adds up.
-        assert step.step_sqnr_o_db >= step.sqnr_o_db
+        # The first layer has hardly any noise to carry.
+        assert step.step_sqnr_o_db >= step.sqnr_o_db - 0.1
         assert step.step_sqnr_state_db > 20
         assert step.sqnr_db == min(step.sqnr_o_db, step.sqnr_state_db) > 20
     assert report.worst_sqnr_db == min(step.sqnr_db for step in report.steps.values())
