@@ -12,7 +12,7 @@ import qinvert
 from qinvert.chunk_step.channel_map import channel_factors, enter, leave, rotation
 from qinvert.errors import ExportError, InputError, QInvertError, VerificationError
 from qinvert.export.exporting import build, serialize
-from qinvert.export.runtimes import execute_sequences
+from qinvert.export.runtimes import RUNTIMES, execute_sequences
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.export.step_graph import step_interface
 from qinvert.export.step_reading import read_step_interface
@@ -24,6 +24,7 @@ from qinvert.plan.plan import Plan
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.profiles import PROFILES, find_profile
 
+CPU = RUNTIMES["onnxruntime"]
 SIZES = {"batch": 2, "heads": 3, "chunks": 2}
 INTEGERS = {"input_type": "integers", "output": "integers"}
 EQUALIZED = ValueChannels(exponents=tuple(tuple((i + j) % 4 - 2 for j in range(12)) for i in range(3)))
@@ -275,7 +276,7 @@ def test_other_runtimes_and_nothing_to_keep_are_refused(tmp_path):
     qinvert.export(plan, tmp_path / "step.onnx", **SIZES)
     given = samples(plan, **SIZES)
     with pytest.raises(ExportError, match="cannot hand the state"):
-        list(execute_sequences("openvino", b"", [], {}))
+        list(execute_sequences("iree", b"", [], {}))
     with pytest.raises(ExportError, match="no runtime"):
         qinvert.verify(tmp_path / "step.onnx", plan, given, runtimes=())
 
@@ -323,9 +324,9 @@ def test_channels_leave_as_they_entered():
 def test_exactness_is_promised_where_integers_are_computed():
     for name in ("int-ops", "qlinear"):
         plan, profile = planned(name).layer(), PROFILES[name]
-        assert step_tolerance(profile, plan, exact_ends=True, rotated=False, wide=False).exact
-        assert not step_tolerance(profile, plan, exact_ends=False, rotated=False, wide=False).exact
+        assert step_tolerance(CPU, profile, plan, exact_ends=True, rotated=False, wide=False).exact
+        assert not step_tolerance(CPU, profile, plan, exact_ends=False, rotated=False, wide=False).exact
     plan = planned("npu-qdq-int8").layer()
     assert not step_tolerance(
-        PROFILES["npu-qdq-int8"], plan, exact_ends=True, rotated=False, wide=False
+        CPU, PROFILES["npu-qdq-int8"], plan, exact_ends=True, rotated=False, wide=False
     ).exact
