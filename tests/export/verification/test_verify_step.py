@@ -305,7 +305,7 @@ def test_the_interface_is_read_back():
         INTEGERS,
         {"normalize": True, "states": "every", "layout": "values_first", "chains": 2},
     ):
-        interface = step_interface(plan.layer(), {**SIZES, **options})
+        interface = step_interface(plan.layer(), {**SIZES, "chains": 6, **options})
         model = build(plan, **SIZES, **options)
         assert read_step_interface(model, plan.layer(), find_profile("hexagon-uint16")) == interface
 
