@@ -20,6 +20,7 @@ from npu import Cache, available, measured
 from npu_graphs import FLOAT16
 from step_graphs import (
     COLUMNS,
+    GROWING,
     INT8_STEP,
     INVERSES,
     MIXED_STEP,
@@ -62,6 +63,7 @@ def cases(chips: Sequence[str]) -> Iterator[Compiled]:
         for width in WIDTHS:
             yield Case(chip=chip, inverse=COLUMNS, width=width, chains=1)
             yield Case(chip=chip, inverse=ROWS, width=width, chains=1)
+            yield from (Case(chip=chip, inverse=GROWING, width=width, chains=chains) for chains in (1, 2, 16))
     for chip in hexagon:
         yield from (Case(chip=chip, width=FLOAT16, chains=chains) for chains in (1, 16))
         yield from (Case(chip=chip, inverse=name, width=FLOAT16, chains=1) for name in SEQUENTIAL)
@@ -86,7 +88,7 @@ def cases(chips: Sequence[str]) -> Iterator[Compiled]:
 
 def _parts(chip: str) -> Iterator[Case]:
     for width in WIDTHS:
-        yield from (Case(chip=chip, width=width, part=part) for part in SHARES.values() if part)
+        yield from (Case(chip=chip, width=width, part=part) for part in SHARES.values())
 
 
 def _settings(chip: str) -> Iterator[Case]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TypeAlias
 
@@ -31,7 +31,7 @@ from qinvert.profiles import find_profile
 from qinvert.program.ports import Port
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
-from qinvert.program.steps import Constant, Step
+from qinvert.program.steps import Axis, Constant, Step
 
 #: Returns a program of the inverse for chunks of some size.
 Inverse: TypeAlias = Callable[[int], Program]
@@ -62,6 +62,24 @@ def masked_columns(chunk: int) -> Program:
     return builder.program("masked_columns", {}, total)
 
 
+def growing_columns(chunk: int) -> Program:
+    """``S[:, j] = M[:, j] + S[:, j + 1:] M[j + 1:, j]`` from the last column to the first, at full height.
+
+    Steps hold matrices transposed, so that S grows by a row at a time there.
+    """
+    builder = Builder(chunk)
+    last = builder.slice("columns/M", builder.matrix, columns=(chunk - 2, chunk), bound=PROVED)
+    total = builder.rescale("columns/S", last, bound=PROVED)
+    for j in range(chunk - 3, -1, -1):
+        column = builder.slice(f"column_{j}/M", builder.matrix, columns=(j, j + 1), bound=PROVED)
+        below = builder.slice(
+            f"column_{j}/below", builder.matrix, rows=(j + 1, chunk), columns=(j, j + 1), bound=PROVED
+        )
+        new = builder.matmul(f"column_{j}/new", total, below, add=(column,), bound=PROVED)
+        total = builder.concat(f"column_{j}/S", [new, total], Axis.COLUMNS, bound=PROVED)
+    return builder.program("growing_columns", {}, total)
+
+
 def no_inverse(chunk: int) -> Program:
     """``S = M``: what is left of a step without an inverse. It computes another rule."""
     builder = Builder(chunk)
@@ -74,7 +92,8 @@ def no_inverse(chunk: int) -> Program:
 
 #: Name of the inverse without which costs are known as well.
 WITHOUT = "none: S = M"
-ROWS, COLUMNS = "forward substitution, rows", "forward substitution, masked columns"
+ROWS, COLUMNS = "forward substitution, rows of T", "forward substitution, masked columns"
+GROWING = "forward substitution, rows as stored"
 OURS = "elimination"
 INVERSES: dict[str, Inverse] = {
     OURS: qinvert.elimination,
@@ -83,10 +102,11 @@ INVERSES: dict[str, Inverse] = {
     "banded, order 4, C / 4 steps": lambda chunk: qinvert.banded_residual(chunk, order=4, steps=chunk // 4),
     "Neumann doubling": qinvert.neumann_doubling,
     COLUMNS: masked_columns,
+    GROWING: growing_columns,
     ROWS: qinvert.forward_substitution,
     WITHOUT: no_inverse,
 }
-SEQUENTIAL = (COLUMNS, ROWS)
+SEQUENTIAL = (COLUMNS, GROWING, ROWS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +156,7 @@ def program_of(inverse: str, chunk: int) -> Program:
 
 @cache
 def chunks_of(chunk: int, seed: int) -> DeltaChunks:
-    """Return chunks of a few heads: keys of norm 1 with a part that all share, decays as in trained models."""
+    """Return chunks of a few heads: keys of norm 1, half of which all tokens share, and slow decays."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, HEADS, CHUNKS, chunk)
 
@@ -278,20 +298,3 @@ def _cut(graph: GraphBuilder, name: str, index: int, shape: Sequence[int]) -> st
     edges = [index * shape[HEADS_AXIS], (index + 1) * shape[HEADS_AXIS], HEADS_AXIS]
     indices = [graph.initializer(f"indices/{edge}", np.array([edge], dtype=np.int64)) for edge in edges]
     return graph.node("Slice", [name, *indices], f"{name}/chain_{index}", list(shape), "float16")
-
-
-def moved_bytes(model: onnx.ModelProto) -> int:
-    """Bytes that enter and leave a graph."""
-    sizes = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 10: 2}
-    total = 0
-    for value in (*model.graph.input, *model.graph.output):
-        count = 1
-        for axis in value.type.tensor_type.shape.dim:
-            count *= axis.dim_value
-        total += count * sizes[value.type.tensor_type.elem_type]
-    return total
-
-
-def with_chip(case: Case, chip: str) -> Case:
-    """Return the same graph for another chip."""
-    return replace(case, chip=chip)

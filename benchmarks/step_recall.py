@@ -1,4 +1,4 @@
-"""The recall model with graphs of chunk steps in place of its layers, run by a runtime such as QNN's emulator.
+"""The recall model with graphs of chunk steps in place of its layers, run by a runtime or an emulator.
 
     QINVERT_QNN_PYTHON=... python benchmarks/step_recall.py --runtime qnn --setting "Hexagon v81"
 
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from qinvert.calibration.patching import patched_by_layer, run_model
 from qinvert.chunk_step.ports import OUTPUT, STATE
 from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
 from qinvert.documents import markdown
+from qinvert.errors import QInvertError
+from qinvert.execution.chunk_steps import run_integers
 from qinvert.export.exporting import build, serialize
 from qinvert.export.runtimes import RUNTIMES, execute_sequences
 from qinvert.export.step_interface import STATE_OUT, StepInterface
@@ -49,12 +54,15 @@ class GraphLayers:
     #: Types of products by layer, and nodes elsewhere.
     products: dict[str, dict[str, int]] = field(default_factory=dict)
     elsewhere: list[str] = field(default_factory=list)
+    #: What each layer was given.
+    seen: dict[str, DeltaChunks] = field(default_factory=dict)
     #: Sqnr of o against the simulator, and of both against the exact rule, by layer.
     noise: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def __call__(self, layer: str, chunks: DeltaChunks) -> ChunkOutputs:
         """Return what the runtime makes of all chunks of a layer."""
         heads = chunks.beta.shape[1]
+        self.seen[layer] = chunks
         model = build(self.plan, layer=layer, heads=heads, **ENDS)
         layer_plan, profile = self.plan.layers[layer], find_profile(self.plan.target)
         interface = StepInterface(
@@ -81,8 +89,6 @@ class GraphLayers:
 
     def _compare(self, layer: str, found: ChunkOutputs, chunks: DeltaChunks) -> None:
         plan = self.plan.layers[layer]
-        from qinvert.execution.chunk_steps import run_integers
-
         simulated, exact = run_integers(plan, chunks, plan.channels).out, exact_outputs(chunks).out
         pairs = ((found.out, simulated), (found.out, exact), (simulated, exact))
         values = []
@@ -118,6 +124,24 @@ def plan_of(model: Any, tokens: torch.Tensor, bits: int) -> Plan:
     return qinvert.calibrate(model, tokens, scope="chunk", target="hexagon-uint16", chunk=options)
 
 
+def verified(layers: GraphLayers, names: list[str]) -> Iterator[list[str]]:
+    """Yield what `qinvert.verify` says of the graphs on the same chunks, in every setting of runtimes."""
+    for layer, chunks in layers.seen.items():
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "step.onnx"
+            qinvert.export(layers.plan, file, layer=layer, heads=chunks.beta.shape[1], **ENDS)
+            for name in names:
+                try:
+                    found = qinvert.verify(file, layers.plan, given(chunks), runtimes=(name,))
+                except QInvertError as error:
+                    yield [layer, name, str(error).partition(";")[0], "", ""]
+                    continue
+                for result in found:
+                    counts = f"{result.mismatches:,} of {result.values:,}, up to {result.max_steps:g} steps"
+                    kinds = ", ".join(f"{count} {kind}" for kind, count in result.products.items())
+                    yield [layer, result.runtime, counts, f"{result.sqnr_db:.1f}", kinds]
+
+
 def main() -> None:
     """Print a table."""
     arguments = parse()
@@ -127,7 +151,7 @@ def main() -> None:
     float_accuracy = recall.accuracy(run_model(model, batch), tokens)
     head = ["values", "runtime", "float", "simulator", "runtime's accuracy", "layer", "products",
             "o: runtime, simulator, dB", "o: runtime, exact, dB", "o: simulator, exact, dB"]  # fmt: skip
-    lines = [head]
+    lines, checks = [head], list[list[str]]()
     for bits in WIDTHS:
         plan = plan_of(model, data, bits)
         with qinvert.patched(model, plan):
@@ -140,9 +164,14 @@ def main() -> None:
             kinds = ", ".join(f"{count} {kind}" for kind, count in layers.products[layer].items())
             shares = [f"{value:.3f}" for value in (float_accuracy, simulated, found)]
             lines.append([f"{bits} bits", where, *shares, layer, kinds, *(f"{v:.1f}" for v in values)])
+        if arguments.verify:
+            checks += [[f"{bits} bits", *row] for row in verified(layers, arguments.verify)]
         if layers.elsewhere:
             sys.exit(f"nodes outside the NPU: {layers.elsewhere}")
     print(markdown(lines))
+    if checks:
+        names = ["values", "layer", "output", "differ from the simulator", "dB", "products"]
+        print(markdown([names, *checks]))
 
 
 def parse() -> argparse.Namespace:
@@ -154,6 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runtime", default="qnn", choices=able)
     parser.add_argument("--setting", default="", help='such as "Hexagon v81"; the last one by default')
     parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--verify", nargs="*", choices=able, help="runtimes to verify the graphs in, too")
     return parser.parse_args()
 
 
