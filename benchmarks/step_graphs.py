@@ -31,7 +31,7 @@ from qinvert.profiles import find_profile
 from qinvert.program.ports import Port
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
-from qinvert.program.steps import Axis, Constant, Step
+from qinvert.program.steps import Axis, Constant
 
 #: Returns a program of the inverse for chunks of some size.
 Inverse: TypeAlias = Callable[[int], Program]
@@ -254,10 +254,9 @@ def _read(layer: LayerPlan, case: Case) -> Mapping[str, object]:
 
 def part_of(program: Program, outputs: Sequence[str]) -> Program:
     """Return what makes some tensors of a program, and nothing else."""
-    wanted, steps = set(outputs), list[Step]()
+    wanted = set(outputs)
     for step in reversed(program.steps):
         if step.output in wanted:
-            steps.append(step)
             wanted.update(step.inputs)
     return Program(
         name="part_of_a_step",
@@ -266,7 +265,7 @@ def part_of(program: Program, outputs: Sequence[str]) -> Program:
         inputs=tuple(port for port in program.inputs if port.name in wanted),
         outputs=tuple(Port(name=name, shape=program.shapes[name], tensor=name) for name in outputs),
         constants=tuple(constant for constant in program.constants if constant.name in wanted),
-        steps=tuple(steps[::-1]),
+        steps=tuple(step for step in program.steps if step.output in wanted),
     )
 
 
