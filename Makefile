@@ -45,14 +45,14 @@ soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
 
-# Half an hour; what was compiled is kept in npu.jsonl.
+# An hour; what was compiled is kept in npu.jsonl and step.jsonl.
 bench-npu: $(INSTALLED) .venv-qnn/.tried .venv-vela/.tried
 	for name in qnn vela; do \
 		if test -f .venv-$$name/.installed; then \
 			export QINVERT_$$(echo $$name | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$$name/bin/python; \
 		else echo "$$name does not install here: left out"; fi; \
 	done; \
-	$(BIN)/python benchmarks/npu.py --write
+	$(BIN)/python benchmarks/npu.py --write && $(BIN)/python benchmarks/step.py --write
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py

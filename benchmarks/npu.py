@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import onnx
 from npu_choices import choices, predictions
@@ -53,11 +53,13 @@ class Outcome:
     refused: str = ""
     #: Who predicted.
     source: str = ""
+    #: Bytes between the chip and its memory, where the compiler says so.
+    traffic: int = 0
 
     @property
     def cell(self) -> Cell:
         """The same for a table."""
-        return Cell(cycles=self.cycles, refused=self.refused, source=self.source)
+        return Cell(cycles=self.cycles, refused=self.refused, source=self.source, traffic=self.traffic)
 
 
 def digest(model: onnx.ModelProto) -> str:
@@ -94,13 +96,34 @@ class Job:
     content: bytes
 
 
-def measured(cases: Sequence[Case], cache: Cache, processes: int) -> dict[Case, Cell]:
+class Compilable(Protocol):
+    """A graph for one chip."""
+
+    @property
+    def chip(self) -> str:
+        """A key of `estimators`."""
+
+    @property
+    def batch(self) -> int:
+        """Matrices or heads per call."""
+
+    @property
+    def key(self) -> str:
+        """Name for people who read the cache."""
+
+
+C = TypeVar("C", bound=Compilable)
+
+
+def measured(
+    cases: Sequence[C], cache: Cache, processes: int, build: Callable[[C], onnx.ModelProto]
+) -> dict[C, Cell]:
     """Compile what the cache does not hold, and return the outcome of every case.
 
     With 0 processes nothing is compiled, and what is not known is left out.
     """
-    found: dict[Case, Cell] = {}
-    waiting = _groups(cases, cache, found)
+    found: dict[C, Cell] = {}
+    waiting = _groups(cases, cache, found, build)
     if processes:
         _compile(waiting, cache, found, processes)
     else:
@@ -110,7 +133,7 @@ def measured(cases: Sequence[Case], cache: Cache, processes: int) -> dict[Case, 
 
 
 def _compile(
-    waiting: Iterator[list[tuple[Case, Job]]], cache: Cache, found: dict[Case, Cell], processes: int
+    waiting: Iterator[list[tuple[C, Job]]], cache: Cache, found: dict[C, Cell], processes: int
 ) -> None:
     with ThreadPoolExecutor(processes) as pool:
         for groups in _batched(waiting, processes):
@@ -122,16 +145,20 @@ def _compile(
                 print(f"{case.chip}, {case.key}: {found[case].text}", file=sys.stderr)
 
 
-def _groups(cases: Sequence[Case], cache: Cache, found: dict[Case, Cell]) -> Iterator[list[tuple[Case, Job]]]:
+def _groups(
+    cases: Sequence[C], cache: Cache, found: dict[C, Cell], build: Callable[[C], onnx.ModelProto]
+) -> Iterator[list[tuple[C, Job]]]:
     """Yield what one process is to compile; outcomes that are known, and refusals of exports, are entered."""
     for (_, batch), group in groupby(cases, key=lambda case: (case.chip, case.batch)):
-        yield from _batched(_unknown(group, cache, found), TOGETHER.get(batch, 2))
+        yield from _batched(_unknown(group, cache, found, build), TOGETHER.get(batch, 2))
 
 
-def _unknown(cases: Iterator[Case], cache: Cache, found: dict[Case, Cell]) -> Iterator[tuple[Case, Job]]:
+def _unknown(
+    cases: Iterator[C], cache: Cache, found: dict[C, Cell], build: Callable[[C], onnx.ModelProto]
+) -> Iterator[tuple[C, Job]]:
     for case in cases:
         try:
-            model = model_of(case)
+            model = build(case)
         except QInvertError as error:
             found[case] = Cell(cycles=None, refused=str(error))
             continue
@@ -165,7 +192,8 @@ def outcome_of(job: Job, answer: CycleEstimate | ExportError) -> Outcome:
     known = {"hardware": job.chip, "graph": job.graph, "case": job.name}
     if isinstance(answer, ExportError):
         return Outcome(**known, cycles=None, refused=str(answer))
-    return Outcome(**known, cycles=answer.cycles, source=answer.source)
+    traffic = sum(answer.traffic.values())
+    return Outcome(**known, cycles=answer.cycles, source=answer.source, traffic=traffic)
 
 
 def _batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -232,7 +260,7 @@ def main() -> None:
         sys.exit("no compiler is installed: there is nothing to measure")
     cache = Cache(arguments.cache)
     wanted = [c for c in CONTENDERS if not arguments.contenders or c.name in arguments.contenders]
-    found = measured(list(cases(chips, wanted, arguments.chunk)), cache, arguments.processes)
+    found = measured(list(cases(chips, wanted, arguments.chunk)), cache, arguments.processes, model_of)
     chosen = list(
         choices(chips, arguments.chunk, partial(measured_alone, cache=cache, offline=not arguments.processes))
     )

@@ -121,6 +121,8 @@ class Cell:
     refused: str = ""
     #: Who predicted.
     source: str = ""
+    #: Bytes between the chip and its memory; 0 if they are not known.
+    traffic: int = 0
 
     @property
     def text(self) -> str:

@@ -50,6 +50,8 @@ NOTES = """
   `simulate --rounding hexagon` does, so 0 means that every integer is the emulator's. Of int16 by int8 products the last
   8 bits of the accumulator are cut off and no middle is added, which is -128 units on average; `verify` compares those
   products with ONNX's integers.
+* Whole chunk steps run on onnxruntime, OpenVINO and QNN, where the runtime itself hands the state on: [step.md](step.md)
+  has what differs there. Hexagon's rounding is not known for them, so that `verify` counts differences and bounds them.
 * RKNN compiles `.rknn` files for RK3588, RK3576 and RK3568; they run in the toolkit's simulator. L enters the NPU as
   float16, so `verify` gives it numbers of that precision, and simulates with the same. The toolkit multiplies the scale of
   every symmetric tensor by 128/127, also in the compiled file. It takes constants of Add and Mul as they are, and rounds

@@ -17,7 +17,7 @@ from qinvert.export.rules.lint import find_faults
 from qinvert.export.step_graph import is_step, lower_step, refuse_step_options, step_interface
 from qinvert.export.step_interface import StepInterface
 from qinvert.files import write_atomically
-from qinvert.hardware import HARDWARE, find_hardware
+from qinvert.hardware import HARDWARE, Hardware, find_hardware
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import Profile, find_profile
@@ -90,7 +90,8 @@ def export(
         Independent parts into which the graph cuts the batch, and which it joins at
         the end: on some chips elementwise work of one part runs beside products of
         another.  The values do not depend on it.  ``"auto"`` takes what costs the least
-        on the plan's chip, see `qinvert.hardware`; 1 for chunk steps, whose parts are heads.
+        on the plan's chip, see `qinvert.hardware`; for chunk steps, whose parts are heads, all heads
+        apart on Hexagon and 1 elsewhere.
     heads : int, optional
         Heads of a chunk step, where the plan does not say their number.
     chunks : int, optional
@@ -144,7 +145,7 @@ def build(
     if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
     if is_step(layer_plan):
-        step = step_interface(layer_plan, options)
+        step = step_interface(layer_plan, options, _hardware(plan, chosen))
         return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step))
     interface = interface_of(plan, layer_plan, chosen, **options)
     return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface))
@@ -204,16 +205,21 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
 
 def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int | None) -> int:
     """Return the chains that cost the least on the plan's chip or on the profile's; 1 if none is known."""
-    named = plan.provenance.get("hardware")
-    known = isinstance(named, str) and named in HARDWARE
-    name = named if known else profile.hardware
-    if batch is None or not isinstance(name, str) or not name:
+    known, hardware = plan.provenance.get("hardware") in HARDWARE, _hardware(plan, profile)
+    if batch is None or hardware is None:
         return 1
     chosen = layer.provenance.get("chains")
     if known and isinstance(chosen, int) and chosen > 0 and plan.provenance.get("batch") == batch:
         # What calibration chose, perhaps by the compiler.
         return chosen if batch % chosen == 0 else 1
-    return find_hardware(name).best_chains(layer, batch)[0]
+    return hardware.best_chains(layer, batch)[0]
+
+
+def _hardware(plan: Plan, profile: Profile) -> Hardware | None:
+    """Return the plan's chip, else the profile's; None if none is known."""
+    named = plan.provenance.get("hardware")
+    name = named if isinstance(named, str) and named in HARDWARE else profile.hardware
+    return find_hardware(name) if name else None
 
 
 def profile_for(plan: Plan, name: str | None) -> Profile:

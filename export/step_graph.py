@@ -12,6 +12,7 @@ from qinvert.export.layer_graph import require
 from qinvert.export.lowering import find_lowering
 from qinvert.export.step_ends import StepEnds
 from qinvert.export.step_interface import Layout, States, StepInterface
+from qinvert.hardware import Hardware
 from qinvert.plan.plan import LayerPlan
 from qinvert.profiles import Profile
 
@@ -39,8 +40,8 @@ def refuse_step_options(plan: LayerPlan, options: Options) -> None:
             )
 
 
-def step_interface(plan: LayerPlan, options: Options) -> StepInterface:
-    """Return checked options of `qinvert.export` for a chunk step.
+def step_interface(plan: LayerPlan, options: Options, hardware: Hardware | None = None) -> StepInterface:
+    """Return checked options of `qinvert.export` for a chunk step; ``hardware`` decides what chains it has.
 
     Raises
     ------
@@ -53,17 +54,20 @@ def step_interface(plan: LayerPlan, options: Options) -> StepInterface:
             "input and key_size"
         )
     batch, chains, output = (options.get(name, AUTO) for name in ("batch", "chains", "output"))
+    heads = _heads(plan, options.get("heads"))
+    batch = cast("int", _given(None if batch == AUTO else batch, 1))
+    if chains == AUTO:
+        chains = 1 if hardware is None else hardware.step_chains(batch * heads)
     interface = StepInterface(
-        heads=_heads(plan, options.get("heads")),
-        batch=cast("int", _given(None if batch == AUTO else batch, 1)),
+        heads=heads,
+        batch=batch,
         chunks=_given(options.get("chunks"), 1),
         layout=cast("Layout", _given(options.get("layout"), Layout.TOKENS_FIRST)),
         normalize=_given(options.get("normalize"), False),
         states=cast("States", _given(options.get("states"), States.LAST)),
         input_type=cast("InputType", options.get("input_type", InputType.FLOAT32)),
         output=cast("GraphOutput", GraphOutput.PORTS if output == AUTO else output),
-        # Nothing is known of what chains of heads cost, so that none are made unasked.
-        chains=cast("int", 1 if chains == AUTO else chains),
+        chains=cast("int", chains),
     )
     interface.check(plan)
     return interface

@@ -11,4 +11,5 @@ RUNTIME = separate(
     requirement="openvino",
     # The identity is added before the scale is multiplied.
     reorders=True,
+    carries=True,
 )

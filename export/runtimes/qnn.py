@@ -16,6 +16,7 @@ RUNTIME = separate(
     own_steps=OWN_STEPS,
     # Float tensors of the graph are float16 on Hexagon.
     inputs="float16",
+    carries=True,
     rounding=Rounding.HEXAGON,
     # Chips whose cycles the compiler simulates, one of each architecture; those of phones are none.
     hardware={"hexagon-v81": "SA8797, Hexagon v81", "hexagon-v73": "SA8255, Hexagon v73"},

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import takewhile
@@ -45,6 +46,7 @@ def separate(
     rounding: Rounding = Rounding.ONNX,
     hardware: Mapping[str, str] | None = None,
     loading: str = "",
+    carries: bool = False,
     seconds: float = 600,
 ) -> Runtime:
     """Return the runtime whose program is ``programs/<name>_program.py``.
@@ -53,6 +55,8 @@ def separate(
     ----------
     name, summary, module, requirement, own_steps, inputs, reorders, rounding, hardware, loading
         See `Runtime`.  With chips or a way to load files the program must answer requests.
+    carries : bool
+        Whether the program runs sequences of calls, by `protocol.run_calls`.
     seconds : float
         Time limit for one graph.
     """
@@ -69,6 +73,7 @@ def separate(
         rounding=rounding,
         compile=compiles if hardware or loading else None,
         compile_each=partial(_compile_each, name, module, requirement, seconds) if hardware else None,
+        carry=partial(_carry, name, module, requirement, seconds) if carries else None,
         hardware=hardware or {},
         loading=loading,
     )
@@ -107,6 +112,44 @@ def _compile(
         if complaint:
             raise ExportError(complaint)
         yield from _read_executions(folder, request, loading)
+
+
+def _carry(
+    name: str,
+    module: str,
+    requirement: str,
+    seconds: float,
+    content: bytes,
+    sequences: Sequence[Sequence[Feed]],
+    carried: Mapping[str, str],
+) -> Iterator[Execution]:
+    command = _command(name, module, requirement)
+    calls = len(sequences[0])
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # What is handed on is overwritten: it only makes all calls alike.
+        feeds = [{**sequence[0], **feed} for sequence in sequences for feed in sequence]
+        _write_job(folder, content, feeds, Request())
+        asked = {"carried": dict(carried), "calls": calls}
+        (folder / "carry.json").write_text(json.dumps(asked), encoding="utf-8")
+        complaint = _run([*command, str(folder)], folder, name, seconds)
+        if complaint:
+            raise ExportError(complaint)
+        for i, execution in enumerate(_read_executions(folder, Request(), "")):
+            results = _named_outputs(folder, i)
+            found = [results[start : start + calls] for start in range(0, len(results), calls)]
+            yield replace(execution, sequences=found)
+
+
+def _named_outputs(folder: Path, index: int) -> list[Feed]:
+    """Every output of every call by its name."""
+    import numpy as np
+
+    names = json.loads((folder / "report.json").read_text(encoding="utf-8"))[index]["outputs"]
+    with np.load(folder / f"outputs_{index}.npz", allow_pickle=False) as archive:
+        stacked = {name: archive[f"output_{i}"] for i, name in enumerate(names)}
+    calls = len(next(iter(stacked.values())))
+    return [{name: array[i] for name, array in stacked.items()} for i in range(calls)]
 
 
 def _compile_each(
@@ -178,7 +221,8 @@ def _outputs(path: Path) -> list[Any]:
     if not path.is_file():
         return []
     with np.load(path, allow_pickle=False) as archive:
-        return list(archive["outputs"])
+        # The first output, whether it has a name or not.
+        return list(archive[archive.files[0]])
 
 
 def _estimate(entry: Mapping[str, Any], kept: Mapping[str, str]) -> CycleEstimate | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -50,6 +50,13 @@ class StepData:
     def calls(self) -> int:
         """Calls that one sequence takes."""
         return int(self.arrays[VALID].shape[1]) // self.interface.tokens(self.plan)
+
+    def as_taken(self, element: str) -> StepData:
+        """Return the data in the type in which they enter a processor, as float32."""
+        if self.interface.takes_integers:
+            return self
+        taken = {name: x.astype(element).astype(np.float32) for name, x in self.arrays.items()}
+        return replace(self, arrays=taken)
 
     def cleared(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return beta and g with 0 where tokens do not count."""

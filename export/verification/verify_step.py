@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from qinvert.chunk_step.ports import KEY, QUERY, STATE, VALUE
 from qinvert.errors import ExportError, VerificationError, lookup
 from qinvert.export.exporting import serialize
-from qinvert.export.runtimes import RUNTIMES, Execution, execute_sequences
+from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute_sequences
 from qinvert.export.step_ends import NORMALIZED, ROTATED, SCALED
 from qinvert.export.step_interface import STATE_OUT, StepInterface
 from qinvert.export.verification.comparison import Verification, is_allowed, measured, refusal
@@ -42,6 +42,11 @@ WIDE_STEPS: Final = 8
 TIE_TIMES: Final = 16
 #: Share of the values to which that may happen.
 TIE_SHARE: Final = FLOAT_PRODUCT_SHARE
+#: Steps of an 8-bit grid by which any value may differ on a processor with its own rounding: one of the
+#: key path multiplies many values, and states carry it on. Another program differs by a share of the range.
+OWN_STEPS: Final = 8
+#: How many times these steps the largest difference may reach, in the share of values of ties.
+OWN_TIMES: Final = 4
 
 
 def verify_step(
@@ -88,28 +93,29 @@ class _StepCheck:
     profile: Profile
     #: The end of the message of a refusal.
     hint: str
-    #: The reference that holds for every setting, once it is simulated.
-    simulated: list[StepReference] = field(default_factory=list)
+    #: The reference that holds for every setting, by the type of the inputs, once it is simulated.
+    simulated: dict[str, StepReference] = field(default_factory=dict)
 
     def run(self, name: str) -> Iterator[Verification]:
         """Run the graph in every setting of a runtime, and judge every output."""
         runtime = lookup(RUNTIMES, name, "runtime", ExportError)
-        feeds = self.data.sequences(self.profile)
-        made = self._made_by(runtime.name)
+        check = replace(self, data=self.data.as_taken(runtime.inputs))
+        feeds = check.data.sequences(self.profile)
+        made = check._made_by(runtime)
         for execution in execute_sequences(runtime.name, self.content, feeds, {STATE_OUT: STATE}):
-            reference = self._reference(made.get(execution.setting, {}))
+            reference = check._reference(runtime.inputs, made.get(execution.setting, {}))
             for output, actual in joined_outputs(execution.sequences, reference).items():
-                yield self._judged(runtime.name, execution, reference, output, actual)
+                yield check._judged(runtime, execution, reference, output, actual)
 
-    def _reference(self, made: dict[str, Any]) -> StepReference:
+    def _reference(self, inputs: str, made: dict[str, Any]) -> StepReference:
         if made:
             return step_reference(self.data, self.profile, made)
-        if not self.simulated:
-            self.simulated.append(step_reference(self.data, self.profile, {}))
-        return self.simulated[0]
+        if inputs not in self.simulated:
+            self.simulated[inputs] = step_reference(self.data, self.profile, {})
+        return self.simulated[inputs]
 
     def _judged(
-        self, runtime: str, execution: Execution, reference: StepReference, output: str, actual: Any
+        self, runtime: Runtime, execution: Execution, reference: StepReference, output: str, actual: Any
     ) -> Verification:
         noise = NoiseStatistics()
         noise.update(
@@ -117,10 +123,12 @@ class _StepCheck:
         )
         tensor = self.data.interface.tensor_of(self.data.plan, output)
         wide = self.data.plan.tensors[tensor].format.is_wide
-        tolerance = step_tolerance(self.profile, self.data.plan, self._exact_ends, reference.rotated, wide)
+        tolerance = step_tolerance(
+            runtime, self.profile, self.data.plan, self._exact_ends, reference.rotated, wide
+        )
         steps = reference.steps(output, actual)
         result = measured(
-            f"{runtime} ({execution.setting}) {output}",
+            f"{runtime.name} ({execution.setting}) {output}",
             execution,
             steps,
             None,
@@ -150,7 +158,7 @@ class _StepCheck:
             found |= {name: ROTATED.format(name) for name in (VALUE, STATE)}
         return found
 
-    def _made_by(self, runtime: str) -> dict[str, dict[str, Any]]:
+    def _made_by(self, runtime: Runtime) -> dict[str, dict[str, Any]]:
         """What each setting of a runtime makes of the inputs in float; the simulator starts there."""
         ends = self._float_ends()
         if not ends:
@@ -160,7 +168,7 @@ class _StepCheck:
         # Every call takes the first state here, whose rotation is all that is asked for.
         feeds = [[{STATE: calls[0][STATE], **feed} for feed in calls] for calls in feeds]
         found = {}
-        for execution in execute_sequences(runtime, part, feeds, {}):
+        for execution in execute_sequences(runtime.name, part, feeds, {}):
             found[execution.setting] = {
                 port: self._joined(execution, port, tensor) for port, tensor in ends.items()
             }
@@ -175,15 +183,15 @@ class _StepCheck:
         ]
         return np.concatenate(rows)
 
-    def _check_made(self, runtime: str, setting: str, made: dict[str, Any]) -> None:
+    def _check_made(self, runtime: Runtime, setting: str, made: dict[str, Any]) -> None:
         expected = {**self.data.normalized(), **self.data.entered()}
         for port, values in made.items():
             error = float(np.abs(values - expected[port]).max())
             # NaN fails.
-            if not error <= KEYS_TOLERANCE["float32"] * max(1.0, float(np.abs(expected[port]).max())):
+            if not error <= KEYS_TOLERANCE[runtime.inputs] * max(1.0, float(np.abs(expected[port]).max())):
                 raise VerificationError(
-                    f"{runtime} ({setting}) computes {port} with an error of {error:.3g} before it is "
-                    "quantized; run float operators in float32"
+                    f"{runtime.name} ({setting}) computes {port} with an error of {error:.3g} before it is "
+                    f"quantized; run float operators in {runtime.inputs}"
                 )
 
 
@@ -196,12 +204,14 @@ def _part(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
 
 
 def step_tolerance(
-    profile: Profile, plan: LayerPlan, exact_ends: bool, rotated: bool, wide: bool
+    runtime: Runtime, profile: Profile, plan: LayerPlan, exact_ends: bool, rotated: bool, wide: bool
 ) -> Tolerance:
-    """Choose what a runtime that computes what ONNX says is allowed for an output of a step graph.
+    """Choose what a runtime is allowed for an output of a step graph.
 
     Parameters
     ----------
+    runtime : Runtime
+        It knows whether the processor has its own rounding, and whether it reorders float operators.
     profile : Profile
     plan : LayerPlan
     exact_ends : bool
@@ -211,7 +221,9 @@ def step_tolerance(
     wide : bool
         Whether the output's grid has 16 bits.
     """
-    counted_from = HALF_STEP if rotated else 0.0
+    if runtime.own_steps:
+        return own_tolerance(wide)
+    counted_from = HALF_STEP if rotated else NOISE if runtime.reorders else 0.0
     if is_exact(profile, plan) and exact_ends:
         return Tolerance.of_equality(counted_from)
     return Tolerance(
@@ -220,4 +232,15 @@ def step_tolerance(
         steps=WIDE_STEPS if wide else TIE_STEPS,
         share_beyond=TIE_SHARE,
         times_beyond=TIE_TIMES * (TIE_STEPS * 256 // WIDE_STEPS if wide else 1),
+    )
+
+
+def own_tolerance(wide: bool) -> Tolerance:
+    """Return what a processor with its own rounding is allowed: its state carries differences on."""
+    return Tolerance(
+        counted_from=HALF_STEP,
+        share=1.0,
+        steps=OWN_STEPS * (256 if wide else 1),
+        share_beyond=TIE_SHARE,
+        times_beyond=OWN_TIMES,
     )

@@ -77,6 +77,9 @@ class Hardware:
     targets: tuple[str, ...]
     #: Weights by the bytes of the widest tensor of a plan.
     tables: Mapping[int, Table]
+    #: Whether graphs of chunk steps cost the least where every head of every sequence is a chain of its
+    #: own: parts of several heads then cost more than all heads together.
+    heads_apart: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -130,6 +133,10 @@ class Hardware:
         costs = {chains: self.cost(plan, batch, chains) for chains in each}
         best = min(costs, key=lambda chains: costs[chains])
         return best, costs[best]
+
+    def step_chains(self, batch: int) -> int:
+        """Return the cheapest number of chains of a chunk step with so many heads of all sequences."""
+        return batch if self.heads_apart and batch <= MAX_CHAINS else 1
 
     def _table(self, plan: QuantizedProgram) -> Table:
         return self.tables.get(width_of(plan)) or self.tables[max(self.tables)]

@@ -55,4 +55,5 @@ HARDWARE = Hardware(
             },
         ),
     },
+    heads_apart=True,
 )

@@ -64,4 +64,5 @@ HARDWARE = Hardware(
             },
         ),
     },
+    heads_apart=True,
 )

@@ -13,10 +13,11 @@ PROFILE: Profile = replace(
     name="hexagon-uint16",
     summary="hexagon-uint8, and uint16 inside: products of 16 by 8 bits in chunk steps",
     ends={},
-    proved=("onnxruntime",),
+    proved=("onnxruntime", "qnn"),
     caveats=(
         "as hexagon-int16; Qualcomm's compiler did not finalize chunk steps with signed int16 products, and "
-        "took those of uint16 with the zero point 32768"
+        "took those of uint16 with the zero point 32768; of chunk steps with one chunk it takes "
+        "layout='channels_first' only"
     ),
     wide_storage=UINT16,
 )

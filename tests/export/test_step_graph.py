@@ -101,7 +101,7 @@ def test_layout_decay_and_states_change_the_ends():
 
 
 def test_one_sequence_needs_no_reshape_of_keys_and_values():
-    model = build(planned(), heads=3)
+    model = build(planned(), heads=3, chains=1)
     reshaped = {node.input[0] for node in model.graph.node if node.op_type == "Reshape"}
     assert not reshaped & {"q", "k", "v", "state"}
     assert not any(node.op_type == "Slice" and node.input[0] == "q/dequantized" for node in model.graph.node)
@@ -164,6 +164,28 @@ def test_ends_of_one_chunk_and_several_sequences_have_names_of_their_own():
 def test_equal_arguments_give_equal_bytes():
     first, second = (serialize(build(planned(), **SIZES)) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("profile", "hardware", "chains"),
+    [
+        ("hexagon-uint16", None, 6),
+        ("hexagon-uint16", "hexagon-v73", 6),
+        ("npu-qdq-int8", "ethos-u85-256", 1),
+        ("int-ops", None, 1),
+        ("int-ops", "hexagon-v81", 6),
+    ],
+)
+def test_heads_are_chains_where_that_costs_the_least(profile, hardware, chains):
+    plan = replace(planned(profile), provenance={"hardware": hardware} if hardware else {})
+    whole, apart = (build(plan, batch=2, heads=3, chains=given) for given in ("auto", chains))
+    assert serialize(whole) == serialize(apart)
+    assert metadata(whole).get("chains", "1") == str(chains)
+
+
+def test_more_heads_than_compilers_take_as_chains_stay_together():
+    model = build(planned("hexagon-uint16"), batch=13, heads=5)
+    assert "chains" not in metadata(model)
 
 
 REFUSALS = {

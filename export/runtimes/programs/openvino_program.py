@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import openvino
-from protocol import Array, Outcome, main
+from protocol import Array, Outcome, main, run_calls
 
 
 def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Outcome]:
@@ -19,8 +19,13 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[Ou
     core = openvino.Core()
     compiled = core.compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
-    outputs = [request.infer(feed)[compiled.output(0)].copy() for feed in feeds]
-    yield "CPU", outputs, products(compiled.get_runtime_model()), []
+    ends = {port.get_any_name(): port for port in compiled.outputs}
+
+    def call(feed: dict[str, Array]) -> dict[str, Array]:
+        found = request.infer(feed)
+        return {name: found[port].copy() for name, port in ends.items()}
+
+    yield "CPU", run_calls(call, feeds, folder), products(compiled.get_runtime_model()), []
 
 
 def products(executed: Any) -> dict[str, str]:

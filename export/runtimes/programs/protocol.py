@@ -11,6 +11,10 @@ entry for each chip, with the fields of ``CycleEstimate`` under ``"estimate"``,
 and names files of the folder that are to be kept under ``"kept"``.  Without
 ``feeds.npz`` it compiles for those chips only.
 
+Where ``carry.json`` lies beside the feeds, ``{"carried": {output: input}, "calls": number}``, so
+many calls follow one another, and each takes from the one before what it says: `run_calls`.  A
+program that does so yields every output of a call by its name.
+
 Several folders may be named: starting a toolkit takes longer than compiling a
 small graph.  A graph that is refused then leaves ``refused.txt`` in its folder,
 and the next one follows.
@@ -29,11 +33,13 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+#: Outputs of every call: the first one, or all by their names.
+Outputs = list[Array] | list[dict[str, Array]]
 #: ``setting, outputs by call, types of products by node, nodes left to another processor``.
-Outcome = tuple[str, list[Array], dict[str, str], list[str]]
+Outcome = tuple[str, Outputs, dict[str, str], list[str]]
 #: What answers a request: the same, without outputs where there were no feeds, and then
 #: ``{"estimate": ..., "kept": [...]}``.
-Answer = tuple[str, list[Array], dict[str, str], list[str], dict[str, Any]]
+Answer = tuple[str, Outputs, dict[str, str], list[str], dict[str, Any]]
 #: ``program(model file, feeds, scratch folder)``.
 Program = Callable[[Path, list[dict[str, Array]], Path], Iterator[Outcome | Answer]]
 
@@ -57,11 +63,38 @@ def answer(program: Program, folder: Path) -> None:
     report = []
     outcomes = program(folder / "model.onnx", read_feeds(folder / "feeds.npz"), folder)
     for i, (setting, outputs, products, elsewhere, *answers) in enumerate(outcomes):
-        if outputs:
-            np.savez(folder / f"outputs_{i}.npz", outputs=np.stack(outputs))
-        entry = {"setting": setting, "products": products, "elsewhere": elsewhere}
+        names = write_outputs(folder / f"outputs_{i}.npz", outputs)
+        entry = {"setting": setting, "products": products, "elsewhere": elsewhere, "outputs": names}
         report.append({**entry, **(answers[0] if answers else {})})
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def write_outputs(file: Path, outputs: Outputs) -> list[str]:
+    """Write the outputs of every call, each stacked; return their names, if they have some."""
+    if not outputs:
+        return []
+    first = outputs[0]
+    if not isinstance(first, dict):
+        np.savez(file, outputs=np.stack(outputs))
+        return []
+    # Names of tensors are no names of files.
+    stacked = {f"output_{i}": np.stack([call[name] for call in outputs]) for i, name in enumerate(first)}
+    np.savez(file, **stacked)
+    return list(first)
+
+
+def run_calls(
+    call: Callable[[dict[str, Array]], dict[str, Array]], feeds: list[dict[str, Array]], folder: Path
+) -> list[dict[str, Array]]:
+    """Return every output of every call; calls of a sequence take from the one before what they are told."""
+    file = folder / "carry.json"
+    asked = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"carried": {}, "calls": 1}
+    results: list[dict[str, Array]] = []
+    for i, feed in enumerate(feeds):
+        first = i % asked["calls"] == 0
+        state = {} if first else {name: results[-1][output] for output, name in asked["carried"].items()}
+        results.append(call({**feed, **state}))
+    return results
 
 
 def log(folder: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnxruntime
 import onnxruntime_qnn
-from protocol import Answer, Array, main, request
+from protocol import Answer, Array, main, request, run_calls
 
 PROVIDER = "QNNExecutionProvider"
 #: Element types of QNN, as its dumped graphs number them.
@@ -56,7 +56,7 @@ def run(model: Path, feeds: list[dict[str, Array]], folder: Path) -> Iterator[An
         answer: dict[str, Any] = {"kept": [file.name] if keep else []}
         if hardware in asked:
             answer["estimate"] = {"hardware": hardware, **cost(dump / "profile.csv", architecture)}
-        outputs = executed(file, architecture, feeds) if feeds else []
+        outputs = executed(file, architecture, feeds, folder) if feeds else []
         yield f"Hexagon v{architecture}", outputs, products(dump), others(file), answer
 
 
@@ -93,10 +93,13 @@ def compiled(model: Path, architecture: str, target: Path, folder: Path) -> None
     onnxruntime.InferenceSession(str(model), options(architecture, extra, **entries))
 
 
-def executed(context: Path, architecture: str, feeds: list[dict[str, Array]]) -> list[Array]:
-    """Return the output of every call in the emulator."""
+def executed(
+    context: Path, architecture: str, feeds: list[dict[str, Array]], folder: Path
+) -> list[dict[str, Array]]:
+    """Return every output of every call in the emulator."""
     session = onnxruntime.InferenceSession(str(context), options(architecture, {}))
-    return [session.run(None, feed)[0] for feed in feeds]
+    names = [value.name for value in session.get_outputs()]
+    return run_calls(lambda feed: dict(zip(names, session.run(None, feed), strict=True)), feeds, folder)
 
 
 def cost(profile: Path, architecture: str) -> dict[str, Any]:

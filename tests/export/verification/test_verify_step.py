@@ -14,7 +14,7 @@ from qinvert.chunk_step.channel_map import channel_factors, rotation
 from qinvert.errors import ExportError, InputError, QInvertError, VerificationError
 from qinvert.execution.value_channels import enter, leave
 from qinvert.export.exporting import build, serialize
-from qinvert.export.runtimes import execute_sequences
+from qinvert.export.runtimes import RUNTIMES, execute_sequences
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.export.step_graph import step_interface
 from qinvert.export.step_reading import read_step_interface
@@ -26,6 +26,7 @@ from qinvert.plan.plan import Plan
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.profiles import PROFILES, find_profile
 
+CPU = RUNTIMES["onnxruntime"]
 SIZES = {"batch": 2, "heads": 3, "chunks": 2}
 INTEGERS = {"input_type": "integers", "output": "integers"}
 EQUALIZED = ValueChannels(exponents=tuple(tuple((i + j) % 4 - 2 for j in range(12)) for i in range(3)))
@@ -277,7 +278,7 @@ def test_other_runtimes_and_nothing_to_keep_are_refused(tmp_path):
     qinvert.export(plan, tmp_path / "step.onnx", **SIZES)
     given = samples(plan, **SIZES)
     with pytest.raises(ExportError, match="cannot hand the state"):
-        list(execute_sequences("openvino", b"", [], {}))
+        list(execute_sequences("iree", b"", [], {}))
     with pytest.raises(ExportError, match="no runtime"):
         qinvert.verify(tmp_path / "step.onnx", plan, given, runtimes=())
 
@@ -306,7 +307,7 @@ def test_the_interface_is_read_back():
         INTEGERS,
         {"normalize": True, "states": "every", "layout": "values_first", "chains": 2},
     ):
-        interface = step_interface(plan.layer(), {**SIZES, **options})
+        interface = step_interface(plan.layer(), {**SIZES, "chains": 6, **options})
         model = build(plan, **SIZES, **options)
         assert read_step_interface(model, plan.layer(), find_profile("hexagon-uint16")) == interface
 
@@ -325,9 +326,9 @@ def test_channels_leave_as_they_entered():
 def test_exactness_is_promised_where_integers_are_computed():
     for name in ("int-ops", "qlinear"):
         plan, profile = planned(name).layer(), PROFILES[name]
-        assert step_tolerance(profile, plan, exact_ends=True, rotated=False, wide=False).exact
-        assert not step_tolerance(profile, plan, exact_ends=False, rotated=False, wide=False).exact
+        assert step_tolerance(CPU, profile, plan, exact_ends=True, rotated=False, wide=False).exact
+        assert not step_tolerance(CPU, profile, plan, exact_ends=False, rotated=False, wide=False).exact
     plan = planned("npu-qdq-int8").layer()
     assert not step_tolerance(
-        PROFILES["npu-qdq-int8"], plan, exact_ends=True, rotated=False, wide=False
+        CPU, PROFILES["npu-qdq-int8"], plan, exact_ends=True, rotated=False, wide=False
     ).exact
