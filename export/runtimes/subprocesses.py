@@ -125,8 +125,7 @@ def _carry(
 ) -> Iterator[Execution]:
     command = _command(name, module, requirement)
     calls = len(sequences[0])
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with scratch_folder() as folder:
         # What is handed on is overwritten: it only makes all calls alike.
         feeds = [{**sequence[0], **feed} for sequence in sequences for feed in sequence]
         _write_job(folder, content, feeds, Request())
