@@ -32,9 +32,10 @@ def model_digest(model: torch.nn.Module) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str | None:
-    """Hash of the weights as `model_digest` takes it, but of their values, whatever float type holds them.
+    """Hash of the weights as `model_digest` takes it, but of their values rounded to bfloat16.
 
-    None where weights are elsewhere (meta tensors), so that nobody knows their values.
+    So it is one for a model in float32 and for its cast to bfloat16, and for
+    weights of 16 bits, whatever type holds them.  None where weights are elsewhere (meta tensors), so that nobody knows their values.
     """
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
@@ -42,7 +43,8 @@ def weights_digest(model: torch.nn.Module) -> str | None:
             return None
         kind = "float" if tensor.dtype in FLOATS else str(tensor.dtype)
         digest.update(f"{name} {kind} {tuple(tensor.shape)}".encode())
-        digest.update(_content(tensor.detach()))
+        values = tensor.detach().to(torch.bfloat16) if tensor.dtype in FLOATS else tensor.detach()
+        digest.update(_content(values))
     return digest.hexdigest()
 
 

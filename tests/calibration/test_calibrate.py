@@ -216,7 +216,7 @@ def test_simulated_values_lie_on_the_output_grid():
 def test_matrices_whose_inverse_no_grid_can_hold_are_refused_before_planning(chunk, deviation, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     lower = torch.tril(torch.randn(4, chunk, chunk, generator=generator) * deviation, -1)
-    monkeypatch.setattr("qinvert.calibration.calibrate.choose", None)
+    monkeypatch.setattr("qinvert.calibration.inverse_planning.choose", None)
     with pytest.raises(InputError, match=r"layer 'big': . reaches .*, but scales end at 1e\+15"):
         qinvert.calibrate({"big": lower})
 
