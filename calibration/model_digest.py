@@ -35,7 +35,8 @@ def weights_digest(model: torch.nn.Module) -> str | None:
     """Hash of the weights as `model_digest` takes it, but of their values rounded to bfloat16.
 
     So it is one for a model in float32 and for its cast to bfloat16, and for
-    weights of 16 bits, whatever type holds them.  None where weights are elsewhere (meta tensors), so that nobody knows their values.
+    weights of 16 bits, whatever type holds them.  None where weights are
+    elsewhere (meta tensors), so that nobody knows their values.
     """
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():

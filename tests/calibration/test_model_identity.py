@@ -78,10 +78,16 @@ def test_another_family_and_another_configuration_are_named(model, plan):
 def test_how_a_model_is_loaded_changes_nothing(model):
     half = copy.deepcopy(model).to(torch.bfloat16)
     again = copy.deepcopy(half).to(torch.float32)
-    assert weights_digest(half) == weights_digest(again) != weights_digest(model)
+    assert weights_digest(half) == weights_digest(again) == weights_digest(model)
+    assert weights_digest(changed(model)) != weights_digest(model)
     again.config.use_cache = not again.config.use_cache
     again.config._attn_implementation = "eager"
     assert model_identity(half, {}) == model_identity(again, {})
+
+
+def test_a_cast_to_float16_is_not_compared_by_its_weights(model, plan):
+    check_identity(plan, copy.deepcopy(model).to(torch.bfloat16))
+    check_identity(plan, copy.deepcopy(model).to(torch.float16))
 
 
 def test_float16_weights_are_their_float32_values():
