@@ -53,8 +53,11 @@ def value_exponents(observed: Observed, tensors: Sequence[str]) -> tuple[tuple[i
     zero takes the smallest value of the others.
     """
     logs = torch.stack([_log_largest(observed.largest[name]) for name in tensors]).mean(0)
-    exponents = logs.round().clamp(-MAX_EXPONENT, MAX_EXPONENT)
-    return tuple(tuple(int(e) for e in row) for row in exponents.tolist())
+    return tuple(tuple(map(_exponent, row)) for row in logs.tolist())
+
+
+def _exponent(log: float) -> int:
+    return round(max(-MAX_EXPONENT, min(MAX_EXPONENT, log)))
 
 
 def _log_largest(largest: torch.Tensor) -> torch.Tensor:

@@ -125,11 +125,12 @@ def export_model(
     """
     require_onnx_ir()
     chosen = profile_for(plan, profile)
+    if isinstance(model, torch.nn.Module):
+        _check_element(model)
     by_layer(model, plan)
     check_identity(plan, model, force)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     check_target(path)
-    _check_element(model)
     given = inputs = _inputs(model, example)
     shapes = None
     if dynamic:

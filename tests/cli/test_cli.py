@@ -141,7 +141,7 @@ def test_plans_are_evaluated_side_by_side(tmp_path):
     assert list(found) == [str(path) for path in paths]
     assert found[str(paths[0])]["kl"] < found[str(paths[1])]["kl"]
     for layer, errors in found[str(paths[0])]["layers"].items():
-        assert set(errors) == {"t", "u", "w", "out", "state"}
+        assert set(errors) == {"t", "u", "w", "out", "state", "heads"}
         assert errors["out"] > found[str(paths[1])]["layers"][layer]["out"] + 10
     alone = json.loads(run("evaluate", paths[0], "--sequences", 2, "--json").stdout)
     assert alone == found[str(paths[0])]
