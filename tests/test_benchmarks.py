@@ -180,7 +180,7 @@ def test_the_page_of_npus_compares_with_the_best_sequential_graph(npu, tmp_path)
     # Two matrices fill no chains, and tiles of 32 are larger than the matrices.
     assert not any("tiles" in case.contender.name for case in asked if case.chunk < 64)
     cache = npu.Cache(tmp_path / "npu.jsonl")
-    found = npu.measured(asked, cache, 2)
+    found = npu.measured(asked, cache, 2, npu.model_of)
     assert list(found) == asked
     text = npu.page(found, [], npu.predictions(found), 16)
     counted = {case: len(npu.model_of(case).graph.node) for case in asked if case.element == "uint8"}
@@ -204,13 +204,13 @@ def test_the_page_of_npus_compares_with_the_best_sequential_graph(npu, tmp_path)
 def test_what_is_known_is_not_compiled_again(npu, tmp_path):
     asked = list(npu.cases(CHIPS[:1], contenders(npu, "left, sums"), 16))
     cache = npu.Cache(tmp_path / "npu.jsonl")
-    first = npu.measured(asked[:4], cache, 1)
+    first = npu.measured(asked[:4], cache, 1, npu.model_of)
     assert len(npu.asked) == 4
     again = npu.Cache(tmp_path / "npu.jsonl")
-    assert npu.measured(asked[:4], again, 2) == first
-    assert npu.measured(asked, again, 0) == first
+    assert npu.measured(asked[:4], again, 2, npu.model_of) == first
+    assert npu.measured(asked, again, 0, npu.model_of) == first
     assert len(npu.asked) == 4
-    npu.measured(asked, again, 2)
+    npu.measured(asked, again, 2, npu.model_of)
     assert len(npu.asked) == len(asked)
 
 
