@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -136,12 +136,4 @@ def first_sequences(chunks: DeltaChunks) -> DeltaChunks:
     def cut(x: torch.Tensor) -> torch.Tensor:
         return x[:count, :, :kept].to("cpu", torch.float32, copy=True)
 
-    return replace(
-        chunks,
-        q=cut(chunks.q),
-        k=cut(chunks.k),
-        v=cut(chunks.v),
-        g=cut(chunks.g),
-        beta=cut(chunks.beta),
-        state=chunks.state[:count].to("cpu", torch.float32, copy=True),
-    )
+    return chunks.replaced(cut, chunks.state[:count].to("cpu", torch.float32, copy=True))

@@ -111,11 +111,4 @@ def head_of(chunks: DeltaChunks, head: int) -> DeltaChunks:
     def cut(x: torch.Tensor) -> torch.Tensor:
         return x[:, head : head + 1]
 
-    return DeltaChunks(
-        q=cut(chunks.q),
-        k=cut(chunks.k),
-        v=cut(chunks.v),
-        g=cut(chunks.g),
-        beta=cut(chunks.beta),
-        state=cut(chunks.state),
-    )
+    return chunks.replaced(cut, cut(chunks.state))

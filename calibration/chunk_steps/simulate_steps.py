@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -117,15 +117,7 @@ class StepSimulation:
         def apart(x: torch.Tensor) -> torch.Tensor:
             return x.movedim(2, 1).flatten(0, 1).unsqueeze(2)
 
-        single = replace(
-            chunks,
-            q=apart(chunks.q),
-            k=apart(chunks.k),
-            v=apart(chunks.v),
-            g=apart(chunks.g),
-            beta=apart(chunks.beta),
-            state=before.movedim(2, 1).flatten(0, 1),
-        )
+        single = chunks.replaced(apart, before.movedim(2, 1).flatten(0, 1))
         result = step_results(self.plan, single, self.rounding)
         after = torch.cat([before[:, :, 1:], exact.state.unsqueeze(2)], 2)
         out = result.out.squeeze(2).reshape(batch, number, heads, *result.out.shape[3:]).movedim(1, 2)

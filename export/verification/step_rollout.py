@@ -7,8 +7,16 @@ from typing import TypeAlias
 
 import torch
 
-from qinvert.chunk_step.ports import BETA, LOG_DECAY, OUTPUT, STATE, VALUE, StepSizes, step_sizes
-from qinvert.chunk_step.window import check_state_grids
+from qinvert.chunk_step.ports import (
+    BETA,
+    LOG_DECAY,
+    OUTPUT,
+    STATE,
+    VALUE,
+    StepSizes,
+    check_state_grids,
+    step_sizes,
+)
 from qinvert.execution.floating import execute as execute_floating
 from qinvert.execution.laws import LAWS
 from qinvert.numerics.law import Rounding

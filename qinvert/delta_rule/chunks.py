@@ -55,6 +55,17 @@ class DeltaChunks:
     #: State before the first chunk, ``[B, H, Dk, Dv]``.
     state: torch.Tensor
 
+    def replaced(self, inputs: Callable[[torch.Tensor], torch.Tensor], state: torch.Tensor) -> DeltaChunks:
+        """Return chunks with ``inputs`` of q, k, v, g and beta, and this state."""
+        return DeltaChunks(
+            q=inputs(self.q),
+            k=inputs(self.k),
+            v=inputs(self.v),
+            g=inputs(self.g),
+            beta=inputs(self.beta),
+            state=state,
+        )
+
     @property
     def lower(self) -> torch.Tensor:
         """``L``, ``[B, H, N, C, C]``."""

@@ -6,6 +6,7 @@ What does not depend on the state runs once for all chunks; the rest runs chunk 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 import torch
@@ -105,14 +106,7 @@ def run_integers(
 def _entered(chunks: DeltaChunks, channels: ValueChannels | None) -> DeltaChunks:
     if channels is None:
         return chunks
-    return DeltaChunks(
-        q=chunks.q,
-        k=chunks.k,
-        v=enter(channels, chunks.v),
-        g=chunks.g,
-        beta=chunks.beta,
-        state=enter(channels, chunks.state),
-    )
+    return replace(chunks, v=enter(channels, chunks.v), state=enter(channels, chunks.state))
 
 
 def _run(
