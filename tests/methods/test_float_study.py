@@ -101,8 +101,9 @@ def relative_error(inverse, lower) -> float:
 @every_row
 def test_the_published_form_on_the_published_matrices(method, dtype, n, published):
     upper = published_matrices()[dtype, n]
-    # Other BLAS kernels sum in another order; doubling at 128 amplifies every rounding 1e9 times.
-    tolerance = 0.6 if published > 100 else 0.2
+    # Printed with one digit, and every processor's BLAS sums in another order; doubling at 128 amplifies
+    # every rounding 1e9 times.
+    tolerance = 0.6 if published > 100 else 0.4
     assert relative_error(explicit(method, -upper), upper) == pytest.approx(published, rel=tolerance)
 
 

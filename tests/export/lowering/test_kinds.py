@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import qinvert
-from qinvert.calibration.planning.scales import scale_groups
 from qinvert.errors import ExportError
 from qinvert.export.rules.lint import lint
 from qinvert.formats import INT8, INT8X2, INT16, IntFormat
@@ -234,45 +233,6 @@ def test_a_wider_format_keeps_every_value(tmp_path):
 def test_an_exponential_next_to_a_tie_is_what_the_grid_check_warns_of():
     unsafe = float32(0.0003735632635653019)
     assert near_ties(unsafe, INT16, float32(1 / 127), INT8)
-
-
-def chunk_step(formats=INT8, **options) -> LayerPlan:
-    """A small whole chunk step on powers of two; tensors that moves connect share one."""
-    tested = qinvert.gated_delta_step(qinvert.block_merge(4, 2), 4, 4, **options)
-    groups = scale_groups(tested)
-    shift = formats.largest.bit_length() - 1
-    logs = {s.source for s in tested.steps if isinstance(s, Exponential)} | {"g"}
-    exponents = {groups[name]: 4 if name in logs else 0 for name in tested.tensors if name in logs}
-    tensors = {
-        name: Quantization(format=formats, scale=2.0 ** (exponents.get(groups[name], 0) - shift))
-        for name in tested.tensors
-    }
-    return LayerPlan(program=tested, tensors=tensors, requantize=Requantize.MULTIPLIER)
-
-
-def step_values(plan: LayerPlan, seed: int) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    found = {given.name: rng.normal(size=(COUNT, *given.shape[1:])) / 2 for given in plan.program.inputs}
-    found |= {"g": -np.abs(found["g"]), "beta": np.abs(found["beta"]).clip(0, 1)}
-    return {name: torch.from_numpy(value).float() for name, value in found.items()}
-
-
-@pytest.mark.parametrize(
-    "profile", ["npu-qdq-int8", "npu-qdq-uint8", "hexagon-uint8", "qlinear", "ryzen-xint8"]
-)
-@pytest.mark.parametrize(
-    "options", [{}, {"decay": "channel"}, {"form": "state", "values_first": False}], ids=str
-)
-@pytest.mark.parametrize("chains", [1, 2])
-def test_whole_chunk_steps_are_the_simulator_bit_for_bit(profile, options, chains, tmp_path, monkeypatch):
-    plan = chunk_step(**options)
-    monkeypatch.setitem(globals(), "values", step_values)
-    found = differences(plan, profile, tmp_path / "x.onnx", 8, chains=chains)
-    assert len(found) == 4
-    assert not any(difference.any() for difference in found)
-    # They are no zeros: the step does something.
-    results = plan.execute(step_values(plan, 8))
-    assert all(len(value.unique()) > 20 for value in results.values())
 
 
 def test_operators_that_a_profile_lacks_are_refused(tmp_path, monkeypatch):

@@ -71,6 +71,8 @@ EXACT = [
     ("npu-qdq-int8", {"pow2": True, "decay": "channel", "form": "wy", "values_first": False}),
     ("npu-qdq-uint8", {"pow2": True, "form": "state"}),
     ("hexagon-uint8", {"pow2": True, "halves": True}),
+    ("ryzen-xint8", {"pow2": True, "decay": "channel"}),
+    ("ryzen-xint8", {"pow2": True, "form": "state", "values_first": False}),
 ]
 
 
