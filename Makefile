@@ -10,8 +10,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
 
+# One process per core: a test computes on one thread. Workers that are done take tests from the others.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --quiet
 
 # By itself: tracing every line doubles the time of the tests that export whole models.
 coverage: $(INSTALLED)
