@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from qinvert.errors import ExportError, reason
 from qinvert.export.light_models import large_constants, stub, without_large_constants
-from qinvert.export.reading import check_calls, check_model, check_texts, within
+from qinvert.export.reading import check_calls, check_model, check_texts, tensors, within
 
 #: Long name of ONNX's own domain, whose short name is empty.
 STANDARD: Final = "ai.onnx"
@@ -142,6 +142,19 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
     _spell_alike(model)
     check_model(without_large_constants(model, with_outputs=True), path)
     return model
+
+
+def weight_files(path: str | PathLike[str]) -> set[str]:
+    """Return the files that hold weights of a model, which is not read as a whole."""
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except Exception as error:  # as above
+        raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
+    folder = os.path.dirname(os.path.realpath(path))  # noqa: PTH120 - names as the model has them
+    named = (
+        entry.value for tensor in tensors(model) for entry in tensor.external_data if entry.key == "location"
+    )
+    return {os.path.realpath(f"{folder}/{name}") for name in named}
 
 
 def _spell_alike(model: onnx.ModelProto) -> None:
