@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inspect import Signature
+
     from qinvert.export.rules.lint import Finding as Finding
     from qinvert.export.rules.lint import lint as lint
 
@@ -28,7 +30,22 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallablePackage(ModuleType):
-    """A package that is also the verb of its name."""
+    """A package that is also the verb of its name, with the verb's arguments and help."""
+
+    @property
+    def __signature__(self) -> Signature:
+        """Arguments of the verb, for `inspect.signature`, `help` and editors; it is loaded when they ask."""
+        from inspect import signature
+
+        from qinvert.export.exporting import export
+
+        return signature(export)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        from qinvert.export.exporting import export
+
+        return f"{vars(self)['__doc__']}\n\nexport{self.__signature__}\n\n{export.__doc__}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from qinvert.export.exporting import export

@@ -8,11 +8,12 @@ from typing import Unpack, cast
 
 import onnx
 
+from qinvert.checks import check_integer
 from qinvert.errors import ExportError
-from qinvert.export.graph import GraphBuilder
+from qinvert.export.graph import IR_VERSION, GraphBuilder
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
-from qinvert.export.metadata import describe, layer_metadata, provenance
+from qinvert.export.metadata import describe, graph_metadata, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
 from qinvert.export.step_graph import is_step, lower_step, refuse_step_options, step_interface
 from qinvert.export.step_interface import StepInterface
@@ -40,6 +41,8 @@ def export(
     layout: str | None = None,
     normalize: bool | None = None,
     states: str | None = None,
+    opset: int | None = None,
+    ir_version: int | None = None,
 ) -> onnx.ModelProto:
     """Write ``T = (I + L)^-1`` as a static integer graph, or a whole chunk step.
 
@@ -102,6 +105,9 @@ def export(
         Whether q and k of a chunk step are raw: the graph gives them norm 1 and scales q, in float32.
     states : {"last", "every"}, optional
         Whether a chunk step also returns the state behind each chunk: ``state_1``, ``state_2``, ...
+    opset, ir_version : int, optional
+        Operator set and IR version of the graph, to fit a graph that it is merged with by
+        `onnx.compose`; those of the profile, and 9, by default.
 
     Returns
     -------
@@ -130,6 +136,8 @@ def export(
         layout=layout,
         normalize=normalize,
         states=states,
+        opset=opset,
+        ir_version=ir_version,
     )
     write_atomically(path, serialize(model))
     return model
@@ -139,16 +147,17 @@ def build(
     plan: Plan, *, profile: str | None = None, layer: str | None = None, **options: Unpack[Options]
 ) -> onnx.ModelProto:
     """Return the model that `export` writes."""
-    chosen = profile_for(plan, profile)
+    chosen = with_opset(profile_for(plan, profile), options.get("opset"))
+    ir_version = ir_version_for(options.get("ir_version"), IR_VERSION)
     layer_plan = plan.layer(layer)
     name = layer if layer is not None else next(iter(plan.layers))
     if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
     if is_step(layer_plan):
         step = step_interface(layer_plan, options, _hardware(plan, chosen))
-        return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step))
+        return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step), ir_version)
     interface = interface_of(plan, layer_plan, chosen, **options)
-    return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface))
+    return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface), ir_version)
 
 
 def _model(
@@ -158,9 +167,16 @@ def _model(
     chosen: Profile,
     interface: Interface | StepInterface,
     graph: GraphBuilder,
+    ir_version: int,
 ) -> onnx.ModelProto:
-    metadata = provenance(plan, chosen) | layer_metadata(name, layer_plan, chosen, interface)
-    model = graph.model(_graph_name(layer_plan), chosen.opset, metadata, describe(layer_plan, interface))
+    said = graph_metadata(layer_metadata(name, layer_plan, chosen, interface))
+    model = graph.model(
+        _graph_name(layer_plan),
+        chosen.opset,
+        provenance(plan, chosen) | said,
+        describe(layer_plan, interface),
+        ir_version=ir_version,
+    )
     ensure(chosen, model)
     return model
 
@@ -231,6 +247,37 @@ def profile_for(plan: Plan, name: str | None) -> Profile:
         If there is no profile of that name.
     """
     return find_profile(plan.target if name is None else name)
+
+
+def with_opset(profile: Profile, opset: int | None) -> Profile:
+    """Return the profile for graphs of another operator set, None for its own.
+
+    Raises
+    ------
+    ExportError
+        If its types are not in that set, or onnx does not know it.
+    """
+    if opset is None:
+        return profile
+    # Quantization by a scale of a tensor came with 13, that onto 16 bits with 21.
+    wide = any(not element.endswith("int8") for element in profile.stored)
+    least, most = min(profile.opset, 21 if wide else 13), onnx.defs.onnx_opset_version()
+    check_integer("opset", opset, least, most, ExportError, f"; profile {profile.name!r} is for these")
+    return replace(profile, opset=opset)
+
+
+def ir_version_for(version: int | None, least: int) -> int:
+    """Return the IR version of a graph, ``least`` for None.
+
+    Raises
+    ------
+    ExportError
+        If it is older than 4, where constants need not be inputs, or newer than onnx.
+    """
+    if version is None:
+        return least
+    check_integer("ir_version", version, 4, onnx.IR_VERSION, ExportError, "; pass that of the host")
+    return version
 
 
 def serialize(model: onnx.ModelProto) -> bytes:

@@ -11,8 +11,15 @@ import onnx
 import onnx.inliner
 
 from qinvert.errors import ExportError
-from qinvert.export.exporting import ensure, interface_of, profile_for, serialize
-from qinvert.export.graph import DOMAIN, MAX_BYTES, GraphBuilder
+from qinvert.export.exporting import (
+    ensure,
+    interface_of,
+    ir_version_for,
+    profile_for,
+    serialize,
+    with_opset,
+)
+from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION, IR_VERSION, MAX_BYTES, GraphBuilder
 from qinvert.export.interface import AUTO, InputType, Interface, Options
 from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, layer_metadata, provenance
@@ -37,6 +44,9 @@ def export_layers(
     key_size: int | None = None,
     input_type: str = InputType.FLOAT32,
     chains: int | str = AUTO,
+    opset: int | None = None,
+    ir_version: int | None = None,
+    inline: bool = False,
 ) -> onnx.ModelProto:
     """Write one model whose graph calls a local function for each layer.
 
@@ -61,6 +71,10 @@ def export_layers(
         be called by a larger model; compilers for NPUs want a number.
     input, output, key_size, input_type, chains
         As in `qinvert.export`, for all layers.
+    opset, ir_version : int, optional
+        As in `qinvert.export`; models with functions have at least IR version 10.
+    inline : bool
+        Write plain nodes in the place of functions, as OpenVINO and `onnx.compose` want.
 
     Returns
     -------
@@ -84,6 +98,9 @@ def export_layers(
         key_size=key_size,
         input_type=input_type,
         chains=chains,
+        opset=opset,
+        ir_version=ir_version,
+        inline=inline,
     )
     write_atomically(path, serialize(model))
     return model
@@ -94,10 +111,16 @@ def build_layers(
     *,
     profile: str | None = None,
     layers: Sequence[str] | None = None,
+    inline: bool = False,
     **options: Unpack[Options],
 ) -> onnx.ModelProto:
     """Return the model that `export_layers` writes."""
-    chosen = profile_for(plan, profile)
+    chosen = with_opset(profile_for(plan, profile), options.get("opset"))
+    ir_version = ir_version_for(options.get("ir_version"), IR_VERSION if inline else FUNCTION_IR_VERSION)
+    if not inline and ir_version < FUNCTION_IR_VERSION:
+        raise ExportError(
+            f"ir_version {ir_version} has no typed functions; use {FUNCTION_IR_VERSION}, or inline=True"
+        )
     names = _checked(plan, layers)
     functions = []
     graph = GraphBuilder()
@@ -114,6 +137,12 @@ def build_layers(
     metadata = provenance(plan, chosen) | {"qinvert.layers": str(len(names))}
     doc = f"T = (I + L)^-1 of {len(names)} layers"
     model = graph.model("triangular_inverses", chosen.opset, metadata, doc, functions)
+    if inline:
+        model = inlined(model)
+        kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+    model.ir_version = ir_version
     if options.get("batch", 8) is not None:
         # The rules are those of compilers, which do not take an open batch.
         ensure(chosen, inlined(model))

@@ -157,6 +157,7 @@ class GraphBuilder:
         metadata: Mapping[str, str],
         doc: str,
         functions: Sequence[onnx.FunctionProto] = (),
+        ir_version: int | None = None,
     ) -> onnx.ModelProto:
         """Return the finished model, checked by onnx with strict shape inference.
 
@@ -181,7 +182,7 @@ class GraphBuilder:
             graph,
             functions=functions,
             opset_imports=[helper.make_opsetid("", opset), *domains],
-            ir_version=FUNCTION_IR_VERSION if functions else IR_VERSION,
+            ir_version=ir_version or (FUNCTION_IR_VERSION if functions else IR_VERSION),
             producer_name="qinvert",
         )
         helper.set_model_props(model, dict(metadata))

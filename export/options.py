@@ -47,6 +47,8 @@ class Options(TypedDict, total=False):
     layout: str | None
     normalize: bool | None
     states: str | None
+    opset: int | None
+    ir_version: int | None
 
 
 #: Options of graphs of whole chunk steps only.

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.compiled_cost import compiled_cost as compiled_cost
     from qinvert.export.functions import export_layers as export_layers
+    from qinvert.export.rules.doctor import Diagnosis as Diagnosis
+    from qinvert.export.rules.doctor import doctor as doctor
     from qinvert.export.runtimes.estimates import CycleEstimate as CycleEstimate
     from qinvert.export.verification.comparison import Verification as Verification
     from qinvert.export.verification.cycles import estimate as estimate
@@ -72,6 +74,7 @@ _HOMES = {
     "ChunkOptions": "calibration.chunk_steps.options",
     "CycleEstimate": "export.runtimes.estimates",
     "DataWarning": "cautions",
+    "Diagnosis": "export.rules.doctor",
     "Evaluation": "calibration.evaluate",
     "ExportError": "errors",
     "InputError": "errors",
@@ -102,6 +105,7 @@ _HOMES = {
     "column_sweep": "methods",
     "compare": "calibration.evaluate",
     "compiled_cost": "export.compiled_cost",
+    "doctor": "export.rules.doctor",
     "elimination": "methods",
     "estimate": "export.verification.cycles",
     "evaluate": "calibration.evaluate",

@@ -61,7 +61,7 @@ ROOMS = (
     ("calibration.chunk_steps.calibrate_steps",),
     ("calibration.calibrate", "calibration.simulate"),
     ("calibration.survey",),
-    ("export.open_shapes",),
+    ("export.light_models", "export.open_shapes"),
     ("export.graph", "export.options", "export.reading", "export.runtimes"),
     ("export.interface",),
     ("export.lowering", "export.rules", "export.step_interface"),

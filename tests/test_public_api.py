@@ -1,4 +1,6 @@
 import importlib
+import inspect
+import pydoc
 import subprocess
 import sys
 
@@ -68,3 +70,27 @@ def test_loading_and_printing_a_plan_loads_nothing_heavy(tmp_path):
     qinvert.calibrate({"layer": lower}).save(tmp_path / "plan.json")
     code = f"import qinvert; plan = qinvert.Plan.load({str(tmp_path / 'plan.json')!r}); str(plan)"
     assert loaded(f"{code}; str(plan.layer())") <= {"numpy"}
+
+
+def test_signatures_and_help_show_the_arguments_of_every_public_function():
+    hidden = []
+    for name in qinvert.__all__:
+        value = getattr(qinvert, name)
+        if inspect.isclass(value) or not callable(value):
+            continue
+        kinds = [parameter.kind for parameter in inspect.signature(value).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            hidden.append(name)
+    assert hidden == []
+    exported = inspect.signature(qinvert.export)
+    assert {"plan", "path", "profile", "layer", "batch", "opset"} <= exported.parameters.keys()
+    text = pydoc.render_doc(qinvert.export, renderer=pydoc.plaintext)
+    assert "key_size" in text
+    assert "Whether q and k of a chunk step are raw" in text
+
+
+def test_the_signature_of_export_is_shown_without_torch():
+    assert loaded("import qinvert.export") == set()
+    shown = "import inspect, qinvert; assert 'batch' in inspect.signature(qinvert.export).parameters"
+    assert "torch" not in loaded(shown)
+    assert "onnx" in loaded(shown)

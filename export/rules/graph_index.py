@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
+from onnx.external_data_helper import uses_external_data
 
 from qinvert.errors import ExportError, reason
 
@@ -99,8 +100,12 @@ class Structure:
             name = self.writers[name].input[0]
         return self.writers.get(name)
 
+    def is_constant(self, name: str) -> bool:
+        """Whether a tensor is a constant, wherever its values lie."""
+        return name in self._initializers
+
     def constant(self, name: str) -> Array | None:
-        """Values of a constant; None for other tensors.
+        """Values of a constant; None for other tensors, and for constants that lie in another file.
 
         Raises
         ------
@@ -108,7 +113,7 @@ class Structure:
             If the values do not fit the declared shape and type.
         """
         tensor = self._initializers.get(name)
-        if tensor is None:
+        if tensor is None or uses_external_data(tensor):
             return None
         if name not in self._arrays:
             try:
@@ -128,6 +133,13 @@ class Structure:
             return None
         sizes = [d.dim_value if d.HasField("dim_value") else 0 for d in declared.shape.dim]
         return sizes if all(size > 0 for size in sizes) else None
+
+    def rank(self, name: str) -> int | None:
+        """Axes of a tensor, whether or not their sizes are known; None if their number is unknown."""
+        if name in self._initializers:
+            return len(self._initializers[name].dims)
+        declared = self._types.get(name)
+        return len(declared.shape.dim) if declared is not None and declared.HasField("shape") else None
 
     def element(self, name: str) -> str | None:
         """NumPy name of a tensor's type; None if it is unknown."""

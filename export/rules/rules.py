@@ -70,14 +70,14 @@ def _operators(case: Case) -> Iterator[tuple[str, str]]:
         ends = case.profile.prologue if is_from_keys(case.graph, node) else frozenset()
         ends |= OPERATORS if is_step_end(case.graph, node) else frozenset()
         if node.op_type not in case.profile.operators | ends | {"Pad"}:
-            yield _name(node), f"is {node.op_type}, which profile {case.profile.name!r} does not allow"
+            yield node_name(node), f"is {node.op_type}, which profile {case.profile.name!r} does not allow"
 
 
 @rule("pad", "join the block with constant zero blocks by Concat")
 def _pad(case: Case) -> Iterator[tuple[str, str]]:
     for node in case.graph.nodes:
         if node.op_type == "Pad":
-            yield _name(node), "places a block by Pad, which compiles to wrong values without a warning"
+            yield node_name(node), "places a block by Pad, which compiles to wrong values without a warning"
 
 
 @rule("names", "name every node after what it computes")
@@ -85,9 +85,9 @@ def _names(case: Case) -> Iterator[tuple[str, str]]:
     counts = Counter(node.name for node in case.graph.nodes)
     for node in case.graph.nodes:
         if not node.name:
-            yield _name(node), "has no node name"
+            yield node_name(node), "has no node name"
         elif counts[node.name] > 1:
-            yield _name(node), f"shares its name with {counts[node.name] - 1} other nodes"
+            yield node_name(node), f"shares its name with {counts[node.name] - 1} other nodes"
 
 
 @rule("shapes", "fold batch, heads and chunks into the second axis and fix its size")
@@ -114,11 +114,11 @@ def _scales(case: Case) -> Iterator[tuple[str, str]]:
     for node, name in _scale_inputs(case.graph):
         scale = case.graph.constant(name)
         if scale is None:
-            yield _name(node), f"reads the scale {name!r}, which is not a constant"
+            yield node_name(node), f"reads the scale {name!r}, which is not a constant"
         elif scale.size != 1:
-            yield _name(node), f"has {scale.size} scales"
+            yield node_name(node), f"has {scale.size} scales"
         elif not MIN_SCALE <= scale.reshape(()) < np.inf:
-            yield _name(node), f"has the scale {float(scale.reshape(())):g}"
+            yield node_name(node), f"has the scale {float(scale.reshape(())):g}"
 
 
 @rule("power-of-two-scales", "calibrate with scales='pow2'")
@@ -128,7 +128,7 @@ def _power_of_two_scales(case: Case) -> Iterator[tuple[str, str]]:
     for node, name in _scale_inputs(case.graph):
         scale = case.graph.constant(name)
         if scale is not None and not all(is_power_of_two(float(value)) for value in scale.reshape(-1)):
-            yield _name(node), f"has the scale {scale.reshape(-1)[0]:.6g}"
+            yield node_name(node), f"has the scale {scale.reshape(-1)[0]:.6g}"
 
 
 def _scale_inputs(graph: Structure) -> Iterator[tuple[onnx.NodeProto, str]]:
@@ -143,10 +143,10 @@ def _types(case: Case) -> Iterator[tuple[str, str]]:
         for position, legal in _zero_points(node, case.profile):
             zero = case.graph.zero_point(node, position)
             if zero is None:
-                yield _name(node), f"has no constant zero point as input {position}"
+                yield node_name(node), f"has no constant zero point as input {position}"
             elif legal.get(zero[0]) != zero[1]:
                 wanted = " or ".join(f"{name} with {value}" for name, value in legal.items())
-                yield _name(node), f"has the type {zero[0]} with zero point {zero[1]}, not {wanted}"
+                yield node_name(node), f"has the type {zero[0]} with zero point {zero[1]}, not {wanted}"
 
 
 def _zero_points(node: onnx.NodeProto, profile: Profile) -> list[tuple[int, dict[str, int]]]:
@@ -166,7 +166,10 @@ def _one_scale(case: Case) -> Iterator[tuple[str, str]]:
         scales = {scale for name in sources for scale in _scales_before(case.graph, name)}
         scales |= set(_scales_after(case.graph, node.output[0]))
         if len(scales) > 1:
-            yield _name(node), f"moves values between scales: {', '.join(f'{s:.6g}' for s in sorted(scales))}"
+            yield (
+                node_name(node),
+                f"moves values between scales: {', '.join(f'{s:.6g}' for s in sorted(scales))}",
+            )
 
 
 def _only_multiplied(graph: Structure, name: str) -> bool:
@@ -227,7 +230,7 @@ def _concat_order(case: Case) -> Iterator[tuple[str, str]]:
         # One row under a finished matrix compiles; a matrix made of rows does not.
         rows = sum(_is_row_of_blocks(case.graph, name) for name in node.input)
         if rows > 1:
-            yield _name(node), f"joins on axis 2 {rows} operands that were joined on axis 3"
+            yield node_name(node), f"joins on axis 2 {rows} operands that were joined on axis 3"
 
 
 def _is_row_of_blocks(graph: Structure, name: str) -> bool:
@@ -247,7 +250,7 @@ def _quantized(case: Case) -> Iterator[tuple[str, str]]:
         at_end = is_float_end(case.graph, node) or is_step_end(case.graph, node)
         if node.op_type not in GRID_INPUTS and not at_end:
             for name in _float_tensors(case.graph, node, sums):
-                yield _name(node), f"leaves {name!r} unquantized"
+                yield node_name(node), f"leaves {name!r} unquantized"
 
 
 def _float_tensors(graph: Structure, node: onnx.NodeProto, sums: set[str]) -> Iterator[str]:
@@ -278,7 +281,7 @@ def _wide_products(case: Case) -> Iterator[tuple[str, str]]:
     for node, left, right in products(case.graph) if not case.profile.multiplies_wide else ():
         if min(np.iinfo(left.element).bits, np.iinfo(right.element).bits) > 8:
             yield (
-                _name(node),
+                node_name(node),
                 f"multiplies {left.element} by {right.element}, which compilers narrow or refuse",
             )
 
@@ -289,7 +292,7 @@ def _accumulators(case: Case) -> Iterator[tuple[str, str]]:
     for node, left, right in products(case.graph):
         bound = accumulator_bound(case.graph, left, right, FLOAT32_EXACT)
         if bound > limit:
-            yield _name(node), f"sums up to {bound:.0f}, but profile {case.profile.name!r} takes {limit}"
+            yield node_name(node), f"sums up to {bound:.0f}, but profile {case.profile.name!r} takes {limit}"
 
 
 @rule("folded-sums", "multiply one operand by an identity first, or choose closer scales")
@@ -297,7 +300,7 @@ def _folded_sums(case: Case) -> Iterator[tuple[str, str]]:
     for node, scales, result in _elementwise(case.graph, "Add"):
         if loses(scales, result):
             yield (
-                _name(node),
+                node_name(node),
                 f"adds the scales {scales[0]:.6g} and {scales[1]:.6g} on the scale {result:.6g}: kernels "
                 f"that fold zero points are off by up to {folded_loss(scales, result):.2g} steps",
             )
@@ -310,7 +313,7 @@ def _folded_products(case: Case) -> Iterator[tuple[str, str]]:
     for node, scales, result in _elementwise(case.graph, "Mul"):
         if leaves_int32(scales, result):
             yield (
-                _name(node),
+                node_name(node),
                 f"multiplies the scales {scales[0]:.6g} and {scales[1]:.6g} onto the scale {result:.6g}: "
                 "kernels that round before they saturate leave int32",
             )
@@ -336,5 +339,6 @@ def _narrow_scale(graph: Structure, node: onnx.NodeProto | None, operator: str) 
     return grid.scale if grid is not None and narrow and MIN_SCALE <= grid.scale < np.inf else 0.0
 
 
-def _name(node: onnx.NodeProto) -> str:
+def node_name(node: onnx.NodeProto) -> str:
+    """Name of a node, or what it writes."""
     return node.name or f"{node.op_type} that writes {', '.join(node.output)}"

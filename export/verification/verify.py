@@ -14,6 +14,7 @@ from qinvert.errors import ExportError, lookup
 from qinvert.export.exporting import serialize
 from qinvert.export.functions import single_layer
 from qinvert.export.interface import GraphInput, Interface
+from qinvert.export.metadata import layer_in
 from qinvert.export.reading import read_model
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute
 from qinvert.export.step_graph import is_step
@@ -172,7 +173,7 @@ class _File:
         whole = read_model(content, path)
         model = single_layer(whole, layer)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        layer_plan = plan.layer(layer if layer is not None else metadata.get("qinvert.layer"))
+        layer_plan = plan.layer(layer if layer is not None else layer_in(metadata))
         content = content if model is whole else serialize(model)
         return _File(model=model, content=content, metadata=metadata, plan=layer_plan)
 

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -245,6 +245,7 @@ def save(
     model: onnx_ir.Model,
     path: str | PathLike[str],
     examine: Examine | None = None,
+    kept: Collection[str] = (),
 ) -> onnx.ModelProto:
     """Check a model and write it, with the weights in a second file where protobuf's limit demands it.
 
@@ -254,6 +255,8 @@ def save(
     path : path
     examine : callable, optional
         If it raises, nothing is written at ``path``.
+    kept : collection of str
+        Files that another model needs, by their real paths, whatever they are called.
 
     Raises
     ------
@@ -268,18 +271,20 @@ def save(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
     if weights > MAX_BYTES:
-        return _save_beside(model, Path(path), examine)
+        return _save_beside(model, Path(path), examine, kept)
     proto: onnx.ModelProto = serialize_model(model)
     check_model(proto)
     if examine is not None:
         with scratch_folder() as folder:
             examine(proto, folder)
     write_atomically(path, serialize(proto))
-    _forget_weights(Path(os.path.realpath(path)))
+    _forget_weights(Path(os.path.realpath(path)), kept)
     return proto
 
 
-def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> onnx.ModelProto:
+def _save_beside(
+    model: onnx_ir.Model, path: Path, examine: Examine | None, kept: Collection[str]
+) -> onnx.ModelProto:
     """Write the weights under a name of their own, then switch the model to them by one rename.
 
     A process that is killed before the rename leaves the old model with its old weights.
@@ -301,17 +306,17 @@ def _save_beside(model: onnx_ir.Model, path: Path, examine: Examine | None) -> o
             examine(proto, folder)
         for name in (data, path.name):
             os.replace(folder / name, path.parent / name)
-    _forget_weights(path, data)
+    _forget_weights(path, {*kept, os.fspath(path.parent / data)})
     return proto
 
 
-def _forget_weights(path: Path, kept: str = "") -> None:
+def _forget_weights(path: Path, kept: Collection[str]) -> None:
     """Delete weights that earlier exports wrote for a model of this name.
 
     New ones may be those of another process, whose model is about to follow.
     """
     pattern = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(DATA_SUFFIX)}")
     for other in path.parent.iterdir():
-        old = pattern.fullmatch(other.name) and other.name != kept
+        old = pattern.fullmatch(other.name) and os.path.realpath(other) not in kept
         if old and time.time() - other.stat().st_mtime > GRACE:
             other.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Final
 
 import onnx
@@ -25,6 +26,7 @@ from qinvert.export.whole_models.linear_attention_nodes import (
     load,
     refuse_hidden,
     set_aside,
+    weight_files,
 )
 from qinvert.export.whole_models.tracing import (
     FIRST_OPSET,
@@ -88,8 +90,9 @@ def graft(
     """
     ir = require_onnx_ir()
     chosen = profile_for(plan, profile)
-    if os.path.realpath(source) == os.path.realpath(path):
-        raise ExportError(f"{path} is the model itself; write to another file")
+    inputs = {os.path.realpath(source), *weight_files(source)}
+    if any(_is_same(path, other) for other in inputs):
+        raise ExportError(f"{path} is the model itself, or holds its weights; write to another file")
     check_target(path)
     model = load(source)
     opset = _opset(model)
@@ -113,7 +116,16 @@ def graft(
     for name, tensor in weights.items():
         result.graph.initializers[name].const_value = ir.serde.deserialize_tensor(tensor)
     attach_functions(result, plan, chosen, taken)
-    return save(result, path)
+    return save(result, path, kept=inputs)
+
+
+def _is_same(path: str | PathLike[str], other: str) -> bool:
+    """Whether two paths are one file, by whatever links."""
+    try:
+        return Path(path).samefile(other)
+    except OSError:
+        # One of them is not there.
+        return os.path.realpath(path) == other
 
 
 def _opset(model: onnx.ModelProto) -> int:

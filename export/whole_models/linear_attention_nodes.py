@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper
 
 from qinvert.errors import ExportError, reason
-from qinvert.export.reading import check_calls, check_model, check_texts, within
+from qinvert.export.light_models import large_constants, stub, without_large_constants
+from qinvert.export.reading import check_calls, check_model, check_texts, tensors, within
 
 #: Long name of ONNX's own domain, whose short name is empty.
 STANDARD: Final = "ai.onnx"
@@ -44,8 +45,6 @@ TYPES: Final[dict[int, torch.dtype]] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 ELEMENTS: Final = {dtype: element for element, dtype in TYPES.items()}
-#: Largest constant that may say something about shapes.
-MAX_ELEMENTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +140,21 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
     check_texts(model, path)
     check_calls(model)
     _spell_alike(model)
-    check_model(_light(model, with_outputs=True), path)
+    check_model(without_large_constants(model, with_outputs=True), path)
     return model
+
+
+def weight_files(path: str | PathLike[str]) -> set[str]:
+    """Return the files that hold weights of a model, which is not read as a whole."""
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except Exception as error:  # as above
+        raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
+    folder = os.path.dirname(os.path.realpath(path))  # noqa: PTH120 - names as the model has them
+    named = (
+        entry.value for tensor in tensors(model) for entry in tensor.external_data if entry.key == "location"
+    )
+    return {os.path.realpath(f"{folder}/{name}") for name in named}
 
 
 def _spell_alike(model: onnx.ModelProto) -> None:
@@ -167,7 +179,7 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
         If there is no such node, two have the same name, or one has an option or
         a size that is not supported.
     """
-    shapes = _light(model)
+    shapes = without_large_constants(model)
     found: dict[str, LinearAttention] = {}
     for node in model.graph.node:
         if not _is_wanted(node):
@@ -190,7 +202,7 @@ def find_nodes(model: onnx.ModelProto) -> dict[str, LinearAttention]:
 
 def known_values(model: onnx.ModelProto, nodes: Iterable[LinearAttention]) -> list[onnx.ValueInfoProto]:
     """Types of all values of the main graph that follow from its inputs and from these nodes."""
-    shapes = _light(model)
+    shapes = without_large_constants(model)
     for node in nodes:
         _declare(shapes.graph, [*node.outputs, *node.past_state])
     return list(_inferred(shapes).value_info)
@@ -292,27 +304,6 @@ def _read(
     )
 
 
-def _light(model: onnx.ModelProto, *, with_outputs: bool = False) -> onnx.ModelProto:
-    """Return the model without its large constants, of which only the shapes matter."""
-    graph = model.graph
-    large = [tensor for tensor in graph.initializer if math.prod(tensor.dims) > MAX_ELEMENTS]
-    inputs = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large]
-    given = {value.name for value in graph.input}
-    light = helper.make_graph(
-        graph.node,
-        graph.name,
-        [*graph.input, *(value for value in inputs if value.name not in given)],
-        graph.output if with_outputs else [],
-        [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= MAX_ELEMENTS],
-        value_info=[*graph.value_info, *([] if with_outputs else graph.output)],
-        sparse_initializer=graph.sparse_initializer,
-    )
-    result = helper.make_model(light, functions=model.functions, ir_version=model.ir_version)
-    del result.opset_import[:]
-    result.opset_import.extend(model.opset_import)
-    return result
-
-
 def set_aside(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Take the large constants out of a model, leave their names, types and shapes, and return them.
 
@@ -320,15 +311,11 @@ def set_aside(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     seconds for a gigabyte, and fails beyond two.
     """
     found: dict[str, onnx.TensorProto] = {}
-    for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) > MAX_ELEMENTS:
-            # One at a time: there is never more than one tensor twice.
-            found[tensor.name] = onnx.TensorProto()
-            found[tensor.name].CopyFrom(tensor)
-            stub = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-            stub.data_location = TensorProto.EXTERNAL
-            stub.external_data.add(key="location", value="set_aside")
-            tensor.CopyFrom(stub)
+    for tensor in large_constants(model.graph):
+        # One at a time: there is never more than one tensor twice.
+        found[tensor.name] = onnx.TensorProto()
+        found[tensor.name].CopyFrom(tensor)
+        tensor.CopyFrom(stub(tensor))
     return found
 
 

@@ -65,15 +65,25 @@ from qinvert.profiles import PROFILES
 )
 @click.option(
     "--min-sqnr",
+    "--min-sqnr-db",
+    "min_sqnr",
     type=DECIBELS,
     help=f"Goal for T of each layer, dB; {MIN_SQNR_DB:g} by default, if the next two are not given.",
 )
-@click.option("--min-output-sqnr", type=DECIBELS, help="Goal for the output of each layer of a model, dB.")
+@click.option(
+    "--min-output-sqnr",
+    "--min-output-sqnr-db",
+    "min_output_sqnr",
+    type=DECIBELS,
+    help="Goal for the output of each layer of a model, dB.",
+)
 @click.option(
     "--max-kl", type=float, help="Goal for the whole model: largest KL of its logits, nats per token."
 )
 @click.option(
     "--max-loss",
+    "--max-loss-db",
+    "max_loss",
     type=DECIBELS,
     help=f"Goal for the distance to the floor, dB; {MAX_LOSS_DB:g} by default, {HARDWARE_LOSS_DB:g} with "
     "--hardware.",

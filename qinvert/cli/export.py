@@ -87,6 +87,9 @@ class AutoCount(click.ParamType["int | str"]):
     help="every returns the state behind each chunk, too, to cache prefixes.",
 )
 @click.option("--one-file", is_flag=True, help=f"Write one {ALL_LAYERS} with a local function per layer.")
+@click.option("--inline", is_flag=True, help="With --one-file: plain nodes in the place of functions.")
+@click.option("--opset", type=int, help="Operator set, to fit a host's; the profile's by default.")
+@click.option("--ir-version", type=int, help="IR version, to fit a host's; 9 or 10 by default.")
 @click.option(
     "--encodings", "style", type=click.Choice(tuple(STYLES)), help="Also write the scales as JSON, QDQ only."
 )
@@ -108,6 +111,9 @@ def export(
     normalize: bool,
     states: str | None,
     one_file: bool,
+    inline: bool,
+    opset: int | None,
+    ir_version: int | None,
     style: str | None,
     as_json: bool,
     quiet: bool,
@@ -141,11 +147,15 @@ def export(
         "layout": layout,
         "normalize": normalize or None,
         "states": states,
+        "opset": opset,
+        "ir_version": ir_version,
     }
+    if inline and not one_file:
+        raise InputError("--inline is about the functions of --one-file; pass both, or neither")
     if one_file:
         if style is not None:
             raise InputError("--encodings describes one graph per layer; leave out --one-file")
-        files = export_together(plan, folder, profile, layers, **options)
+        files = export_together(plan, folder, profile, layers, inline=inline, **options)
     else:
         files = export_all(plan, folder, profile, layers, style, **options)
     written = {name: encodings_file(file) for name, file in files.items()} if style is not None else {}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qinvert.cli.diagnosis import check_chip, examined
 from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.cli.sources import load_model
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     help="Run the graph in onnxruntime first; refuse it if it is not the model.",
 )
 @click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
+@click.option(
+    "--hardware", help="Chip for the verdict at the end; the plan's own, or the profile's, by default."
+)
 @profile_option
 @output_options
 def export_model(
@@ -41,6 +45,7 @@ def export_model(
     check: bool,
     profile: str | None,
     force: bool,
+    hardware: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -49,7 +54,8 @@ def export_model(
     The graph is run in onnxruntime; if its length is open, at lengths that it
     was not traced with.  It is compared twice: with the model that uses the
     inverses of the graph, where any difference is an error, and with the
-    simulated plan, where a rounding may fall on the other side.
+    simulated plan, where a rounding may fall on the other side.  The last lines
+    say what of it the compiler of a chip will not take, see `qinvert doctor`.
 
     \b
     Example: qinvert export-model plan.json -o model.onnx
@@ -58,6 +64,7 @@ def export_model(
     output = Output(as_json=as_json, quiet=quiet)
     check_writable(path)
     before = present(path)
+    check_chip(hardware)
     plan = Plan.load(plan_path)
     source = name if name is not None else plan.provenance.get("source")
     if not isinstance(source, str):
@@ -72,7 +79,9 @@ def export_model(
     output.say(f"{wrote(path, before)}: {len(written.graph.node)} nodes, {len(written.functions)} layers")
     for n, error in errors.items():
         output.say(f"{n} tokens: logits differ from the simulated plan by {error:.1e} of their norm")
-    output.result({"file": path, "nodes": len(written.graph.node), "differences": errors})
+    diagnosis = examined(output, path, plan, hardware)
+    document = {"file": path, "nodes": len(written.graph.node), "differences": errors}
+    output.result({**document, **({"doctor": diagnosis.to_dict()} if diagnosis is not None else {})})
 
 
 def write_model(model: Any, plan: Plan, path: str, length: int | None, **options: Any) -> onnx.ModelProto:

@@ -52,6 +52,8 @@ def export_together(
     folder: str,
     profile: str | None = None,
     layers: tuple[str, ...] = (),
+    *,
+    inline: bool = False,
     **options: Unpack[Options],
 ) -> dict[str, str]:
     """Export the named layers (all by default) into one file; return it for each."""
@@ -59,7 +61,7 @@ def export_together(
     from qinvert.export.functions import build_layers
 
     names = layers or tuple(plan.layers)
-    model, target = build_layers(plan, profile=profile, layers=names, **options), Path(folder)
+    model, target = build_layers(plan, profile=profile, layers=names, inline=inline, **options), Path(folder)
     make_folder(folder)
     write_together({target / ALL_LAYERS: serialize(model), target / PLAN_FILE: plan.to_bytes()})
     return dict.fromkeys(names, str(target / ALL_LAYERS))

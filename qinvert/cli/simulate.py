@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("plan_path", metavar="PLAN")
 @click.option("--model", help="Model folder or `recall`; the plan's own by default.")
-@click.option("--min-sqnr", type=DECIBELS, help="Exit with code 1 if a layer stays below this sqnr, dB.")
+@click.option(
+    "--min-sqnr",
+    "--min-sqnr-db",
+    "min_sqnr",
+    type=DECIBELS,
+    help="Exit with code 1 if a layer stays below this sqnr, dB.",
+)
 @click.option("--rounding", default="onnx", help="`onnx`, or how NPUs round int8 plans: `hexagon`, `tflite`.")
 @click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @data_options

@@ -18,6 +18,7 @@ VERBS: Final = {
     "evaluate": "Compare the model under the plan with the model under the exact inverse.",
     "export-model": "Write a whole decoder as ONNX, with a local function for each layer's inverse.",
     "graft": "Replace LinearAttention nodes by chunks with integer inverses.",
+    "doctor": "Say which nodes of an ONNX model a chip's compiler will not take, and what to do.",
     "profiles": "List the export profiles, and the runtimes that graphs can be verified on.",
 }
 

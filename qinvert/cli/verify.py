@@ -47,6 +47,8 @@ STRESS_KEYS = 8
 )
 @click.option(
     "--min-sqnr",
+    "--min-sqnr-db",
+    "min_sqnr",
     type=DECIBELS,
     help="Exit with code 1 if a runtime's T stays below this sqnr, dB, on --data or the plan's own data.",
 )

@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from qinvert.discovery import definitions
 from qinvert.errors import PlanError, lookup
+from qinvert.hardware._compiler import Compiler
 from qinvert.hardware._hardware import MAX_BATCH, Hardware, Table, chain_counts
 
-__all__ = ["HARDWARE", "MAX_BATCH", "Hardware", "Table", "chain_counts", "discover", "find_hardware"]
+__all__ = [
+    "HARDWARE",
+    "MAX_BATCH",
+    "Compiler",
+    "Hardware",
+    "Table",
+    "chain_counts",
+    "discover",
+    "find_hardware",
+]
 
 #: Every chip by its name.
 HARDWARE: dict[str, Hardware] = {}

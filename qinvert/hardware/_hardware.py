@@ -9,6 +9,7 @@ from typing import Final
 
 from qinvert.checks import check_integer
 from qinvert.errors import PlanError
+from qinvert.hardware._compiler import Compiler
 from qinvert.hardware._operators import FEATURES, features, operators
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.profiles import PROFILES
@@ -80,6 +81,8 @@ class Hardware:
     #: Whether graphs of chunk steps cost the least where every head of every sequence is a chain of its
     #: own: parts of several heads then cost more than all heads together.
     heads_apart: bool = False
+    #: What its compiler takes of ONNX graphs; None where that is not known.
+    compiler: Compiler | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

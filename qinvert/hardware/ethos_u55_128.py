@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qinvert.hardware._hardware import Hardware, Table
+from qinvert.hardware._vela import vela
 
 HARDWARE = Hardware(
     name="ethos-u55-128",
@@ -13,6 +14,7 @@ HARDWARE = Hardware(
     error=0.067,
     correlation=1,
     targets=("ethos-int8",),
+    compiler=vela(),
     tables={
         1: Table(
             whole={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qinvert.hardware._hardware import Hardware, Table
+from qinvert.hardware._vela import vela
 
 HARDWARE = Hardware(
     name="ethos-u85-256",
@@ -13,6 +14,7 @@ HARDWARE = Hardware(
     error=0.158,
     correlation=0.965,
     targets=("ethos-int8", "npu-qdq-int16"),
+    compiler=vela("int16", "uint16"),
     tables={
         1: Table(
             whole={

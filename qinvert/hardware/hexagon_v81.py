@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qinvert.hardware._hardware import Hardware, Table
+from qinvert.hardware._qnn import QNN
 
 HARDWARE = Hardware(
     name="hexagon-v81",
@@ -13,6 +14,7 @@ HARDWARE = Hardware(
     error=0.189,
     correlation=0.986,
     targets=("hexagon-uint8", "hexagon-int16"),
+    compiler=QNN,
     tables={
         1: Table(
             whole={

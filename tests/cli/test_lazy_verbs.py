@@ -93,3 +93,18 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "qinvert.cli", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "version" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "old", "python"),
+    [
+        ("calibrate", "--min-sqnr", "min_sqnr_db"),
+        ("calibrate", "--min-output-sqnr", "min_output_sqnr_db"),
+        ("calibrate", "--max-loss", "max_loss_db"),
+        ("simulate", "--min-sqnr", "min_sqnr_db"),
+        ("verify", "--min-sqnr", "min_sqnr_db"),
+    ],
+)
+def test_options_have_the_names_of_python_and_their_old_ones(verb, old, python):
+    (option,) = [option for option in load_verb(verb).params if old in option.opts]
+    assert f"--{python.replace('_', '-')}" in option.opts

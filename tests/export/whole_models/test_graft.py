@@ -348,7 +348,7 @@ def test_large_weights_do_not_pass_the_inliner(plan, tmp_path, monkeypatch):
         return inline(given, *arguments, **options)
 
     monkeypatch.setattr(onnx.inliner, "inline_selected_functions", measured)
-    monkeypatch.setattr("qinvert.export.whole_models.linear_attention_nodes.MAX_ELEMENTS", 512)
+    monkeypatch.setattr("qinvert.export.light_models.MAX_ELEMENTS", 512)
     after = qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
     (stored,) = [tensor for tensor in after.graph.initializer if tensor.name == "weights"]
     assert np.array_equal(numpy_helper.to_array(stored), weights)

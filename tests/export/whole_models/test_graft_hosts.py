@@ -4,6 +4,7 @@ In the place of the plan's functions stands an exact inverse, so that nothing bu
 float32 rounding may differ.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -370,3 +371,34 @@ def test_all_nodes_pass_the_inliner_at_once_and_are_traced_once(plan, tmp_path, 
     assert (len(passes), len(made)) == (1, 1)
     called = [n.op_type for n in within(after.graph.node) if n.domain == "qinvert"]
     assert called == [f"TriInv_layers_{i}" for i in range(4)]
+
+
+def with_weights_outside(folder, location):
+    host = Host(**projected(initializers=[weights("weights")]))
+    options = {"save_as_external_data": True, "location": location, "size_threshold": 0}
+    onnx.save(host.model(), folder / "in.onnx", **options)
+
+
+@pytest.mark.parametrize("link", ["itself", "hard link", "weights"])
+def test_graft_never_overwrites_its_input(plan, tmp_path, link):
+    with_weights_outside(tmp_path, "w.bin")
+    before = {name: (tmp_path / name).read_bytes() for name in ("in.onnx", "w.bin")}
+    target = tmp_path / {"itself": "in.onnx", "hard link": "other.onnx", "weights": "w.bin"}[link]
+    if link == "hard link":
+        target.hardlink_to(tmp_path / "in.onnx")
+    with pytest.raises(qinvert.ExportError, match="write to another file"):
+        qinvert.graft(tmp_path / "in.onnx", plan, target)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_weights_of_the_host_stay_whatever_they_are_called(plan, tmp_path):
+    # As after an export to out.onnx, whose model was then renamed.
+    name = "out.onnx.0123abcd.data"
+    with_weights_outside(tmp_path, name)
+    old = tmp_path / "out.onnx.99999999.data"
+    old.write_bytes(b"of an earlier export")
+    for file in (tmp_path / name, old):
+        os.utime(file, (0, 0))
+    qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
+    assert (tmp_path / name).exists()
+    assert not old.exists()
