@@ -38,12 +38,14 @@ bench: $(INSTALLED)
 # Hours, with these numbers; each fault is printed with its seed.
 FILES ?= 20000
 VALUES ?= 200000000
+STEP_VALUES ?= 20000000
 KILLS ?= 300
 SEED ?= 0
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
+	$(BIN)/python benchmarks/soak.py steps --count $(STEP_VALUES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
 
 # An hour; what was compiled is kept in npu.jsonl and step.jsonl.
