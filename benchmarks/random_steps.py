@@ -33,7 +33,8 @@ from qinvert.plan.quantization import Quantization
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.profiles import Profile, find_profile
 from qinvert.program.program import Program
-from qinvert.program.steps import MAX_BETA, Exponential
+from qinvert.program.serialization import OPERATIONS
+from qinvert.program.steps import MAX_BETA
 
 Array: TypeAlias = npt.NDArray[np.float32]
 #: Calls whose state the runtime hands on.
@@ -169,7 +170,7 @@ def _ranges(rng: random.Random, program: Program) -> dict[str, float]:
 
 def _depends_on_libraries(layer: LayerPlan) -> bool:
     for step in layer.program.steps:
-        if isinstance(step, Exponential):
+        if isinstance(step, OPERATIONS["exponential"]):
             source, result = layer.tensors[step.source], layer.tensors[step.output]
             if near_ties(source.scale, source.format, result.scale, result.format):
                 return True
