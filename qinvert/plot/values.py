@@ -122,5 +122,5 @@ def error_map(errors: Any, *, ax: Axes | None = None) -> Axes:
     bar.set_label("root mean square error", color=INK, fontsize=TEXT)
     bar.ax.tick_params(colors=INK, labelsize=TEXT)
     bar.ax.yaxis.get_offset_text().set(color=INK, fontsize=TEXT)
-    bar.outline.set_visible(False)  # type: ignore[operator] # a spine, which their stub calls a method
+    bar.outline.set_visible(False)
     return ax

@@ -66,11 +66,12 @@ def _figure(found: Evidence, heads: dict[str, tuple[HeadErrors, ...]]) -> Figure
         "sqnr, dB",
         "floor of the entry, dB",
         "share of T",
-        "share of the output",
-        "output, dB",
+        "share of o",
+        "o, dB",
     ]
     rows = [
-        [f"{layer}, {head.head}", decibels(head.sqnr_db), _floor(found, layer, head), f"{head.signal_share:.2%}",
+        [f"{layer}, {head.head}", decibels(head.sqnr_db), _floor(found, layer, head),
+         f"{head.signal_share:.2%}",
          "-" if head.output_share is None else f"{head.output_share:.1%}", decibels(head.output_sqnr_db)]
         for layer, each in _with_outputs(found, heads).items()
         for head in each
