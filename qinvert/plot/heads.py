@@ -44,7 +44,7 @@ def head_errors(heads: Mapping[str, Sequence[HeadErrors]], *, ax: Axes | None = 
     bar = ax.figure.colorbar(image, ax=ax, location="bottom", aspect=40, pad=0.02)
     bar.set_label("sqnr of T, dB", color=INK, fontsize=TEXT)
     bar.ax.tick_params(colors=INK, labelsize=TEXT)
-    bar.outline.set_visible(False)  # type: ignore[operator] # a spine, which their stub calls a method
+    bar.outline.set_visible(False)
     return ax
 
 
