@@ -20,6 +20,7 @@ from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
 from qinvert.delta_rule.rule import Inverse, applicable
 from qinvert.documents import to_document
 from qinvert.errors import InputError
+from qinvert.html_table import html_table
 from qinvert.matrices import solve
 from qinvert.metrics import ErrorStatistics, NoiseStatistics
 from qinvert.plan.plan import LayerPlan, Plan
@@ -50,7 +51,7 @@ class LayerErrors:
     heads: tuple[HeadErrors, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Evaluation:
     """Differences between the model with the exact inverse and with another one."""
 
@@ -75,6 +76,17 @@ class Evaluation:
         """Return the numbers as JSON types."""
         document: dict[str, Any] = to_document(self)
         return document
+
+    def __repr__(self) -> str:
+        return f"<Evaluation of {self.tokens} tokens: KL {self.kl:.3g} nats, top-1 {self.top1_agreement:.2%}>"
+
+    def _repr_html_(self) -> str:
+        caption = f"KL {self.kl:.3g} nats, top-1 agreement {self.top1_agreement:.2%}, {self.tokens} tokens"
+        rows = [
+            [name, *("-" if x is None else f"{x:.1f}" for x in (e.t, e.u, e.w, e.state, e.out))]
+            for name, e in self.layers.items()
+        ]
+        return html_table(f"{caption}; sqnr in dB", ["layer", "T", "U", "W", "state", "output"], rows)
 
 
 #: ``score(logits, tokens)``: a task's accuracy on one batch.

@@ -17,6 +17,7 @@ from qinvert.documents import to_document
 from qinvert.errors import InputError
 from qinvert.execution.hexagon import check_plan
 from qinvert.execution.inputs import needed
+from qinvert.html_table import html_table
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import LayerPlan, Plan
@@ -78,7 +79,7 @@ class LayerReport:
         return document
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Report:
     """One `LayerReport` per layer, or one `StepReport` for each whole chunk step."""
 
@@ -113,6 +114,25 @@ class Report:
             f"max_abs {r.max_abs:.2e}, {r.matrices} matrices"
             for name, r in self.layers.items()
         ) + "\n".join(f"{name}: {report}" for name, report in self.steps.items())
+
+    def __repr__(self) -> str:
+        if not self.layers and not self.steps:
+            return "<Report of no layers>"
+        return (
+            f"<Report of {len(self.layers) + len(self.steps)} entries: worst sqnr "
+            f"{self.worst_sqnr_db:.1f} dB>"
+        )
+
+    def _repr_html_(self) -> str:
+        if self.steps:
+            cells = [[n, f"{s.sqnr_o_db:.1f}", f"{s.sqnr_state_db:.1f}"] for n, s in self.steps.items()]
+            return html_table("Simulated chunk steps, sqnr in dB", ["layer", "output", "state"], cells)
+        rows = [
+            [name, r.formats, f"{r.sqnr_db:.1f}", f"{r.floor_db:.1f}", f"{r.max_abs:.2e}"]
+            for name, r in self.layers.items()
+        ]
+        columns = ["layer", "format", "sqnr, dB", "floor, dB", "max|E|"]
+        return html_table("Simulated integer inverse", columns, rows)
 
 
 class LayerSimulation:
@@ -212,7 +232,7 @@ def simulate(
             check_plan(layer_plan)
     running: dict[str, LayerSimulation] = {}
     for given, whole in open_systems(source, with_options(data, num_samples, seq_len)):
-        name = _match(plan, given)
+        name = match_layer(plan, given)
         parts = split_heads(name, whole) if is_split(plan, name) else [(name, whole)]
         for layer, systems in parts:
             if layer not in running:
@@ -242,7 +262,14 @@ def _with_shares(layers: dict[str, LayerReport]) -> dict[str, LayerReport]:
     }
 
 
-def _match(plan: Plan, given: str) -> str:
+def match_layer(plan: Plan, given: str) -> str:
+    """Return the entry or layer of a plan that a source means by a name; a plan of one layer has any name.
+
+    Raises
+    ------
+    PlanError
+        If the plan has no such layer.
+    """
     if given == DEFAULT_LAYER and given not in plan.layers and len(plan.layers) == 1:
         return next(iter(plan.layers))
     if not is_split(plan, given):

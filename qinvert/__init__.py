@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from qinvert.plan.quantization import Quantization as Quantization
     from qinvert.program.program import Program as Program
     from qinvert.program.residual_sums import residuals_as_sums as residuals_as_sums
+    from qinvert.report_page.report import report as report
 
 #: Public name -> module that defines it.
 _HOMES = {
@@ -120,12 +121,13 @@ _HOMES = {
     "newton_schulz": "methods",
     "patched": "calibration.patching",
     "range_growth": "calibration.growth",
+    "report": "report_page.report",
     "residuals_as_sums": "program.residual_sums",
     "simulate": "calibration.simulate",
     "verify": "export.verification.verify",
 }
 #: Packages that are public as a whole; ``export`` can also be called.
-_PACKAGES = ("calibration", "export", "hardware", "stress")
+_PACKAGES = ("calibration", "export", "hardware", "plot", "stress")
 
 __all__ = ["__version__", *sorted(_HOMES), *_PACKAGES]
 

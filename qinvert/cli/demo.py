@@ -14,6 +14,7 @@ from qinvert.cli.growth_table import growth_to_dict, show_growth
 from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.plan_tables import show_choices
 from qinvert.cli.sources import load_model, with_source
+from qinvert.errors import MissingDependencyError
 from qinvert.files import check_folder
 from qinvert.methods.banded_residual import banded_residual
 from qinvert.plan.plan import Plan
@@ -65,14 +66,31 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     show_choices(output, plan)
     rows = _layer_rows(output, model, plan, folder, unseen)
     accuracy = _accuracy(output, model, plan, seen, unseen)
+    page = _page(output, plan, folder)
     output.result(
         {
+            "report": page,
             "plan": str(Path(folder) / PLAN_FILE),
             "growth": {name: growth_to_dict(g) for name, g in growth.items()},
             "layers": rows,
             "accuracy": accuracy,
         }
     )
+
+
+def _page(output: Output, plan: Plan, folder: str) -> str | None:
+    """Write the page of the plan alone, which takes two seconds; None without the packages for it."""
+    from qinvert.report_page.report import report
+
+    path = str(Path(folder) / "report.html")
+    before = present(path)
+    try:
+        report(plan, path=path, plan_file=str(Path(folder) / PLAN_FILE))
+    except MissingDependencyError as error:
+        output.say(f"no page was written: {error}")
+        return None
+    output.say(wrote(path, before))
+    return path
 
 
 def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: torch.Tensor) -> dict[str, Any]:

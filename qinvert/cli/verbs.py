@@ -16,6 +16,7 @@ VERBS: Final = {
     "export": "Write one ONNX file per layer, or one for all, and the plan beside them.",
     "verify": "Run exported graphs and compare every value with the simulator.",
     "evaluate": "Compare the model under the plan with the model under the exact inverse.",
+    "report": "Show a plan as one HTML page: verdicts, figures, tables, what to do next.",
     "export-model": "Write a whole decoder as ONNX, with a local function for each layer's inverse.",
     "graft": "Replace LinearAttention nodes by chunks with integer inverses.",
     "doctor": "Say which nodes of an ONNX model a chip's compiler will not take, and what to do.",

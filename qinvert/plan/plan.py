@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qinvert.errors import PlanError, QInvertError
 from qinvert.files import read_bytes, write_atomically
+from qinvert.html_table import html_table
 from qinvert.plan.cost import plan_cost
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.plan.serialization import from_bytes, to_bytes
@@ -159,7 +160,7 @@ class LayerPlan(QuantizedProgram):
         return f"{self.program.title} {self.formats}, requantize by {self.requantize}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan:
     """The layers of a model, each with its integer program."""
 
@@ -239,6 +240,22 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(f"{name}: {layer}" for name, layer in self.layers.items())
+
+    def __repr__(self) -> str:
+        missed = sum(layer.provenance.get("meets_goal") is False for layer in self.layers.values())
+        goal = f", {missed} miss their goal" if missed else ""
+        return f"<Plan for {self.target}: {len(self.layers)} entries{goal}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [name, layer.program.title, layer.formats, _goal(layer)] for name, layer in self.layers.items()
+        ]
+        return html_table(f"Plan for {self.target}", ["layer", "program", "format", "goal"], rows)
+
+
+def _goal(layer: LayerPlan) -> str:
+    met = layer.provenance.get("meets_goal")
+    return "not known" if met is None else "met" if met else f"missed: {layer.provenance.get('fix', '')}"
 
 
 def _names(layers: Mapping[str, LayerPlan], limit: int = 8) -> str:

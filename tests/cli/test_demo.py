@@ -14,7 +14,7 @@ def test_the_demo_does_the_whole_job(tmp_path):
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     layers = ["model.layers.0.linear_attn", "model.layers.1.linear_attn"]
-    assert sorted(os.listdir(folder)) == [*(f"{name}.onnx" for name in layers), "plan.json"]
+    assert sorted(os.listdir(folder)) == [*(f"{name}.onnx" for name in layers), "plan.json", "report.html"]
     assert document["accuracy"]["exact"] == 1.0
     assert document["accuracy"]["integer"] == 1.0
     assert document["accuracy"]["T = I"] == pytest.approx(0.27, abs=0.04)
