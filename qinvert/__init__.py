@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.compiled_cost import compiled_cost as compiled_cost
+    from qinvert.export.deployment.deploy import deploy as deploy
+    from qinvert.export.deployment.deployment import Deployment as Deployment
     from qinvert.export.functions import export_layers as export_layers
     from qinvert.export.runtimes.estimates import CycleEstimate as CycleEstimate
     from qinvert.export.verification.comparison import Verification as Verification
@@ -72,6 +74,7 @@ _HOMES = {
     "ChunkOptions": "calibration.chunk_steps.options",
     "CycleEstimate": "export.runtimes.estimates",
     "DataWarning": "cautions",
+    "Deployment": "export.deployment.deployment",
     "Evaluation": "calibration.evaluate",
     "ExportError": "errors",
     "InputError": "errors",
@@ -102,6 +105,7 @@ _HOMES = {
     "column_sweep": "methods",
     "compare": "calibration.evaluate",
     "compiled_cost": "export.compiled_cost",
+    "deploy": "export.deployment.deploy",
     "elimination": "methods",
     "estimate": "export.verification.cycles",
     "evaluate": "calibration.evaluate",

@@ -17,6 +17,8 @@ VERBS: Final = {
     "verify": "Run exported graphs and compare every value with the simulator.",
     "evaluate": "Compare the model under the plan with the model under the exact inverse.",
     "export-model": "Write a whole decoder as ONNX, with a local function for each layer's inverse.",
+    "deploy": "Write a model as a prefill graph and a decode graph that hand all states on.",
+    "run": "Continue a prompt by the graphs of a deployed folder, on onnxruntime.",
     "graft": "Replace LinearAttention nodes by chunks with integer inverses.",
     "profiles": "List the export profiles, and the runtimes that graphs can be verified on.",
 }
