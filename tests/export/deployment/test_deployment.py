@@ -6,11 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_models import VOCABULARY, build, of_layers
+from tiny_models import HIDDEN, VOCABULARY, build, of_layers
 
 import qinvert
-from qinvert import ChunkOptions, InputError, Plan
+from qinvert import ChunkOptions, InputError, Plan, PlanError, VerificationError
 from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK
+from qinvert.export.deployment.verify_deployment import verify_deployment
 
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
@@ -109,6 +110,37 @@ def test_generation_is_prefill_and_then_the_most_likely_tokens(deployed):
     for token in found:
         assert token == int(logits.argmax())
         logits = deployment.decode(token)
+
+
+def test_verification_runs_both_graphs(deployed):
+    model, _, folder = deployed
+    checks = verify_deployment(folder, model, TOKENS[0].numpy(), lengths=(1, 65))
+    assert [(c.prefilled, c.decoded, c.optimized) for c in checks] == [
+        (1, 0, False),
+        (65, 8, False),
+        (1, 0, True),
+        (65, 8, True),
+    ]
+    for check in checks:
+        assert max(check.logits, check.states) < 0.02
+        assert check.kl < 1e-4
+        assert check.top1_agreement > 0.9
+
+
+@pytest.mark.parametrize("name", ["prefill.onnx", "decode.onnx"])
+def test_verification_sees_another_constant(deployed, tmp_path, name):
+    model, _, folder = deployed
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    graph = onnx.load(folder / name)
+    weights = next(tensor for tensor in graph.graph.initializer if tensor.dims == [VOCABULARY, HIDDEN])
+    weights.raw_data = (1.2 * np.frombuffer(weights.raw_data, np.float32)).astype(np.float32).tobytes()
+    onnx.save(graph, tmp_path / name)
+    with pytest.raises(VerificationError, match="differs"):
+        verify_deployment(tmp_path, model, TOKENS[0].numpy(), lengths=(1,))
+    other = build("qwen3_5", **of_layers("linear_attention", "full_attention"), intermediate_size=48)
+    with pytest.raises(PlanError, match="another model"):
+        verify_deployment(tmp_path, other, lengths=(1,))
 
 
 def test_what_a_deployment_refuses(deployed):
