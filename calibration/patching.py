@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -20,10 +21,10 @@ import torch
 from qinvert.calibration.chunk_steps.results import layer_results, plan_results
 from qinvert.calibration.heads import is_split
 from qinvert.calibration.model_identity import check_identity
-from qinvert.calibration.running import LayerInverse, redirect, running, track
+from qinvert.calibration.running import DeltaRule, LayerInverse, redirect, running, track
 from qinvert.calibration.wrappers import COMPILED, own_names
 from qinvert.delta_rule.chunks import DeltaChunks
-from qinvert.delta_rule.rule import Inverse, exact
+from qinvert.delta_rule.rule import Inverse, chunk_gated_delta_rule, exact
 from qinvert.errors import InputError, PlanError, QInvertError, reason
 from qinvert.matrices import SolvedInverse, exact_inverse
 from qinvert.plan.plan import LayerPlan, Plan
@@ -161,6 +162,23 @@ def _called(layer: torch.nn.Module) -> tuple[Any, str] | None:
 @contextmanager
 def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[None]:
     """Do what `patched` does, with an inverse that is also told the layer's name."""
+
+    def rule_of(name: str) -> DeltaRule:
+        return partial(chunk_gated_delta_rule, chunk_inverse=partial(inverse, name))
+
+    with redirected(model, rule_of):
+        yield
+
+
+@contextmanager
+def redirected(model: torch.nn.Module, rule_of: Callable[[str], DeltaRule]) -> Iterator[None]:
+    """Have every delta-rule layer call the rule of its name, inside a ``with`` block.
+
+    Raises
+    ------
+    InputError
+        If the model has no such layer, or is patched already.
+    """
     layers = delta_layers(model)
     if model in _patched_models:
         raise InputError("this model is patched already; leave the outer `with patched(...)` first")
@@ -168,7 +186,7 @@ def patched_by_layer(model: torch.nn.Module, inverse: LayerInverse) -> Iterator[
         _patched_models.add(model)
         undo.callback(_patched_models.discard, model)
         for name, layer in layers.items():
-            track(layer, name, inverse, undo)
+            track(layer, rule_of(name), undo)
             if hasattr(layer, ATTRIBUTE_NAME):
                 redirect(layer, ATTRIBUTE_NAME, undo)
         for called in {_called(layer) for layer in layers.values()}:

@@ -1,4 +1,4 @@
-"""Which patched layer runs in this thread, and the function that asks it for its inverse."""
+"""Which patched layer runs in this thread, and the function that asks it for its delta rule."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
 from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
-from qinvert.delta_rule.rule import chunk_gated_delta_rule
 
 #: ``inverse(layer, chunks) -> T``, or what the whole step returns.
 LayerInverse: TypeAlias = Callable[[str, DeltaChunks], Applied | ChunkOutputs]
+#: What a layer calls, with the signature of `qinvert.chunk_gated_delta_rule`.
+DeltaRule: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class _Running(threading.local):
     """Patched layers whose forward pass is under way in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.layers: list[tuple[str, LayerInverse]] = []
-        #: What an inverse raised last: it reaches the caller as it is, and not as an error of the model.
+        self.layers: list[DeltaRule] = []
+        #: What a rule raised last: it reaches the caller as it is, and not as an error of the model.
         self.failure: Exception | None = None
 
 
 running = _Running()
 
 
-def track(layer: torch.nn.Module, name: str, inverse: LayerInverse, undo: ExitStack) -> None:
-    """Have the layer say when it runs, until ``undo``."""
-    undo.callback(layer.register_forward_pre_hook(_Enter(name, inverse)).remove)
+def track(layer: torch.nn.Module, rule: DeltaRule, undo: ExitStack) -> None:
+    """Have the layer say when it runs, and what it is to call, until ``undo``."""
+    undo.callback(layer.register_forward_pre_hook(_Enter(rule)).remove)
     # always_call: the entry must also be removed after an exception in forward.
     undo.callback(layer.register_forward_hook(_Leave(), always_call=True).remove)
 
@@ -47,11 +47,11 @@ class _Hook:
 class _Enter(_Hook):
     """The layer's forward pass begins."""
 
-    def __init__(self, name: str, inverse: LayerInverse) -> None:
-        self._entry = name, inverse
+    def __init__(self, rule: DeltaRule) -> None:
+        self._rule = rule
 
     def __call__(self, *_: Any) -> None:
-        running.layers.append(self._entry)
+        running.layers.append(self._rule)
 
 
 class _Leave(_Hook):
@@ -83,9 +83,8 @@ class _Redirection:
         # A module global is shared: other models of the family keep the original.
         if not running.layers:
             return self.original(*args, **kwargs)
-        layer, inverse = running.layers[-1]
         try:
-            return chunk_gated_delta_rule(*args, **kwargs, chunk_inverse=partial(inverse, layer))
+            return running.layers[-1](*args, **kwargs)
         except Exception as error:
             running.failure = error
             raise
@@ -110,7 +109,7 @@ _redirecting = threading.Lock()
 
 
 def redirect(owner: Any, name: str, undo: ExitStack) -> None:
-    """Have calls of a function of ``owner`` ask the layer that runs for its inverse, until ``undo``."""
+    """Have calls of a function of ``owner`` run the rule of the layer that runs, until ``undo``."""
     with _redirecting:
         current = getattr(owner, name)
         redirection = current if isinstance(current, _Redirection) else _Redirection(owner, name, current)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from qinvert.errors import QInvertError as QInvertError
     from qinvert.errors import VerificationError as VerificationError
     from qinvert.export.compiled_cost import compiled_cost as compiled_cost
+    from qinvert.export.deployment.deploy import deploy as deploy
+    from qinvert.export.deployment.deployment import Deployment as Deployment
     from qinvert.export.functions import export_layers as export_layers
     from qinvert.export.rules.doctor import Diagnosis as Diagnosis
     from qinvert.export.rules.doctor import doctor as doctor
@@ -75,6 +77,7 @@ _HOMES = {
     "ChunkOptions": "calibration.chunk_steps.options",
     "CycleEstimate": "export.runtimes.estimates",
     "DataWarning": "cautions",
+    "Deployment": "export.deployment.deployment",
     "Diagnosis": "export.rules.doctor",
     "Evaluation": "calibration.evaluate",
     "ExportError": "errors",
@@ -106,6 +109,7 @@ _HOMES = {
     "column_sweep": "methods",
     "compare": "calibration.evaluate",
     "compiled_cost": "export.compiled_cost",
+    "deploy": "export.deployment.deploy",
     "doctor": "export.rules.doctor",
     "elimination": "methods",
     "estimate": "export.verification.cycles",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from qinvert.errors import InputError
-from qinvert.temporaries import temporary_file
+from qinvert.temporaries import temporary_file, temporary_folder
 
 #: Largest file that is read at once: that of an ONNX model, whose format ends there.
 MAX_BYTES: Final = 2**31
@@ -133,6 +133,61 @@ def make_folder(path: str | PathLike[str]) -> Path:
         said = getattr(error, "strerror", None) or error
         raise InputError(f"cannot create folder {folder}: {said}; choose another place") from None
     return folder
+
+
+@contextmanager
+def new_folder(path: str | PathLike[str], marker: str) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of ``path`` when the ``with`` block has ended.
+
+    After an exception, or where the process is killed, ``path`` is what it was.
+
+    Parameters
+    ----------
+    path : path
+        Nothing, an empty folder, or one that was written this way before, which is replaced.
+    marker : str
+        File by which such a folder is known.
+
+    Raises
+    ------
+    InputError
+        If there is something else, or the folder cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    check_replaceable(target, marker)
+    make_folder(target.parent)
+    with temporary_folder(target) as scratch:
+        work = scratch / "new"
+        work.mkdir()
+        yield work
+        with _refusals(target):
+            _take_place(work, target, scratch / "old")
+
+
+def _take_place(work: Path, target: Path, old: Path) -> None:
+    """Rename ``work`` to ``target``, and what is there to ``old``; back if that fails."""
+    if target.exists():
+        target.rename(old)
+    try:
+        work.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def check_replaceable(path: str | PathLike[str], marker: str) -> None:
+    """Refuse a folder that `new_folder` could not write, before the work starts.
+
+    Raises
+    ------
+    InputError
+        If it is a file, cannot be written, or holds something that was not written this way.
+    """
+    target = Path(os.path.realpath(path))
+    check_folder(target)
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise InputError(f"{target} holds other files and no {marker}; pass a new or an empty folder")
 
 
 def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:

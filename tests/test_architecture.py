@@ -31,7 +31,7 @@ ROOMS = (
     ("chunk_step._key_path", "chunk_step.window", "kernels", "plan.serialization"),
     ("chunk_step._value_path",),
     ("chunk_step.gated_delta_step",),
-    ("simulation",),
+    ("simulation", "chunk_step.single_token"),
     ("plan.plan",),
     (
         "calibration.__init__",
@@ -79,6 +79,7 @@ ROOMS = (
     ("export.__init__", "export.compiled_cost", "export.functions"),
     ("export.verification",),
     ("export.whole_models",),
+    ("export.deployment",),
     ("export.quantizer",),
     ("cli",),
 )
@@ -89,6 +90,7 @@ TOUCHES_PATHS = {
     "qinvert.temporaries": "makes files that will be renamed, and deletes what killed processes left",
     "qinvert.pretrained": "lets transformers load a folder",
     "qinvert.recall": "knows the folder of the embedded model",
+    "qinvert.export.deployment.deploy": "writes the files of a folder that takes its place as a whole",
     "qinvert.export.open_shapes": "has onnx check a copy beside the weights",
     "qinvert.calibration.data.arrays": "reads .npz and .safetensors, array by array",
     "qinvert.calibration.data.documents": "reads text files line by line, and data sets",

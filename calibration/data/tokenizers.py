@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +40,8 @@ class Tokenizer:
     encode: Callable[[str], Any]
     #: What stands between two documents.
     separator: Ids
+    #: Text of ids; None where a caller's function cannot be turned round.
+    decode: Callable[[Sequence[int]], str] | None = None
 
     def ids(self, text: str) -> Ids:
         """Return the token ids of a text.
@@ -77,8 +79,31 @@ def _bytes(text: str) -> Ids:
     return np.frombuffer(text.encode(errors="replace"), dtype=np.uint8).astype(np.int64)
 
 
+def _text(ids: Sequence[int]) -> str:
+    # Special tokens are no bytes; a byte may be half a character.
+    return bytes(i for i in ids if i < BYTE_VOCABULARY.start).decode(errors="replace")
+
+
 #: Token ids are the bytes of UTF-8, with an empty line between documents.
-BYTES: Final = Tokenizer(encode=_bytes, separator=_bytes("\n\n"))
+BYTES: Final = Tokenizer(encode=_bytes, separator=_bytes("\n\n"), decode=_text)
+
+
+def tokenizer_for(given: str | None, source: str, vocabulary: int) -> Tokenizer:
+    """Return the tokenizer of a folder that is given, or of a model's, or bytes where the vocabulary fits.
+
+    Raises
+    ------
+    InputError
+        If there is no tokenizer, or it cannot be loaded.
+    """
+    if given is not None or (source and _has_tokenizer(Path(source))):
+        return _load(source if given is None else given)
+    if vocabulary in BYTE_VOCABULARY:
+        return BYTES
+    raise InputError(
+        f"there is no tokenizer, and with {vocabulary} tokens the model does not read bytes; pass "
+        "--tokenizer FOLDER, or token ids"
+    )
 
 
 def find_tokenizer(model: torch.nn.Module | None, given: Any = None) -> Tokenizer:
@@ -155,4 +180,5 @@ def _of_transformers(tokenizer: Any) -> Tokenizer:
         # verbose=False: pieces may be longer than the model's context; sequences are cut from them.
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False),
         separator=np.array([] if end is None else [end], dtype=np.int64),
+        decode=lambda ids: str(tokenizer.decode(ids)),
     )

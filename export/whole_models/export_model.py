@@ -126,7 +126,7 @@ def export_model(
     require_onnx_ir()
     chosen = profile_for(plan, profile)
     if isinstance(model, torch.nn.Module):
-        _check_element(model)
+        check_float32(model)
     by_layer(model, plan)
     check_identity(plan, model, force)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
@@ -166,7 +166,7 @@ def check_target(path: str | PathLike[str]) -> None:
     check_writable(path)
 
 
-def _check_element(model: torch.nn.Module) -> None:
+def check_float32(model: torch.nn.Module) -> None:
     """Refuse weights of 16 bits, which a trace would carry into the float32 functions."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:

@@ -18,6 +18,8 @@ VERBS: Final = {
     "evaluate": "Compare the model under the plan with the model under the exact inverse.",
     "report": "Show a plan as one HTML page: verdicts, figures, tables, what to do next.",
     "export-model": "Write a whole decoder as ONNX, with a local function for each layer's inverse.",
+    "deploy": "Write a model as a prefill graph and a decode graph that hand all states on.",
+    "run": "Continue a prompt by the graphs of a deployed folder, on onnxruntime.",
     "graft": "Replace LinearAttention nodes by chunks with integer inverses.",
     "doctor": "Say which nodes of an ONNX model a chip's compiler will not take, and what to do.",
     "profiles": "List the export profiles, and the runtimes that graphs can be verified on.",

@@ -11,6 +11,7 @@ import click
 from qinvert.cli import cost as costs
 from qinvert.cli.data_options import DataOptions
 from qinvert.cli.decibels import DECIBELS, decibels
+from qinvert.cli.deployed_folder import is_deployed, verify_deployed
 from qinvert.cli.graph_folder import PLAN_FILE, check_same_plan, exported_graphs
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.sources import open_for_plan
@@ -65,6 +66,7 @@ STRESS_KEYS = 8
 @click.option(
     "--keep", type=click.Path(file_okay=False), help="Folder for compiled files, one folder a layer."
 )
+@click.option("--model", help="Model folder of a deployment; the one that it was made of by default.")
 @output_options
 def verify(
     folder: str,
@@ -74,12 +76,14 @@ def verify(
     cost: bool,
     hardware: tuple[str, ...],
     keep: str | None,
+    model: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Run exported graphs and compare every value with the simulator.
 
-    FOLDER is what `qinvert export` wrote.  A difference that the profile does
+    FOLDER is what `qinvert export` wrote, or `qinvert deploy`, whose graphs are compared
+    with the model, in windows and token by token.  A difference that the profile does
     not allow is an error, exit code 2; where a graph breaks a rule of its
     profile, the node and the remedy are printed.
 
@@ -88,8 +92,17 @@ def verify(
              qinvert verify graphs/ --data L.npz --min-sqnr 20
              qinvert verify graphs/ --runtime openvino --runtime qnn
              qinvert verify graphs/ --runtime qnn --cost --keep compiled/
+             qinvert verify out/ --model ./my-model
     """
     output = Output(as_json=as_json, quiet=quiet)
+    if is_deployed(folder):
+        for name, given in (("--data", data), ("--min-sqnr", min_sqnr), ("--cost", cost or None)):
+            if given is not None:
+                raise InputError(f"{name} is for folders of qinvert export, and {folder} is a deployment")
+        verify_deployed(output, folder, model, runtimes if not (hardware or keep) else ())
+        return
+    if model is not None:
+        raise InputError(f"--model is for folders of qinvert deploy, and {folder} is none; leave it out")
     asked = costs.chips(hardware, runtimes) if cost or hardware else ()
     missing = costs.missing_toolkits(asked)
     plan = Plan.load(Path(folder) / PLAN_FILE)

@@ -1,0 +1,1 @@
+"""Whole models as two static graphs, prefill and decode, that hand all states on."""

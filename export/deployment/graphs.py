@@ -1,0 +1,188 @@
+"""The graph of a window: traced, with the steps of its layers put in their places."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import onnx
+import torch
+
+from qinvert.errors import ExportError
+from qinvert.export.deployment.states import SUFFIX
+from qinvert.export.deployment.step_calls import LayerStep, step_names
+from qinvert.export.deployment.window import Window
+from qinvert.export.graph import FUNCTION_IR_VERSION
+from qinvert.export.metadata import describe, layer_metadata, provenance
+from qinvert.export.step_graph import lower_step
+from qinvert.export.step_interface import VALID
+from qinvert.export.whole_models.check import LOGITS
+from qinvert.export.whole_models.tracing import opset_for, require_onnx_ir, trace
+from qinvert.plan.plan import Plan
+from qinvert.profiles import Profile
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+#: Input of token ids.
+TOKENS: Final = "input_ids"
+#: Largest rank of a tensor that compilers for NPUs take.
+MAX_RANK: Final = 4
+#: Operators that they do not take, or that they leave on the CPU.
+FORBIDDEN: Final = frozenset(
+    {"CumSum", "If", "Loop", "NonZero", "Scan", "ScatterElements", "ScatterND", "Trilu", "Where"}
+)
+
+
+def window_graph(window: Window, plan: Plan, profile: Profile, tokens: int, *, masked: bool) -> onnx_ir.Model:
+    """Return ``input_ids, valid, states -> logits, states`` as one graph of plain operators.
+
+    Parameters
+    ----------
+    window : Window
+        Inside `qinvert.export.deployment.window.windowed`; its calls are recorded.
+    plan : Plan
+    profile : Profile
+        Of the steps.
+    tokens : int
+        Tokens of a call.
+    masked : bool
+        Whether a call may have fewer tokens: the graph then has the input ``valid``.
+
+    Raises
+    ------
+    ExportError
+        If PyTorch cannot trace the model, the profile cannot express a step, or the graph has a
+        tensor of too high a rank or an operator that NPUs do not take.
+    """
+    example: dict[str, Any] = {TOKENS: torch.zeros(1, tokens, dtype=torch.int32), "states": window.zeros()}
+    names = [TOKENS, *(state.name for state in window.states)]
+    if masked:
+        example[VALID] = torch.ones(1, tokens)
+        names.append(VALID)
+    outputs = [LOGITS, *(state.name + SUFFIX for state in window.states)]
+    options = {"input_names": names, "output_names": outputs, "custom_translation_table": _translations()}
+    model = trace(window, example, opset_for(profile, None), **options)
+    _put_steps(model, window, plan, profile)
+    _tidy(model)
+    check_operators(model)
+    model.metadata_props.update(provenance(plan, profile))
+    return model
+
+
+def _translations() -> dict[Any, Any]:
+    """Return forms of PyTorch's operators without a selection."""
+    require_onnx_ir()
+    from onnxscript import opset18
+
+    def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+        """``log(1 + exp(x))``; PyTorch's own form selects x above 20, to which it is equal in float32."""
+        if beta != 1.0 or threshold < 20.0:
+            raise ExportError(
+                f"softplus of beta {beta:g} and threshold {threshold:g} has no ONNX operator; deploy knows "
+                "1 and 20"
+            )
+        return opset18.Softplus(x)
+
+    return {torch.ops.aten.softplus.default: softplus}
+
+
+def _put_steps(model: onnx_ir.Model, window: Window, plan: Plan, profile: Profile) -> None:
+    """Put the nodes of every layer's step in the place of its call."""
+    from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+    from onnx_ir.serde import deserialize_function
+
+    target = replace(profile, opset=model.opset_imports[""])
+    names = step_names(plan)
+    for name, step in window.steps.items():
+        function = deserialize_function(_function(step, target, names[name]))
+        model.functions[function.identifier()] = function
+    model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
+    InlinePass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _function(step: LayerStep, profile: Profile, name: str) -> onnx.FunctionProto:
+    """Return the step of a layer, whose tensors start with the name of the layer."""
+    metadata = layer_metadata(step.name, step.plan, profile, step.interface)
+    graph = lower_step(step.plan, profile, step.interface)
+    function = graph.function(name, profile.opset, metadata, describe(step.plan, step.interface))
+    ends = {*function.input}
+
+    def named(tensor: str) -> str:
+        return tensor if not tensor or tensor in ends else f"{step.name}/{tensor}"
+
+    for node in function.node:
+        node.name = named(node.name)
+        node.input[:] = [named(tensor) for tensor in node.input]
+        node.output[:] = [named(tensor) for tensor in node.output]
+    function.output[:] = [named(tensor) for tensor in function.output]
+    for value in function.value_info:
+        value.name = named(value.name)
+    return function
+
+
+def _tidy(model: onnx_ir.Model) -> None:
+    """Remove what nothing reads, share equal constants, and note every shape."""
+    from onnx_ir.passes.common import (
+        DeduplicateInitializersPass,
+        IdentityEliminationPass,
+        NameFixPass,
+        RemoveUnusedNodesPass,
+        RemoveUnusedOpsetsPass,
+        ShapeInferencePass,
+        TopologicalSortPass,
+    )
+
+    passes = (
+        IdentityEliminationPass(),
+        RemoveUnusedNodesPass(),
+        DeduplicateInitializersPass(),
+        RemoveUnusedOpsetsPass(),
+        TopologicalSortPass(),
+        NameFixPass(),
+        ShapeInferencePass(),
+    )
+    for step in passes:
+        step(model)
+
+
+def check_operators(model: onnx_ir.Model) -> None:
+    """Refuse a tensor of rank above `MAX_RANK`, one of unknown size, and an operator of `FORBIDDEN`.
+
+    Raises
+    ------
+    ExportError
+        With all of them, by kind.
+    """
+    found = Counter(_faults(model))
+    if found:
+        listed = "; ".join(f"{fault} ({count})" if count > 1 else fault for fault, count in found.items())
+        raise ExportError(
+            f"the model has what NPUs do not take: {listed}; deploy a model without it, or export the layers "
+            "alone (qinvert.export)"
+        )
+
+
+def _faults(model: onnx_ir.Model) -> Iterator[str]:
+    for node in model.graph.all_nodes():
+        if node.op_type in FORBIDDEN:
+            yield f"operator {node.op_type} at {node.outputs[0].name}"
+        for value in node.outputs:
+            if value.shape is None or not value.shape.is_static():
+                yield f"no fixed shape at {value.name}"
+            elif len(value.shape) > MAX_RANK:
+                yield f"{len(value.shape)} axes at {value.name}"
+
+
+def operators(model: onnx_ir.Model) -> dict[str, int]:
+    """Count the nodes of a graph by their operators."""
+    return dict(sorted(Counter(node.op_type for node in model.graph.all_nodes()).items()))
+
+
+def weight_bytes(model: onnx_ir.Model) -> int:
+    """Bytes of the constants."""
+    constants = (value.const_value for value in model.graph.initializers.values())
+    return sum(constant.nbytes for constant in constants if constant is not None)
