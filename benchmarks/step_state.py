@@ -34,6 +34,11 @@ PLANS = {
     "8 bits": {"value_bits": 8, "state_bits": 8},
     "8 bits, margin 4": {"value_bits": 8, "state_bits": 8, "state_margin": 4.0},
     "values 8, state 16 bits, margin 4": {"value_bits": 8, "state_bits": 16, "state_margin": 4.0},
+    "values 8 bits, error feedback, margin 4": {
+        "value_bits": 8,
+        "error_feedback": True,
+        "state_margin": 4.0,
+    },
     "16 bits, no margin": {"value_bits": 16, "state_bits": 16, "state_margin": 1.0},
     "16 bits, margin 4": {"value_bits": 16, "state_bits": 16, "state_margin": 4.0},
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, TypeVar
 
-from qinvert.checks import check_integer
+from qinvert.checks import check_flag, check_integer
 from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, OUTPUT, QUERY, STATE, VALUE, StepSizes, step_sizes
 from qinvert.chunk_step.window import MAX_CHUNKS, window_plan
 from qinvert.errors import ExportError
@@ -103,8 +103,7 @@ class StepInterface:
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         if self.output not in (GraphOutput.PORTS, GraphOutput.INTEGERS):
             raise ExportError(f"output {str(self.output)!r} is for inverses; use 'ports' or 'integers'")
-        if not isinstance(self.normalize, bool):
-            raise ExportError(f"normalize {self.normalize!r} is neither True nor False")
+        check_flag("normalize", self.normalize, ExportError)
         object.__setattr__(self, "output", GraphOutput(self.output))
         if self.normalize and self.takes_integers:
             raise ExportError(

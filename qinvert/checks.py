@@ -91,3 +91,16 @@ def check_magnitude(name: str, value: object, error: type[QInvertError], hint: s
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise error(f"{name} {value!r} is not a number of at least 0; {hint}")
     return float(value)
+
+
+def check_flag(name: str, value: object, error: type[QInvertError]) -> bool:
+    """Return ``value`` if it is a boolean.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``: a string such as ``"no"`` would count as true.
+    """
+    if not isinstance(value, bool):
+        raise error(f"{name} {value!r} is neither True nor False")
+    return value

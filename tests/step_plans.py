@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from qinvert import elimination, gated_delta_step
-from qinvert.chunk_step.ports import STATE, step_sizes
+from qinvert.chunk_step.ports import READ_STATE, STATE, step_sizes
 from qinvert.formats import INT8
 from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan, Plan
@@ -54,7 +54,7 @@ def formats_of(wide, logs):
             return logs
         first = name.split("/")[0]
         values = first in VALUES or first in ("v_new", "v_predicted", "v_error")
-        return wide if values else INT8
+        return wide if values and name != READ_STATE else INT8
 
     return choose
 
@@ -105,11 +105,18 @@ def _groups(program):
 
 @cache
 def small_plan(
-    target="int-ops", *, decay="scalar", form="folded", values_first=True, halves=False, **formats
+    target="int-ops",
+    *,
+    decay="scalar",
+    form="folded",
+    values_first=True,
+    halves=False,
+    error_feedback=False,
+    **formats,
 ):
     """A plan of one layer with chunks of 16 tokens, keys of 8 and values of 12."""
-    inverse = elimination(8 if halves else 16)
-    program = gated_delta_step(inverse, 8, 12, decay, form, values_first=values_first, halves=halves)
+    options = {"values_first": values_first, "halves": halves, "error_feedback": error_feedback}
+    program = gated_delta_step(elimination(8 if halves else 16), 8, 12, decay, form, **options)
     from qinvert.profiles import PROFILES
 
     profile = PROFILES[target]

@@ -107,6 +107,7 @@ class StepCalibration:
             self.options.form,
             values_first=self.options.values_first,
             halves=self.options.halves,
+            error_feedback=self.options.error_feedback,
             max_beta=max_beta,
         )
 
@@ -214,7 +215,7 @@ def step_calibration(
             widens=bits == AUTO and bool(wide),
             all_wide=all_wide,
             value_bits=options.value_bits,
-            state_bits=options.state_bits,
+            state_bits=WIDE_BITS if options.error_feedback else options.state_bits,
             equalize=options.equalize,
             rotated=options.rotate,
             ranges=_range_rules(ranges),
@@ -230,16 +231,19 @@ def _check_options(options: object, bits: str, narrowest: IntFormat, profile: Pr
         raise PlanError(f"chunk is a {type(options).__name__}; pass chunk=qinvert.ChunkOptions(...)")
     chosen = {name: getattr(options, name) for name in ("value_bits", "state_bits")}
     fixed = {name: given for name, given in chosen.items() if given != AUTO}
+    fixed |= {"error_feedback": True} if options.error_feedback else {}
     if fixed and narrowest != INT8:
         name, given = next(iter(fixed.items()))
         raise PlanError(
             f"{name}={given} does not go with bits={bits}, which is the format of all tensors; leave one of "
             "them out"
         )
-    if WIDE_BITS in fixed.values() and all(fmt.largest <= INT8.largest for fmt in profile.formats):
+    if (WIDE_BITS in fixed.values() or options.error_feedback) and all(
+        fmt.largest <= INT8.largest for fmt in profile.formats
+    ):
         raise PlanError(
             f"target {profile.name!r} has no format of more than 8 bits for values or a state; choose "
-            f"target={default_target(INT16)!r}, or leave value_bits and state_bits out"
+            f"target={default_target(INT16)!r}, or leave value_bits, state_bits and error_feedback out"
         )
 
 

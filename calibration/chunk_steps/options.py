@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from qinvert.checks import check_magnitude
+from qinvert.checks import check_flag, check_magnitude
 from qinvert.chunk_step.form import Form
 from qinvert.errors import PlanError
 from qinvert.formats import NARROW_BITS
@@ -45,6 +45,9 @@ class ChunkOptions:
     value_bits: int | str = AUTO
     #: The same for the state that goes from chunk to chunk.
     state_bits: int | str = AUTO
+    #: Whether the state is carried in 16 bits and read in 8 by products, so that what rounding loses stays
+    #: in the state: the error feedback of a state of 8 bits.
+    error_feedback: bool = False
     #: Times the largest state that the data show; None means 4 for more than 8 bits, else 1.
     state_margin: float | None = None
     #: Whether value channels are divided by powers of two; None takes what serves the sample best.
@@ -61,6 +64,12 @@ class ChunkOptions:
         for name in ("value_bits", "state_bits"):
             if (given := getattr(self, name)) not in (AUTO, NARROW_BITS, WIDE_BITS):
                 raise PlanError(f"{name} {given!r} is unknown; use {AUTO}, {NARROW_BITS} or {WIDE_BITS}")
+        check_flag("error_feedback", self.error_feedback, PlanError)
+        if self.error_feedback and self.state_bits == NARROW_BITS:
+            raise PlanError(
+                "error_feedback carries the state in 16 bits and reads it in 8, so that it does not go with "
+                "state_bits=8; leave one of them out"
+            )
         hint = "pass at least 1, such as 4 for contexts longer than the data"
         margin = self.state_margin
         if margin is not None and check_magnitude("state_margin", margin, PlanError, hint) < 1:

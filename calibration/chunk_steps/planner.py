@@ -19,7 +19,8 @@ from qinvert.calibration.chunk_steps.candidate import (
 from qinvert.calibration.chunk_steps.grids import value_exponents
 from qinvert.calibration.chunk_steps.options import WIDE_BITS
 from qinvert.calibration.planning.costs import Costs
-from qinvert.chunk_step.ports import KEY, NEW_VALUES, STATE, VALUE
+from qinvert.chunk_step.ports import KEY, NEW_VALUES, READ_STATE, STATE, VALUE
+from qinvert.formats import NARROW_BITS
 from qinvert.methods import AUTO
 from qinvert.plan.value_channels import ValueChannels
 
@@ -184,7 +185,9 @@ def _start(groups: tuple[str, ...], choices: StepChoices) -> tuple[tuple[str, ..
     """Return the groups that are wide from the start, and those whose width the caller has fixed."""
     if choices.all_wide:
         return groups, groups
-    bits = {group: choices.state_bits if group == STATE else choices.value_bits for group in groups[:-1]}
+    # What is read of a state apart from what is carried is narrow: that is what it is for.
+    own = {STATE: choices.state_bits, READ_STATE: NARROW_BITS}
+    bits = {group: own.get(group, choices.value_bits) for group in groups[:-1]}
     wide = tuple(group for group, wanted in bits.items() if wanted == WIDE_BITS)
     return wide, tuple(group for group, wanted in bits.items() if wanted != AUTO)
 

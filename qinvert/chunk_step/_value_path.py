@@ -9,7 +9,7 @@ from typing import Final
 from qinvert.chunk_step._constants import identity
 from qinvert.chunk_step._key_path import Decays, Keys, Oriented, query_bound
 from qinvert.chunk_step.form import Form
-from qinvert.chunk_step.ports import BETA, KEY, NEW_VALUES, QUERY, STATE, VALUE
+from qinvert.chunk_step.ports import BETA, KEY, NEW_VALUES, QUERY, READ_STATE, STATE, VALUE
 from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.steps import Axis
@@ -42,6 +42,8 @@ class ValuePath:
     keys: KeyPath
     inverse: Program
     form: Form
+    #: Whether products read the state on a grid of its own.
+    error_feedback: bool
 
     def append(self) -> tuple[str, str]:
         """Append the steps; return the tensors of the output and of the new state."""
@@ -61,6 +63,11 @@ class ValuePath:
     def _reads(self) -> str:
         return self.o.for_values(self.keys.decays.reads, 1.0)
 
+    @cached_property
+    def _state_read(self) -> str:
+        """The state as products read it."""
+        return self.o.steps.rescale(READ_STATE, STATE) if self.error_feedback else STATE
+
     def _new_values(self) -> str:
         match self.form:
             case Form.FOLDED:
@@ -73,7 +80,7 @@ class ValuePath:
 
     def _predicted(self) -> str:
         """``(exp(G) k) S``: what the old state predicts."""
-        return self.o.product("v_predicted", self._decayed(KEY, 1.0), STATE)
+        return self.o.product("v_predicted", self._decayed(KEY, 1.0), self._state_read)
 
     def _decayed(self, port: str, bound: float) -> str:
         name = self._stored(port)
@@ -100,7 +107,7 @@ class ValuePath:
         if self._folds:
             error = steps.subtract("v_error", VALUE, self._predicted())
             return steps.multiply("rhs", error, self._beta)
-        predicted = self.o.product("v_predicted", self._stored(KEY), STATE)
+        predicted = self.o.product("v_predicted", self._stored(KEY), self._state_read)
         factor = steps.multiply("beta/decayed", self._beta, self._reads, self.o.max_beta)
         return steps.subtract(
             "rhs",
@@ -116,7 +123,7 @@ class ValuePath:
         u = self.o.product("U", inverse, steps.multiply("v/beta", VALUE, self._beta))
         # Row i of T diag(beta) is a product of contractions, as those of S are.
         w = self.o.product("W", inverse, keys, self._inverse_bound)
-        return steps.subtract(NEW_VALUES, u, self.o.product("v_predicted", w, STATE))
+        return steps.subtract(NEW_VALUES, u, self.o.product("v_predicted", w, self._state_read))
 
     def _solved(self, name: str, source: str, *, folded: bool) -> str:
         if self.inverse.chunk < self.o.sizes.chunk:
@@ -193,9 +200,9 @@ class ValuePath:
     def _output(self, values: str) -> str:
         """``O = (exp(G) q) S + scores V'``."""
         if self._folds:
-            old = self.o.product("o/old", self._decayed(QUERY, query_bound(self.o)), STATE)
+            old = self.o.product("o/old", self._decayed(QUERY, query_bound(self.o)), self._state_read)
         else:
-            read = self.o.product("o/read", self._stored(QUERY), STATE)
+            read = self.o.product("o/read", self._stored(QUERY), self._state_read)
             old = self.o.steps.multiply("o/old", read, self._reads)
         new = self.o.product("o/new", self.keys.scores, values)
         return self.o.steps.add("o", old, new)

@@ -39,6 +39,7 @@ def gated_delta_step(
     values_first: bool = True,
     keys_first: bool | None = None,
     halves: bool = False,
+    error_feedback: bool = False,
     max_beta: float = 1.0,
 ) -> Program:
     """``O = (q e^G) S + tril(q k^T D) V'``, ``S' = e^{G_C} S + (k e^{G_C - G})^T V'`` for one head and chunk.
@@ -74,6 +75,9 @@ def gated_delta_step(
     halves : bool
         Apply the last level of the inverse to values in place of forming T:
         ``x1 = T1 r1``, ``x2 = T2 r2 + (T2 M21) x1``.
+    error_feedback : bool
+        Round the state once more for the products that read it, onto a grid of its own, and carry it as
+        it is: ``S_carried = S_read + E``, and what rounding loses, E, is part of the next state.
     max_beta : float
         Largest beta, at most 2; ranges are proved for it.
 
@@ -112,11 +116,11 @@ def gated_delta_step(
     )
     steps = StepBuilder()
     oriented = Oriented(steps=steps, sizes=sizes, max_beta=float(max_beta))
-    outputs = sizes.outputs(*_append(oriented, inverse, mode))
+    outputs = sizes.outputs(*_append(oriented, inverse, mode, bool(error_feedback)))
     return Program(
         name=NAME,
         chunk=chunk,
-        parameters=_parameters(inverse, sizes, mode, halves),
+        parameters=_parameters(inverse, sizes, mode, halves, error_feedback),
         inputs=sizes.inputs(),
         outputs=outputs,
         constants=tuple(steps.constants.values()),
@@ -124,14 +128,17 @@ def gated_delta_step(
     )
 
 
-def _append(o: Oriented, inverse: Program, form: Form) -> tuple[str, str]:
+def _append(o: Oriented, inverse: Program, form: Form, error_feedback: bool) -> tuple[str, str]:
     both, g = append_keys(o), append_log_decays(o)
     products = append_products(o, g, both)
     keys = KeyPath(matrix=products.matrix, scores=products.scores, decays=append_decays(o, g), both=both)
-    return ValuePath(o=o, keys=keys, inverse=inverse, form=form).append()
+    path = ValuePath(o=o, keys=keys, inverse=inverse, form=form, error_feedback=error_feedback)
+    return path.append()
 
 
-def _parameters(inverse: Program, sizes: StepSizes, form: Form, halves: bool) -> dict[str, int | str]:
+def _parameters(
+    inverse: Program, sizes: StepSizes, form: Form, halves: bool, error_feedback: bool
+) -> dict[str, int | str]:
     return {
         "inverse": inverse.title,
         "key_size": sizes.key_size,
@@ -141,6 +148,7 @@ def _parameters(inverse: Program, sizes: StepSizes, form: Form, halves: bool) ->
         "values_first": sizes.values_first,
         "keys_first": sizes.keys_first,
         "halves": bool(halves),
+        **({"error_feedback": True} if error_feedback else {}),
         **({PARAMETER: SUMS} if has_sums(inverse) else {}),
     }
 

@@ -22,6 +22,8 @@ STATE: Final = "state"
 OUTPUT: Final = "o"
 #: Tensor of V', which all products of values read.
 NEW_VALUES: Final = "v_new"
+#: Tensor of the state that products read, where it is rounded apart from the state that is carried.
+READ_STATE: Final = "state/read"
 #: Tensor of -beta, whose bound is the largest beta that a step was built for.
 NEGATIVE_BETA: Final = "beta/negative"
 INPUTS: Final = (QUERY, KEY, VALUE, BETA, LOG_DECAY, STATE)

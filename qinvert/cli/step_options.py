@@ -57,7 +57,7 @@ def step_options(function: F) -> F:
     @wraps(function)
     def with_options(**arguments: Any) -> Any:
         scope = arguments.pop("scope")
-        names = ("form", "value_bits", "state_bits", "state_margin", "rotate", "equalize")
+        names = ("form", "value_bits", "state_bits", "state_margin", "error_feedback", "rotate", "equalize")
         steps = StepOptions(scope, {name: arguments.pop(name) for name in names})
         return function(**arguments, steps=steps)
 
@@ -80,6 +80,12 @@ def step_options(function: F) -> F:
             "--state-margin",
             type=float,
             help="Room for the state: times what the data show.",
+        ),
+        click.option(
+            "--error-feedback",
+            is_flag=True,
+            default=None,
+            help="Carry the state in 16 bits, and read it in 8.",
         ),
         click.option("--rotate", is_flag=True, default=None, help="Multiply values by Hadamard's matrix."),
         click.option(

@@ -33,6 +33,8 @@ class Silent(torch.nn.Module):
         ({"state_margin": 0.5}, "state_margin 0.5 is below 1; pass at least 1, such as 4"),
         ({"state_margin": "wide"}, "state_margin 'wide' is not a number"),
         ({"state_margin": float("nan")}, "state_margin nan is not a number"),
+        ({"error_feedback": True, "state_bits": 8}, "does not go with state_bits=8; leave one of them out"),
+        ({"error_feedback": 1}, "error_feedback 1 is neither True nor False"),
         ({"rotate": True, "equalize": True}, "rotate mixes the channels that equalize scales"),
     ],
 )
@@ -56,6 +58,14 @@ def test_options_that_do_not_exist_are_refused(options, words):
         ({"bits": 4, "chunk": ChunkOptions(value_bits=8)}, "value_bits=8 does not go with bits=4"),
         ({"bits": 16, "chunk": ChunkOptions(state_bits=8)}, "state_bits=8 does not go with bits=16"),
         ({"bits": 8, "chunk": ChunkOptions(value_bits=16)}, "no format of more than 8 bits.*npu-qdq-int16"),
+        (
+            {"bits": 16, "chunk": ChunkOptions(error_feedback=True)},
+            "error_feedback=True does not go with bits=16",
+        ),
+        (
+            {"target": "npu-qdq-int8", "chunk": ChunkOptions(error_feedback=True)},
+            "no format of more than 8 bits.*npu-qdq-int16",
+        ),
         ({"granularity": "row"}, "granularity 'row' is unknown"),
         ({"ranges": "most"}, "ranges 'most' is unknown"),
         ({"min_sqnr_db": "much"}, "min_sqnr_db"),

@@ -101,6 +101,18 @@ def test_widths_that_the_caller_fixes_are_kept(bits, wide):
     assert {*chosen(min_sqnr_db=200.0, **bits).best.widened} <= wide | {"k"}
 
 
+def test_a_state_with_error_feedback_is_wide_and_read_narrow():
+    layer = small_layer(error_feedback=True)
+    best = chosen(layer, min_sqnr_db=1.0, value_bits=8, state_bits=16).best
+    assert best.widened == ("state",)
+    assert best.plan.tensors["state"].format == INT16
+    assert best.plan.tensors["state/read"].format == INT8
+    # Its margin is that of what the data show: a read that saturates is not carried.
+    assert best.plan.tensors["state/read"].limit < best.plan.tensors["state"].limit / 2
+    plain = chosen(small_layer(), min_sqnr_db=1.0, value_bits=8, state_bits=16).best
+    assert best.cost < plain.cost
+
+
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("decay", Decay)
 def test_every_form_is_planned_and_gains_from_every_group(form, decay):

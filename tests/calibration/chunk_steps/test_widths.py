@@ -130,3 +130,17 @@ def test_the_groups_of_values_of_every_form(form, decay):
 def test_groups_that_are_worth_more_bits_hold_values(options):
     widths = width_groups(step_program(**options))
     assert set(widths.value_groups) == set(widths.groups) - {"k", "g"}
+
+
+@pytest.mark.parametrize("form", Form)
+def test_what_is_read_of_a_state_is_a_group_of_its_own(form):
+    program = step_program("scalar", form, error_feedback=True)
+    widths = width_groups(program)
+    assert widths.groups["state/read"] == ("state/read",)
+    assert {*widths.groups["state"]} == STATES
+    formats = widths.formats(INT8, INT16, ["state"], equal_widths=True)
+    assert (formats["state"], formats["state/read"]) == (INT16, INT8)
+    readers = [step for step in program.steps if "state/read" in step.inputs]
+    assert len(readers) == 2
+    assert all(isinstance(step, MatMul) for step in readers)
+    assert [s.output for s in program.steps if "state" in s.inputs] == ["state/read", "state/kept"]
