@@ -9,6 +9,7 @@ from typing import Final
 from qinvert.checks import check_integer
 from qinvert.chunk_step.ports import (
     BETA,
+    INPUTS,
     KEY,
     LOG_DECAY,
     OUTPUT,
@@ -26,6 +27,7 @@ from qinvert.program.ports import MAX_PORTS, Port
 from qinvert.program.program import Program
 from qinvert.program.step_list import StepList
 from qinvert.program.steps import Axis, Concat, Constant, Range, Slice, Step, Transpose
+from qinvert.program.transposes import without_double_transposes
 
 #: Most chunks of one program; each output is a port.
 MAX_CHUNKS: Final = MAX_PORTS - 2
@@ -89,11 +91,10 @@ class _Window:
         whole, out = self._sizes(), {port.name: port.tensor for port in self.step.outputs}
         outputs, states, state = [], list[str](), self._turned(STATE, STATE)
         values = self._turned(VALUE, VALUE)
-        keys = {name: name for name in (QUERY, KEY, LOG_DECAY)}
-        if self.turns_keys:
-            keys |= {name: self._transposed(name, name) for name in self.sizes.key_ports}
         for i in range(self.chunks):
-            parts = {name: self._part(i, name, tensor) for name, tensor in {**keys, BETA: BETA}.items()}
+            parts = {name: self._part(i, name, name) for name in (QUERY, KEY, LOG_DECAY, BETA)}
+            if self.turns_keys:
+                parts |= {name: self._transposed(parts[name], name) for name in self.sizes.key_ports}
             parts |= {VALUE: self._part(i, VALUE, values), STATE: state}
             found = self._inline(parts, f"chunk_{i}/" if self.chunks > 1 else "")
             outputs.append(found[OUTPUT])
@@ -101,6 +102,8 @@ class _Window:
             states.append(state)
         o = self._turned(self._joined(outputs, out[OUTPUT]), out[OUTPUT])
         returned = [self._turned(name, out[STATE]) for name in (states if every_state else states[-1:])]
+        if self.turns_keys:
+            self._shorten([o, *returned])
         return Program(
             name=self.step.name,
             chunk=self.step.chunk,
@@ -110,6 +113,14 @@ class _Window:
             constants=tuple(self._constants.values()),
             steps=tuple(self._steps),
         )
+
+    def _shorten(self, outputs: list[str]) -> None:
+        """Leave out that keys are transposed there and back."""
+        short = without_double_transposes(self._steps, outputs)
+        self._steps = list(short.steps)
+        self.origins |= {name: self.origins[source] for name, source in short.added.items()}
+        kept = {*(step.output for step in short.steps), *INPUTS}
+        self.origins = {name: origin for name, origin in self.origins.items() if name in kept}
 
     def _sizes(self) -> StepSizes:
         return replace(self.sizes, chunk=self.chunks * self.sizes.chunk)
@@ -154,7 +165,7 @@ class _Window:
     def _spans(self, port: str, span: Range) -> tuple[Range | None, Range | None]:
         row = port == LOG_DECAY and not self.sizes.per_channel
         row = row or (port in (VALUE, BETA) and self.sizes.values_first)
-        row = row or (port in self.sizes.key_ports and self.sizes.keys_first)
+        row = row or (port in self.sizes.key_ports and self.sizes.keys_first != self.turns_keys)
         return (None, span) if row else (span, None)
 
     def _joined(self, outputs: list[str], origin: str) -> str:

@@ -16,8 +16,7 @@ PROFILE: Profile = replace(
     proved=("onnxruntime", "qnn"),
     caveats=(
         "as hexagon-int16; Qualcomm's compiler did not finalize chunk steps with signed int16 products, and "
-        "took those of uint16 with the zero point 32768; of chunk steps with one chunk it takes "
-        "layout='channels_first' only"
+        "took those of uint16 with the zero point 32768; layout='channels_first' takes the fewest cycles"
     ),
     wide_storage=UINT16,
 )
