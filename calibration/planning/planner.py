@@ -193,6 +193,13 @@ class Prediction:
         return f"{self.plan.program.title}: {kind} sqnr {sqnr_db:.1f} dB, floor {floor_db:.1f} dB"
 
 
+def growth_reason(times: float, fmt: IntFormat) -> str:
+    """Say what powers that outgrow the inverse cost: their grids are as much coarser."""
+    bits = (fmt.maximum - fmt.minimum).bit_length()
+    lost = math.log2(min(times, 2.0**bits))
+    return f"its powers outgrow the inverse {times:.3g} times: {lost:.1f} of {bits} bits are lost"
+
+
 def _gain(before: Prediction, after: Prediction) -> float:
     """Noise that goes away, per cost that is added."""
     sensitivities = before.candidate.sensitivities
@@ -277,7 +284,7 @@ def choose(
         goals=goals,
         predictions=tuple(known.get(p.candidate, p) for p in predictions),
         passed_over=tuple(
-            f"{c.program.title}: powers grow to {c.growth:.3g} times M and T"
+            f"{c.program.title}: {growth_reason(c.growth, c.ladder[0])}"
             for c in candidates
             if c.growth > MAX_GROWTH and c is not best.candidate
         ),

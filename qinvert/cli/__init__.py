@@ -24,6 +24,8 @@ def run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     require("click")
+    # Before NumPy loads: its threads only wait for each other on matrices of a chunk.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Loaded with the first table, which would be late to miss it.
     require("rich")
     from qinvert.cli.app import cli

@@ -42,10 +42,15 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     \b
     Example: qinvert demo
     """
+    import torch
+
     from qinvert import recall
     from qinvert.calibration.calibrate import calibrate
     from qinvert.calibration.capture import capture
     from qinvert.calibration.growth import range_growth
+
+    # Threads only wait for each other on matrices this small.
+    torch.set_num_threads(1)
 
     output = Output(as_json=as_json, quiet=quiet)
     check_folder(folder)
@@ -87,8 +92,12 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
          *(f"{v.values - v.mismatches} of {v.values}" for v in verified[name])]
         for name, r in report.layers.items()
     ]  # fmt: skip
-    runs = [f"{v.runtime} == simulator" for v in next(iter(verified.values()))]
-    output.table("Unseen data", ["layer", "format", "sqnr_db", "floor_db", "worst_rel", *runs], table)
+    runs = [f"values equal to the simulator, {v.runtime}" for v in next(iter(verified.values()))]
+    output.table(
+        "Unseen data",
+        ["layer", "format", "sqnr, dB", "floor, dB", "largest error of a matrix, relative", *runs],
+        table,
+    )
     return {
         name: {
             **r.to_dict(),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: What an error of T becomes inside its layer, in the order of `LayerErrors`, and its worst head.
 LAYER_COLUMNS = ("T", "U = T (beta v)", "W = T (beta k e^G)", "output", "final state", "worst head of T")
 #: Title of the table of layers.
-LAYER_TITLE = "Error inside each layer, sqnr_db for the same inputs"
+LAYER_TITLE = "Error inside each layer, sqnr in dB for the same inputs"
 
 
 @click.command()

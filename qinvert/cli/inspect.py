@@ -83,7 +83,7 @@ def show_survey(output: Output, chunk: int) -> None:
             for name in dict.fromkeys(row.name for row in rows)
         ]
         columns = ["set", *map(str, range(1, len(methods))), "auto", "floor"]
-        output.table(f"sqnr_db of T on unseen matrices, bits={bits}", columns, cells)
+        output.table(f"sqnr of T in dB on unseen matrices, bits={bits}", columns, cells)
     output.result({"chunk": chunk, "rows": rows})
 
 

@@ -8,11 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from qinvert.cli.tables import Table, drawings, paragraph
 from qinvert.documents import to_document
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Characters of a line where tables go into a file or a pipe.
+FILE_WIDTH: Final = 160
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,29 +34,22 @@ class Output:
     def say(self, text: str) -> None:
         """Print one line for people."""
         if not self.as_json and not self.quiet:
-            click.echo(printable(text))
+            click.echo(_fitted(printable(text)))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table for people; the first column is left-aligned, the others right."""
+        """Print a table for people, in blocks that fit; all columns but the first are right-aligned."""
         if self.as_json or self.quiet:
             return
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        # Text, not str: names may hold what rich takes for markup.
-        table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        # Not a terminal: a fixed width keeps tables whole in files and logs.
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=160)
+        console = _console()
         # Rich itself would leave with 1.
         setattr(console, "on_broken_pipe", _raise)  # noqa: B010 - a method of theirs
-        console.print(table)
+        shown = Table(
+            title=printable(title),
+            columns=tuple(columns),
+            rows=tuple(tuple(printable(cell) for cell in row) for row in rows),
+        )
+        for drawing in drawings(shown, console.width):
+            console.print(drawing)
 
     def result(self, document: dict[str, Any]) -> None:
         """Print the machine-readable result."""
@@ -70,6 +70,22 @@ class Output:
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(label)
             yield lambda name, count: bar.update(task, description=f"{label}: {name} {count}")
+
+
+def _console() -> Console:
+    """Return where tables go: a terminal of any width, or a file, where a fixed width keeps them whole."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
+def _fitted(text: str) -> str:
+    """Wrap a line between words for a terminal; files and pipes get it as it is."""
+    console = _console()
+    if not console.is_terminal:
+        return text
+    return "\n".join(paragraph(line, console.width) for line in text.split("\n"))
 
 
 def present(*paths: str | PathLike[str]) -> set[str]:

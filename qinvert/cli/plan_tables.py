@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Decibels from here on are infinite: the noise is zero.
 INFINITE: Final = 3e38
+#: Headings of the table of candidates.
+CANDIDATE_COLUMNS: Final = ("program", "format", "cost", "predicted sqnr, dB", "simulated sqnr, dB", "chosen")
 
 
 def show_choices(output: Output, plan: Plan) -> None:
@@ -24,10 +26,10 @@ def show_choices(output: Output, plan: Plan) -> None:
         "program",
         "format",
         "cost",
-        "sqnr_db",
-        "unseen, 90 % within",
-        "floor_db",
-        "worst head",
+        "sqnr, dB",
+        "unseen data, dB, 90 % within",
+        "floor, dB",
+        "worst head, dB",
         "most noise",
         "meets goal",
     ]
@@ -96,7 +98,7 @@ def show_candidates(output: Output, layer: LayerPlan) -> None:
         return
     keys = ("program", "formats", "cost", "predicted_sqnr_db", "simulated_sqnr_db", "chosen")
     rows = [[_cell(row.get(key)) for key in keys] for row in candidates]
-    output.table("Candidates, cheapest first", keys, rows)
+    output.table("Candidates, cheapest first", CANDIDATE_COLUMNS, rows)
 
 
 def _cell(value: Any) -> str:

@@ -70,12 +70,12 @@ def show_report(output: Output, report: Report) -> None:
     columns = [
         "layer",
         "format",
-        "sqnr_db",
-        "floor_db",
-        "worst head",
-        "worst_rel",
-        "max_abs",
-        "saturated",
+        "sqnr, dB",
+        "floor, dB",
+        "worst head, dB",
+        "largest error of a matrix, relative",
+        "largest error of a value",
+        "saturated values",
         "matrices",
     ]
     rows = [

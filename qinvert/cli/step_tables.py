@@ -95,7 +95,7 @@ def _margin(margins: Mapping[str, Any], group: str) -> str:
 def show_step_report(output: Output, steps: Mapping[str, StepReport]) -> None:
     """Print the errors of simulated steps, and which tensors saturate."""
     columns = ["layer", "o", "state", "one step", "T", "worst o", "saturated", "tokens"]
-    output.table("Simulated chunk steps, sqnr_db", columns, [
+    output.table("Simulated chunk steps, sqnr in dB", columns, [
         [name, decibels(r.sqnr_o_db), decibels(r.sqnr_state_db),
          f"{decibels(r.step_sqnr_o_db)}, {decibels(r.step_sqnr_state_db)}",
          "-" if r.sqnr_t_db is None else decibels(r.sqnr_t_db), _worst(r),

@@ -247,7 +247,7 @@ def show_verifications(output: Output, results: dict[str, list[Verification]], o
         "runtime",
         "values equal to the simulator",
         "largest difference, steps",
-        "sqnr_db",
+        "sqnr, dB",
         "must be exact",
         "products",
     ]

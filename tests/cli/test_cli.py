@@ -80,7 +80,7 @@ def test_the_whole_job_on_matrices(matrices, plan, tmp_path):
 
 
 def test_results_are_tables_unless_json_or_quiet(matrices, plan):
-    assert "sqnr_db" in run("simulate", plan).stdout
+    assert "sqnr," in run("simulate", plan).stdout
     assert "powers of M against the inverse" in run("inspect", matrices).stdout
     assert "calibrated max" in run("inspect", plan).stdout
     assert run("simulate", plan, "--quiet").output == ""
