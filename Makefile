@@ -56,6 +56,7 @@ bench-npu: $(INSTALLED) .venv-qnn/.tried .venv-vela/.tried
 	$(BIN)/python benchmarks/npu.py --write && $(BIN)/python benchmarks/step.py --write
 
 docs: $(INSTALLED)
+	$(BIN)/python docs/picture.py
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/runtimes.py
 

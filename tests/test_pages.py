@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from pages import FENCED, ROOT, code, page, quoted, rows, sections
@@ -112,7 +113,24 @@ def test_paths_that_moved_are_where_the_changelog_says():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_script_of_the_readme_runs_as_pasted(tmp_path, monkeypatch, capsys):
+    (script,) = code((ROOT / "README.md").read_text(), "python")
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    assert (tmp_path / "inverse.onnx").is_file()
+    shown = capsys.readouterr().out
+    assert "onnxruntime (optimized)" in shown
+    # Each of 8 matrices has 64 x 64 values.
+    assert shown.count(f" of {8 * 64 * 64} values differ") == 2
+
+
+def test_the_picture_of_the_readme_is_the_one_that_its_script_draws():
+    assert (ROOT / "docs" / "layer.svg").read_text() == run_path(str(ROOT / "docs" / "picture.py"))[
+        "picture"
+    ]()
 
 
 def test_the_glossary_says_each_word_once():
