@@ -54,8 +54,9 @@ def cost_against_sqnr(
     for outcome, (marker, colour, size) in MARKERS.items():
         points = [_point(v, top) for v in known if v.outcome is outcome]
         if points:
-            ax.scatter(*zip(*points, strict=True), marker=marker, c=colour, s=size, label=str(outcome),
-                       zorder=3 if outcome is Outcome.CHOSEN else 2)  # fmt: skip
+            costs, decibels = zip(*points, strict=True)
+            order = 3 if outcome is Outcome.CHOSEN else 2
+            ax.scatter(costs, decibels, size, colour, marker, label=str(outcome), zorder=order)
     if goal_db is not None and goal_db >= top - DEPTH:
         ax.axhline(goal_db, color=MUTED, linestyle="--", linewidth=1, label=f"goal, {goal_db:g} dB")
     ax.set(xscale="log", xlabel=f"cost, {unit}" if unit else "cost", ylabel="sqnr of T, dB")

@@ -115,7 +115,7 @@ def _values(found: Evidence, place: int, name: str) -> list[Figure]:
     return [*figures, _error_map(errors.cpu().numpy(), name, f"errors-{place}", given)]
 
 
-def _below(matrices: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg] # any floats
+def _below(matrices: torch.Tensor) -> np.ndarray:
     size = matrices.shape[-1]
     rows, columns = torch.tril_indices(size, size, -1, device=matrices.device)
     return matrices.reshape(-1, size, size)[:, rows, columns].cpu().numpy()
@@ -139,7 +139,7 @@ def _histogram(found: Histogram, what: str, name: str, ident: str) -> Figure:
     )
 
 
-def _error_map(errors: np.ndarray, name: str, ident: str, systems: Systems) -> Figure:  # type: ignore[type-arg]
+def _error_map(errors: np.ndarray, name: str, ident: str, systems: Systems) -> Figure:
     below = np.tril(errors, -1)
     row, column = np.unravel_index(int(below.argmax()), below.shape)
     says = (

@@ -24,7 +24,11 @@ COLOURS: Final = {
     canvas.BAD: "var(--bad)",
 }
 #: Settings under which the same figure gives the same bytes, with text as text.
-SETTINGS: Final = {"svg.hashsalt": "qinvert", "svg.fonttype": "none", "font.family": ["sans-serif"]}
+SETTINGS: Final[dict[Any, Any]] = {
+    "svg.hashsalt": "qinvert",
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+}
 #: Nothing of the machine and of the day.
 METADATA: Final = {"Date": None, "Creator": None, "Format": None, "Type": None}
 SVG: Final = "{http://www.w3.org/2000/svg}"
