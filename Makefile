@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-transformers-5.14 lint types bench bench-npu docs verify-npu soak coverage clean
+.PHONY: demo test test-gpu test-transformers-5.14 lint types bench bench-npu docs verify-npu soak coverage clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
@@ -13,6 +13,22 @@ demo: $(INSTALLED)
 # One process per core: a test computes on one thread. Workers that are done take tests from the others.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --quiet
+
+# On a machine with a CUDA device.  Kernels compile on the CPU, each of them alone for seconds: in as many
+# processes as there are cores, but no more than share one device well.
+GPU_PROCESSES ?= $(shell n=$$(nproc); test $$n -lt 12 && echo $$n || echo 12)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,gpu]"
+	$(MAKE) test-gpu-installed PYTHON_GPU=$(BIN)/python
+
+# The same with any Python that has torch for CUDA, Triton and pytest-xdist.
+PYTHON_GPU ?= $(BIN)/python
+.PHONY: test-gpu-installed
+test-gpu-installed:
+	$(PYTHON_GPU) -c "import torch; torch.cuda.is_available() or exit('there is no CUDA device here')"
+	OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest -n $(GPU_PROCESSES) --dist worksteal -q -rs --durations=10 \
+		tests/kernels/test_device.py tests/execution/test_cuda.py
 
 # By itself: tracing every line doubles the time of the tests that export whole models.
 coverage: $(INSTALLED)
@@ -38,12 +54,14 @@ bench: $(INSTALLED)
 # Hours, with these numbers; each fault is printed with its seed.
 FILES ?= 20000
 VALUES ?= 200000000
+STEP_VALUES ?= 20000000
 KILLS ?= 300
 SEED ?= 0
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
+	$(BIN)/python benchmarks/soak.py steps --count $(STEP_VALUES) --seed $(SEED)
 	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
 
 # An hour; what was compiled is kept in npu.jsonl and step.jsonl.

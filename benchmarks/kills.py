@@ -1,35 +1,54 @@
-"""Commands that are killed at random moments, and what they leave."""
+"""Commands that are killed at random moments, and what they leave.
+
+Commands run in forks of a process that has imported everything, so that the time in
+which they are killed is that of their work and not of their imports; every other
+kill falls into the last part of it, where results are written.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
+import torch
 from hosts import host
 
 from qinvert.errors import QInvertError
 from qinvert.plan.plan import Plan
 from qinvert.temporaries import GRACE, SUFFIX
 
-#: Sequences that calibration reads: enough to be killed in the middle.
-SEQUENCES: Final = "4"
+#: Sequences that calibration reads, and length of the traced sequence: the work is as small as can be.
+SEQUENCES: Final = "1"
+LENGTH: Final = "64"
 #: Layer of the embedded model that the host's node takes.
 LAYER: Final = "model.layers.0.linear_attn"
 #: The model that is grafted, and the folder of the system's temporary files.
 HOST: Final = "host.onnx"
 SYSTEM: Final = "system"
-#: What a process runs.
-PLAIN: Final = "from qinvert.cli.app import cli; cli()"
-BESIDE: Final = f"import qinvert.export.whole_models.export_model as m; m.MAX_BYTES = 1; {PLAIN}"
+#: The last part of a command's time, in which every other kill falls.
+END: Final = 0.2
+#: What commands import late.
+MODULES: Final = (
+    "onnxruntime",
+    "onnxscript",
+    "torch.onnx._internal.exporter._core",
+    "transformers.models.qwen3_5.modeling_qwen3_5",
+    "qinvert.calibration.calibrate",
+    "qinvert.cli.app",
+    "qinvert.export.exporting",
+    "qinvert.export.whole_models.export_model",
+    "qinvert.export.whole_models.graft",
+)
+FORK: Final = multiprocessing.get_context("fork")
 
 
 @dataclass(kw_only=True)
@@ -42,31 +61,38 @@ class Command:
     #: How long its last whole run took.
     seconds: float = 0.0
 
-    def start(self, folder: Path) -> subprocess.Popen[bytes]:
-        """Run the command in a folder."""
-        return subprocess.Popen(
-            [sys.executable, "-c", BESIDE if self.beside else PLAIN, *self.arguments, "--quiet"],
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "TMPDIR": str(folder / SYSTEM),
-            },
-        )
+    def start(self, folder: Path) -> Any:
+        """Run the command in a folder, in a process of its own."""
+        process = FORK.Process(target=self.work, args=(folder,))
+        process.start()
+        return process
+
+    def work(self, folder: Path) -> None:
+        """Run the command in this process, and end it."""
+        import qinvert.export.whole_models.export_model as whole
+        from qinvert.cli.app import cli
+
+        os.chdir(folder)
+        tempfile.tempdir = str(folder / SYSTEM)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nothing, stream)
+        if self.beside:
+            whole.MAX_BYTES = 1  # type: ignore[misc] # a limit that a small model exceeds, too
+        cli([*self.arguments, "--quiet"])
 
     def complete(self, folder: Path) -> int:
         """Run it to its end, measure it, and return its exit code."""
         start = time.monotonic()
-        code = self.start(folder).wait()
+        process = self.start(folder)
+        process.join()
         self.seconds = time.monotonic() - start
-        return code
+        return int(process.exitcode)
 
 
 def commands(whole: bool) -> list[Command]:
     """Commands in the order in which each finds what it needs; whole models take seconds longer."""
-    recall = ("calibrate", "recall", "--sequences", SEQUENCES)
+    recall = ("calibrate", "recall", "--sequences", SEQUENCES, "--method", "elimination", "--bits", "8")
     lines = [
         (*recall, "-o", "plan.json"),
         (*recall, "-o", "other.json", "--checkpoint", "checkpoint.npz"),
@@ -75,10 +101,10 @@ def commands(whole: bool) -> list[Command]:
     ]
     found = [Command(arguments=line) for line in lines]
     if whole:
-        model = ("export-model", "plan.json", "-o")
+        model = ("export-model", "plan.json", "--length", LENGTH, "-o")
         grafted = ("graft", HOST, "plan.json", "--layer", f"attention={LAYER}", "-o")
         found += [
-            Command(arguments=(*model, "model.onnx")),
+            Command(arguments=(*model, "model.onnx", "--no-check")),
             Command(arguments=(*model, "large.onnx", "--no-check"), beside=True),
             Command(arguments=(*grafted, "grafted.onnx")),
             Command(arguments=(*grafted, "large-grafted.onnx"), beside=True),
@@ -89,6 +115,7 @@ def commands(whole: bool) -> list[Command]:
 def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> int:
     """Kill commands ``count`` times and return the number of faults."""
     faults = 0
+    _import_all()
     with tempfile.TemporaryDirectory(prefix="qinvert-kills-") as name:
         folder, every = Path(name), commands(whole)
         (folder / SYSTEM).mkdir()
@@ -102,9 +129,9 @@ def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> in
             rng = random.Random(i)
             command = rng.choice(every)
             process = command.start(folder)
-            time.sleep(rng.uniform(0, command.seconds))
+            time.sleep(command.seconds * rng.uniform(rng.choice((0.0, 1.0 - END)), 1.0))
             process.kill()
-            process.wait()
+            process.join()
             for fault in broken(folder):
                 faults += 1
                 report(f"seed {i}: {' '.join(command.arguments)}: {fault}")
@@ -116,6 +143,13 @@ def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> in
         rest += surplus(folder)
         report(f"{count} kills left {left} temporaries, of which {len(rest)} outlive the next run")
     return faults + len(rest)
+
+
+def _import_all() -> None:
+    """Import what commands use, without a computation: a fork has none of its parent's threads."""
+    torch.set_num_threads(1)
+    for name in MODULES:
+        import_module(name)
 
 
 def broken(folder: Path) -> list[str]:

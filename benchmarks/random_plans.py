@@ -115,10 +115,8 @@ def _program(rng: random.Random, chunk: int) -> Program:
     )()
 
 
-def _grids(
-    rng: random.Random, program: Program, formats: tuple[IntFormat, ...], power_of_two: bool
-) -> dict[str, Quantization]:
-    """One grid for every group of tensors that moves connect, with scales from close to far apart."""
+def joined_groups(program: Program) -> dict[str, str]:
+    """Return for every tensor one of those that moves connect with it, which share its grid."""
     parents = {name: name for name in program.tensors}
 
     def root(name: str) -> str:
@@ -131,6 +129,14 @@ def _grids(
             for name in step.inputs:
                 if name in parents:
                     parents[root(name)] = root(step.output)
+    return {name: root(name) for name in parents}
+
+
+def _grids(
+    rng: random.Random, program: Program, formats: tuple[IntFormat, ...], power_of_two: bool
+) -> dict[str, Quantization]:
+    """One grid for every group of tensors that moves connect, with scales from close to far apart."""
+    groups = joined_groups(program)
     spread = rng.choice((0.0, 0.3, 1.0, 3.0, 6.0))
     rounded = power_of_two or rng.random() < 0.3
     fmt = rng.choice(formats)
@@ -138,13 +144,13 @@ def _grids(
     one = rng.choice((1 / 127, 1 / 128, 1 / 64, 1 / 100))
     found = {}
     for name in program.tensors:
-        group = root(name)
+        group = groups[name]
         if group not in found:
             scale = one if spread == 0 else one * 10 ** rng.uniform(-spread, spread)
             scale = 2.0 ** round(np.log2(scale)) if rounded else float32(scale)
             other = fmt if rng.random() < 0.8 else rng.choice(formats)
             found[group] = Quantization(format=other, scale=scale)
-    return {name: found[root(name)] for name in program.tensors}
+    return {name: found[groups[name]] for name in program.tensors}
 
 
 def _systems(rng: random.Random, layer: LayerPlan, chunk: int) -> Systems:

@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py files --count 20000 --seed 0
     python benchmarks/soak.py values --count 200000000 --seed 0
+    python benchmarks/soak.py steps --count 20000000 --seed 0
     python benchmarks/soak.py kills --count 300 --seed 0 --whole
 
 *files* mutates plans, .npz and .safetensors files, and ONNX files for `verify` and
@@ -9,7 +10,9 @@
 exception, in `SECONDS`, within `MEGABYTES` above what the process takes at rest,
 and with no file left behind.  *values* compares every value of random plans (any
 method, format, scales, profile) with onnxruntime: none may differ where the
-profile promises equality, and elsewhere each must lie within its reach.
+profile promises equality, and elsewhere each must lie within its reach.  *steps*
+does so with random plans of whole chunk steps, over several calls that hand the
+state on.
 
 *kills* ends commands at random moments: all results must be whole, old or new, and
 the next run must delete what was left.
@@ -36,7 +39,8 @@ from typing import Any, Final
 from hosts import host
 from kills import run as run_kills
 from mutations import MUTATIONS, of_bytes
-from random_plans import MIXED, NARROW, compare, random_case
+from random_plans import MIXED, NARROW, Found, compare, random_case
+from random_steps import compare_step, random_step
 
 #: Longest time of one case, and most memory above that of an idle process.
 SECONDS: Final = 60.0
@@ -53,13 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("files", "values", "kills"))
+    parser.add_argument("mode", choices=("files", "values", "steps", "kills"))
     parser.add_argument("--count", type=float, default=20_000, help="files, values, or kills")
     parser.add_argument("--seed", type=int, default=0, help="first seed; a case has a seed of its own")
     parser.add_argument("--only", type=int, help="the seed of a single case")
     parser.add_argument("--whole", action="store_true", help="kill export-model, too")
     given = parser.parse_args()
-    faults = {"files": files, "values": values, "kills": kills}[given.mode](given)
+    faults = {"files": files, "values": values, "steps": steps, "kills": kills}[given.mode](given)
     print(f"{faults} faults")
     sys.exit(1 if faults else 0)
 
@@ -227,25 +231,36 @@ class Cases:
 
 def values(given: argparse.Namespace) -> int:
     """Compare random plans with onnxruntime until so many values were compared; return the faults."""
-    seed, compared, differing, faults = given.seed if given.only is None else given.only, 0, 0, 0
+    return _compared(given, random_case, compare)
+
+
+def steps(given: argparse.Namespace) -> int:
+    """Compare random plans of whole chunk steps, as `values` does."""
+    return _compared(given, random_step, compare_step)
+
+
+def _compared(given: argparse.Namespace, draw: Callable[[int], Any], compare: Callable[[Any], Found]) -> int:
+    first = given.seed if given.only is None else given.only
+    seed, compared, differing, faults = first, 0, 0, 0
     left_out = "" if MIXED in NARROW else f"; {MIXED} is left out: this processor saturates its sums"
-    print(f"values, from seed {seed} on{left_out}", flush=True)
+    print(f"{given.mode}, from seed {seed} on{left_out}", flush=True)
     start, counts = time.monotonic(), Counter[str]()
     while compared < (1 if given.only is not None else given.count):
-        case = random_case(seed)
+        case = draw(seed)
         found = compare(case)
         compared, differing = compared + found.values, differing + found.mismatches
         counts[f"{case.profile} {case.plan.layer().program.name}"] += found.values
         if found.fault:
             faults += 1
             print(f"seed {seed}: {case.profile} {case.plan.layer()}: {found.fault}", flush=True)
+        if given.only is not None:
+            break
         seed += 1
     for name, count in sorted(counts.items()):
         print(f"{count:12,d} {name}")
     rate = compared / (time.monotonic() - start)
-    print(
-        f"{compared:,} values of seeds to {seed - 1}, {differing} differ within reach, {rate:,.0f} a second"
-    )
+    seeds = f"seeds {first} to {seed - 1}"
+    print(f"{compared:,} values of {seeds}, {differing} differ within reach, {rate:,.0f} a second")
     return faults
 
 

@@ -205,11 +205,11 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
 
 def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int | None) -> int:
     """Return the chains that cost the least on the plan's chip or on the profile's; 1 if none is known."""
-    known, hardware = plan.provenance.get("hardware") in HARDWARE, _hardware(plan, profile)
+    known, hardware = _planned_chip(plan) is not None, _hardware(plan, profile)
     if batch is None or hardware is None:
         return 1
     chosen = layer.provenance.get("chains")
-    if known and isinstance(chosen, int) and chosen > 0 and plan.provenance.get("batch") == batch:
+    if known and type(chosen) is int and chosen > 0 and plan.provenance.get("batch") == batch:
         # What calibration chose, perhaps by the compiler.
         return chosen if batch % chosen == 0 else 1
     return hardware.best_chains(layer, batch)[0]
@@ -217,9 +217,14 @@ def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int 
 
 def _hardware(plan: Plan, profile: Profile) -> Hardware | None:
     """Return the plan's chip, else the profile's; None if none is known."""
-    named = plan.provenance.get("hardware")
-    name = named if isinstance(named, str) and named in HARDWARE else profile.hardware
+    name = _planned_chip(plan) or profile.hardware
     return find_hardware(name) if name else None
+
+
+def _planned_chip(plan: Plan) -> str | None:
+    """Return the chip whose costs chose the plan, where it names one that is known here."""
+    named = plan.provenance.get("hardware")
+    return named if isinstance(named, str) and named in HARDWARE else None
 
 
 def profile_for(plan: Plan, name: str | None) -> Profile:

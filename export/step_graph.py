@@ -102,12 +102,14 @@ def lower_step(plan: LayerPlan, profile: Profile, interface: StepInterface) -> G
 
 
 def _heads(plan: LayerPlan, heads: int | None) -> int:
-    known = plan.provenance.get("heads")
+    found = plan.provenance.get("heads")
+    # A plan from elsewhere may hold anything there.
+    known = found if type(found) is int else None
     if heads is None and known is None:
         raise ExportError(
             "the plan does not say how many heads its layer has; pass heads, for example heads=16"
         )
-    if heads is not None and isinstance(known, int) and heads != known:
+    if None not in (heads, known) and heads != known:
         raise ExportError(f"heads {heads!r} are not the {known} of the plan's layer; leave heads out")
     return cast("int", known if heads is None else heads)
 

@@ -124,6 +124,11 @@ class StepInterface:
         return self.output is GraphOutput.INTEGERS
 
     @property
+    def hands_on(self) -> bool:
+        """Whether the state that one call returns is what the next call takes."""
+        return self.takes_integers == self.returns_integers
+
+    @property
     def values_first(self) -> bool:
         """Whether v, o and the state hold values before tokens and keys."""
         return self.layout is not Layout.TOKENS_FIRST

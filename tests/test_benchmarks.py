@@ -27,7 +27,8 @@ def run(root, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("mode", "count", "said"), [("files", 12, "refused"), ("values", 2e4, "values of seeds")]
+    ("mode", "count", "said"),
+    [("files", 12, "refused"), ("values", 2e4, "values of seeds"), ("steps", 5e3, "values of seeds")],
 )
 def test_a_short_soak_finds_nothing(mode, count, said, pytestconfig):
     done = run(pytestconfig.rootpath, "benchmarks/soak.py", mode, "--count", count, "--seed", 7)
@@ -43,7 +44,7 @@ def test_a_soak_prints_the_seed_of_a_fault(pytestconfig, tmp_path):
         (root / "benchmarks" / "soak.py").read_text().replace("plan = Plan.load(path)", "plan = {}[path]")
     )
     (tmp_path / "soak.py").write_text(broken.replace("reader(path, random.Random(1))", "pass"))
-    for name in ("hosts.py", "kills.py", "mutations.py", "random_plans.py"):
+    for name in ("hosts.py", "kills.py", "mutations.py", "random_plans.py", "random_steps.py"):
         (tmp_path / name).write_bytes((root / "benchmarks" / name).read_bytes())
     done = run(root, tmp_path / "soak.py", "files", "--count", 12, "--seed", 7)
     assert done.returncode == 1, done.stdout + done.stderr

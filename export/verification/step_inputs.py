@@ -64,7 +64,10 @@ class StepData:
         found = {}
         for name in GATES:
             x = self.arrays[name]
-            found[name] = np.asarray(x * (valid if x.ndim == valid.ndim else valid[..., None]), np.float32)
+            # Log decays of channels have one more axis, before or behind that of the tokens.
+            channels = 2 if self.interface.keys_first else 3
+            counts = valid if x.ndim == valid.ndim else np.expand_dims(valid, channels)
+            found[name] = np.asarray(x * counts, np.float32)
         return found
 
     def sequences(self, profile: Profile) -> list[list[Feed]]:
@@ -154,7 +157,8 @@ def step_data(plan: LayerPlan, interface: StepInterface, given: object) -> StepD
     Raises
     ------
     InputError
-        If something is missing, or has a shape or values that are not legal.
+        If something is missing, has a shape or values that are not legal, or needs several calls of a
+        graph whose state cannot go from one to the next.
     """
     names = {*INPUTS, VALID}
     if not isinstance(given, Mapping) or not set(INPUTS) <= set(given) <= names:
@@ -169,7 +173,13 @@ def step_data(plan: LayerPlan, interface: StepInterface, given: object) -> StepD
     _check_shapes(plan, interface, arrays)
     _check_values(arrays)
     data = StepData(plan=plan, interface=interface, arrays=arrays)
-    return StepData(plan=plan, interface=interface, arrays=_filled(data))
+    data = StepData(plan=plan, interface=interface, arrays=_filled(data))
+    if data.calls > 1 and not interface.hands_on:
+        raise InputError(
+            f"the graph takes or returns the state as integers, but not both, so that no runtime can hand it "
+            f"from call to call; pass at most {interface.tokens(plan)} tokens"
+        )
+    return data
 
 
 def _array(name: str, value: object) -> npt.NDArray[np.float32]:

@@ -79,8 +79,9 @@ class StepReference:
 
     def true_reals(self, output: str) -> Array:
         """Return what the rule itself gives, without any rounding."""
-        exact = np.stack(self.truth[output]).astype(np.float32)
-        return self._left(exact)
+        # Not by NumPy, which warns of what float32 does not hold.
+        exact = torch.from_numpy(np.stack(self.truth[output])).to(torch.float32)
+        return self._left(exact.numpy())
 
     def _in_steps(self, output: str, reals: Array) -> Array:
         grid = self.data.plan.tensors[self.data.interface.tensor_of(self.data.plan, output)]

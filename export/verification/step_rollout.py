@@ -69,12 +69,17 @@ def _quantized(plan: QuantizedProgram, name: str, values: torch.Tensor) -> torch
 
 
 def run_chunks_exactly(plan: QuantizedProgram, inputs: Ports) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Do what `run_chunks` does in float64; return real values."""
+    """Do what `run_chunks` does in float64; return real values.
+
+    What leaves float64 on the way, or float32 before it, goes on from its largest number.
+    """
+    # Integers saturate there; the rule itself would end in inf - inf.
+    inputs = {name: torch.nan_to_num(x) for name, x in inputs.items()}
     outputs, states, state = [], list[torch.Tensor](), inputs[STATE]
     for chunk in _chunks(step_sizes(plan.program), inputs):
         found = execute_floating(plan.program, {**chunk, STATE: state}, torch.float64)
         outputs.append(found[OUTPUT])
-        state = found[STATE]
+        state = torch.nan_to_num(found[STATE])
         states.append(state)
     return _joined(step_sizes(plan.program), outputs), states
 

@@ -22,10 +22,13 @@ def step_samples(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return random inputs of one batch over several calls, the last of which is not full.
 
+    There is one call where the state cannot go from call to call.
+
     Keys have norm 1 and queries are scaled, unless the graph does that.  Values and
     the state fill a part of their grids.
     """
     rng, sizes = np.random.default_rng(seed), step_sizes(plan.program)
+    calls = calls if interface.hands_on else 1
     front, tokens = (interface.batch, interface.heads), calls * interface.tokens(plan)
     q, k = (rng.standard_normal((*front, tokens, sizes.key_size)) for _ in range(2))
     if not interface.normalize:

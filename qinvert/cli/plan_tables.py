@@ -91,19 +91,26 @@ def _decibels(value: float) -> str:
 
 def show_candidates(output: Output, layer: LayerPlan) -> None:
     """Print cost against sqnr of every candidate; a plan that was not calibrated has none."""
-    candidates = layer.provenance.get("candidates")
-    if not isinstance(candidates, list) or not all(isinstance(row, dict) for row in candidates):
-        return
     keys = ("program", "formats", "cost", "predicted_sqnr_db", "simulated_sqnr_db", "chosen")
-    rows = [[_cell(row.get(key)) for key in keys] for row in candidates]
-    output.table("Candidates, cheapest first", keys, rows)
+    rows = [[cell(row.get(key)) for key in keys] for row in listed_candidates(layer)]
+    if rows:
+        output.table("Candidates, cheapest first", keys, rows)
 
 
-def _cell(value: Any) -> str:
+def listed_candidates(layer: LayerPlan) -> list[dict[str, Any]]:
+    """Return the candidates that a plan lists; none where it holds something else there."""
+    found = layer.provenance.get("candidates")
+    return found if isinstance(found, list) and all(isinstance(row, dict) for row in found) else []
+
+
+def cell(value: Any) -> str:
+    """Return what a table shows of any JSON value."""
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, float):
         return f"{value:.1f}"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "-"
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 

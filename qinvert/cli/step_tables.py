@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qinvert.cli.decibels import decibels
 from qinvert.cli.output import Output
+from qinvert.cli.plan_tables import cell, listed_candidates
 from qinvert.plan.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -41,15 +42,11 @@ def _yes(value: bool, no: str) -> str:
 
 def show_step_candidates(output: Output, layer: LayerPlan) -> None:
     """Print cost against sqnr of every candidate; a plan that was not calibrated has none."""
-    rows = layer.provenance.get("candidates")
-    if not isinstance(rows, list):
-        return
     columns = ["wide", "channels", "ranges", "cost", "o", "state", "chosen"]
-    output.table("Candidates, cheapest first, o and state in dB", columns, [
-        [" ".join(row["widened"]) or "-", row["channels"], row["ranges"], f"{row['cost']:,}",
-         f"{row['sqnr_o_db']:.1f}", f"{row['sqnr_state_db']:.1f}", _yes(row["chosen"], "")]
-        for row in rows
-    ])  # fmt: skip
+    keys = ("widened", "channels", "ranges", "cost", "sqnr_o_db", "sqnr_state_db", "chosen")
+    rows = [[cell(row.get(key)) for key in keys] for row in listed_candidates(layer)]
+    if rows:
+        output.table("Candidates, cheapest first, o and state in dB", columns, rows)
 
 
 def show_step_plan(output: Output, name: str, layer: LayerPlan, proof: Proof) -> None:
@@ -62,7 +59,7 @@ def show_step_plan(output: Output, name: str, layer: LayerPlan, proof: Proof) ->
         turned = "multiplied by Hadamard's matrix" if layer.channels.rotated else "divided by powers of two"
         output.say(f"  value channels are {turned}")
     assert isinstance(layer.program, Program)
-    margins = layer.provenance.get("margins", {})
+    margins = layer.provenance.get("margins")
     rows = [
         [group, *_group(layer, proof, members), _margin(margins, group)]
         for group, members in width_groups(layer.program).groups.items()
@@ -88,8 +85,9 @@ def _group(layer: LayerPlan, proof: Proof, members: tuple[str, ...]) -> list[str
     ]
 
 
-def _margin(margins: Mapping[str, Any], group: str) -> str:
-    return f"{margins[group]:.2f}" if group in margins else "-"
+def _margin(margins: object, group: str) -> str:
+    margin = margins.get(group) if isinstance(margins, Mapping) else None
+    return f"{margin:.2f}" if isinstance(margin, (int, float)) else "-"
 
 
 def show_step_report(output: Output, steps: Mapping[str, StepReport]) -> None:

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.fixture
 def reduced_products():
     """Products of float32 tensors may round their operands to TF32; quantized ones must not care."""
-    # Not monkeypatch: it reads the attribute in a way that some versions of torch refuse to restore.
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    # Not torch.backends.cuda.matmul.allow_tf32, which some versions of torch refuse to restore.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.usefixtures("reduced_products")

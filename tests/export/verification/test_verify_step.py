@@ -334,3 +334,33 @@ def test_exactness_is_promised_where_integers_are_computed():
     assert not step_tolerance(
         CPU, PROFILES["npu-qdq-int8"], plan, exact_ends=True, rotated=False, wide=False
     ).exact
+
+
+def test_masks_of_log_decays_of_channels_lie_along_the_tokens_of_every_layout(verified):
+    plan, rng = planned("int-ops", decay="channel"), np.random.default_rng(0)
+    for layout in ("tokens_first", "values_first", "channels_first"):
+        for ends in ({}, INTEGERS):
+            options = {**SIZES, "chunks": 1, "layout": layout, **ends}
+            given = samples(plan, calls=2, **options)
+            given["valid"] = (rng.random(given["valid"].shape) < 0.5).astype(np.float32)
+            assert [result.mismatches for result in verified(plan, given, **options)] == [0] * 4
+
+
+@pytest.mark.parametrize("ends", [{"input_type": "integers"}, {"output": "integers"}])
+def test_a_state_that_changes_its_type_is_verified_in_one_call(verified, ends):
+    plan = planned("int-ops")
+    given = samples(plan, **ends, **SIZES)
+    assert given["q"].shape[2] == 2 * 16
+    assert [result.mismatches for result in verified(plan, given, **ends)] == [0] * 4
+    with pytest.raises(InputError, match="from call to call; pass at most 32 tokens"):
+        verified(plan, samples(plan, **SIZES), **ends)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("channels", [None, ValueChannels(exponents=((-60,) * 12,))], ids=["plain", "scaled"])
+def test_inputs_at_the_end_of_float32_are_verified(verified, channels):
+    # The rule itself leaves float64 there; the integers saturate.
+    plan = planned("int-ops", channels)
+    ends = {n: np.sign(x) * 3e38 for n, x in samples(plan, **SIZES).items() if n in ("q", "k", "v", "state")}
+    given = {**samples(plan, **SIZES), **ends}
+    assert [result.mismatches for result in verified(plan, given)] == [0] * 4
