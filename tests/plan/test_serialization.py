@@ -135,7 +135,9 @@ def test_saving_replaces_the_file_and_leaves_no_other(tmp_path):
     assert Plan.load(tmp_path / "plan.json") == calibrated()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1, 2}], ids=["nan", "inf", "object", "set"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), object(), {1, 2}], ids=["nan", "inf", "object", "set"]
+)
 def test_a_plan_that_json_cannot_hold_leaves_the_old_file(tmp_path, value):
     (tmp_path / "plan.json").write_text("old")
     with pytest.raises((TypeError, ValueError)):
