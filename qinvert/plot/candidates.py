@@ -56,7 +56,7 @@ def cost_against_sqnr(
         if points:
             costs, decibels = zip(*points, strict=True)
             order = 3 if outcome is Outcome.CHOSEN else 2
-            ax.scatter(costs, decibels, size, colour, marker, label=str(outcome), zorder=order)
+            ax.scatter(costs, decibels, size, colour, marker=marker, label=str(outcome), zorder=order)
     if goal_db is not None and goal_db >= top - DEPTH:
         ax.axhline(goal_db, color=MUTED, linestyle="--", linewidth=1, label=f"goal, {goal_db:g} dB")
     ax.set(xscale="log", xlabel=f"cost, {unit}" if unit else "cost", ylabel="sqnr of T, dB")

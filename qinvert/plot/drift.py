@@ -43,7 +43,7 @@ def drift(figures: Mapping[str, Figures], goal_db: float | None = None, *, ax: A
         shown = [(x, row) for x, row in points if x is not None and ENDS[0] < x < ENDS[1]]
         if shown:
             decibels, places = zip(*shown, strict=True)
-            ax.scatter(decibels, places, 36, colour, marker, label=label, zorder=3)
+            ax.scatter(decibels, places, 36, colour, marker=marker, label=label, zorder=3)
     _held_out(ax, figures)
     if goal_db is not None:
         ax.axvline(goal_db, color=THIRD, linestyle="--", linewidth=1, label=f"goal, {goal_db:g} dB")
