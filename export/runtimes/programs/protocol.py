@@ -25,16 +25,16 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 #: Outputs of every call: the first one, or all by their names.
-Outputs = list[Array] | list[dict[str, Array]]
+Outputs = Sequence[Array] | Sequence[dict[str, Array]]
 #: ``setting, outputs by call, types of products by node, nodes left to another processor``.
 Outcome = tuple[str, Outputs, dict[str, str], list[str]]
 #: What answers a request: the same, without outputs where there were no feeds, and then
@@ -73,14 +73,14 @@ def write_outputs(file: Path, outputs: Outputs) -> list[str]:
     """Write the outputs of every call, each stacked; return their names, if they have some."""
     if not outputs:
         return []
-    first = outputs[0]
-    if not isinstance(first, dict):
-        np.savez(file, outputs=np.stack(outputs))
+    if not isinstance(outputs[0], dict):
+        np.savez(file, outputs=np.stack(cast("Sequence[Array]", outputs)))
         return []
+    calls = cast("Sequence[dict[str, Array]]", outputs)
     # Names of tensors are no names of files.
-    stacked = {f"output_{i}": np.stack([call[name] for call in outputs]) for i, name in enumerate(first)}
-    np.savez(file, **stacked)
-    return list(first)
+    stacked = {f"output_{i}": np.stack([call[name] for call in calls]) for i, name in enumerate(calls[0])}
+    np.savez(file, allow_pickle=False, **stacked)
+    return list(calls[0])
 
 
 def run_calls(
@@ -88,7 +88,9 @@ def run_calls(
 ) -> list[dict[str, Array]]:
     """Return every output of every call; calls of a sequence take from the one before what they are told."""
     file = folder / "carry.json"
-    asked = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"carried": {}, "calls": 1}
+    asked: dict[str, Any] = {"carried": {}, "calls": 1}
+    if file.is_file():
+        asked = json.loads(file.read_text(encoding="utf-8"))
     results: list[dict[str, Array]] = []
     for i, feed in enumerate(feeds):
         first = i % asked["calls"] == 0
