@@ -27,7 +27,7 @@ PYTHON_GPU ?= $(BIN)/python
 .PHONY: test-gpu-installed
 test-gpu-installed:
 	$(PYTHON_GPU) -c "import torch; torch.cuda.is_available() or exit('there is no CUDA device here')"
-	OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest -n $(GPU_PROCESSES) --dist worksteal -q -rs --durations=10 \
+	OMP_NUM_THREADS=1 $(PYTHON_GPU) -m pytest -p no:benchmark -n $(GPU_PROCESSES) --dist worksteal -q -rs --durations=10 \
 		tests/kernels/test_device.py tests/execution/test_cuda.py
 
 # By itself: tracing every line doubles the time of the tests that export whole models.
