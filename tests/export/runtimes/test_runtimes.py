@@ -63,7 +63,7 @@ def test_every_product_runs_as_expected_and_every_value_agrees(name, chunk, meth
     if SLOW.get(name, (chunk, method, scales)) != (chunk, method, scales):
         pytest.skip("one plan is enough for a slow compiler")
     if name == "openvino" and scales == "float" and not amx_or_vnni():
-        pytest.skip("OpenVINO's int8 products of this processor, which has neither AMX nor VNNI, are not exact")
+        pytest.skip("without AMX and VNNI OpenVINO's int8 products are not exact")
     path, plan, lower = exported(tmp_path, chunk, method, scales, 2)
     results = qinvert.verify(path, plan, lower, runtimes=(name,))
     count = sum(node.op_type == "MatMul" for node in onnx.load(path).graph.node)
