@@ -67,6 +67,7 @@ def _shortest(plan: QuantizedProgram) -> Program | None:
             values_first=sizes.values_first,
             keys_first=sizes.keys_first,
             halves=bool(parameters.get("halves", False)),
+            error_feedback=bool(parameters.get("error_feedback", False)),
             max_beta=step_bounds(plan.program).get(BETA, 1.0),
         )
     except ProgramError:

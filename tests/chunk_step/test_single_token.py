@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from step_plans import step_plan
+from step_plans import small_plan, step_plan
 
 from qinvert import elimination, gated_delta_step, residuals_as_sums
 from qinvert.chunk_step.ports import step_sizes
 from qinvert.chunk_step.single_token import single_token_plan
+from qinvert.formats import INT16
 
 KEYS, VALUES, HEADS = 8, 12, 3
 FORMS = [
@@ -49,6 +50,16 @@ def test_the_integers_are_those_of_the_chunk(decay, form, values_first, halves):
     assert step_sizes(single.program).chunk == (4 if halves else 2)
     for seed in range(4):
         given = token(decay, seed)
+        for found, wanted in zip(single.step(*given), plan.step(*given), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_what_products_read_of_a_state_stays_narrow():
+    plan = small_plan("npu-qdq-int16", wide=INT16, logs=INT16, error_feedback=True).layer()
+    single = single_token_plan(plan)
+    assert single.tensors["state/read"] == plan.tensors["state/read"]
+    for seed in range(4):
+        given = token("scalar", seed)
         for found, wanted in zip(single.step(*given), plan.step(*given), strict=True):
             assert torch.equal(found, wanted)
 
