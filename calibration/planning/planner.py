@@ -193,11 +193,15 @@ class Prediction:
         return f"{self.plan.program.title}: {kind} sqnr {sqnr_db:.1f} dB, floor {floor_db:.1f} dB"
 
 
+#: What `growth_reason` starts with.
+GROWS: Final = "its powers outgrow the inverse"
+
+
 def growth_reason(times: float, fmt: IntFormat) -> str:
     """Say what powers that outgrow the inverse cost: their grids are as much coarser."""
     bits = (fmt.maximum - fmt.minimum).bit_length()
     lost = math.log2(min(times, 2.0**bits))
-    return f"its powers outgrow the inverse {times:.3g} times: {lost:.1f} of {bits} bits are lost"
+    return f"{GROWS} {times:.3g} times: {lost:.1f} of {bits} bits are lost"
 
 
 def _gain(before: Prediction, after: Prediction) -> float:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from qinvert.calibration.planning.planner import GROWS
 from qinvert.plan.plan import LayerPlan
 
 #: Decibels from here on are infinite: the noise is zero.
 INFINITE: Final = 3e38
-#: How `qinvert.calibration.planning.planner.choose` names what it did not predict.
-PASSED_OVER: Final = re.compile(r"(?P<title>.*): powers grow to (?P<growth>\S+) times M and T", re.DOTALL)
 
 
 class Outcome(StrEnum):
@@ -75,17 +72,12 @@ def verdicts(
     best = next((_cost(row) for row in rows if row.get("chosen")), None)
     rejected = [str(text) for text in plan.provenance.get("rejected", ())]
     found = [_verdict(row, best, goal_db, max_loss_db) for row in rows]
-    return found + [_grown(match) for text in rejected if (match := PASSED_OVER.fullmatch(text))]
+    return found + [_grown(*text.split(f": {GROWS}", 1)) for text in rejected if f": {GROWS}" in text]
 
 
-def _grown(match: re.Match[str]) -> Verdict:
-    growth = float(match["growth"])
-    lost = f"{math.log2(growth):.1f} bits are lost" if 1 < growth < math.inf else "the grid ends too early"
+def _grown(title: str, rest: str) -> Verdict:
     return Verdict(
-        program=match["title"],
-        formats="",
-        outcome=Outcome.GROWS,
-        reason=f"Its powers outgrow the inverse {growth:.3g} times: {lost}.",
+        program=title, formats="", outcome=Outcome.GROWS, reason=f"{GROWS[0].upper()}{GROWS[1:]}{rest}."
     )
 
 

@@ -6,13 +6,11 @@ import math
 import shlex
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
+from qinvert.calibration.planning.verdicts import INFINITE
 from qinvert.plan.plan import LayerPlan
 from qinvert.report_page.evidence import Evidence
-
-#: Decibels from here on are infinite: the noise is zero.
-INFINITE: Final = 3e38
 
 
 class Status(StrEnum):

@@ -13,6 +13,7 @@ from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Candidate, Goals, choose
 from qinvert.calibration.planning.scales import ScaleRule, scale_groups
 from qinvert.calibration.planning.sensitivity import measure_sensitivities
+from qinvert.calibration.planning.verdicts import Outcome, verdicts
 from qinvert.calibration.survey import survey
 from qinvert.errors import ProgramError
 from qinvert.formats import INT4, INT8, INT8X2, INT16
@@ -156,13 +157,17 @@ def test_a_missed_goal_names_the_grid_and_the_change():
 
 
 def test_the_candidates_are_a_table_of_cost_and_sqnr():
-    facts = qinvert.calibrate(stress_matrices("wide_gates", 32, 64)).layer().provenance
+    layer = qinvert.calibrate(stress_matrices("wide_gates", 32, 64)).layer()
+    facts = layer.provenance
     rows = facts["candidates"]
     assert [row["cost"] for row in rows] == sorted(row["cost"] for row in rows)
     (chosen,) = [row for row in rows if row["chosen"]]
     assert chosen["simulated_sqnr_db"] == facts["expected_sqnr_db"]
     assert chosen["cost"] == facts["cost"]
     assert any("powers outgrow the inverse" in reason for reason in facts["rejected"])
+    grown = [v for v in verdicts(layer) if v.outcome is Outcome.GROWS]
+    assert grown
+    assert all(v.reason.startswith("Its powers outgrow the inverse ") for v in grown)
 
 
 def test_a_method_name_leaves_its_arguments_to_the_planner():
