@@ -154,7 +154,7 @@ def build(
     if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
     if is_step(layer_plan):
-        step = step_interface(layer_plan, options, _hardware(plan, chosen))
+        step = step_interface(layer_plan, options, hardware_for(plan, chosen))
         return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step), ir_version)
     interface = interface_of(plan, layer_plan, chosen, **options)
     return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface), ir_version)
@@ -221,7 +221,7 @@ def interface_of(plan: Plan, layer: LayerPlan, profile: Profile, **options: Unpa
 
 def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int | None) -> int:
     """Return the chains that cost the least on the plan's chip or on the profile's; 1 if none is known."""
-    known, hardware = _planned_chip(plan) is not None, _hardware(plan, profile)
+    known, hardware = _planned_chip(plan) is not None, hardware_for(plan, profile)
     if batch is None or hardware is None:
         return 1
     chosen = layer.provenance.get("chains")
@@ -231,7 +231,7 @@ def _cheapest_chains(plan: Plan, layer: LayerPlan, profile: Profile, batch: int 
     return hardware.best_chains(layer, batch)[0]
 
 
-def _hardware(plan: Plan, profile: Profile) -> Hardware | None:
+def hardware_for(plan: Plan, profile: Profile) -> Hardware | None:
     """Return the plan's chip, else the profile's; None if none is known."""
     name = _planned_chip(plan) or profile.hardware
     return find_hardware(name) if name else None

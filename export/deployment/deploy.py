@@ -22,12 +22,12 @@ from qinvert.export.deployment.states import State, StateKind
 from qinvert.export.deployment.step_calls import LayerStep, RecordedSteps, layer_steps
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.encodings import encodings, to_bytes
-from qinvert.export.exporting import profile_for, serialize
+from qinvert.export.exporting import hardware_for, profile_for, serialize
 from qinvert.export.graph import MAX_BYTES
 from qinvert.export.whole_models.export_model import check_float32, chunk_of
 from qinvert.export.whole_models.tracing import require_onnx_ir
 from qinvert.files import check_replaceable, new_folder
-from qinvert.hardware import HARDWARE, Hardware, find_hardware
+from qinvert.hardware import Hardware, find_hardware
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
 
@@ -167,8 +167,7 @@ def _hardware(plan: Plan, profile: Profile, given: str | None) -> Hardware | Non
         raise PlanError(
             f"the plan was made for {known}, not for {given}; leave hardware out, or calibrate again"
         )
-    name = given or known or profile.hardware
-    return find_hardware(name) if name in HARDWARE or given else None
+    return hardware_for(plan, profile) if given is None else find_hardware(given)
 
 
 def build_graphs(

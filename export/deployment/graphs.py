@@ -16,6 +16,7 @@ from qinvert.export.deployment.step_calls import LayerStep, step_names
 from qinvert.export.deployment.window import Window
 from qinvert.export.graph import FUNCTION_IR_VERSION
 from qinvert.export.metadata import describe, layer_metadata, provenance
+from qinvert.export.rules.step_ends import MAX_RANK
 from qinvert.export.step_graph import lower_step
 from qinvert.export.step_interface import VALID
 from qinvert.export.whole_models.check import LOGITS
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 #: Input of token ids.
 TOKENS: Final = "input_ids"
-#: Largest rank of a tensor that compilers for NPUs take.
-MAX_RANK: Final = 4
 #: Operators that they do not take, or that they leave on the CPU.
 FORBIDDEN: Final = frozenset(
     {"CumSum", "If", "Loop", "NonZero", "Scan", "ScatterElements", "ScatterND", "Trilu", "Where"}
