@@ -41,14 +41,8 @@ def _plan_layer(
     sample = observer.sampled
     costs = options.costs
     choice = choose(observer, options.ladder, options.rules, options.goals, costs, candidates)
-    program = choice.best.plan.program
     free = replace(options.rules, requantize=Requantize.DIVIDE)
-    wider = [
-        Candidate(
-            program, observer.ranges(program), sample, (fmt,), free, costs.of, choice.best.candidate.truth
-        )
-        for fmt in (INT8, INT8X2, INT16)
-    ]
+    wider = [choice.best.candidate.on(fmt, free) for fmt in (INT8, INT8X2, INT16)]
     provenance = {
         "matrices": observer.matrices,
         "observed": observer.observed,

@@ -19,6 +19,7 @@ from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sens
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan.cost import plan_cost
 from qinvert.plan.plan import LayerPlan
+from qinvert.program.own_grids import COPY, narrow_parts, with_own_grids
 from qinvert.program.program import Program
 from qinvert.systems import Systems
 
@@ -31,6 +32,8 @@ COMPILED: Final = 4
 LAST_RESORT: Final = 3
 #: Times that a format is raised after a simulation fell short of its prediction.
 RETRIES: Final = 3
+#: A plan that exceeds its goal by more than this may have a cheaper one below it.
+STEP_DB: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,21 @@ class Candidate:
             self._known[key] = choose_grids(self.program, self._ranges, self._sample, by_tensor, self._rules)
         return self._known[key]
 
+    @cached_property
+    def finer(self) -> list[Candidate]:
+        """The same computation with more grids: steps between two plans of this one."""
+        return [self._finer(parts) for parts in narrow_parts(self.program)]
+
+    def _finer(self, parts: Sequence[str]) -> Candidate:
+        # A copy holds what its tensor holds, so that nothing must be observed again.
+        ranges = {**self._ranges, **{name + COPY: self._ranges[name] for name in parts}}
+        program = with_own_grids(self.program, parts)
+        return Candidate(program, ranges, self._sample, self.ladder, self._rules, self._costing, self.truth)
+
+    def on(self, fmt: IntFormat, rules: GridRules) -> Candidate:
+        """Return the same program on one format, under other rules."""
+        return Candidate(self.program, self._ranges, self._sample, (fmt,), rules, self._costing, self.truth)
+
     def plan(self, formats: Mapping[str, IntFormat]) -> LayerPlan:
         """Return the plan under a format for every group."""
         grids = self._grids(formats)
@@ -133,7 +151,21 @@ class Candidate:
             if not raised:
                 break
             prediction = max(raised, key=lambda p: _gain(prediction, p))
-        return prediction
+        return self._cheaper(prediction, goals, extra_db)
+
+    def _cheaper(self, found: Prediction, goals: Goals, extra_db: float) -> Prediction:
+        """Return ``found``, or one format everywhere if that also reaches the goals and costs less."""
+        # On some chips the conversions between two formats cost more than the bits that they save.
+        if found.formats == self.uniform(self.ladder[0]):
+            return found
+        alike = [self.predict(self.uniform(fmt)) for fmt in self.ladder[1:]]
+        reaching = [p for p in (found, *alike) if p.shortfall(goals) + extra_db <= 0]
+        return min(reaching, key=lambda p: p.cost, default=found)
+
+    @property
+    def narrowest_cost(self) -> float:
+        """Cost with the narrowest format everywhere: no plan of this program costs less on a CPU."""
+        return self._costing(self.plan(self.uniform(self.ladder[0])))
 
     def _raised(self, formats: Mapping[str, IntFormat]) -> list[dict[str, IntFormat]]:
         wider = dict(zip(self.ladder, self.ladder[1:], strict=False))
@@ -265,17 +297,17 @@ def choose(
     if candidates is None:
         candidates = weighed(observer, ladder, rules, costs)
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
-    predictions = sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost)
+    predictions = _in_steps(sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost), goals)
     checked: list[Prediction] = []
     wanted = COMPILED if costs is not None and costs.measure else 1
     for prediction in predictions:
+        if _enough(checked, prediction, wanted, goals):
+            break
         if prediction.shortfall(goals) <= 0:
             found = _stepped_up(prediction, sample, goals)
             reached = found.shortfall(goals) <= 0
             compiled = costs.measured(found.plan) if costs is not None and reached else None
             checked.append(replace(found, compiled=compiled))
-        if sum(p.shortfall(goals) <= 0 for p in checked) == wanted:
-            break
     if not any(p.shortfall(goals) <= 0 for p in checked):
         seen = [p.candidate for p in checked]
         rest = [p for p in predictions if p.candidate not in seen]
@@ -295,12 +327,38 @@ def choose(
     )
 
 
+def _in_steps(predictions: list[Prediction], goals: Goals) -> list[Prediction]:
+    """Return the predictions, cheapest first, with finer candidates where the goal asks for them.
+
+    It asks where the cheapest plan on the narrowest format does not reach them, and the cheapest
+    plan that does exceeds ``min_sqnr_db`` by more than `STEP_DB`: there may be one between the two.
+    """
+    first = next((p for p in predictions if p.shortfall(goals) <= 0), None)
+    if first is None or first.sqnr_db - goals.min_sqnr_db <= STEP_DB:
+        return predictions
+    if first is predictions[0] and first.formats == first.candidate.uniform(first.candidate.ladder[0]):
+        return predictions
+    finer = [f for p in predictions if p.shortfall(goals) <= 0 for f in p.candidate.finer]
+    found = [f.cheapest(goals) for f in finer if f.narrowest_cost < first.cost]
+    return sorted([*predictions, *(p for p in found if p.cost < first.cost)], key=lambda p: p.cost)
+
+
+def _enough(checked: Sequence[Prediction], following: Prediction, wanted: int, goals: Goals) -> bool:
+    """Whether ``wanted`` plans reach the goals in simulation, one of them for no more than what follows.
+
+    A plan whose formats were raised after its simulation may cost more than candidates behind it.
+    """
+    costs = [p.cost for p in checked if p.shortfall(goals) <= 0]
+    return len(costs) >= wanted and (wanted > 1 or min(costs) <= following.cost)
+
+
 def _stepped_up(prediction: Prediction, sample: Systems, goals: Goals) -> Prediction:
     checked, extra_db = prediction.check(sample), 0.0
     for _ in range(RETRIES):
         if checked.shortfall(goals) <= 0:
             break
-        extra_db += checked.shortfall(goals)
+        predicted = replace(checked, simulated=None)
+        extra_db = max(extra_db, checked.shortfall(goals) - predicted.shortfall(goals))
         wider = prediction.candidate.cheapest(goals, extra_db)
         if wider.formats == checked.formats:
             break
