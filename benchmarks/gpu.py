@@ -144,7 +144,8 @@ def warm(chunk: int, name: str) -> None:
 def compile_all(chunks: list[int]) -> None:
     """Compile all kernels, in as many processes as there are cores: the longest take minutes."""
     jobs = [(chunk, name) for chunk in chunks for name, _ in contenders(matrices(64, chunk), plans(chunk))]
-    with get_context("spawn").Pool() as pool:
+    # A thread for each core in each process would keep them waiting for one another.
+    with get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pool.starmap(warm, jobs[::-1], 1)
 
 
