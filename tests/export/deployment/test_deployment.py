@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from deployments import CACHE, TOKENS
 from tiny_models import HIDDEN, VOCABULARY, build, of_layers
 
 import qinvert
-from qinvert import ChunkOptions, InputError, Plan, PlanError, VerificationError
+from qinvert import InputError, Plan, PlanError, VerificationError
 from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK
 from qinvert.export.deployment.verify_deployment import verify_deployment
 
@@ -18,18 +19,10 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TOKENS = torch.randint(0, VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(0))
-CACHE = 256
-
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
-    model = build("qwen3_5", **of_layers("linear_attention", "full_attention"))
-    options = ChunkOptions(value_bits=16, state_bits=16)
-    plan = qinvert.calibrate(model, TOKENS, scope="chunk", target="npu-qdq-int16", chunk=options)
-    folder = tmp_path_factory.mktemp("deployed") / "out"
-    qinvert.deploy(model, plan, folder, cache=CACHE)
-    return model, plan, folder
+def deployed(tiny):
+    return tiny.model, tiny.plan, tiny.folder
 
 
 def test_the_folder_is_whole(deployed):
@@ -178,7 +171,7 @@ def test_an_interrupted_deploy_leaves_the_folder_as_it_was(deployed, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         qinvert.deploy(model, plan, folder)
     monkeypatch.setattr("qinvert.export.deployment.deploy.build_graphs", lambda *_: [])
-    monkeypatch.setattr("qinvert.export.deployment.deploy._manifest", lambda *_: None)
+    monkeypatch.setattr("qinvert.export.deployment.deploy.manifest_of", lambda *_: None)
     monkeypatch.setattr(Plan, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         qinvert.deploy(model, plan, folder)
