@@ -3,7 +3,8 @@
 Tools that drop QuantizeLinear and DequantizeLinear from a graph want the
 scales in a file, by the names of the float tensors that remain.  These are the
 tensors that QuantizeLinear reads, and those that DequantizeLinear makes of a
-constant or returns from the graph.  Where a graph splits a 16-bit operand into
+constant or returns from the graph.  A constant may have a scale for each channel,
+or for each block of channels.  Where a graph splits a 16-bit operand into
 two planes, the planes have their own entries, but the split itself is lost
 with its nodes.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import onnx
 
 from qinvert.errors import ExportError, lookup
-from qinvert.export.rules.graph_index import Grid, Structure
+from qinvert.export.rules.graph_index import Grid, Structure, attribute
 from qinvert.version import __version__
 
 #: What a style makes of the quantized tensors.
@@ -30,20 +31,34 @@ Writer = Callable[[Mapping[str, "Encoding"]], dict[str, Any]]
 class Encoding:
     """How one float tensor is quantized."""
 
-    #: Scale, zero point and container.
+    #: Scale, zero point and container; of several scales the largest one.
     grid: Grid
     #: Whether the tensor is a constant.
     constant: bool
+    #: Scales of a constant that has several; None for one of the whole tensor.
+    channels: Channels | None = None
 
     @property
     def bits(self) -> int:
         """Bits of the container."""
-        return int(np.iinfo(self.grid.element).bits)
+        return int(self.grid.element.removeprefix("u").removeprefix("int"))
 
     @property
     def offset(self) -> int:
         """Minus the zero point on the unsigned grid of as many bits: -128 for int8."""
-        return int(np.iinfo(self.grid.element).min) - self.grid.zero_point
+        lowest = 0 if self.grid.element.startswith("u") else -(2 ** (self.bits - 1))
+        return lowest - self.grid.zero_point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channels:
+    """Scales along an axis of a constant, as DequantizeLinear takes them; all zero points are 0."""
+
+    #: One for each channel, or a row for each block of ``block_size`` channels.
+    scales: tuple[Any, ...]
+    axis: int
+    #: Channels that share a row of scales; 0 where each has its own scale.
+    block_size: int
 
 
 def encodings(model: onnx.ModelProto, style: str) -> dict[str, Any]:
@@ -96,8 +111,30 @@ def find_encodings(model: onnx.ModelProto) -> dict[str, Encoding]:
             given = not constant and _before(graph, node.input[0])[-1] in graph.inputs
             after = _after(graph, node.output[0])
             if constant or given or graph.outputs.intersection(after):
-                found |= dict.fromkeys(after, Encoding(grid=_grid(graph, node), constant=constant))
+                found |= dict.fromkeys(after, _encoding(graph, node, constant=constant))
     return found
+
+
+def _encoding(graph: Structure, node: onnx.NodeProto, *, constant: bool) -> Encoding:
+    channels = _channels(graph, node) if constant else None
+    if channels is None:
+        return Encoding(grid=_grid(graph, node), constant=constant)
+    largest = float(np.max(channels.scales))
+    element = str(graph.element(node.input[0]))
+    return Encoding(grid=Grid(scale=largest, zero_point=0, element=element), constant=True, channels=channels)
+
+
+def _channels(graph: Structure, node: onnx.NodeProto) -> Channels | None:
+    """Scales of a constant that has several and whose zero points are all 0; None for any other."""
+    scales = graph.constant(node.input[1])
+    zeros = graph.constant(node.input[2]) if len(node.input) > 2 else np.zeros(1)
+    if scales is None or scales.size < 2 or zeros is None or np.any(zeros.astype(np.int32)):
+        return None
+    return Channels(
+        scales=tuple(scales.tolist()),
+        axis=attribute(node, "axis", 1),
+        block_size=attribute(node, "block_size", 0),
+    )
 
 
 def _before(graph: Structure, name: str) -> list[str]:
@@ -129,21 +166,29 @@ def _aimet_2(found: Mapping[str, Encoding]) -> dict[str, Any]:
     for name, encoding in found.items():
         grid = encoding.grid
         zero = {"y_zero_point": grid.zero_point} if grid.zero_point else {}
-        entries.append({"name": name, "output_dtype": grid.element, "y_scale": grid.scale, **zero})
+        scale = {"y_scale": grid.scale} if encoding.channels is None else _several(encoding.channels)
+        entries.append({"name": name, "output_dtype": grid.element, **scale, **zero})
     return {"version": "2.0.0", "encodings": entries}
+
+
+def _several(channels: Channels) -> dict[str, Any]:
+    """Scales in the terms of DequantizeLinear, which are those of AIMET 2.0.0."""
+    blocks = {"block_size": channels.block_size} if channels.block_size else {}
+    return {"y_scale": list(channels.scales), "axis": channels.axis, **blocks}
 
 
 def _aimet_1(found: Mapping[str, Encoding]) -> dict[str, Any]:
     entries: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    for name, encoding in found.items():
+    for name, encoding in _without_blocks(found).items():
+        scales = [encoding.grid.scale] if encoding.channels is None else list(encoding.channels.scales)
         entry = {
             "name": name,
             "dtype": "INT",
             "bw": encoding.bits,
             "is_sym": encoding.grid.element.startswith("int"),
-            "enc_type": "PER_TENSOR",
-            "scale": [encoding.grid.scale],
-            "offset": [encoding.offset],
+            "enc_type": "PER_TENSOR" if encoding.channels is None else "PER_CHANNEL",
+            "scale": scales,
+            "offset": [encoding.offset] * len(scales),
         }
         entries[encoding.constant].append(entry)
     return {
@@ -152,6 +197,15 @@ def _aimet_1(found: Mapping[str, Encoding]) -> dict[str, Any]:
         "param_encodings": entries[True],
         "producer": {"package": "qinvert", "version": __version__},
         "quantizer_args": _quantizer_args(found),
+    }
+
+
+def _without_blocks(found: Mapping[str, Encoding]) -> dict[str, Encoding]:
+    """Leave out constants with blocks of scales, which only AIMET 2.0.0 can describe."""
+    return {
+        name: encoding
+        for name, encoding in found.items()
+        if encoding.channels is None or not encoding.channels.block_size
     }
 
 
@@ -165,7 +219,7 @@ def _quantizer_args(found: Mapping[str, Encoding]) -> dict[str, Any]:
         "param_bitwidth": bits[True],
         "dtype": "int",
         "is_symmetric": True,
-        "per_channel_quantization": False,
+        "per_channel_quantization": any(e.channels is not None for e in found.values()),
         "quant_scheme": "min_max",
     }
 
@@ -173,7 +227,15 @@ def _quantizer_args(found: Mapping[str, Encoding]) -> dict[str, Any]:
 def _ort(found: Mapping[str, Encoding]) -> dict[str, Any]:
     # A single type belongs into the quantizer's activation_type; its reader does not take types from JSON.
     mixed = len({encoding.grid.element for encoding in found.values()}) > 1
-    return {name: [_override(encoding.grid, mixed)] for name, encoding in found.items()}
+    return {name: _overrides(encoding, mixed) for name, encoding in _without_blocks(found).items()}
+
+
+def _overrides(encoding: Encoding, mixed: bool) -> list[dict[str, Any]]:
+    channels = encoding.channels
+    if channels is None:
+        return [_override(encoding.grid, mixed)]
+    grids = [replace(encoding.grid, scale=float(scale)) for scale in channels.scales]
+    return [{**_override(grid, mixed), "axis": channels.axis} for grid in grids]
 
 
 def _override(grid: Grid, mixed: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from qinvert.errors import InputError
-from qinvert.temporaries import temporary_file, temporary_folder
+from qinvert.temporaries import exchange, temporary_file, temporary_folder
 
 #: Largest file that is read at once: that of an ONNX model, whose format ends there.
 MAX_BYTES: Final = 2**31
@@ -139,7 +139,8 @@ def make_folder(path: str | PathLike[str]) -> Path:
 def new_folder(path: str | PathLike[str], marker: str) -> Iterator[Path]:
     """Yield an empty folder, which takes the place of ``path`` when the ``with`` block has ended.
 
-    After an exception, or where the process is killed, ``path`` is what it was.
+    After an exception, or where the process is killed at any moment, ``path`` is what it was, or
+    the new folder: on Linux the two names are exchanged by one call of the kernel.
 
     Parameters
     ----------
@@ -165,14 +166,21 @@ def new_folder(path: str | PathLike[str], marker: str) -> Iterator[Path]:
 
 
 def _take_place(work: Path, target: Path, old: Path) -> None:
-    """Rename ``work`` to ``target``, and what is there to ``old``; back if that fails."""
-    if target.exists():
-        target.rename(old)
+    """Rename ``work`` to ``target``; what is there goes to ``old``, or takes the place of ``work``.
+
+    Where the system can exchange two names, no moment is without a folder.  Elsewhere a process
+    that is killed between two renames leaves the old one among its temporaries.
+    """
+    if not target.exists():
+        work.rename(target)
+        return
+    if exchange(work, target):
+        return
+    target.rename(old)
     try:
         work.rename(target)
     except OSError:
-        if old.exists():
-            old.rename(target)
+        old.rename(target)
         raise
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +28,9 @@ SCRATCH: Final = "scratch"
 #: Seconds after which a temporary without a lock was left by a killed process: before that, its
 #: process may be about to lock it.
 GRACE: Final = 60.0
+#: Constants of Linux, from its headers: paths are as they are, and two names are exchanged.
+AT_FDCWD: Final = -100
+RENAME_EXCHANGE: Final = 2
 
 
 @contextmanager
@@ -72,6 +77,19 @@ def scratch_folder() -> Iterator[Path]:
         work = folder / "work"
         work.mkdir()
         yield work
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders at one moment; False where the system cannot.
+
+    This is ``renameat2`` of Linux with ``RENAME_EXCHANGE``, which Python does not offer.
+    """
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    names = (os.fsencode(path) for path in (one, other))
+    first, second = (ctypes.c_char_p(name) for name in names)
+    return bool(call(AT_FDCWD, first, AT_FDCWD, second, ctypes.c_uint(RENAME_EXCHANGE)) == 0)
 
 
 def clean(target: Path) -> None:

@@ -39,3 +39,14 @@ def forward_substitution(lower: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def solved():
     return forward_substitution
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Return a small model with its folder, plan and traced graphs, and a deployment of all of these.
+
+    Tracing takes seconds, so that the tests share one trace.
+    """
+    from deployments import tiny_deployment
+
+    return tiny_deployment(tmp_path_factory.mktemp("tiny"))

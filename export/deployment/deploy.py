@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from qinvert.calibration.calibrate import calibrate
 from qinvert.calibration.chunk_steps.options import Scope
+from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.model_identity import check_identity
-from qinvert.calibration.patching import by_layer, vocabulary_size
-from qinvert.checks import check_integer
-from qinvert.errors import ExportError, InputError, PlanError
-from qinvert.export.deployment.graphs import operators, weight_bytes, window_graph
+from qinvert.calibration.patching import by_layer
+from qinvert.errors import InputError, PlanError
+from qinvert.export.deployment.deployment import Array
+from qinvert.export.deployment.facts import manifest_of
+from qinvert.export.deployment.graphs import Graph, weight_bytes, window_graph
 from qinvert.export.deployment.manifest import DECODE, MANIFEST, PLAN, PREFILL, Manifest
-from qinvert.export.deployment.states import State, StateKind
+from qinvert.export.deployment.options import CACHE, DeployOptions, Weights
+from qinvert.export.deployment.products import products
 from qinvert.export.deployment.step_calls import LayerStep, RecordedSteps, layer_steps
+from qinvert.export.deployment.weights import rows_of, with_weights
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.encodings import encodings, to_bytes
 from qinvert.export.exporting import hardware_for, profile_for, serialize
@@ -31,46 +35,8 @@ from qinvert.hardware import Hardware, find_hardware
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
 
-if TYPE_CHECKING:
-    import onnx_ir
-
-#: Tokens that the caches of attention layers hold, if the caller does not say.
-CACHE: Final = 1024
-#: Largest cache and window.
-MAX_CACHE: Final = 2**20
-MAX_CHUNKS: Final = 64
 #: Styles of encodings, by the ends of their files' names.
 STYLES: Final = {"aimet": "aimet-2.0.0", "onnxruntime": "ort"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeployOptions:
-    """Sizes of the graphs.
-
-    Raises
-    ------
-    ExportError
-        At construction, for a size that is not legal.
-    """
-
-    #: Chunks of a call of the prefill graph.
-    chunks: int = 1
-    #: Tokens that the caches of attention layers hold.
-    cache: int = CACHE
-
-    def __post_init__(self) -> None:
-        check_integer("chunks", self.chunks, 1, MAX_CHUNKS, ExportError, "; pass for example 2")
-        check_integer("cache", self.cache, 1, MAX_CACHE, ExportError, f"; pass for example {CACHE}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Graph:
-    """One of the two graphs."""
-
-    file: str
-    model: onnx_ir.Model
-    states: tuple[State, ...]
-    tokens: int
 
 
 def deploy(
@@ -82,6 +48,9 @@ def deploy(
     chunks: int = 1,
     cache: int = CACHE,
     profile: str | None = None,
+    weights: str = Weights.NONE,
+    activation_bits: int = 16,
+    data: Any = None,
     force: bool = False,
     **calibration: Any,
 ) -> Manifest:
@@ -90,9 +59,9 @@ def deploy(
     ``prefill.onnx`` maps ``input_ids [1, T]``, ``valid [1, T]`` (1 for the tokens that
     count, which come first) and all states to ``logits [1, T, V]`` and all states, with
     ``T = chunks C``.  ``decode.onnx`` does so for one token, on the same grids.  Delta-rule
-    layers are the integers of their chunk steps, everything else is float32.  An output
-    ``NAME_out`` is the input ``NAME`` of the next call of either graph; before the first
-    token all states are zero.
+    layers are the integers of their chunk steps, everything else is float32, but for products
+    with weights where these are quantized.  An output ``NAME_out`` is the input ``NAME`` of the
+    next call of either graph; before the first token all states are zero.
 
     No tensor has more than four axes; there is no loop, selection, scatter or cumulative sum.
 
@@ -113,6 +82,15 @@ def deploy(
         Tokens that the caches of attention layers hold, padding of partly filled windows included.
     profile : str, optional
         Export profile of the steps; the plan's target if left out.
+    weights : {"none", "w8", "w4"}
+        Weights of projections, MLPs and the head: float32; int8 with a scale for each output
+        channel; or int4 with a scale for each 32 weights of a channel.  onnxruntime's quantizer
+        writes them, as QDQ with standard operators.  Norms, convolutions, products with experts and
+        what gates and routers come from stay in float32, and planned layers are what they were.
+    activation_bits : {16, 8}
+        Bits of the inputs and outputs of these products, one symmetric grid for each tensor.
+    data : optional
+        Data that these grids are calibrated on, where ``plan_or_data`` is a plan; as there.
     force : bool
         Go on with another model than the one that the plan was made for.
     **calibration
@@ -132,24 +110,55 @@ def deploy(
         If the model has what the graphs must not have, such as sparse attention that sorts tokens,
         or the profile cannot express the plan.
     """
-    options = DeployOptions(chunks=chunks, cache=cache)
+    options = DeployOptions(chunks=chunks, cache=cache, weights=weights, activation_bits=activation_bits)
     require_onnx_ir()
     if isinstance(model, torch.nn.Module):
         check_float32(model)
     check_replaceable(path, MANIFEST)
-    plan = _plan(model, plan_or_data, hardware, calibration)
+    given, rows = _with_rows(model, plan_or_data, data, options, calibration)
+    plan = _plan(model, given, hardware, calibration)
     by_layer(model, plan)
     check_identity(plan, model, force)
     chosen = profile_for(plan, profile)
     chip = _hardware(plan, chosen, hardware)
     graphs = build_graphs(model, plan, chosen, options, chip)
-    manifest = _manifest(model, plan, chosen, options, graphs)
+    if options.weights != Weights.NONE:
+        graphs = with_weights(graphs, rows, options, chunk_of(plan))
+    manifest = manifest_of(model, plan, chosen, options, graphs)
     with new_folder(path, MANIFEST) as folder:
         for graph in graphs:
             _write(graph, folder)
         plan.save(folder / PLAN)
         (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def _with_rows(
+    model: torch.nn.Module,
+    given: Any,
+    data: Any,
+    options: DeployOptions,
+    calibration: dict[str, Any],
+) -> tuple[Any, Iterable[Array]]:
+    """Return the plan or data, and rows of tokens to calibrate activations on."""
+    planned = isinstance(given, Plan)
+    if data is not None and (not planned or options.weights == Weights.NONE):
+        raise InputError(
+            "data=... calibrates the activations of quantized weights under a finished plan; "
+            "leave it out, or pass a plan and weights='w8'"
+        )
+    if options.weights == Weights.NONE:
+        return given, ()
+    if planned and data is None:
+        raise InputError(
+            f"weights={str(options.weights)!r} calibrates activations, and a plan has no data; pass data=..."
+        )
+    if not planned:
+        # Once: a reader ends when it has been read.
+        count, length = (calibration.pop(name, None) for name in ("num_samples", "seq_len"))
+        read = with_options(given, count, length, calibration.get("seed", 0))
+        given = data = list(token_batches(read, model))
+    return given, rows_of(token_batches(data, model))
 
 
 def _plan(model: torch.nn.Module, given: Any, hardware: str | None, options: Mapping[str, Any]) -> Plan:
@@ -202,15 +211,11 @@ def _graph(
     tokens: int,
 ) -> Graph:
     window = Window(model, steps, RecordedSteps(plan), options.cache)
-    with windowed(window, positions(options, chunk_of(plan))):
+    with windowed(window, options.positions(chunk_of(plan))):
         window.probe(tokens)
-        graph = window_graph(window, plan, profile, tokens, masked=file == PREFILL)
-    return Graph(file=file, model=graph, states=window.states, tokens=tokens)
-
-
-def positions(options: DeployOptions, chunk: int) -> int:
-    """How many positions a deployment knows: those in the cache, and those of a window behind it."""
-    return options.cache + options.chunks * chunk
+        graph = window_graph(window, plan, profile, tokens, masked=file == PREFILL, opset=options.opset)
+    number = len(products(graph))
+    return Graph(file=file, model=graph, states=window.states, tokens=tokens, products=number)
 
 
 def _write(graph: Graph, folder: Path) -> None:
@@ -226,73 +231,3 @@ def _write(graph: Graph, folder: Path) -> None:
     for name, style in STYLES.items():
         stem = graph.file.removesuffix(".onnx")
         (folder / f"{stem}.{name}.json").write_bytes(to_bytes(encodings(proto, style)))
-
-
-def _manifest(
-    model: Any, plan: Plan, profile: Profile, options: DeployOptions, graphs: list[Graph]
-) -> Manifest:
-    prefill, decode = graphs
-    if prefill.states != decode.states:
-        raise ExportError(
-            "prefill and decode have different states, so that neither could go on from the other"
-        )
-    size = vocabulary_size(model)
-    attends = any(state.kind is StateKind.KEYS for state in prefill.states)
-    return Manifest(
-        chunk=chunk_of(plan),
-        chunks=options.chunks,
-        cache=options.cache if attends else 0,
-        vocabulary=1 if size is None else size,
-        ends=_ends(model),
-        states=prefill.states,
-        weights="none",
-        facts={
-            "profile": profile.name,
-            "hardware": plan.provenance.get("hardware"),
-            "plan_sha256": plan.sha256,
-            "source": plan.provenance.get("source"),
-            "layers": {name: _layer_facts(plan, name) for name in plan.layers},
-            "graphs": {graph.file: _graph_facts(graph) for graph in graphs},
-        },
-    )
-
-
-def _layer_facts(plan: Plan, name: str) -> dict[str, Any]:
-    layer = plan.layer(name)
-    grid = layer.tensors["state"]
-    return {
-        "formats": layer.formats,
-        "program": layer.program.title,
-        "state_scale": grid.scale,
-        "state_format": grid.format.name,
-    }
-
-
-def _graph_facts(graph: Graph) -> dict[str, Any]:
-    counts = operators(graph.model)
-    return {
-        "tokens": graph.tokens,
-        "inputs": [_described(value) for value in graph.model.graph.inputs],
-        "outputs": [_described(value) for value in graph.model.graph.outputs],
-        "nodes": sum(counts.values()),
-        "operators": counts,
-        "weights": "float32",
-        "linear_attention": "integers by the plan",
-        "elsewhere": "float32",
-    }
-
-
-def _described(value: Any) -> dict[str, Any]:
-    return {
-        "name": value.name,
-        "shape": [int(size) for size in value.shape],
-        "type": value.dtype.name.lower(),
-    }
-
-
-def _ends(model: Any) -> tuple[int, ...]:
-    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
-    end = getattr(config, "eos_token_id", None)
-    if end is None:
-        return ()
-    return tuple(end) if isinstance(end, (list, tuple)) else (int(end),)

@@ -78,10 +78,7 @@ class Deployment:
 
     def _window(self, ids: Array) -> Array:
         size = self.manifest.window
-        filled = np.zeros((1, size), dtype=np.int32)
-        filled[0, : len(ids)] = ids
-        valid = (np.arange(size) < len(ids)).astype(np.float32)[None]
-        return self._run(self._prefill, {"input_ids": filled, "valid": valid}, size)[: len(ids)]
+        return self._run(self._prefill, window_inputs(ids, size), size)[: len(ids)]
 
     def decode(self, token: int) -> Array:
         """Run one token through the decode graph, and return its logits ``[vocabulary]``.
@@ -147,6 +144,13 @@ class Deployment:
                 f"{self.manifest.vocabulary} tokens; tokenize for this model"
             )
         return ids
+
+
+def window_inputs(ids: Array, size: int) -> dict[str, Array]:
+    """Inputs of a call of the prefill graph, beside the states, for at most ``size`` tokens."""
+    filled = np.zeros((1, size), dtype=np.int32)
+    filled[0, : len(ids)] = ids
+    return {"input_ids": filled, "valid": (np.arange(size) < len(ids)).astype(np.float32)[None]}
 
 
 def _session(path: Path, *, optimized: bool, threads: int) -> Any:

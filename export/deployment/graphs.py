@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import onnx
 import torch
 
+from qinvert.chunk_step.ports import BETA, LOG_DECAY
 from qinvert.errors import ExportError
-from qinvert.export.deployment.states import SUFFIX
+from qinvert.export.deployment.products import fold_transposes, mark_floats
+from qinvert.export.deployment.states import SUFFIX, State
 from qinvert.export.deployment.step_calls import LayerStep, step_names
 from qinvert.export.deployment.window import Window
-from qinvert.export.graph import FUNCTION_IR_VERSION
+from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.metadata import describe, layer_metadata, provenance
 from qinvert.export.rules.step_ends import MAX_RANK
 from qinvert.export.step_graph import lower_step
@@ -35,7 +37,21 @@ FORBIDDEN: Final = frozenset(
 )
 
 
-def window_graph(window: Window, plan: Plan, profile: Profile, tokens: int, *, masked: bool) -> onnx_ir.Model:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """One of the two graphs."""
+
+    file: str
+    model: onnx_ir.Model
+    states: tuple[State, ...]
+    tokens: int
+    #: Products with weights outside the planned layers.
+    products: int
+
+
+def window_graph(
+    window: Window, plan: Plan, profile: Profile, tokens: int, *, masked: bool, opset: int | None = None
+) -> onnx_ir.Model:
     """Return ``input_ids, valid, states -> logits, states`` as one graph of plain operators.
 
     Parameters
@@ -49,6 +65,8 @@ def window_graph(window: Window, plan: Plan, profile: Profile, tokens: int, *, m
         Tokens of a call.
     masked : bool
         Whether a call may have fewer tokens: the graph then has the input ``valid``.
+    opset : int, optional
+        Least operator set; the profile's if left out.  With it weights are about to be quantized.
 
     Raises
     ------
@@ -63,9 +81,10 @@ def window_graph(window: Window, plan: Plan, profile: Profile, tokens: int, *, m
         names.append(VALID)
     outputs = [LOGITS, *(state.name + SUFFIX for state in window.states)]
     options = {"input_names": names, "output_names": outputs, "custom_translation_table": _translations()}
-    model = trace(window, example, opset_for(profile, None), **options)
+    model = trace(window, example, max(opset_for(profile, None), opset or 0), **options)
     _put_steps(model, window, plan, profile)
-    _tidy(model)
+    fold_transposes(model, shared=opset is not None)
+    tidy(model)
     check_operators(model)
     model.metadata_props.update(provenance(plan, profile))
     return model
@@ -93,6 +112,7 @@ def _put_steps(model: onnx_ir.Model, window: Window, plan: Plan, profile: Profil
     from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
     from onnx_ir.serde import deserialize_function
 
+    mark_floats(_gates(model, window))
     target = replace(profile, opset=model.opset_imports[""])
     names = step_names(plan)
     for name, step in window.steps.items():
@@ -101,6 +121,15 @@ def _put_steps(model: onnx_ir.Model, window: Window, plan: Plan, profile: Profil
     model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     InlinePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+def _gates(model: onnx_ir.Model, window: Window) -> Iterator[onnx_ir.Value]:
+    """What steps read as beta and decays, and what routers of experts sort."""
+    names = [name for step in window.steps.values() for name in step.interface.inputs(step.plan)]
+    gates = [names.index(port) for port in (BETA, LOG_DECAY)]
+    for node in model.graph:
+        at = gates if node.domain == DOMAIN else [0] if node.op_type == "TopK" else []
+        yield from (value for i in at if (value := node.inputs[i]) is not None)
 
 
 def _function(step: LayerStep, profile: Profile, name: str) -> onnx.FunctionProto:
@@ -123,7 +152,7 @@ def _function(step: LayerStep, profile: Profile, name: str) -> onnx.FunctionProt
     return function
 
 
-def _tidy(model: onnx_ir.Model) -> None:
+def tidy(model: onnx_ir.Model) -> None:
     """Remove what nothing reads, share equal constants, and note every shape."""
     from onnx_ir.passes.common import (
         DeduplicateInitializersPass,

@@ -15,9 +15,10 @@ from torch.nn.functional import kl_div, log_softmax
 from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.patching import patched, run_model
 from qinvert.errors import InputError, PlanError, VerificationError
-from qinvert.export.deployment.deploy import DeployOptions, positions
 from qinvert.export.deployment.deployment import Array, Deployment
-from qinvert.export.deployment.manifest import PLAN, Manifest
+from qinvert.export.deployment.manifest import DECODE, PLAN, PREFILL, Manifest
+from qinvert.export.deployment.options import DeployOptions, Weights
+from qinvert.export.deployment.quantized_products import QuantizedProduct, quantized_as, quantized_products
 from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.whole_models.check import random_tokens
@@ -39,7 +40,8 @@ class DeploymentCheck:
     decoded: int
     #: Whether onnxruntime optimized the graphs.
     optimized: bool
-    #: ``||x - y|| / ||y||`` of the logits, with y the same windows with simulated steps.
+    #: ``||x - y|| / ||y||`` of the logits, with y the same windows with simulated steps
+    #: and, where weights are quantized, with the weights and the grids of the graphs.
     logits: float
     #: The largest such share of a state.
     states: float
@@ -102,7 +104,7 @@ def verify_deployment(
     check_identity(plan, model, force)
     sizes = tuple(lengths or default_lengths(manifest.window))
     ids = _tokens(model, tokens, max(sizes) + DECODED)
-    reference = _Reference(model, plan, manifest)
+    reference = _Reference(model, plan, manifest, _products(Path(folder), manifest))
     found = []
     for optimized in (False, True):
         deployment = Deployment(folder, optimized=optimized)
@@ -110,6 +112,22 @@ def verify_deployment(
             decoded = DECODED if length == max(sizes) else 0
             part = ids[: length + decoded]
             found.append(_check(deployment, reference, part, decoded, optimized, tolerance))
+    return found
+
+
+def _products(folder: Path, manifest: Manifest) -> dict[str, list[QuantizedProduct]]:
+    """Products with quantized weights, by the file of their graph; both have the same number."""
+    if manifest.weights == Weights.NONE:
+        return {PREFILL: [], DECODE: []}
+    found = {name: quantized_products(folder / name) for name in (PREFILL, DECODE)}
+    facts = manifest.facts.get("graphs", {})
+    for name, products in found.items():
+        wanted = facts[name]["projections"]["nodes"]
+        if len(products) != wanted:
+            raise VerificationError(
+                f"{name} has {len(products)} products with quantized weights, and the manifest says "
+                f"{wanted}; deploy again"
+            )
     return found
 
 
@@ -123,10 +141,19 @@ def _tokens(model: torch.nn.Module, given: Any, needed: int) -> Array:
 
 
 class _Reference:
-    """The same calls with simulated steps, and the patched model on whole texts; each text runs once."""
+    """The same calls with simulated steps and the graphs' weights, and the patched model on whole texts.
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, manifest: Manifest) -> None:
-        self.model, self.plan, self.manifest = model, plan, manifest
+    Each text runs once.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        manifest: Manifest,
+        products: Mapping[str, Sequence[QuantizedProduct]],
+    ) -> None:
+        self.model, self.plan, self.manifest, self.products = model, plan, manifest, products
         self._known: dict[tuple[int, int], tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
 
     def windows(self, ids: Array, decoded: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -146,7 +173,8 @@ class _Reference:
         options = DeployOptions(chunks=self.manifest.chunks, cache=self.manifest.cache or 1)
         window = Window(self.model, layer_steps(self.plan, chunks, None), SimulatedSteps(), options.cache)
         size, found, carried = (1 if chunks is None else self.manifest.window), [], dict(states)
-        with windowed(window, positions(options, self.manifest.chunk)):
+        products = self.products[DECODE if chunks is None else PREFILL]
+        with quantized_as(self.model, products), windowed(window, options.positions(self.manifest.chunk)):
             window.probe(size)
             for start in range(0, len(ids), size):
                 part = torch.from_numpy(ids[start : start + size].astype(np.int64))[None]

@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 @click.option(
     "--cache", default=1024, show_default=True, help="Tokens that the caches of attention layers hold."
 )
+@click.option(
+    "--weights",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "w8", "w4"]),
+    help="Weights of projections, MLPs and the head: float32, int8 or int4.",
+)
+@click.option(
+    "--activation-bits",
+    default="16",
+    show_default=True,
+    type=click.Choice(["8", "16"]),
+    help="Bits of the inputs and outputs of products with such weights.",
+)
 @click.option("--force", is_flag=True, help="Go on with another model than the plan was made for.")
 @profile_option
 @data_options
@@ -40,6 +54,8 @@ def deploy(
     hardware: str | None,
     chunks: int,
     cache: int,
+    weights: str,
+    activation_bits: str,
     force: bool,
     profile: str | None,
     given: DataOptions,
@@ -50,12 +66,14 @@ def deploy(
 
     MODEL is a model folder with --data or --plan, or `recall`.  The folder has both
     graphs, the plan, encodings, and manifest.json, which says what a host passes to
-    them.  `qinvert run` drives it on onnxruntime.
+    them.  `qinvert run` drives it on onnxruntime.  With --weights w8 or w4 and --plan,
+    activations are calibrated on --data.
 
     \b
     Example: qinvert deploy recall -o out/
              qinvert deploy ./my-model --data book.txt --hardware hexagon-v81 -o out/
              qinvert deploy ./my-model --plan plan.json --chunks 4 --cache 4096 -o out/
+             qinvert deploy ./my-model --data book.txt --weights w8 -o out/
     """
     from qinvert.export.deployment.deploy import deploy as write
     from qinvert.export.deployment.manifest import MANIFEST
@@ -64,6 +82,11 @@ def deploy(
     output = Output(as_json=as_json, quiet=quiet)
     check_exists(source)
     check_replaceable(path, MANIFEST)
+    if plan_path is not None and weights == "none" and given.data is not None:
+        raise InputError(
+            "--plan is a finished plan, which takes no --data but for --weights w8 or w4; leave one of "
+            "them out"
+        )
     plan = _plan(output, source, plan_path, hardware, profile, given)
     with output.progress("writing graphs"):
         manifest = write(
@@ -74,6 +97,9 @@ def deploy(
             chunks=chunks,
             cache=cache,
             profile=profile,
+            weights=weights,
+            activation_bits=int(activation_bits),
+            data=None if weights == "none" else given.for_model(source),
             force=force,
         )
     show_manifest(output, path, manifest)
@@ -89,8 +115,6 @@ def _plan(
     given: DataOptions,
 ) -> Plan:
     if plan_path is not None:
-        if given.data is not None:
-            raise InputError("--plan is a finished plan, which takes no --data; leave one of them out")
         return Plan.load(plan_path)
     from qinvert.calibration.calibrate import calibrate
 
@@ -110,10 +134,14 @@ def _plan(
 def show_manifest(output: Output, path: str, manifest: Manifest) -> None:
     """Print what was written: nodes, states, and what runs in which type."""
     rows = [[name, *map(str, _row(facts))] for name, facts in manifest.facts["graphs"].items()]
-    output.table("Graphs", ["graph", "tokens", "nodes", "linear attention", "elsewhere"], rows)
+    output.table("Graphs", ["graph", "tokens", "nodes", "linear attention", "projections", "elsewhere"], rows)
     kept = f", caches of {manifest.cache} tokens" if manifest.cache else ""
     output.say(f"wrote {path}: {len(manifest.states)} states, windows of {manifest.window} tokens{kept}")
 
 
 def _row(facts: dict[str, Any]) -> list[Any]:
-    return [facts["tokens"], facts["nodes"], facts["linear_attention"], facts["elsewhere"]]
+    weights, activations = (
+        facts["projections"][name].partition(",")[0] for name in ("weights", "activations")
+    )
+    products = weights if weights == activations else f"{weights} weights, {activations} activations"
+    return [facts["tokens"], facts["nodes"], facts["linear_attention"], products, facts["elsewhere"]]

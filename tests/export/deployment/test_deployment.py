@@ -6,30 +6,27 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from deployments import CACHE, TOKENS
 from tiny_models import HIDDEN, VOCABULARY, build, of_layers
 
 import qinvert
-from qinvert import ChunkOptions, InputError, Plan, PlanError, VerificationError
-from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK
+from qinvert import InputError, Plan, PlanError, VerificationError
+from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK, window_graph
+from qinvert.export.deployment.step_calls import RecordedSteps, layer_steps
 from qinvert.export.deployment.verify_deployment import verify_deployment
+from qinvert.export.deployment.window import Window, windowed
+from qinvert.export.exporting import profile_for, serialize
 
 pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+serialize_model = pytest.importorskip("onnx_ir.serde").serialize_model
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-TOKENS = torch.randint(0, VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(0))
-CACHE = 256
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
-    model = build("qwen3_5", **of_layers("linear_attention", "full_attention"))
-    options = ChunkOptions(value_bits=16, state_bits=16)
-    plan = qinvert.calibrate(model, TOKENS, scope="chunk", target="npu-qdq-int16", chunk=options)
-    folder = tmp_path_factory.mktemp("deployed") / "out"
-    qinvert.deploy(model, plan, folder, cache=CACHE)
-    return model, plan, folder
+def deployed(tiny):
+    return tiny.model, tiny.plan, tiny.folder
 
 
 def test_the_folder_is_whole(deployed):
@@ -178,7 +175,7 @@ def test_an_interrupted_deploy_leaves_the_folder_as_it_was(deployed, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         qinvert.deploy(model, plan, folder)
     monkeypatch.setattr("qinvert.export.deployment.deploy.build_graphs", lambda *_: [])
-    monkeypatch.setattr("qinvert.export.deployment.deploy._manifest", lambda *_: None)
+    monkeypatch.setattr("qinvert.export.deployment.deploy.manifest_of", lambda *_: None)
     monkeypatch.setattr(Plan, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         qinvert.deploy(model, plan, folder)
@@ -191,3 +188,39 @@ def test_damaged_manifests_are_refused(tmp_path, damage):
     (tmp_path / "manifest.json").write_bytes(damage)
     with pytest.raises(InputError, match="deploy"):
         qinvert.Deployment(tmp_path)
+
+
+def test_a_second_trace_gives_the_same_bytes(tiny):
+    window = Window(tiny.model, layer_steps(tiny.plan, None, None), RecordedSteps(tiny.plan), CACHE)
+    with windowed(window, CACHE + 64):
+        window.probe(1)
+        graph = window_graph(window, tiny.plan, profile_for(tiny.plan, None), 1, masked=False)
+    assert serialize(serialize_model(graph)) == (tiny.folder / "decode.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["none", "w4"])
+def test_the_same_input_gives_the_same_bytes(tiny, tmp_path, weights):
+    for name in ("one", "other"):
+        tiny.deploy(tmp_path / name, weights=weights, **({} if weights == "none" else {"data": TOKENS}))
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "other")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("weights", ["none", "w8"])
+def test_weights_lie_beside_graphs_that_are_large(tiny, tmp_path, monkeypatch, weights):
+    monkeypatch.setattr("qinvert.export.deployment.deploy.MAX_BYTES", 2**12)
+    tiny.deploy(tmp_path / "out", weights=weights, **({} if weights == "none" else {"data": TOKENS}))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    graphs = ["decode.onnx", "decode.onnx.data", "prefill.onnx", "prefill.onnx.data"]
+    assert names == sorted([*graphs, "manifest.json", "plan.json"])
+    for name in graphs[::2]:
+        model = onnx.load(tmp_path / "out" / name, load_external_data=False)
+        assert {entry.value for x in model.graph.initializer for entry in x.external_data[:1]} == {
+            f"{name}.data"
+        }
+    # The folder moves with its weights.
+    (tmp_path / "out").rename(tmp_path / "moved")
+    checks = verify_deployment(tmp_path / "moved", tiny.model, TOKENS[0].numpy(), lengths=(65,))
+    assert max(check.logits for check in checks) < 0.02
