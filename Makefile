@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLD_VENV := .venv-transformers-5.14
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu test-transformers-5.14 lint types bench bench-npu docs verify-npu soak coverage clean
+.PHONY: demo test test-gpu test-transformers-5.14 lint types bench bench-npu docs measure verify-npu soak coverage clean
 
 demo: $(INSTALLED)
 	$(BIN)/qinvert demo
@@ -73,8 +73,18 @@ bench-npu: $(INSTALLED) .venv-qnn/.tried .venv-vela/.tried
 	done; \
 	$(BIN)/python benchmarks/npu.py --write && $(BIN)/python benchmarks/step.py --write
 
-docs: $(INSTALLED)
+# The site, in build/site; nothing is measured, and no network is asked.
+docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/picture.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/site
+	@echo open build/site/index.html
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+# The numbers of the pages that are computed here, anew.
+measure: $(INSTALLED)
 	$(BIN)/python docs/tables.py
 	$(BIN)/python docs/runtimes.py
 
@@ -90,7 +100,7 @@ verify-npu: $(INSTALLED) $(LIGHT:%=.venv-%/.tried)
 			export QINVERT_$$(echo $$name | tr a-z A-Z)_PYTHON=$(CURDIR)/.venv-$$name/bin/python; \
 		else echo "$$name does not install here: left out"; fi; \
 	done; \
-	$(BIN)/python -m pytest -q -rs tests/export/runtimes
+	$(BIN)/python -m pytest -q -rs tests/export/runtimes tests/test_guides.py
 
 .venv-%/.tried: Makefile
 	$(PYTHON) -m venv .venv-$*

@@ -31,7 +31,7 @@ CAPTURED = 64
 REASON = 110
 BITS = {"npu-qdq-int4": 4, "npu-qdq-int16": 16, "hexagon-int16": 16}
 HEAD = """# Runtimes
-Written by `make docs` (`docs/runtimes.py`). The program is block merge with C = {chunk} and base 4. "Trained layers" are
+Written by `make measure` (`docs/runtimes.py`). The program is block merge with C = {chunk} and base 4. "Trained layers" are
 {captured} matrices captured from each layer of the embedded model, with one plan for each layer; "stress" is one plan for
 {stress} matrices of `qinvert.stress`. A cell says how many values differ from the simulator, and by how many steps of the
 output's grid at most. T leaves QNN and RKNN as float16, so that only differences of at least half a step count there.

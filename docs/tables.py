@@ -24,7 +24,7 @@ COUNT = 32
 #: Above this, an inverse is exact except for the rounding of float32.
 EXACT_DB = 100.0
 HEAD = """# Accuracy
-Written by `make docs` (`docs/tables.py`). C = {chunk}, one static scale for each tensor. Plans are calibrated on {count}
+Written by `make measure` (`docs/tables.py`). C = {chunk}, one static scale for each tensor. Plans are calibrated on {count}
 matrices of each set of `qinvert.stress` and measured on {count} others. Numbers are `sqnr_db`: the signal-to-noise ratio
 of T below the diagonal, against the float64 inverse of the unquantized L. `exact` means more than 100 dB. `floor` is the
 exact inverse on the grids of `auto`: the distance to it is what the algorithm itself loses.

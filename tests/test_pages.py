@@ -16,7 +16,11 @@ from qinvert.errors import MissingDependencyError
 from qinvert.program.ports import Meaning
 from qinvert.program.serialization import OPERATIONS
 
-PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    *(str(f.relative_to(ROOT)) for f in sorted((ROOT / "docs").rglob("*.md")) if "tables" not in f.parts),
+]
 #: Where a path may start.
 HOMES = ("", "qinvert", "calibration", "calibration/planning", "export", "export/verification", "docs")
 TERMS = {

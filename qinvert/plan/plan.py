@@ -148,7 +148,7 @@ class LayerPlan(QuantizedProgram):
         ----------
         limit : float or mapping, optional
             Guaranteed largest magnitude of the inputs, in real units: one number,
-            such as the largest |M|, or numbers by the names of inputs.
+            such as the largest ``|M|``, or numbers by the names of inputs.
         max_beta : float
             Guaranteed largest beta.
         """

@@ -207,7 +207,7 @@ def test_what_profiles_call_proved_was_measured(pytestconfig):
     for name, profile in PROFILES.items():
         for runtime in profile.proved:
             own = [row for row in rows if row[0] == f"`{name}`" and row[2].split(" ")[0] == runtime]
-            assert own, f"{name} on {runtime} is not in docs/runtimes.md: make docs"
+            assert own, f"{name} on {runtime} is not in docs/runtimes.md: make measure"
             for row in own:
                 assert row[3].startswith("compiled")
                 assert "differs" not in row[5]
