@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from multiprocessing import get_context
@@ -145,7 +146,9 @@ def compile_all(chunks: list[int]) -> None:
     """Compile all kernels, in as many processes as there are cores: the longest take minutes."""
     jobs = [(chunk, name) for chunk in chunks for name, _ in contenders(matrices(64, chunk), plans(chunk))]
     # A thread for each core in each process would keep them waiting for one another.
-    with get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with get_context("spawn").Pool(
+        len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         pool.starmap(warm, jobs[::-1], 1)
 
 

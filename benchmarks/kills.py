@@ -12,6 +12,7 @@ import os
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -112,9 +113,11 @@ def commands(whole: bool) -> list[Command]:
     return found
 
 
-def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> int:
-    """Kill commands ``count`` times and return the number of faults."""
-    faults = 0
+def run(
+    count: int, seed: int, whole: bool, runs: Callable[[str], bool], report: Callable[[str], None]
+) -> int:
+    """Kill commands ``count`` times, or until ``runs`` ends it, and return the number of faults."""
+    faults, done = 0, Counter[str]()
     _import_all()
     with tempfile.TemporaryDirectory(prefix="qinvert-kills-") as name:
         folder, every = Path(name), commands(whole)
@@ -126,12 +129,15 @@ def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> in
                 report(f"{' '.join(command.arguments)} ends with {code}")
                 return 1
         for i in range(seed, seed + count):
+            if not runs(f"{done.total()} of {count} kills, {faults} faults"):
+                break
             rng = random.Random(i)
             command = rng.choice(every)
             process = command.start(folder)
             time.sleep(command.seconds * rng.uniform(rng.choice((0.0, 1.0 - END)), 1.0))
             process.kill()
             process.join()
+            done[command.arguments[0]] += 1
             for fault in broken(folder):
                 faults += 1
                 report(f"seed {i}: {' '.join(command.arguments)}: {fault}")
@@ -141,7 +147,8 @@ def run(count: int, seed: int, whole: bool, report: Callable[[str], None]) -> in
             command.complete(folder)
         rest = [path.name for path in (*temporaries(folder), *(folder / SYSTEM).iterdir())]
         rest += surplus(folder)
-        report(f"{count} kills left {left} temporaries, of which {len(rest)} outlive the next run")
+        report(", ".join(f"{number} kills of {name}" for name, number in sorted(done.items())))
+        report(f"{done.total()} kills left {left} temporaries, of which {len(rest)} outlive the next run")
     return faults + len(rest)
 
 

@@ -18,13 +18,16 @@ state on.
 the next run must delete what was left.
 
 A line for every fault names its seed, and ``--only SEED`` runs it alone.  The
-exit code is 1 if there is a fault.  A share of the models for `graft` that are
+exit code is 1 if there is a fault.  A line a minute on stderr says how far it is;
+``--minutes`` ends it early, and its last lines count what was done.  Several of
+them, each from another ``--seed``, use several cores.  A share of the models for `graft` that are
 legal (`TRACED`) is also traced, which takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import random
 import resource
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--count", type=float, default=20_000, help="files, values, or kills")
     parser.add_argument("--seed", type=int, default=0, help="first seed; a case has a seed of its own")
     parser.add_argument("--only", type=int, help="the seed of a single case")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="the time after which it ends early")
     parser.add_argument("--whole", action="store_true", help="kill export-model, too")
     given = parser.parse_args()
     faults = {"files": files, "values": values, "steps": steps, "kills": kills}[given.mode](given)
@@ -74,8 +78,9 @@ def files(given: argparse.Namespace) -> int:
     last = first + (1 if given.only is not None else int(given.count))
     print(f"files, seeds {first} to {last - 1}: at most {SECONDS:.0f} s and {MEGABYTES} MB each", flush=True)
     context, outcomes, faults, at = multiprocessing.get_context("spawn"), Counter[str](), 0, first
+    clock = Clock(given.minutes)
     with tempfile.TemporaryDirectory(prefix="qinvert-soak-") as folder:
-        while at < last:
+        while at < last and clock.runs(f"{at - first:,} of {last - first:,} files, {faults} faults"):
             receiver, sender = context.Pipe(duplex=False)
             worker = context.Process(target=work, args=(at, min(at + CASES, last), folder, sender))
             worker.start()
@@ -89,7 +94,24 @@ def files(given: argparse.Namespace) -> int:
             worker.join()
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:7d} {outcome}")
+    print(f"{at - first:,} files, seeds {first} to {at - 1}")
     return faults
+
+
+class Clock:
+    """What says once a minute how far a run is, and when its time is over."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+        self.next = time.monotonic() + 60
+
+    def runs(self, done: str) -> bool:
+        """Whether time is left."""
+        now = time.monotonic()
+        if now >= self.next:
+            self.next = now + 60
+            print(done, file=sys.stderr, flush=True)
+        return now < self.end
 
 
 def _answers(receiver: Any, worker: Any, first: int) -> Iterator[tuple[int, str, str]]:
@@ -244,8 +266,9 @@ def _compared(given: argparse.Namespace, draw: Callable[[int], Any], compare: Ca
     seed, compared, differing, faults = first, 0, 0, 0
     left_out = "" if MIXED in NARROW else f"; {MIXED} is left out: this processor saturates its sums"
     print(f"{given.mode}, from seed {seed} on{left_out}", flush=True)
-    start, counts = time.monotonic(), Counter[str]()
-    while compared < (1 if given.only is not None else given.count):
+    start, counts, clock = time.monotonic(), Counter[str](), Clock(given.minutes)
+    wanted = 1 if given.only is not None else given.count
+    while compared < wanted and clock.runs(f"{compared:,} of {wanted:,.0f} values, {faults} faults"):
         case = draw(seed)
         found = compare(case)
         compared, differing = compared + found.values, differing + found.mismatches
@@ -266,7 +289,8 @@ def _compared(given: argparse.Namespace, draw: Callable[[int], Any], compare: Ca
 
 def kills(given: argparse.Namespace) -> int:
     """Kill commands at random moments, and return the number of faults."""
-    return run_kills(int(given.count), given.seed, given.whole, lambda line: print(line, flush=True))
+    runs = Clock(given.minutes).runs
+    return run_kills(int(given.count), given.seed, given.whole, runs, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":
