@@ -20,9 +20,13 @@ import numpy as np
 import onnx
 
 from qinvert.errors import ExportError, lookup
+from qinvert.export.rules.float_states import carried_floats
 from qinvert.export.rules.graph_index import Grid, Structure, attribute
+from qinvert.formats import FLOAT32
 from qinvert.version import __version__
 
+#: What stands for the grid of a tensor that nothing rounds.
+FLOAT: Final = Grid(scale=1.0, zero_point=0, element=FLOAT32.element)
 #: What a style makes of the quantized tensors.
 Writer = Callable[[Mapping[str, "Encoding"]], dict[str, Any]]
 
@@ -39,8 +43,15 @@ class Encoding:
     channels: Channels | None = None
 
     @property
+    def is_float(self) -> bool:
+        """Whether nothing is rounded: a state that goes from chunk to chunk in float32."""
+        return self.grid == FLOAT
+
+    @property
     def bits(self) -> int:
         """Bits of the container."""
+        if self.is_float:
+            return FLOAT32.container_bits
         return int(self.grid.element.removeprefix("u").removeprefix("int"))
 
     @property
@@ -112,7 +123,10 @@ def find_encodings(model: onnx.ModelProto) -> dict[str, Encoding]:
             after = _after(graph, node.output[0])
             if constant or given or graph.outputs.intersection(after):
                 found |= dict.fromkeys(after, _encoding(graph, node, constant=constant))
-    return found
+    carried = carried_floats(graph)
+    return found | {
+        name: Encoding(grid=FLOAT, constant=False) for name in graph.activations if name in carried
+    }
 
 
 def _encoding(graph: Structure, node: onnx.NodeProto, *, constant: bool) -> Encoding:
@@ -162,9 +176,12 @@ def _grid(graph: Structure, node: onnx.NodeProto) -> Grid:
 
 
 def _aimet_2(found: Mapping[str, Encoding]) -> dict[str, Any]:
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name, encoding in found.items():
         grid = encoding.grid
+        if encoding.is_float:
+            entries.append({"name": name, "output_dtype": grid.element})
+            continue
         zero = {"y_zero_point": grid.zero_point} if grid.zero_point else {}
         scale = {"y_scale": grid.scale} if encoding.channels is None else _several(encoding.channels)
         entries.append({"name": name, "output_dtype": grid.element, **scale, **zero})
@@ -180,6 +197,10 @@ def _several(channels: Channels) -> dict[str, Any]:
 def _aimet_1(found: Mapping[str, Encoding]) -> dict[str, Any]:
     entries: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     for name, encoding in _without_blocks(found).items():
+        if encoding.is_float:
+            real = {"name": name, "dtype": "FLOAT", "bw": encoding.bits, "enc_type": "PER_TENSOR"}
+            entries[False].append(real)
+            continue
         scales = [encoding.grid.scale] if encoding.channels is None else list(encoding.channels.scales)
         entry = {
             "name": name,
@@ -211,7 +232,9 @@ def _without_blocks(found: Mapping[str, Encoding]) -> dict[str, Encoding]:
 
 def _quantizer_args(found: Mapping[str, Encoding]) -> dict[str, Any]:
     bits = {
-        constant: max((e.bits for e in found.values() if e.constant == constant), default=8)
+        constant: max(
+            (e.bits for e in found.values() if e.constant == constant and not e.is_float), default=8
+        )
         for constant in (False, True)
     }
     return {
@@ -225,6 +248,8 @@ def _quantizer_args(found: Mapping[str, Encoding]) -> dict[str, Any]:
 
 
 def _ort(found: Mapping[str, Encoding]) -> dict[str, Any]:
+    # Its quantizer leaves tensors without an entry in float.
+    found = {name: encoding for name, encoding in found.items() if not encoding.is_float}
     # A single type belongs into the quantizer's activation_type; its reader does not take types from JSON.
     mixed = len({encoding.grid.element for encoding in found.values()}) > 1
     return {name: _overrides(encoding, mixed) for name, encoding in _without_blocks(found).items()}

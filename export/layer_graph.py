@@ -70,7 +70,9 @@ def require(profile: Profile, plan: QuantizedProgram) -> None:
         With the tensor and the remedy.
     """
     for tensor, quantization in plan.tensors.items():
-        if quantization.format not in profile.formats:
+        if quantization.format.is_float:
+            _require_floats(profile, tensor)
+        elif quantization.format not in profile.formats:
             names = ", ".join(f.name for f in profile.formats)
             raise ExportError(
                 f"profile {profile.name!r} takes {names}; tensor {tensor!r} is {quantization.format}; "
@@ -87,3 +89,11 @@ def require(profile: Profile, plan: QuantizedProgram) -> None:
                 f"profile {profile.name!r} takes power-of-two scales only; step {step.output!r} has the "
                 f"factor {step.factor!r}; choose another profile or method"
             )
+
+
+def _require_floats(profile: Profile, tensor: str) -> None:
+    if not profile.float_state:
+        raise ExportError(
+            f"profile {profile.name!r} has no float32 between integers, but tensor {tensor!r} is carried so; "
+            "calibrate with state_bits=16 or error_feedback, or choose another profile, such as npu-qdq-int16"
+        )

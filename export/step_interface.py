@@ -9,11 +9,23 @@ from enum import StrEnum
 from typing import Final, TypeVar
 
 from qinvert.checks import check_flag, check_integer
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, OUTPUT, QUERY, STATE, VALUE, StepSizes, step_sizes
+from qinvert.chunk_step.ports import (
+    BETA,
+    KEY,
+    LOG_DECAY,
+    OUTPUT,
+    QUERY,
+    STATE,
+    VALUE,
+    StepSizes,
+    state_grid,
+    step_sizes,
+)
 from qinvert.chunk_step.window import MAX_CHUNKS, window_plan
 from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
 from qinvert.export.interface import MAX_BATCH, MAX_ELEMENTS, GraphInput, GraphOutput, InputType, Interface
+from qinvert.formats import FLOAT32
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization
 from qinvert.plan.quantized_program import QuantizedProgram
@@ -248,6 +260,11 @@ class StepInterface:
         tensors = {port.name: port.tensor for port in plan.program.outputs}
         return tensors[OUTPUT if output == OUTPUT else STATE]
 
+    def grid_of(self, plan: QuantizedProgram, output: str) -> Quantization:
+        """Grid of an output of the graph, whose steps measure differences; see `state_grid` for a float32."""
+        grid = plan.tensors[self.tensor_of(plan, output)]
+        return state_grid(plan) if grid.format.is_float else grid
+
     def metadata(self, plan: LayerPlan, profile: Profile) -> Mapping[str, str]:
         """Return everything that a host needs to drive the graph."""
         sizes = step_sizes(plan.program)
@@ -280,8 +297,10 @@ class StepInterface:
         if self.returns_integers:
             names = self.outputs(plan)
             ends |= {f"output_{{}}/{name}": plan.tensors[self.tensor_of(plan, name)] for name in names}
-        found = {}
+        found = {"state_type": FLOAT32.element} if plan.tensors[STATE].format.is_float else {}
         for key, grid in ends.items():
+            if grid.format.is_float:
+                continue
             found[key.format("scale")] = repr(grid.scale)
             found[key.format("zero_point")] = str(profile.end_of(grid.format).zero_point)
         return found

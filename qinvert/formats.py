@@ -43,6 +43,8 @@ class IntFormat:
     #: Whether a right operand of more than 8 bits enters a product as it is, and not as two int8
     #: planes: for targets that multiply 16 by 16 bits.
     whole: bool = False
+    #: Whether values are real numbers that nothing rounds: a float in the container, on the scale 1.
+    is_float: bool = False
 
     def __post_init__(self) -> None:
         if not self.minimum <= self.zero_point <= self.maximum:
@@ -50,7 +52,7 @@ class IntFormat:
                 f"format {self.name}: zero point {self.zero_point} lies outside "
                 f"[{self.minimum}, {self.maximum}]; choose one inside"
             )
-        if self.maximum - self.minimum >= 2 ** (self.container_bits * self.planes):
+        if not self.is_float and self.maximum - self.minimum >= 2 ** (self.container_bits * self.planes):
             raise PlanError(
                 f"format {self.name}: [{self.minimum}, {self.maximum}] does not fit "
                 f"{self.container_bits} bits; use a wider container"
@@ -79,12 +81,13 @@ class IntFormat:
     @property
     def is_split(self) -> bool:
         """Whether a right operand of this format must be rounded onto two int8 planes."""
-        return self.is_wide and not self.whole
+        return self.is_wide and not self.whole and not self.is_float
 
     @property
     def element(self) -> str:
         """ONNX and NumPy name of the container's type."""
-        return f"{'int' if self.minimum < 0 else 'uint'}{self.container_bits}"
+        kind = "float" if self.is_float else "int" if self.minimum < 0 else "uint"
+        return f"{kind}{self.container_bits}"
 
     def __str__(self) -> str:
         return self.name
@@ -111,7 +114,15 @@ INT8X2 = IntFormat(
     planes=2,
 )
 
-#: Every format by its name.
+#: Largest float32, as an integer.
+_LARGEST_FLOAT: Final = (2**24 - 1) * 2**104
+#: Real numbers as they are, for a state that goes from chunk to chunk: elementwise operators read and write
+#: it in IEEE float32, and products read what is rounded from it.
+FLOAT32 = IntFormat(
+    name="float32", container_bits=32, minimum=-_LARGEST_FLOAT, maximum=_LARGEST_FLOAT, is_float=True
+)
+
+#: Every integer format by its name.
 FORMATS: dict[str, IntFormat] = {f.name: f for f in (INT4, INT8, UINT8, INT16, INT16_WHOLE, UINT16, INT8X2)}
 
 
@@ -123,4 +134,4 @@ def find_format(name: str) -> IntFormat:
     PlanError
         If there is no such format; the message lists the legal names.
     """
-    return lookup(FORMATS, name, "integer format", PlanError)
+    return lookup({**FORMATS, FLOAT32.name: FLOAT32}, name, "format", PlanError)

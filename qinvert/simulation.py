@@ -9,6 +9,7 @@ import torch
 from qinvert.execution.inputs import needed
 from qinvert.execution.simulator import Observer, simulate_batched
 from qinvert.matrices import like
+from qinvert.numerics.exact import at_ends
 from qinvert.numerics.law import Rounding
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.systems import Systems
@@ -70,8 +71,7 @@ def simulate_counting(
     def count(name: str, integers: torch.Tensor) -> None:
         if name in partial:
             return
-        fmt = plan.tensors[name].format
-        number = int(((integers <= fmt.minimum) | (integers >= fmt.maximum)).sum())
+        number = int(at_ends(integers, plan.tensors[name].format).sum())
         if number:
             counts[name] = number
 

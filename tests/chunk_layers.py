@@ -63,6 +63,7 @@ CHOICES = StepChoices(
     all_wide=False,
     value_bits="auto",
     state_bits="auto",
+    reads_narrow=False,
     equalize=False,
     rotated=False,
     ranges=(RangeRule.MAX,),

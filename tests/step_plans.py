@@ -6,8 +6,8 @@ from functools import cache
 import torch
 
 from qinvert import elimination, gated_delta_step
-from qinvert.chunk_step.ports import READ_STATE, STATE, step_sizes
-from qinvert.formats import INT8
+from qinvert.chunk_step.ports import READ_STATE, STATE, carried_tensors, step_sizes
+from qinvert.formats import FLOAT32, INT8
 from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.quantization import Quantization, Requantize
@@ -59,7 +59,15 @@ def formats_of(wide, logs):
     return choose
 
 
-def step_plan(program, requantize=Requantize.MULTIPLIER, wide=INT8, logs=INT8, pow2=False, **fields):
+def step_plan(
+    program,
+    requantize=Requantize.MULTIPLIER,
+    wide=INT8,
+    logs=INT8,
+    pow2=False,
+    float_state=False,
+    **fields,
+):
     """Return a plan with the grids of bounds, and elsewhere of ranges with a margin."""
     sizes = step_sizes(program)
     ranges = defaultdict(float)
@@ -83,6 +91,8 @@ def step_plan(program, requantize=Requantize.MULTIPLIER, wide=INT8, logs=INT8, p
         if pow2:
             scale = 2.0 ** torch.tensor(scale).log2().ceil().item()
         tensors |= dict.fromkeys(group, Quantization(format=fmt, scale=scale))
+    if float_state:
+        tensors |= dict.fromkeys(carried_tensors(program), Quantization(format=FLOAT32, scale=1.0))
     return LayerPlan(program=program, tensors=tensors, requantize=requantize, **fields)
 
 
@@ -112,13 +122,15 @@ def small_plan(
     values_first=True,
     halves=False,
     error_feedback=False,
+    float_state=False,
     **formats,
 ):
     """A plan of one layer with chunks of 16 tokens, keys of 8 and values of 12."""
-    options = {"values_first": values_first, "halves": halves, "error_feedback": error_feedback}
+    options = {"values_first": values_first, "halves": halves}
+    options["error_feedback"] = error_feedback or float_state
     program = gated_delta_step(elimination(8 if halves else 16), 8, 12, decay, form, **options)
     from qinvert.profiles import PROFILES
 
     profile = PROFILES[target]
-    layer = step_plan(program, profile.requantize, **formats)
+    layer = step_plan(program, profile.requantize, float_state=float_state, **formats)
     return Plan(layers={"layer": layer}, target=target)

@@ -7,6 +7,7 @@ import pytest
 
 from qinvert.errors import PlanError
 from qinvert.formats import (
+    FLOAT32,
     FORMATS,
     INT4,
     INT8,
@@ -93,7 +94,7 @@ def test_every_format_is_found_by_the_name_it_prints(name):
 @pytest.mark.parametrize("name", ["int7", "INT8", "", None, 8, ["int8"], {}])
 def test_an_unknown_name_lists_the_legal_ones(name):
     with pytest.raises(
-        PlanError, match=r"unknown integer format.*int4, int8, uint8, int16, int16-whole, uint16, int8x2"
+        PlanError, match=r"unknown format.*int4, int8, uint8, int16, int16-whole, uint16, int8x2"
     ):
         find_format(name)
 
@@ -117,3 +118,10 @@ def test_the_widest_grid_that_fits_its_container_is_taken():
 def test_formats_are_frozen():
     with pytest.raises(FrozenInstanceError):
         INT8.maximum = 126
+
+
+def test_float32_is_found_and_is_no_integer_format():
+    assert find_format("float32") is FLOAT32
+    assert FLOAT32.name not in FORMATS
+    assert (FLOAT32.element, FLOAT32.bytes, FLOAT32.is_split) == ("float32", 4, False)
+    assert np.float32(FLOAT32.maximum) == np.finfo(np.float32).max

@@ -204,7 +204,12 @@ def test_steps_are_written_as_the_page_says():
 
 def test_words_that_are_legal_are_listed_as_the_code_has_them():
     assert quoted(table("Tensor")["format"]["value"]) == [
-        name for name in ("int4", "int8", "int8x2", "int16", "int16-whole") if not FORMATS[name].zero_point
+        *(
+            name
+            for name in ("int4", "int8", "int8x2", "int16", "int16-whole")
+            if not FORMATS[name].zero_point
+        ),
+        "float32",
     ]
     assert {name for name, fmt in FORMATS.items() if fmt.zero_point} == {"uint8", "uint16"}
     assert quoted(table("Layer")["requantize"]["value"].partition(",")[0]) == list(Requantize)

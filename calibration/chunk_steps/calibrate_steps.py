@@ -32,7 +32,7 @@ from qinvert.chunk_step.gated_delta_step import gated_delta_step
 from qinvert.chunk_step.ports import BETA, NEGATIVE_BETA, find_step_sizes
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError, PlanError, ProgramError
-from qinvert.formats import INT8, INT16, IntFormat
+from qinvert.formats import FLOAT32, INT8, INT16, NARROW_BITS, IntFormat
 from qinvert.methods import AUTO
 from qinvert.methods.elimination import elimination
 from qinvert.plan.plan import LayerPlan
@@ -107,7 +107,7 @@ class StepCalibration:
             self.options.form,
             values_first=self.options.values_first,
             halves=self.options.halves,
-            error_feedback=self.options.error_feedback,
+            error_feedback=self.options.reads_apart,
             max_beta=max_beta,
         )
 
@@ -208,14 +208,15 @@ def step_calibration(
             equal_widths=profile.quantized_everywhere,
             scales=scales,
             requantize=profile.requantize,
-            room=RoomRules(state_margin=options.state_margin),
+            room=RoomRules(state_margin=options.state_margin, float_state=options.float_state),
         ),
         choices=StepChoices(
             min_sqnr_db=min_sqnr_db,
             widens=bits == AUTO and bool(wide),
             all_wide=all_wide,
             value_bits=options.value_bits,
-            state_bits=WIDE_BITS if options.error_feedback else options.state_bits,
+            state_bits=_carried_bits(options, bool(wide) and bits == AUTO),
+            reads_narrow=options.error_feedback,
             equalize=options.equalize,
             rotated=options.rotate,
             ranges=_range_rules(ranges),
@@ -224,6 +225,13 @@ def step_calibration(
         options=options,
         granularity=granularity,
     )
+
+
+def _carried_bits(options: ChunkOptions, has_wide: bool) -> int | str:
+    """Return the width of what is carried; beside a float32 that of its decays and of what is added to it."""
+    if options.float_state:
+        return WIDE_BITS if has_wide else NARROW_BITS
+    return WIDE_BITS if options.error_feedback else options.state_bits
 
 
 def _check_options(options: object, bits: str, narrowest: IntFormat, profile: Profile) -> None:
@@ -244,6 +252,11 @@ def _check_options(options: object, bits: str, narrowest: IntFormat, profile: Pr
         raise PlanError(
             f"target {profile.name!r} has no format of more than 8 bits for values or a state; choose "
             f"target={default_target(INT16)!r}, or leave value_bits, state_bits and error_feedback out"
+        )
+    if options.float_state and not profile.float_state:
+        raise PlanError(
+            f"target {profile.name!r} has no float32 between integers for a state; choose "
+            f"target={default_target(INT16)!r}, or use error_feedback in place of state_bits={FLOAT32.name!r}"
         )
 
 

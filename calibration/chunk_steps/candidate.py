@@ -20,7 +20,7 @@ from qinvert.calibration.chunk_steps.grids import (
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.clipping import clip_range
-from qinvert.chunk_step.ports import STATE
+from qinvert.chunk_step.ports import READ_STATE, STATE
 from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
 from qinvert.execution.chunk_steps import run_float, run_integers
 from qinvert.formats import IntFormat
@@ -152,7 +152,11 @@ def plan_layer(
     """Return the plan with these groups wide."""
     rules = layer.rules
     formats = layer.widths.formats(
-        rules.narrow, rules.wide or rules.narrow, widened, equal_widths=rules.equal_widths
+        rules.narrow,
+        rules.wide or rules.narrow,
+        widened,
+        equal_widths=rules.equal_widths,
+        float_state=rules.room.float_state,
     )
     grids = _grids(layer, formats, channels, None)
     if ranges is not RangeRule.MAX:
@@ -196,12 +200,13 @@ def _clipped(
 ) -> dict[str, float]:
     """Return smaller ranges for the narrow tensors of values, chosen on the sample.
 
-    The state keeps its range: what saturates there is missing in every later chunk.
+    The state keeps its range, and so does what is read of it: what saturates there is missing in every later
+    chunk.
     """
     wanted = {
         name
         for group in layer.widths.value_groups
-        if group != STATE
+        if group not in (STATE, READ_STATE)
         for name in layer.widths.groups[group]
         if formats[name] == layer.rules.narrow
     }

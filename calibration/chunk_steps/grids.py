@@ -13,13 +13,13 @@ from qinvert.calibration.choices import ScaleRule
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.scales import choose_quantizations, residual_partners
-from qinvert.chunk_step.ports import BETA, LOG_DECAY, MAX_LOG_DECAY, STATE
+from qinvert.chunk_step.ports import BETA, LOG_DECAY, MAX_LOG_DECAY, READ_STATE, STATE, carried_tensors
 from qinvert.formats import INT8, IntFormat
 from qinvert.numerics.exponentials import safe_scale
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.plan.value_channels import MAX_EXPONENT, ValueChannels
 from qinvert.program.program import Program
-from qinvert.program.steps import Exponential, Multiply
+from qinvert.program.steps import Exponential
 
 #: A proved range is taken where it is at most this many times what was seen, 2 dB; else what was seen.
 PROVED_SHARE: Final = 1.25
@@ -37,11 +37,13 @@ class RoomRules:
 
     #: Times what was seen, for a state; None means 4 for more than 8 bits, else 1.
     state_margin: float | None = None
+    #: Whether the state is carried in float32: it needs no room, but what products read of it does.
+    float_state: bool = False
 
     def of(self, name: str, fmt: IntFormat) -> float:
         """Return the factor for a tensor of a group of values."""
         wide = fmt.planes * fmt.container_bits > INT8.container_bits
-        if name == STATE:
+        if name == (READ_STATE if self.float_state else STATE):
             return self.state_margin or (STATE_ROOM if wide else 1.0)
         return WIDE_ROOM if wide else 1.0
 
@@ -135,7 +137,7 @@ def step_grids(
     ranges |= dict.fromkeys(_decays(program, widths), 1.0)
     ranges |= dict.fromkeys(widths.groups[LOG_DECAY], _log_range(seen, widths, formats))
     ranges |= {name: min(limit, ranges[name]) for name, limit in (clipped or {}).items()}
-    states = _states(program)
+    states = carried_tensors(program)
     ranges |= dict.fromkeys(states, max(ranges[name] for name in states))
     divides = any(fmt.planes > 1 for fmt in formats.values()) or bool(residual_partners(program))
     form = Requantize.DIVIDE if divides else requantize
@@ -153,15 +155,6 @@ def _decays(program: Program, widths: Widths) -> list[str]:
     others = program.depends_on(*(port.name for port in program.inputs if port.name != LOG_DECAY))
     apart = {*others, *widths.groups[LOG_DECAY]}
     return [name for name in program.tensors if name not in apart]
-
-
-def _states(program: Program) -> list[str]:
-    """Return the tensors that share the grid of the state.
-
-    A decay of 1 then keeps every integer of the state: chunks that are all padding change nothing.
-    """
-    kept = [step.output for step in program.steps if isinstance(step, Multiply) and STATE in step.inputs]
-    return [STATE, *kept, *(port.tensor for port in program.outputs if port.name == STATE)]
 
 
 def _safe_logs(

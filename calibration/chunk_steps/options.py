@@ -9,7 +9,7 @@ from typing import Final
 from qinvert.checks import check_flag, check_magnitude
 from qinvert.chunk_step.form import Form
 from qinvert.errors import PlanError
-from qinvert.formats import NARROW_BITS
+from qinvert.formats import FLOAT32, NARROW_BITS
 from qinvert.methods import AUTO
 
 #: Bits of a value that is wide.
@@ -43,12 +43,14 @@ class ChunkOptions:
     halves: bool = False
     #: Width of values: 8, 16 or "auto", which gives more than 8 bits where the goal asks for it.
     value_bits: int | str = AUTO
-    #: The same for the state that goes from chunk to chunk.
+    #: The same for the state that goes from chunk to chunk; or "float32", which is carried as it is: decays
+    #: and what is added to it are integers, and products read it on a grid of its own.
     state_bits: int | str = AUTO
     #: Whether the state is carried in 16 bits and read in 8 by products, so that what rounding loses stays
     #: in the state: the error feedback of a state of 8 bits.
     error_feedback: bool = False
-    #: Times the largest state that the data show; None means 4 for more than 8 bits, else 1.
+    #: Times the largest state that the data show, for the grid on which it is carried, or on which products
+    #: read it where it is carried in float32; None means 4 for more than 8 bits, else 1.
     state_margin: float | None = None
     #: Whether value channels are divided by powers of two; None takes what serves the sample best.
     equalize: bool | None = None
@@ -62,13 +64,20 @@ class ChunkOptions:
         if self.halves and self.form is Form.WY:
             raise PlanError("halves applies T to one tensor, but form 'wy' has two; use 'folded' or 'state'")
         for name in ("value_bits", "state_bits"):
-            if (given := getattr(self, name)) not in (AUTO, NARROW_BITS, WIDE_BITS):
-                raise PlanError(f"{name} {given!r} is unknown; use {AUTO}, {NARROW_BITS} or {WIDE_BITS}")
+            legal = (AUTO, NARROW_BITS, WIDE_BITS, *((FLOAT32.name,) if name == "state_bits" else ()))
+            if (given := getattr(self, name)) not in legal:
+                *others, last = map(str, legal)
+                raise PlanError(f"{name} {given!r} is unknown; use {', '.join(others)} or {last}")
         check_flag("error_feedback", self.error_feedback, PlanError)
         if self.error_feedback and self.state_bits == NARROW_BITS:
             raise PlanError(
                 "error_feedback carries the state in 16 bits and reads it in 8, so that it does not go with "
                 "state_bits=8; leave one of them out"
+            )
+        if self.error_feedback and self.float_state:
+            raise PlanError(
+                "error_feedback is for a state of 16 bits; a state in float32 loses nothing that could be "
+                "fed back, so leave error_feedback out"
             )
         hint = "pass at least 1, such as 4 for contexts longer than the data"
         margin = self.state_margin
@@ -76,3 +85,13 @@ class ChunkOptions:
             raise PlanError(f"state_margin {margin!r} is below 1; {hint}")
         if self.rotate and self.equalize:
             raise PlanError("rotate mixes the channels that equalize scales; leave one of them out")
+
+    @property
+    def float_state(self) -> bool:
+        """Whether the state is carried in float32."""
+        return self.state_bits == FLOAT32.name
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether products read the state on another grid than the one that carries it."""
+        return self.error_feedback or self.float_state

@@ -41,6 +41,8 @@ class StepChoices:
     #: Width of values, and that of the state; "auto" leaves it to the planner.
     value_bits: int | str
     state_bits: int | str
+    #: Whether products read a state in 8 bits that is carried in more.
+    reads_narrow: bool
     #: Whether channels of values are divided by powers of two; None leaves it to the planner.
     equalize: bool | None
     #: Whether values are multiplied by Hadamard's matrix.
@@ -185,8 +187,9 @@ def _start(groups: tuple[str, ...], choices: StepChoices) -> tuple[tuple[str, ..
     """Return the groups that are wide from the start, and those whose width the caller has fixed."""
     if choices.all_wide:
         return groups, groups
-    # What is read of a state apart from what is carried is narrow: that is what it is for.
-    own = {STATE: choices.state_bits, READ_STATE: NARROW_BITS}
+    own = {STATE: choices.state_bits}
+    if choices.reads_narrow:
+        own[READ_STATE] = NARROW_BITS
     bits = {group: own.get(group, choices.value_bits) for group in groups[:-1]}
     wide = tuple(group for group, wanted in bits.items() if wanted == WIDE_BITS)
     return wide, tuple(group for group, wanted in bits.items() if wanted != AUTO)

@@ -21,6 +21,7 @@ from qinvert.execution.chunk_steps import run_integers
 from qinvert.execution.laws import LAWS
 from qinvert.matrices import SolvedInverse
 from qinvert.metrics import ErrorStatistics, NoiseStatistics
+from qinvert.numerics.exact import at_ends
 from qinvert.numerics.law import Rounding
 from qinvert.numerics.rounding import dequantize
 from qinvert.plan.plan import LayerPlan, Plan
@@ -143,8 +144,7 @@ class StepSimulation:
             self._inverses.setdefault(head, ErrorStatistics()).update(t[:, head], exact[:, head])
 
     def _count(self, name: str, integers: torch.Tensor) -> None:
-        fmt = self.plan.tensors[name].format
-        count = int(((integers <= fmt.minimum) | (integers >= fmt.maximum)).sum())
+        count = int(at_ends(integers, self.plan.tensors[name].format).sum())
         if count and name in self._unproved:
             self._saturations[name] = self._saturations.get(name, 0) + count
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from qinvert.chunk_step.ports import KEY, LOG_DECAY, NEW_VALUES, OUTPUT, STATE, VALUE
-from qinvert.formats import IntFormat
+from qinvert.chunk_step.ports import KEY, LOG_DECAY, NEW_VALUES, OUTPUT, STATE, VALUE, carried_tensors
+from qinvert.formats import FLOAT32, IntFormat
 from qinvert.program.program import Program
 from qinvert.program.steps import MOVES, Add, Exponential, MatMul, Multiply, Rescale, Subtract
 
@@ -24,6 +24,8 @@ class Widths:
     exponentials: Mapping[str, str]
     #: Members of groups of values that do not depend on values: their factors.
     factors: frozenset[str]
+    #: Tensors that hold the state as it is carried.
+    carried: tuple[str, ...]
 
     @property
     def value_groups(self) -> tuple[str, ...]:
@@ -31,7 +33,13 @@ class Widths:
         return tuple(name for name in self.groups if name not in (KEY, LOG_DECAY))
 
     def formats(
-        self, narrow: IntFormat, wide: IntFormat, widened: Collection[str], *, equal_widths: bool
+        self,
+        narrow: IntFormat,
+        wide: IntFormat,
+        widened: Collection[str],
+        *,
+        equal_widths: bool,
+        float_state: bool = False,
     ) -> dict[str, IntFormat]:
         """Return the format of every tensor.
 
@@ -44,6 +52,8 @@ class Widths:
             Whether all that an elementwise operator reads and writes has one width.  Else
             exponentials and other factors of values stay narrow: on 8 bits no library's exp
             decides a rounding.
+        float_state : bool
+            Whether the state is carried in float32; its decays and what is added to it stay integers.
         """
         found = {
             tensor: wide if name in widened or name == LOG_DECAY else narrow
@@ -54,7 +64,7 @@ class Widths:
             found |= dict.fromkeys(self.factors, narrow)
         for tensor, reader in self.exponentials.items():
             found[tensor] = wide if equal_widths else found[reader]
-        return found
+        return found | (dict.fromkeys(self.carried, FLOAT32) if float_state else {})
 
 
 def width_groups(program: Program) -> Widths:
@@ -89,7 +99,12 @@ def width_groups(program: Program) -> Widths:
     groups = {special.get(root, names[0]): tuple(names) for root, names in members.items()}
     values, keys = program.depends_on(VALUE, STATE), {ties.find(KEY), ties.find(LOG_DECAY)}
     factors = (name for name in program.tensors if name not in values and ties.find(name) not in keys)
-    return Widths(groups=groups, exponentials=exponentials, factors=frozenset(factors) - {*exponentials})
+    return Widths(
+        groups=groups,
+        exponentials=exponentials,
+        factors=frozenset(factors) - {*exponentials},
+        carried=carried_tensors(program),
+    )
 
 
 class _Ties:

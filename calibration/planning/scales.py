@@ -179,11 +179,14 @@ def choose_scale(limit: float, fmt: IntFormat, rule: ScaleRule, reciprocal: bool
         Range to cover; 0 (an all-zero tensor) is treated as 1, Inf as the
         largest legal scale.
     fmt : IntFormat
+        The scale of a float32 is 1.
     rule : ScaleRule
     reciprocal : bool
         Only ``float32(1 / k)`` for an odd integer k up to `MAX_IDENTITY_BLOCKS`
         times ``fmt.largest``.
     """
+    if fmt.is_float:
+        return 1.0
     largest = WIDE_LARGEST if fmt.is_split else fmt.largest
     wanted = min(max((limit or 1.0) / largest, SMALLEST), LARGEST)
     if reciprocal:

@@ -12,7 +12,7 @@ import numpy as np
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder, Sizes
 from qinvert.export.interface import GraphOutput, InputType, Interface
-from qinvert.export.lowering.tensors import TRANSPOSED, ProgramTensors, vector_name
+from qinvert.export.lowering.tensors import AXES, TRANSPOSED, ProgramTensors, vector_name
 from qinvert.numerics import scalar
 from qinvert.plan.carried_identity import CarriedIdentities, joined_ones
 from qinvert.plan.quantization import CONSTANT_GRID, Quantization, Requantize
@@ -98,6 +98,17 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
     @abstractmethod
     def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
         """Append a Concat of operands that share ``grid``."""
+
+    def given_float(self, tensor: str, name: str) -> Value:
+        """Return an input that is not rounded; integers among the ends still have axes of their own."""
+        return Value(self.entry(tensor, name) if tensor in self.integer_inputs else name, tensor)
+
+    def copied(self, name: str, result: Value) -> None:
+        """Append a copy of a result by a slice of everything: every profile has that operator."""
+        rows = self.plan.program.shapes[result.tensor].rows
+        bounds = [self._indices((value,)) for value in (0, rows, AXES[Axis.ROWS])]
+        shape, element = self.shape(result.tensor), self.graph.element(result.name)
+        self.graph.node("Slice", [result.name, *bounds], name, shape, element)
 
     def constant(self, constant: Constant, blocks: int) -> Value:
         return Value("", constant.name, constant)
@@ -276,8 +287,11 @@ class GraphLowering(ProgramTensors, Evaluator[Value]):
         taken = matrices | self._vector_tensors(inputs)
         wholes = {name: self.entry(name, tensor) for name, tensor in taken.items()}
         names = {name: name if name in matrices else f"{name}/part" for name in taken}
-        results = {port: inner.plain(value) for port, value in inner.values(names).items()}
         assert part.batch is not None
+        for name, whole in wholes.items():
+            one, _, *sizes = self.graph.shape(whole)
+            inner.graph.input(names[name], [one, part.batch, *sizes], self.graph.element(whole))
+        results = {port: inner.plain(value) for port, value in inner.values(names).items()}
         for i in range(self.interface.chains):
             rows = (i * part.batch, (i + 1) * part.batch)
             cut = {

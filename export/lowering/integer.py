@@ -10,7 +10,7 @@ import numpy as np
 
 from qinvert.export.graph import ELEMENT_TYPES, Sizes
 from qinvert.export.lowering.base import GraphLowering, Value
-from qinvert.export.lowering.tensors import AXES, TRANSPOSED, IntArray, vector_name
+from qinvert.export.lowering.tensors import TRANSPOSED, IntArray, vector_name
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics.scalar import planes_scalar
 from qinvert.plan.carried_identity import sliced_ones
@@ -19,7 +19,6 @@ from qinvert.plan.quantization import Quantization
 from qinvert.program.sparsity import constant_support
 from qinvert.program.steps import (
     Add,
-    Axis,
     Exponential,
     Mask,
     MatMul,
@@ -39,6 +38,8 @@ class IntegerLowering(GraphLowering):
     stored_format: ClassVar[IntFormat] = INT8
 
     def source(self, tensor: str, name: str) -> Value:
+        if self._is_float(tensor):
+            return self.given_float(tensor, name)
         if tensor in self.integer_inputs:
             return Value(self.entry(tensor, name), tensor)
         return self._quantized(tensor, name, self.grid(tensor).scale)
@@ -46,18 +47,23 @@ class IntegerLowering(GraphLowering):
     def converted(self, name: str, result: Value) -> None:
         if self.converts(result.tensor):
             super().converted(name, result)
-        # A slice of everything is a copy, and an operator that every profile has.
-        rows = self.plan.program.shapes[result.tensor].rows
-        bounds = [self._indices((value,)) for value in (0, rows, AXES[Axis.ROWS])]
-        shape, element = self.shape(result.tensor), self.graph.element(result.name)
-        self.graph.node("Slice", [result.name, *bounds], name, shape, element)
+        self.copied(name, result)
 
     def finish(self, name: str, result: Value) -> str:
         grid, tensor = self.grid(result.tensor), result.tensor
+        if grid.format.is_float:
+            self.copied(name, result)
+            return name
         if grid.format.planes > 1:
             return self._sum(name, tensor, [("Add", result)])
         inputs = [result.name, self.scale_of(grid), self.zero_point(self.stored_format)]
         return self.graph.node("DequantizeLinear", inputs, name, self.shape(tensor))
+
+    def _is_float(self, tensor: str) -> bool:
+        return self.grid(tensor).format.is_float
+
+    def _element(self, grid: Quantization) -> str:
+        return grid.format.element if grid.format.is_float else self.stored_format.element
 
     def value(self, tensor: str) -> Value:
         """Return the value of a tensor of the program that was written before."""
@@ -72,7 +78,7 @@ class IntegerLowering(GraphLowering):
         return self.spread(values, array, "int8") if spread else values
 
     def joined(self, name: str, parts: list[str], axis: int, shape: Sizes, grid: Quantization) -> str:
-        return self.graph.node("Concat", parts, name, shape, self.stored_format.element, axis=axis)
+        return self.graph.node("Concat", parts, name, shape, self._element(grid), axis=axis)
 
     def matmul(
         self, step: MatMul, left: Value, right: Value, add: list[Value], subtract: list[Value]
@@ -180,7 +186,10 @@ class IntegerLowering(GraphLowering):
         return self._multiplied(step.output, left, right)
 
     def _multiplied(self, name: str, left: Value, right: Value) -> Value:
-        left, right, product = self.plain(left), self.plain(right), self.plan.products[name]
+        left, right = self.plain(left), self.plain(right)
+        if name not in self.plan.products:
+            return self._real_product(name, left, right)
+        product = self.plan.products[name]
         totals = [self._elementwise(name, left, right, part.pairs) for part in product.accumulators]
         if self._integer_residuals:
             real = self._scaled(name, name, totals[0], product.factor)
@@ -190,6 +199,15 @@ class IntegerLowering(GraphLowering):
             for k, (total, part) in enumerate(zip(totals, product.accumulators, strict=True))
         ]
         return self._quantized(name, self._sum(f"{name}/sum", name, [], reals), self.grid(name).scale)
+
+    def _real_product(self, name: str, left: Value, right: Value) -> Value:
+        """Append the product of two real numbers, one of which is not rounded."""
+        reals = [
+            self._sum(f"{name}/factor_{i}", value.tensor, [("Add", value)])
+            for i, value in enumerate((left, right))
+        ]
+        real = self.graph.node("Mul", reals, f"{name}/product", self.shape(name))
+        return self._quantized(name, real, self.grid(name).scale)
 
     def _elementwise(self, name: str, left: Value, right: Value, pairs: Sequence[PlanePair]) -> str:
         """Append the exact sum of products of planes, integers in float32."""
@@ -238,12 +256,16 @@ class IntegerLowering(GraphLowering):
         shape = self.shape(step.output)
         names = zip(source.planes, self.plane_names(step.output), strict=True)
         for plane, name in names:
-            self.graph.node(operator, [plane, *inputs], name, shape, self.stored_format.element, **attributes)
+            self.graph.node(
+                operator, [plane, *inputs], name, shape, self._element(self.grid(step.output)), **attributes
+            )
         return self.value(step.output)
 
     def _reals(self, name: str, value: Value) -> list[str]:
         # Cast and Mul, not DequantizeLinear: optimizers fuse dequantize, operator and
         # quantize into kernels that round in another order.
+        if value.constant is None and self._is_float(value.tensor):
+            return [value.name]
         if value.constant is not None:
             ones = constant_support(value.constant).astype(np.float32)
             return [self.graph.initializer(f"{value.tensor}/float32", ones[None, None])]
@@ -258,6 +280,8 @@ class IntegerLowering(GraphLowering):
 
     def _quantized(self, tensor: str, value: str, scale: float) -> Value:
         fmt = self.grid(tensor).format
+        if fmt.is_float:
+            return Value(value, tensor)
         if fmt.planes == 1:
             self._rounded(tensor, value, scale, self.stored(tensor))
             return self.value(tensor)

@@ -46,6 +46,8 @@ class QdqLowering(GraphLowering):
     """Values are dequantized float tensors; every one has just been quantized."""
 
     def source(self, tensor: str, name: str) -> Value:
+        if self.grid(tensor).format.is_float:
+            return self.given_float(tensor, name)
         if tensor not in self.integer_inputs:
             return self._finished(tensor, name)
         shape, grid = self.shape(tensor), self.grid(tensor)
@@ -64,15 +66,23 @@ class QdqLowering(GraphLowering):
         return InputType.FLOAT32
 
     def entry(self, tensor: str, name: str) -> str:
+        if self.grid(tensor).format.is_float:
+            return super().entry(tensor, name)
         return self.source(tensor, name).name
 
     def converted(self, name: str, result: Value) -> None:
         grid = self.grid(result.tensor)
+        if grid.format.is_float:
+            self.copied(name, result)
+            return
         end = self.profile.end_of(grid.format)
         inputs = [result.name, self.scale_of(grid), self.zero_point(end)]
         self.graph.node("QuantizeLinear", inputs, name, self.shape(result.tensor), end.element)
 
     def finish(self, name: str, result: Value) -> str:
+        if self.grid(result.tensor).format.is_float:
+            self.copied(name, result)
+            return name
         # The output has its own DequantizeLinear, because the caller chose its name.
         integers = self.graph.source(result.name)  # of the DequantizeLinear
         return self._dequantize(name, integers, self.shape(result.tensor), self.grid(result.tensor))
@@ -208,7 +218,9 @@ class QdqLowering(GraphLowering):
         if step.factor != 1:
             scale = product_scale(self.grid(step.source).scale, abs(step.factor))
             return self._product(step, [source.name, self._factor(step.factor)], scale)
-        if self.grid(step.source).format.container_bits != self.grid(step.output).format.container_bits:
+        given, wanted = self.grid(step.source).format, self.grid(step.output).format
+        # A float that is also read as it is needs another tensor for what is rounded of it.
+        if given.container_bits != wanted.container_bits and not given.is_float:
             return self._finished(step.output, source.name)
         # Adding zero keeps an operator between the two scales: back ends merge
         # adjacent quantize/dequantize pairs, which would skip one rounding.
@@ -281,6 +293,8 @@ class QdqLowering(GraphLowering):
         return self.graph.node("Clip", [value, *ends], f"{tensor}/clip", shape)
 
     def _stored(self, name: str, value: str, shape: Sizes, grid: Quantization) -> str:
+        if grid.format.is_float:
+            return value
         fmt, stored = self.storage(grid), self.stored(name)
         inputs = [value, self.scale_of(grid), self.zero_point(fmt)]
         self.graph.node("QuantizeLinear", inputs, stored, shape, fmt.element)

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 
 from qinvert.export.rules.float_ends import is_float_end, is_from_keys
+from qinvert.export.rules.float_states import OPERATORS as FLOAT_OPERATORS
+from qinvert.export.rules.float_states import carried_floats
 from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.export.rules.product_bounds import accumulator_bound, products
 from qinvert.export.rules.step_ends import MAX_RANK, OPERATORS, is_step_end, step_ends
@@ -246,11 +248,14 @@ def _quantized(case: Case) -> Iterator[tuple[str, str]]:
     if not case.profile.quantized_everywhere:
         return
     sums = _accumulating(case.graph)
+    floats = carried_floats(case.graph) if case.profile.float_state else set()
     for node in case.graph.nodes:
         at_end = is_float_end(case.graph, node) or is_step_end(case.graph, node)
         if node.op_type not in GRID_INPUTS and not at_end:
+            legal = floats if node.op_type in FLOAT_OPERATORS else set()
             for name in _float_tensors(case.graph, node, sums):
-                yield node_name(node), f"leaves {name!r} unquantized"
+                if name not in legal:
+                    yield node_name(node), f"leaves {name!r} unquantized"
 
 
 def _float_tensors(graph: Structure, node: onnx.NodeProto, sums: set[str]) -> Iterator[str]:

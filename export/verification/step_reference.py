@@ -61,12 +61,18 @@ class StepReference:
     def steps(self, output: str, actual: Array) -> Steps:
         """Return the differences of what a graph returned, in steps of the output's grid."""
         if not self._by_graph:
-            return np.asarray(np.abs(actual.astype(np.float64) - self.expected(output)))
+            steps = np.abs(actual.astype(np.float64) - self.expected(output))
+            return np.asarray(steps / self._unit(output))
         if not self.rotated:
             wanted = self._in_steps(output, self.expected(output))
         else:
-            wanted = np.stack(self.integers[output])
+            wanted = np.stack(self.integers[output]) / self._unit(output)
         return np.asarray(np.abs(self._in_steps(output, actual) - wanted))
+
+    def _unit(self, output: str) -> float:
+        """How much of what is returned is one step."""
+        returned = self.data.plan.tensors[self.data.interface.tensor_of(self.data.plan, output)]
+        return self.data.interface.grid_of(self.data.plan, output).scale / returned.scale
 
     def reals(self, output: str, actual: Array) -> Array:
         """Return the real values of what a graph returned."""
@@ -84,7 +90,7 @@ class StepReference:
         return self._left(exact.numpy())
 
     def _in_steps(self, output: str, reals: Array) -> Array:
-        grid = self.data.plan.tensors[self.data.interface.tensor_of(self.data.plan, output)]
+        grid = self.data.interface.grid_of(self.data.plan, output)
         values = self._turned(torch.from_numpy(reals.astype(np.float64)))
         entered = self._turned(enter(self.data.plan.channels, values, HEADS))
         return np.asarray(entered.numpy() / grid.scale)

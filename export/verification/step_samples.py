@@ -6,7 +6,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, QUERY, STATE, VALUE, StepSizes, step_sizes
+from qinvert.chunk_step.ports import (
+    BETA,
+    KEY,
+    LOG_DECAY,
+    QUERY,
+    STATE,
+    VALUE,
+    StepSizes,
+    state_grid,
+    step_sizes,
+)
 from qinvert.execution.value_channels import leave
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.plan.plan import LayerPlan
@@ -59,9 +69,10 @@ def _values(
     port: str,
     rows: int,
 ) -> npt.NDArray[np.float32]:
+    grid = state_grid(plan) if port == STATE else plan.tensors[port]
     inside = (
         SHARE
-        * plan.tensors[port].limit
+        * grid.limit
         * rng.standard_normal((interface.batch, interface.heads, rows, sizes.value_size), dtype=np.float32)
     )
     reals = leave(plan.channels, torch.from_numpy(inside)).numpy()

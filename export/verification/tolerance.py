@@ -219,5 +219,6 @@ def tolerance_for(
 def is_exact(profile: Profile, plan: LayerPlan) -> bool:
     """Whether profile and scales promise equality with the simulator bit for bit."""
     # Sums of products of 16 bits by 8 may be wider than float32 holds: `reach` says which are.
-    exact = all(is_power_of_two(q.scale) and q.format.container_bits == 8 for q in plan.tensors.values())
-    return exact or profile.exact
+    narrow = (q.format.container_bits == 8 or q.format.is_float for q in plan.tensors.values())
+    powers = (is_power_of_two(q.scale) for q in plan.tensors.values())
+    return profile.exact or (all(narrow) and all(powers))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from qinvert.errors import PlanError, ProgramError
+from qinvert.plan.quantization import CONSTANT_GRID, Quantization
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.ports import Meaning, Port
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import Shape
+from qinvert.program.steps import Multiply, Rescale, Shape
 
 #: Name of a program of the whole chunk step.
 NAME: Final = "gated_delta_step"
@@ -134,6 +135,25 @@ def step_bounds(program: StepList) -> dict[str, float]:
     largest = bounds.get(NEGATIVE_BETA)
     found = {KEY: 1.0, QUERY: float(sizes.key_size**-0.5), LOG_DECAY: MAX_LOG_DECAY}
     return found if largest is None else found | {BETA: largest}
+
+
+def carried_tensors(program: StepList) -> tuple[str, ...]:
+    """Return the tensors that hold the state as it is carried: the old one, what decay keeps, the new one.
+
+    They have one grid.  A decay of 1 then keeps every value of the state: chunks that are all padding
+    change nothing.
+    """
+    kept = [step.output for step in program.steps if isinstance(step, Multiply) and STATE in step.inputs]
+    return (STATE, *kept, *(port.tensor for port in program.outputs if port.name == STATE))
+
+
+def state_grid(plan: QuantizedProgram) -> Quantization:
+    """Return the grid on which products read the state: its own, or that onto which a float32 is rounded."""
+    grids = [plan.tensors[STATE]]
+    grids += [
+        plan.tensors[s.output] for s in plan.program.steps if isinstance(s, Rescale) and s.source == STATE
+    ]
+    return next((grid for grid in grids if not grid.format.is_float), CONSTANT_GRID)
 
 
 def check_state_grids(plan: QuantizedProgram) -> None:

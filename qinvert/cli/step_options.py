@@ -11,12 +11,14 @@ import click
 from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
 from qinvert.chunk_step.form import Form
 from qinvert.errors import InputError
+from qinvert.formats import FLOAT32
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: What may be typed.
 SCOPES: Final = tuple(scope.value for scope in Scope)
 BITS: Final = ("auto", "8", "16")
+STATE_BITS: Final = (*BITS, FLOAT32.name)
 FORMS: Final = tuple(form.value for form in Form)
 
 
@@ -75,7 +77,7 @@ def step_options(function: F) -> F:
             help="Of a chunk step; folded by default.",
         ),
         click.option("--value-bits", type=click.Choice(BITS), help="Of values in a step; auto by default."),
-        click.option("--state-bits", type=click.Choice(BITS), help="Of the state; auto by default."),
+        click.option("--state-bits", type=click.Choice(STATE_BITS), help="Of the state; auto by default."),
         click.option(
             "--state-margin",
             type=float,

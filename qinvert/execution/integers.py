@@ -46,7 +46,15 @@ class IntegerEvaluator(TorchEvaluator):
         return self._elementwise(step, source, along(step, vector))
 
     def multiply(self, step: Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if self.plan.is_real(step):
+            # A product of two dequantized operands, as float operators compute it.
+            real = self._real(step.left, left) * self._real(step.right, right)
+            return self._sum(step.output, [(real, 1.0)])
         return self._elementwise(step, left, right)
+
+    def _real(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        grid = self.plan.grid(name)
+        return rounding.dequantize(value, grid.scale, grid.format)
 
     def _elementwise(self, step: Scale | Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         product = self.plan.products[step.output]
@@ -109,9 +117,8 @@ class IntegerEvaluator(TorchEvaluator):
         return self._sum(step.output, [*self._planes(step.left, left), *negated])
 
     def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:
-        grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
-        value = rounding.dequantize(source, grid.scale, grid.format)
-        return rounding.quantize_exponential(value, output.scale, output.format)
+        output = self.plan.tensors[step.output]
+        return rounding.quantize_exponential(self._real(step.source, source), output.scale, output.format)
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         if self.plan.keeps_integers(step):
@@ -122,8 +129,7 @@ class IntegerEvaluator(TorchEvaluator):
 
     def multiplied(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
         """Return the integers of ``step.factor`` times the source."""
-        grid, output = self.plan.tensors[step.source], self.plan.tensors[step.output]
-        value = rounding.dequantize(source, grid.scale, grid.format)
+        output, value = self.plan.tensors[step.output], self._real(step.source, source)
         return rounding.requantize_scaled(value, 1.0, step.factor, output.scale, output.format)
 
     def _sum(self, name: str, terms: list[tuple[torch.Tensor, float]]) -> torch.Tensor:

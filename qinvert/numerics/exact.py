@@ -20,6 +20,13 @@ def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Te
     return [(high, PLANE_RATIO * scale), (q - PLANE_RATIO * high, scale)]
 
 
+def at_ends(q: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
+    """Where integers lie on the ends of their format: what saturated lies there. Nowhere in float32."""
+    if fmt.is_float:
+        return torch.zeros_like(q, dtype=torch.bool)
+    return (q <= fmt.minimum) | (q >= fmt.maximum)
+
+
 def dot_scalar(left: list[int], right: list[int]) -> int:
     """``sum_k left[k] * right[k]`` in Python integers, which never overflow."""
     return sum(a * b for a, b in zip(left, right, strict=True))

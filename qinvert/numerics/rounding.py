@@ -73,6 +73,8 @@ def _on_device(scale: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def _saturate(steps: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
+    if fmt.is_float:
+        return steps
     # This works in place: every caller passes a new tensor, and passes over memory take time.
     steps = steps.round_()
     if fmt.zero_point:

@@ -11,7 +11,10 @@ from qinvert.errors import PlanError
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics import scales
 from qinvert.program.step_list import StepList
-from qinvert.program.steps import MOVES
+from qinvert.program.steps import MOVES, Add, Concat, Multiply, Rescale, Slice, Subtract, Transpose
+
+#: Steps that may read and write real numbers.
+ON_FLOATS: Final = (Add, Concat, Multiply, Rescale, Slice, Subtract, Transpose)
 
 
 class Requantize(StrEnum):
@@ -40,6 +43,8 @@ class Quantization:
 
     def __post_init__(self) -> None:
         scales.check_scale(self.scale)
+        if self.format.is_float and self.scale != 1:
+            raise PlanError(f"scale {self.scale!r} of {self.format}, which is not rounded; use the scale 1")
         object.__setattr__(self, "scale", float(self.scale))
 
     @property
@@ -77,7 +82,11 @@ def constant_grid(partner: Quantization) -> Quantization:
     It is the partner's own where 1.0 is one of its integers, bit for bit: sums of
     one grid are exact in every kernel, and of one width.
     """
-    fits = partner.format.planes == 1 and 0 < partner.one <= partner.format.maximum
+    fits = (
+        partner.format.planes == 1
+        and not partner.format.is_float
+        and 0 < partner.one <= partner.format.maximum
+    )
     return partner if fits and scales.product_scale(partner.one, partner.scale) == 1 else CONSTANT_GRID
 
 
@@ -149,3 +158,26 @@ def check_moves(program: StepList, tensors: Mapping[str, Quantization]) -> None:
                         f"step {step.output!r} moves {name!r} ({tensors[name]}) without rounding, but has "
                         f"{tensors[step.output]}; give both one quantization"
                     )
+
+
+def check_floats(program: StepList, tensors: Mapping[str, Quantization]) -> None:
+    """Refuse float32 where integers are multiplied: only elementwise steps and moves take it.
+
+    Raises
+    ------
+    PlanError
+        With the step, the tensor, and the remedy.
+    """
+    floats = {name for name, grid in tensors.items() if grid.format.is_float}
+    if floats and program.is_inverse:
+        raise PlanError(
+            f"tensor {min(floats)!r} is float32, but an inverse is computed in integers; float32 is for the "
+            "state of chunk steps"
+        )
+    for step in program.steps if floats else ():
+        found = floats.intersection((*step.inputs, step.output))
+        if found and not (isinstance(step, ON_FLOATS) and tensors.keys() >= {*step.inputs}):
+            raise PlanError(
+                f"step {step.output!r} ({type(step).__name__}) takes integers, but {min(found)!r} is "
+                "float32; round it onto a grid of its own first; error_feedback=True does so"
+            )

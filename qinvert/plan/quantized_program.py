@@ -12,6 +12,7 @@ from qinvert.plan.quantization import (
     CONSTANT_GRID,
     Quantization,
     Requantize,
+    check_floats,
     check_moves,
     check_names,
     check_single_planes,
@@ -50,6 +51,7 @@ class QuantizedProgram:
         # Tensors keep the program's order, because equal plans must give equal files.
         ordered = {name: self.tensors[name] for name in self.program.tensors}
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
+        check_floats(self.program, self.tensors)
         check_moves(self.program, self.tensors)
         if self.requantize is Requantize.MULTIPLIER:
             check_single_planes(self.tensors)
@@ -67,6 +69,10 @@ class QuantizedProgram:
         two planes: 128.3 steps round to (1, -128), but 128 steps to (0, 127).
         """
         return step.factor == 1 and self.tensors[step.source] == self.tensors[step.output]
+
+    def is_real(self, step: Step) -> bool:
+        """Whether a step reads or writes float32, so that it computes with real numbers."""
+        return any(self.grid(name).format.is_float for name in (*step.inputs, step.output))
 
     def grid(self, name: str) -> Quantization:
         """Return the grid of a tensor or of a constant."""
@@ -88,7 +94,7 @@ class QuantizedProgram:
         return {
             step.output: integer_product(step, grids, self.requantize, inner_size(self.program, step))
             for step in self.program.steps
-            if isinstance(step, PRODUCTS)
+            if isinstance(step, PRODUCTS) and not self.is_real(step)
         }
 
     @property

@@ -63,6 +63,9 @@ class Profile:
     #: Whether a mask is written out for every matrix of the batch: some chips multiply by a
     #: constant of full size in a tenth of the time that a repeated one takes.
     full_masks: bool = False
+    #: Whether elementwise operators between quantized tensors may stay in IEEE float32: for a state that is
+    #: carried so.
+    float_state: bool = False
     #: Chip whose costs plans for this profile are compared by, see `qinvert.hardware`; empty where
     #: they are those of `qinvert.plan.cost`.
     hardware: str = ""
@@ -94,6 +97,8 @@ class Profile:
 
     def storage_of(self, fmt: IntFormat) -> IntFormat:
         """Return the format whose container and zero point graphs use for values of ``fmt``."""
+        if fmt.is_float:
+            return fmt
         if fmt.container_bits == INT8.container_bits:
             return self.storage
         return fmt if self.wide_storage is None else self.wide_storage

@@ -9,6 +9,7 @@ from qinvert.profiles.npu_qdq_int8 import PROFILE as INT8_PROFILE
 
 PROFILE: Profile = replace(
     INT8_PROFILE,
+    float_state=False,
     name="ethos-int8",
     summary="npu-qdq-int8 for Arm Ethos-U: verify writes it as a TFLite file, which Vela compiles",
     proved=("onnxruntime", "vela"),

@@ -11,6 +11,7 @@ from qinvert.profiles.hexagon_uint8 import PROFILE as UINT8_PROFILE
 
 PROFILE: Profile = replace(
     UINT8_PROFILE,
+    float_state=False,
     name="hexagon-int16",
     summary="hexagon-uint8, and int16 inside uint16 ends: products int16 x int16",
     opset=21,

@@ -9,6 +9,7 @@ from qinvert.profiles.npu_qdq_uint8 import PROFILE as UINT8_PROFILE
 
 PROFILE: Profile = replace(
     UINT8_PROFILE,
+    float_state=False,
     name="hexagon-uint8",
     summary="npu-qdq-uint8 for Hexagon: masks written out for every matrix; unsigned ends cost no conversion",
     proved=("onnxruntime", "qnn"),

@@ -11,6 +11,7 @@ PROFILE = Profile(
     summary="MatMulInteger s8 x s8, then Cast, Mul, Add, QuantizeLinear; data movement on int8",
     lowering="integer",
     quantized_everywhere=False,
+    float_state=True,
     exact=True,
     opset=19,
     formats=(INT8, INT4, INT8X2),

@@ -13,6 +13,7 @@ PROFILE = Profile(
     summary="int16 tensors; two MatMul int16 x int8 per product, each rounded to int16",
     lowering="qdq",
     quantized_everywhere=True,
+    float_state=True,
     exact=False,
     opset=21,
     formats=(INT8, INT16),

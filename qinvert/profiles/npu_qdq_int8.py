@@ -11,6 +11,7 @@ PROFILE = Profile(
     summary="QuantizeLinear/DequantizeLinear around MatMul, Add, Slice, Concat; int8, zero point 0",
     lowering="qdq",
     quantized_everywhere=True,
+    float_state=True,
     exact=False,
     opset=19,
     formats=(INT8,),

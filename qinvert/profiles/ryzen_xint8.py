@@ -9,6 +9,7 @@ from qinvert.profiles.npu_qdq_int8 import PROFILE as INT8_PROFILE
 
 PROFILE: Profile = replace(
     INT8_PROFILE,
+    float_state=False,
     name="ryzen-xint8",
     summary="npu-qdq-int8 at opset 17, every scale a power of two (XINT8)",
     opset=17,

@@ -26,7 +26,7 @@ import torch
 from qinvert.checks import check_magnitude
 from qinvert.errors import PlanError
 from qinvert.execution.tensors import TorchEvaluator, along
-from qinvert.formats import IntFormat
+from qinvert.formats import FLOAT32, IntFormat
 from qinvert.numerics import rounding
 from qinvert.numerics.exact import planes
 from qinvert.plan.integer_product import Accumulator as PlanAccumulator
@@ -182,6 +182,9 @@ class IntervalEvaluator(TorchEvaluator):
                 torch.full((1, rows, columns), end, dtype=torch.float64) for end in (MIN_BETA, largest)
             )
             return self._quantized(port.tensor, join(low, high))
+        if self.plan.tensors[port.tensor].format.is_float:
+            # Zero times infinity is no number; the largest float32 stands for it.
+            limit = min(limit, float(FLOAT32.maximum))
         high = torch.full((1, rows, columns), limit, dtype=torch.float64)
         high = high.tril(-1) if port.meaning.strictly_lower else high
         return self._quantized(port.tensor, join(-high, high))
@@ -207,7 +210,15 @@ class IntervalEvaluator(TorchEvaluator):
         return self._elementwise(step, source, along(step, vector))
 
     def multiply(self, step: Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if self.plan.is_real(step):
+            reals = (self._real(name, x) for name, x in ((step.left, left), (step.right, right)))
+            ends, _ = elementwise(*reals)
+            return self._sum(step.output, [(ends, 1.0)])
         return self._elementwise(step, left, right)
+
+    def _real(self, name: str, interval: torch.Tensor) -> torch.Tensor:
+        grid = self.plan.grid(name)
+        return rounding.dequantize(interval, grid.scale, grid.format)
 
     def _elementwise(self, step: Scale | Multiply, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         names = operands(step)
@@ -261,8 +272,7 @@ class IntervalEvaluator(TorchEvaluator):
         return self._sum(step.output, [*self._planes(step.left, left), *negated])
 
     def exponential(self, step: Exponential, source: torch.Tensor) -> torch.Tensor:
-        grid, scale = self.plan.tensors[step.source], self.plan.tensors[step.output].scale
-        value = rounding.dequantize(source, grid.scale, grid.format)
+        scale, value = self.plan.tensors[step.output].scale, self._real(step.source, source)
         return self._round(step.output, lambda fmt: rounding.quantize_exponential(value, scale, fmt))
 
     def rescale(self, step: Rescale, source: torch.Tensor) -> torch.Tensor:
@@ -271,8 +281,8 @@ class IntervalEvaluator(TorchEvaluator):
             return source
         if step.factor == 1:
             return self._sum(step.output, self._planes(step.source, source))
-        grid, scale = self.plan.tensors[step.source], self.plan.tensors[step.output].scale
-        value = oriented(rounding.dequantize(source, grid.scale, grid.format), step.factor)
+        scale = self.plan.tensors[step.output].scale
+        value = oriented(self._real(step.source, source), step.factor)
         return self._round(
             step.output, lambda fmt: rounding.requantize_scaled(value, 1.0, step.factor, scale, fmt)
         )
@@ -312,6 +322,9 @@ class IntervalEvaluator(TorchEvaluator):
 
     def _round(self, name: str, requantize: Callable[[IntFormat], torch.Tensor]) -> torch.Tensor:
         fmt = self.plan.tensors[name].format
+        if fmt.is_float:
+            self.inside[name] = True
+            return requantize(fmt)
         free = requantize(UNBOUNDED)
         legal = (fmt.minimum <= free) & (free <= fmt.maximum)
         self.inside[name] = bool(legal.all()) and not (fmt.planes > 1 and low_plane_saturates(free))

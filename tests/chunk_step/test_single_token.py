@@ -54,8 +54,9 @@ def test_the_integers_are_those_of_the_chunk(decay, form, values_first, halves):
             assert torch.equal(found, wanted)
 
 
-def test_what_products_read_of_a_state_stays_narrow():
-    plan = small_plan("npu-qdq-int16", wide=INT16, logs=INT16, error_feedback=True).layer()
+@pytest.mark.parametrize("carried", ["error_feedback", "float_state"])
+def test_what_products_read_of_a_state_stays_narrow(carried):
+    plan = small_plan("npu-qdq-int16", wide=INT16, logs=INT16, **{carried: True}).layer()
     single = single_token_plan(plan)
     assert single.tensors["state/read"] == plan.tensors["state/read"]
     for seed in range(4):

@@ -55,6 +55,24 @@ def test_simulate_shows_output_state_and_t(planned):
     assert run("simulate", path, "--sequences", 1, "--min-sqnr", 60, "--quiet").exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "carried", "read"),
+    [
+        (("--target", "npu-qdq-int16", "--error-feedback"), "int16", "int8"),
+        (("--target", "npu-qdq-int8", "--state-bits", "float32"), "float32", "int8"),
+    ],
+)
+def test_a_state_may_be_carried_otherwise_than_it_is_read(options, carried, read, tmp_path):
+    path = tmp_path / "plan.json"
+    result = run(*CHUNK, *options, "--min-sqnr", 1, "--no-equalize", "--ranges", "max", "-o", path)
+    assert result.exit_code == 0, result.output
+    assert carried in result.output
+    document = json.loads(path.read_text())
+    for layer in document["layers"].values():
+        tensors = layer["tensors"]
+        assert (tensors["state"]["format"], tensors["state/read"]["format"]) == (carried, read)
+
+
 def test_saturations_are_warned_of(tmp_path):
     """Ranges of the largest value seen are reached by the data that they are from."""
     path = tmp_path / "narrow.json"
@@ -108,6 +126,13 @@ def test_inspect_says_which_ranges_are_proved(planned):
         (("--scope", "chunk", "--state-margin", 0.5), "state_margin 0.5 is below 1"),
         (("--scope", "chunk", "--factored"), "factored goes with scope='inverse'"),
         (("--scope", "chunk", "--value-bits", 16), "no format of more than 8 bits for values"),
+        (("--error-feedback",), "--error-feedback goes with --scope chunk"),
+        (("--scope", "chunk", "--error-feedback"), "no format of more than 8 bits for values or a state"),
+        (
+            ("--scope", "chunk", "--error-feedback", "--state-bits", "float32"),
+            "a state in float32 loses nothing that could be fed back",
+        ),
+        (("--scope", "chunk", "--value-bits", "float32"), "'float32' is not one of"),
         (("--scope", "chunk", "--max-loss", 1), "max_loss_db goes with scope='inverse'"),
     ],
 )

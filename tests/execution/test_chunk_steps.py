@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,7 @@ PLANS = {
     "planes": small_plan(wide=INT8X2).layer(),
     "wide": small_plan("npu-qdq-int16", wide=INT16, logs=INT16).layer(),
     "feedback": small_plan("npu-qdq-int16", wide=INT16, logs=INT16, error_feedback=True).layer(),
+    "float": small_plan("npu-qdq-int8", float_state=True).layer(),
     "channel": small_plan(decay="channel").layer(),
     "state": small_plan(form="state", values_first=False).layer(),
     "wy": small_plan(form="wy").layer(),
@@ -252,3 +255,33 @@ def test_error_feedback_keeps_a_state_that_8_bits_lose():
     wide, narrow = (PLANS["feedback"].tensors[name] for name in ("state", "state/read"))
     fed_back, rounded = (sqnr(replace(PLANS["feedback"], tensors=carried(grid))) for grid in (wide, narrow))
     assert fed_back > rounded + 3
+
+
+def test_a_state_in_float32_is_decayed_and_added_to_in_ieee_arithmetic():
+    """``S' = float32(float32(S float32(q_d s_d)) + float32(q_w s_w))``; products read S on a grid."""
+    plan, seen = PLANS["float"], {}
+    run_integers(plan, chunks_of(plan), observe=lambda name, x: seen.setdefault(name, []).append(x.numpy()))
+    early = seen["decay_kept"][0]
+    states = [seen[STATE][0], *seen["state/new"]]
+    for i, (before, after) in enumerate(pairwise(states)):
+        decay, written, read = early[i], seen["state/written"][i][0], seen["state/read"][i][0]
+        scale = {name: np.float32(plan.tensors[name].scale) for name in plan.tensors}
+        kept = before[0] * (decay * scale["decay_kept"])
+        assert np.array_equal(after[0], kept + written * scale["state/written"])
+        steps = np.rint(before[0] / scale["state/read"]).clip(-128, 127)
+        assert np.array_equal(read, steps)
+    assert len(np.unique(states[-1])) > 256
+
+
+def test_chunks_that_are_all_padding_keep_every_bit_of_a_state_in_float32():
+    plan = PLANS["float"]
+    chunks = chunks_of(plan)
+    silent = replace(chunks, **{n: torch.zeros_like(getattr(chunks, n)) for n in ("k", "v", "g", "beta")})
+    grid = plan.tensors["decay_kept"]
+    assert torch.exp(torch.zeros(1)).item() == pytest.approx(grid.limit)
+    kept = run_integers(plan, silent).state
+    factor = torch.tensor(grid.format.largest * grid.scale, dtype=torch.float32)
+    expected = chunks.state
+    for _ in range(chunks.beta.shape[2]):
+        expected = expected * factor
+    assert torch.equal(kept, expected)

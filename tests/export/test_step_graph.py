@@ -264,6 +264,48 @@ def test_encodings_cover_both_ends_of_the_state_with_one_grid(profile, batch):
     assert quantized | literals <= set(found)
 
 
+@pytest.mark.parametrize("profile", ["npu-qdq-int8", "npu-qdq-int16"])
+def test_a_state_in_float32_is_float_in_graph_metadata_and_encodings(profile):
+    model = build(
+        planned(profile, float_state=True),
+        heads=3,
+        chunks=2,
+        chains=1,
+        input_type="integers",
+        output="integers",
+    )
+    assert lint(model) == []
+    ends = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+    assert ends["state"] == ends["state_out"] == onnx.TensorProto.FLOAT != ends["q"]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["qinvert.state_type"] == "float32"
+    assert not {"qinvert.input_scale/state", "qinvert.output_scale/state_out"} & {*metadata}
+    found = {e["name"]: e for e in encodings(model, "aimet-1.0.0")["activation_encodings"]}
+    assert found["state"] == {"name": "state", "dtype": "FLOAT", "bw": 32, "enc_type": "PER_TENSOR"}
+    assert found["chunk_0/state/read/float"]["bw"] == 8
+    newer = {e["name"]: e for e in encodings(model, "aimet-2.0.0")["encodings"]}
+    assert newer["state_out"] == {"name": "state_out", "output_dtype": "float32"}
+    assert "state" not in encodings(model, "ort")
+
+
+def test_other_tensors_than_a_float32_state_must_be_quantized():
+    model = build(planned("npu-qdq-int8", float_state=True), heads=2, chains=1, layout="channels_first")
+    for node in model.graph.node:
+        # A product reads the state as it is carried.
+        if node.op_type == "MatMul":
+            node.input[:] = ["state" if name == "state/read/dequantized" else name for name in node.input]
+    assert {finding.rule for finding in lint(model)} == {"quantized"}
+
+
+def test_profiles_of_integers_alone_refuse_a_state_in_float32():
+    layer = planned("npu-qdq-int8", float_state=True)
+    with pytest.raises(QInvertError, match="'hexagon-uint8' has no float32 between integers") as error:
+        build(layer, profile="hexagon-uint8", heads=2)
+    assert "\n" not in str(error.value)
+    clean = build(layer, heads=2)
+    assert {finding.rule for finding in lint(clean, "ethos-int8")} >= {"quantized"}
+
+
 def test_integer_inputs_are_activations():
     model = build(planned(), heads=2, input_type="integers", output="integers")
     found = encodings(model, "aimet-1.0.0")

@@ -231,7 +231,7 @@ WRONG = [
     (("layers", LAYER, "ranges", "M"), "1", "'ranges' must map names to numbers"),
     (("layers", LAYER, "tensors"), {}, "it lacks 'M'"),
     (("layers", LAYER, "tensors", "extra"), {"format": "int8", "scale": 1.0}, "it has 'extra'"),
-    ((*TENSOR, "format"), "int3", "unknown integer format 'int3'; use one of int4"),
+    ((*TENSOR, "format"), "int3", "unknown format 'int3'; use one of int4"),
     ((*TENSOR, "format"), "uint8", "has a zero point"),
     ((*TENSOR, "format"), "int16", "without rounding"),
     ((*TENSOR, "scale"), 0.0, "is not a float32 in"),

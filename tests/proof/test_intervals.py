@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inverse_programs import inverse_program
+from step_plans import small_plan, step_inputs
 
 from qinvert.calibration.planning.scales import scale_groups
+from qinvert.chunk_step.ports import step_sizes
 from qinvert.errors import PlanError
-from qinvert.execution.simulator import simulate_integers
+from qinvert.execution.simulator import evaluate, simulate_integers
 from qinvert.formats import INT4, INT8, INT8X2, INT16, PLANE_RATIO
 from qinvert.methods import (
     banded_residual,
@@ -464,3 +466,20 @@ def test_python_integers_agree():
 def test_a_limit_is_a_magnitude(limit):
     with pytest.raises(PlanError, match=r"limit .* is not a number of at least 0; pass the largest"):
         propagate(single_grid(neumann(4, 2)), limit)
+
+
+@pytest.mark.parametrize("limit", [None, 4.0])
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_a_state_in_float32_lies_in_its_interval_and_never_saturates(limit, size):
+    plan, ends, seen = small_plan("npu-qdq-int8", float_state=True).layer(), {}, {}
+    limits = None if limit is None else dict.fromkeys(("q", "k", "v", "beta", "g", "state"), limit)
+    facts = propagate(plan, limits, lambda name, low, high: ends.update({name: (low, high)}))
+    inputs = step_inputs(step_sizes(plan.program), 4)
+    inputs["state"] = (size * inputs["state"]).clamp(-limit, limit) if limit else size * inputs["state"]
+    evaluate(plan, inputs, lambda name, values: seen.update({name: values}))
+    for name, values in seen.items():
+        low, high = ends[name]
+        assert bool((low <= values).all() and (values <= high).all()), name
+    assert {"state", "state/kept", "state/new"} <= {*facts.cannot_saturate}
+    # What is read of a state does saturate, unless something is promised of the state.
+    assert "state/read" not in facts.cannot_saturate

@@ -29,7 +29,9 @@ class Silent(torch.nn.Module):
         ({"form": "wy", "halves": True}, "halves applies T to one tensor, but form 'wy' has two"),
         ({"value_bits": 12}, "value_bits 12 is unknown; use auto, 8 or 16"),
         ({"value_bits": True}, "value_bits True is unknown"),
-        ({"state_bits": "16"}, "state_bits '16' is unknown; use auto, 8 or 16"),
+        ({"state_bits": "16"}, "state_bits '16' is unknown; use auto, 8, 16 or float32"),
+        ({"value_bits": "float32"}, "value_bits 'float32' is unknown; use auto, 8 or 16"),
+        ({"error_feedback": True, "state_bits": "float32"}, "a state in float32 loses nothing"),
         ({"state_margin": 0.5}, "state_margin 0.5 is below 1; pass at least 1, such as 4"),
         ({"state_margin": "wide"}, "state_margin 'wide' is not a number"),
         ({"state_margin": float("nan")}, "state_margin nan is not a number"),
@@ -65,6 +67,10 @@ def test_options_that_do_not_exist_are_refused(options, words):
         (
             {"target": "npu-qdq-int8", "chunk": ChunkOptions(error_feedback=True)},
             "no format of more than 8 bits.*npu-qdq-int16",
+        ),
+        (
+            {"target": "hexagon-uint16", "chunk": ChunkOptions(state_bits="float32")},
+            "'hexagon-uint16' has no float32 between integers for a state; choose target='npu-qdq-int16'",
         ),
         ({"granularity": "row"}, "granularity 'row' is unknown"),
         ({"ranges": "most"}, "ranges 'most' is unknown"),

@@ -8,10 +8,11 @@ from chunk_layers import CHOICES, RULES, layer_of, random_chunks, small_layer, s
 
 from qinvert.calibration.choices import RangeRule
 from qinvert.calibration.chunk_steps.candidate import measure, plan_layer, with_provenance
+from qinvert.calibration.chunk_steps.grids import RoomRules
 from qinvert.calibration.chunk_steps.planner import choose_step
 from qinvert.calibration.planning.costs import costs_for
 from qinvert.chunk_step.form import Decay, Form
-from qinvert.formats import INT8, INT16
+from qinvert.formats import FLOAT32, INT8, INT16
 from qinvert.plan.plan import Plan
 
 COSTS = costs_for("npu-qdq-int16", None, "auto", 8)
@@ -111,6 +112,21 @@ def test_a_state_with_error_feedback_is_wide_and_read_narrow():
     assert best.plan.tensors["state/read"].limit < best.plan.tensors["state"].limit / 2
     plain = chosen(small_layer(), min_sqnr_db=1.0, value_bits=8, state_bits=16).best
     assert best.cost < plain.cost
+
+
+@pytest.mark.parametrize("wide", [INT16, None], ids=["16 bits", "8 bits"])
+def test_a_state_in_float32_is_rounded_where_products_read_it_only(wide):
+    layer = small_layer(error_feedback=True)
+    carried = replace(layer, rules=replace(layer.rules, wide=wide, room=RoomRules(float_state=True)))
+    bits = {"value_bits": 8, "state_bits": 16 if wide else 8, "widens": False}
+    best = chosen(carried, min_sqnr_db=1.0, **bits).best
+    tensors = best.plan.tensors
+    floats = {name for name, grid in tensors.items() if grid.format == FLOAT32}
+    assert floats == {"state", "state/kept", "state/new"}
+    assert tensors["state/read"].format == INT8
+    assert tensors["state/written"].format == (wide or INT8)
+    rounded = chosen(layer, min_sqnr_db=1.0, value_bits=8, state_bits=8, widens=False).best
+    assert best.sqnr_state_db > rounded.sqnr_state_db
 
 
 @pytest.mark.parametrize("form", Form)

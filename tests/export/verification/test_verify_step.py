@@ -74,6 +74,12 @@ EXACT = [
     ("npu-qdq-int8", {"pow2": True, "decay": "channel", "form": "wy", "values_first": False}),
     ("npu-qdq-uint8", {"pow2": True, "form": "state"}),
     ("hexagon-uint8", {"pow2": True, "halves": True}),
+    ("int-ops", {"float_state": True}),
+    ("int-ops", {"float_state": True, "wide": INT8X2, "logs": INT8X2, "values_first": False}),
+    ("qlinear", {"float_state": True, "form": "wy"}),
+    ("qlinear-uint8", {"float_state": True, "decay": "channel"}),
+    ("npu-qdq-int8", {"float_state": True, "pow2": True, "form": "state"}),
+    ("npu-qdq-uint8", {"float_state": True, "pow2": True, "halves": True}),
     ("ryzen-xint8", {"pow2": True, "decay": "channel"}),
     ("ryzen-xint8", {"pow2": True, "form": "state", "values_first": False}),
 ]
@@ -103,6 +109,7 @@ NEAR = [
     ("npu-qdq-int16", {"wide": INT16, "logs": INT16}),
     ("npu-qdq-int16", {"wide": INT16, "logs": INT16, "values_first": False}),
     ("npu-qdq-int16", {"wide": INT16, "logs": INT16, "error_feedback": True}),
+    ("npu-qdq-int16", {"wide": INT16, "logs": INT16, "float_state": True}),
     ("hexagon-uint16", {"wide": INT16_WHOLE, "logs": INT16_WHOLE, "error_feedback": True}),
     ("hexagon-int16", {"wide": INT16_WHOLE, "logs": INT16_WHOLE, "decay": "channel"}),
     ("hexagon-uint16", {"wide": INT16_WHOLE, "logs": INT16_WHOLE}),
@@ -136,6 +143,26 @@ def test_norms_and_rotations_are_those_of_the_runtime(tmp_path, profile):
         for result in qinvert.verify(tmp_path / "step.onnx", plan, samples(plan, **options)):
             assert not result.exact
             assert result.mismatches <= 0.01 * result.values
+
+
+@pytest.mark.parametrize("profile", ["int-ops", "npu-qdq-int8"])
+def test_a_state_in_float32_leaves_as_it_is_in_every_layout_and_chain(verified, profile):
+    plan = planned(profile, EQUALIZED, float_state=True, pow2=True)
+    for layout, chains in (("tokens_first", 6), ("channels_first", 1)):
+        results = verified(plan, layout=layout, chains=chains, **INTEGERS)
+        assert [result.mismatches for result in results] == [0] * 4
+        assert all(result.exact for result in results)
+
+
+def test_fused_sums_of_a_state_in_float32_are_not_promised():
+    plan, profile = planned("int-ops", float_state=True).layer(), PROFILES["int-ops"]
+    fusing = RUNTIMES["openvino"]
+    assert fusing.reorders
+    exact = {
+        runtime.name: step_tolerance(runtime, profile, plan, exact_ends=True, rotated=False, wide=False).exact
+        for runtime in (CPU, fusing)
+    }
+    assert exact == {"onnxruntime": True, "openvino": False}
 
 
 def test_more_tokens_than_one_call_are_carried_by_the_runtime(verified):
