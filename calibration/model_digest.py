@@ -35,18 +35,34 @@ def weights_digest(model: torch.nn.Module) -> str | None:
     """Hash of the weights as `model_digest` takes it, but of their values rounded to bfloat16.
 
     So it is one for a model in float32 and for its cast to bfloat16, and for
-    weights of 16 bits, whatever type holds them.  None where weights are
+    weights of 16 bits, whatever type holds them.  Weights that accelerate has
+    put into memory or on the disk are read from there.  None where weights are
     elsewhere (meta tensors), so that nobody knows their values.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
+    for name, parameter in model.named_parameters():
+        tensor = _offloaded(model, name) if parameter.is_meta else parameter
+        if tensor is None or tensor.is_meta:
             return None
         kind = "float" if tensor.dtype in FLOATS else str(tensor.dtype)
         digest.update(f"{name} {kind} {tuple(tensor.shape)}".encode())
         values = tensor.detach().to(torch.bfloat16) if tensor.dtype in FLOATS else tensor.detach()
         digest.update(_content(values))
     return digest.hexdigest()
+
+
+def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """Return the values that accelerate keeps of a parameter; None where it keeps none."""
+    module, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(module), "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        kept = getattr(part, "weights_map", None)
+        if kept is not None:
+            try:
+                return torch.as_tensor(kept[own])
+            except KeyError:
+                continue
+    return None
 
 
 def _content(tensor: torch.Tensor) -> bytes:

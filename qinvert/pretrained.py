@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -15,28 +20,121 @@ from qinvert.errors import InputError, MissingDependencyError, reason
 LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
 
 
-def load_pretrained(path: str | PathLike[str]) -> Any:
-    """Load a model of text, or of text and images, from a local folder, in float32 and eval mode.
+class Device(StrEnum):
+    """Where a whole model runs."""
+
+    #: The process's own CUDA card if there is one, else the CPU.
+    AUTO = "auto"
+    #: The process's own CUDA card.
+    CUDA = "cuda"
+    #: The CPU.
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """In what floating-point type the weights are held."""
+
+    #: The type that the model's files have.
+    AUTO = "auto"
+    #: 8 significant bits; half the memory of float32.
+    BFLOAT16 = "bfloat16"
+    #: 24 significant bits.
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How a model is loaded: where its weights are held, and in what type.
+
+    Raises
+    ------
+    InputError
+        If an option is not legal, or there is no such device.
+    """
+
+    device: str = Device.CPU
+    dtype: str = Dtype.FLOAT32
+    #: ``"auto"`` spreads the layers over all cards, then memory, then disk (with accelerate); or a mapping
+    #: from names of modules to devices, ``"cpu"`` or ``"disk"``.
+    device_map: str | Mapping[str, Any] | None = None
+    #: Folder for weights that go to the disk and are not in the model's own files as they are needed.
+    offload_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("device", Device), ("dtype", Dtype)):
+            if getattr(self, name) not in list(kind):
+                raise InputError(f"{name} {getattr(self, name)!r} is unknown; use {', '.join(kind)}")
+        if isinstance(self.device_map, str) and self.device_map != "auto":
+            raise InputError(f"device_map {self.device_map!r} is unknown; use auto, or leave it out")
+
+    @property
+    def place(self) -> torch.device:
+        """The device of a model that is held in one place.
+
+        Raises
+        ------
+        InputError
+            If there is no such device.
+        """
+        if self.device == Device.CPU or (self.device == Device.AUTO and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        # torchrun numbers the processes of one machine.
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise InputError(
+                f"process {number} of this machine needs a CUDA card of its own, and there are {count}; "
+                "start fewer processes, or use the device cpu"
+            )
+        return torch.device("cuda", number)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes.
+
+        Raises
+        ------
+        MissingDependencyError
+            If accelerate is needed and not installed.
+        """
+        known: dict[str, Any] = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
+        found: dict[str, Any] = {"dtype": known[self.dtype]}
+        if self.device_map is None:
+            return found
+        if not find_spec("accelerate"):
+            raise MissingDependencyError(
+                "a device map needs accelerate, which is not installed; run: pip install 'qinvert[offload]'"
+            )
+        return found | {"device_map": self.device_map, "offload_folder": self.offload_folder}
+
+
+#: In float32 on the CPU.
+PLAIN: Final = Loading()
+
+
+def load_pretrained(path: str | PathLike[str], loading: Loading = PLAIN) -> Any:
+    """Load a model of text, or of text and images, from a local folder, in eval mode.
 
     Nothing is downloaded and no code from the folder is run.
 
     Raises
     ------
     InputError
-        If the folder does not hold a model that transformers knows.
+        If the folder does not hold a model that transformers knows, or there is no such device.
     MissingDependencyError
-        If transformers is not installed.
+        If transformers is not installed, or accelerate where it is needed.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is not a model folder: it has no config.json; pass a local Hugging Face model"
         )
-    transformers = require_transformers()
+    transformers, arguments, place = require_transformers(), loading.arguments, loading.place
     try:
         model = _loader(transformers, folder).from_pretrained(
-            str(folder), dtype=torch.float32, use_safetensors=True, **LOCAL
+            str(folder), use_safetensors=True, **arguments, **LOCAL
         )
+        if loading.device_map is None:
+            model = model.to(place)
     except Exception as error:  # transformers raises anything from KeyError to RuntimeError here
         raise InputError(f"cannot load the model in {folder}: {reason(error)}") from error
     return model.eval()

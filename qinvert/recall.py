@@ -16,7 +16,7 @@ import torch
 
 from qinvert.checks import check_integer, check_seed
 from qinvert.errors import InputError
-from qinvert.pretrained import load_pretrained
+from qinvert.pretrained import PLAIN, Loading, load_pretrained
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -83,7 +83,7 @@ def accuracy(logits: torch.Tensor, tokens: torch.Tensor) -> float:
     return float(right[reads].to(torch.float32).mean())
 
 
-def load_model() -> Any:
+def load_model(loading: Loading = PLAIN) -> Any:
     """Load the trained model (0.39 M parameters, two gated-delta layers) in float32 and eval mode.
 
     Raises
@@ -91,4 +91,4 @@ def load_model() -> Any:
     MissingDependencyError
         If transformers is not installed.
     """
-    return load_pretrained(str(files("qinvert") / "assets" / "recall"))
+    return load_pretrained(str(files("qinvert") / "assets" / "recall"), loading)

@@ -31,6 +31,16 @@ class DataOptions:
     split: str = "train"
     tokenizer: str | None = None
     seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    device_map: str | None = None
+    offload_folder: str | None = None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `qinvert.pretrained.Loading`."""
+        names = ("device", "dtype", "device_map", "offload_folder")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tokens(self) -> TokenData:
@@ -115,5 +125,29 @@ _DATA_OPTIONS = (
         show_default=True,
         type=click.IntRange(0, MAX_SEED),
         help="Seed of generated data and of samples.",
+    ),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        type=click.Choice(("auto", "cuda", "cpu")),
+        help="Where the model runs; under torchrun every process takes its own card.",
+    ),
+    click.option(
+        "--dtype",
+        default="float32",
+        show_default=True,
+        type=click.Choice(("auto", "bfloat16", "float32")),
+        help="Type of the weights; auto is that of the model's files.",
+    ),
+    click.option(
+        "--device-map",
+        type=click.Choice(("auto",)),
+        help="Spread the layers over cards, memory and disk (needs accelerate), in the place of --device.",
+    ),
+    click.option(
+        "--offload-folder",
+        type=click.Path(file_okay=False),
+        help="Folder for weights that --device-map puts on the disk.",
     ),
 )

@@ -90,7 +90,7 @@ def deploy(
     plan = _plan(output, source, plan_path, hardware, profile, given)
     with output.progress("writing graphs"):
         manifest = write(
-            load_model(source),
+            load_model(source, given),
             plan,
             path,
             hardware=hardware,
@@ -120,7 +120,7 @@ def _plan(
 
     with output.progress("calibrating") as progress:
         plan = calibrate(
-            load_model(source),
+            load_model(source, given),
             given.for_model(source),
             hardware=hardware,
             target=profile,

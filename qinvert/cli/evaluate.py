@@ -61,7 +61,9 @@ def evaluate(
     tokens = given.for_model(name)
     score = recall.accuracy if name == recall.NAME else None
     with output.progress("evaluating") as progress:
-        found = run_comparison(load_model(name), plans, tokens, score=score, progress=progress, force=force)
+        found = run_comparison(
+            load_model(name, given), plans, tokens, score=score, progress=progress, force=force
+        )
     if compare:
         show_comparison(output, found)
         output.result({"plans": {path: evaluation.to_dict() for path, evaluation in found.items()}})

@@ -12,15 +12,17 @@ from qinvert.errors import InputError
 from qinvert.plan.plan import Plan
 
 
-def load_model(name: str) -> Any:
-    """Load a local model folder, or the embedded one by its name ``recall``."""
+def load_model(name: str, given: DataOptions | None = None) -> Any:
+    """Load a local model folder, or the embedded one by its name ``recall``, as the options say."""
     from qinvert import recall
-    from qinvert.pretrained import load_pretrained, require_transformers
+    from qinvert.pretrained import PLAIN, Loading, load_pretrained, require_transformers
+
+    loading = PLAIN if given is None else Loading(**given.loading)
 
     transformers = require_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return recall.load_model() if name == recall.NAME else load_pretrained(name)
+    return recall.load_model(loading) if name == recall.NAME else load_pretrained(name, loading)
 
 
 def is_matrix_file(source: str) -> bool:
@@ -43,7 +45,7 @@ def open_pair(source: str, given: DataOptions) -> tuple[Any, Any]:
         return source, None
     check_exists(source)
     data = given.for_model(source)
-    return load_model(source), data
+    return load_model(source, given), data
 
 
 def check_exists(source: str) -> None:
