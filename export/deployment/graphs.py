@@ -15,6 +15,7 @@ from qinvert.errors import ExportError
 from qinvert.export.deployment.products import fold_transposes, mark_floats
 from qinvert.export.deployment.states import SUFFIX, State
 from qinvert.export.deployment.step_calls import LayerStep, step_names
+from qinvert.export.deployment.translations import join_softplus, translations
 from qinvert.export.deployment.window import Window
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.metadata import describe, layer_metadata, provenance
@@ -22,7 +23,7 @@ from qinvert.export.rules.step_ends import MAX_RANK
 from qinvert.export.step_graph import lower_step
 from qinvert.export.step_interface import VALID
 from qinvert.export.whole_models.check import LOGITS
-from qinvert.export.whole_models.tracing import opset_for, require_onnx_ir, trace
+from qinvert.export.whole_models.tracing import opset_for, trace
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
 
@@ -80,31 +81,15 @@ def window_graph(
         example[VALID] = torch.ones(1, tokens, dtype=torch.float32)
         names.append(VALID)
     outputs = [LOGITS, *(state.name + SUFFIX for state in window.states)]
-    options = {"input_names": names, "output_names": outputs, "custom_translation_table": _translations()}
+    options = {"input_names": names, "output_names": outputs, "custom_translation_table": translations()}
     model = trace(window, example, max(opset_for(profile, None), opset or 0), **options)
     _put_steps(model, window, plan, profile)
+    join_softplus(model)
     fold_transposes(model, shared=opset is not None)
     tidy(model)
     check_operators(model)
     model.metadata_props.update(provenance(plan, profile))
     return model
-
-
-def _translations() -> dict[Any, Any]:
-    """Return forms of PyTorch's operators without a selection."""
-    require_onnx_ir()
-    from onnxscript import opset18
-
-    def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-        """``log(1 + exp(x))``; PyTorch's own form selects x above 20, to which it is equal in float32."""
-        if beta != 1.0 or threshold < 20.0:
-            raise ExportError(
-                f"softplus of beta {beta:g} and threshold {threshold:g} has no ONNX operator; deploy knows "
-                "1 and 20"
-            )
-        return opset18.Softplus(x)
-
-    return {torch.ops.aten.softplus.default: softplus}
 
 
 def _put_steps(model: onnx_ir.Model, window: Window, plan: Plan, profile: Profile) -> None:

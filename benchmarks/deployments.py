@@ -1,0 +1,234 @@
+"""Deployed graphs against the patched model: families, text of a byte model, weights, and a large export.
+
+    python benchmarks/deployments.py families
+    python benchmarks/deployments.py text MODEL TEXT
+    python benchmarks/deployments.py weights MODEL TEXT
+    python benchmarks/deployments.py large --layers 24 --hidden 1024
+
+``families`` deploys a tiny model with random weights of every family (`tests/tiny_models.py`) for windows of
+1, 2 and 4 chunks, and compares logits at lengths from 1 to 500.  ``text`` compares the loss of a byte-level
+model and greedy tokens.  ``weights`` compares quantized weights with float ones.  ``large`` exports random
+weights, and prints time and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+import qinvert
+from qinvert import ChunkOptions, Deployment, Plan, QInvertError
+from qinvert.calibration.patching import run_model
+from qinvert.documents import markdown
+from qinvert.pretrained import load_pretrained
+
+LENGTHS = (1, 63, 64, 65, 200, 500)
+CHUNKS = (1, 2, 4)
+TARGET = "npu-qdq-int16"
+WIDE = ChunkOptions(value_bits=16, state_bits=16)
+
+
+def planned(model: Any, tokens: torch.Tensor) -> Plan:
+    """Plan of chunk steps whose values and states have 16 bits."""
+    return qinvert.calibrate(model, tokens, scope="chunk", target=TARGET, chunk=WIDE)
+
+
+@contextmanager
+def deployed(model: Any, plan: Plan, **options: Any) -> Iterator[tuple[Deployment, float]]:
+    """Yield a deployment in a temporary folder, and the seconds that writing it took."""
+    with TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        qinvert.deploy(model, plan, Path(folder) / "out", **options)
+        yield Deployment(Path(folder) / "out", threads=1), time.perf_counter() - start
+
+
+def log_probabilities(deployment: Deployment, rows: torch.Tensor) -> torch.Tensor:
+    """Of every token of every row, each from empty states."""
+    found = []
+    for row in rows:
+        deployment.reset()
+        found.append(torch.from_numpy(deployment.prefill(row.numpy())))
+    return torch.stack(found).to(torch.float64).log_softmax(-1)
+
+
+def divergence(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+    """``KL(wanted || found)`` in nats per token, and the share with the same most likely token."""
+    loss = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    return loss, float((wanted.argmax(-1) == found.argmax(-1)).to(torch.float64).mean())
+
+
+def patched_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
+    """Log probabilities of the patched model."""
+    with qinvert.patched(model, plan):
+        return run_model(model, {"input_ids": tokens}).to(torch.float64).log_softmax(-1)
+
+
+def families(arguments: argparse.Namespace) -> None:
+    """Print one row for each family: the worst of all lengths and windows."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny_models import CONFIGS, VOCABULARY, build, of_layers
+
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (2, 512), generator=draw)
+    rows = []
+    for family in arguments.only or CONFIGS:
+        layers = {} if family == "glm5_next" else of_layers("linear_attention", "full_attention")
+        model = build(family, **layers)
+        try:
+            plan = planned(model, tokens[:1])
+            found = [row for chunks in CHUNKS for row in compared(model, plan, tokens[1:], chunks)]
+        except QInvertError as error:
+            rows.append([family, "-", "-", "-", str(error)[:100]])
+            continue
+        worst = [max(x[0] for x in found), min(x[1] for x in found), max(x[2] for x in found)]
+        rows.append([family, f"{worst[0]:.1e}", f"{worst[1]:.3f}", f"{worst[2]:.1e}", "written"])
+        print(family, "done", file=sys.stderr)
+    columns = ["family", "worst KL, nats a token", "least agreement", "largest share of logits", "deploy"]
+    print(markdown([columns, *rows]))
+
+
+def compared(
+    model: Any, plan: Plan, tokens: torch.Tensor, chunks: int
+) -> Iterator[tuple[float, float, float]]:
+    """Yield KL, agreement and the distance of logits as a share, for every length."""
+    with deployed(model, plan, chunks=chunks, cache=1024) as (deployment, _):
+        for length in LENGTHS:
+            wanted = patched_logits(model, plan, tokens[:, :length])
+            found = log_probabilities(deployment, tokens[:, :length])
+            share = float((found - wanted).norm() / wanted.norm())
+            yield (*divergence(wanted, found), share)
+
+
+def byte_rows(path: str, count: int, length: int = 512) -> torch.Tensor:
+    """Cut a file into rows of bytes."""
+    data = np.frombuffer(Path(path).read_bytes()[: count * length], np.uint8)
+    return torch.from_numpy(data.astype(np.int64)).reshape(count, length)
+
+
+def text(arguments: argparse.Namespace) -> None:
+    """Print losses, and how many of 200 greedy tokens agree after each of three prompts."""
+    model = load_pretrained(arguments.model)
+    rows = byte_rows(arguments.text, 12)
+    plan, test = planned(model, rows[:8]), rows[8:]
+    with deployed(model, plan, chunks=2, cache=1024) as (deployment, _):
+        wanted, found = patched_logits(model, plan, test), log_probabilities(deployment, test)
+        for name, values in (("patched model", wanted), ("graphs", found)):
+            loss = -values[:, :-1].gather(-1, test[:, 1:, None]).mean()
+            print(f"loss of the {name}: {float(loss):.6f} nats a byte")
+        kl, agreement = divergence(wanted, found)
+        print(f"KL {kl:.1e} nats a byte, the same most likely byte at {agreement:.4f}")
+        for row in test[:3]:
+            prompt = row[:200]
+            deployment.reset()
+            ours = deployment.generate(prompt.numpy(), 200)
+            theirs = greedy(model, plan, prompt)
+            same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+            print(f"{same} of {len(ours)} greedy bytes are those of generate() of the patched model")
+
+
+def greedy(model: Any, plan: Plan, prompt: torch.Tensor) -> list[int]:
+    """The patched model's own continuation by 200 tokens."""
+    with qinvert.patched(model, plan), torch.no_grad():
+        options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+        found: list[int] = model.generate(prompt[None], **options)[0, len(prompt) :].tolist()
+    return found
+
+
+def weights(arguments: argparse.Namespace) -> None:
+    """Print KL and agreement of quantized weights against those in float32."""
+    model = load_pretrained(arguments.model)
+    rows = byte_rows(arguments.text, 12)
+    plan, test = planned(model, rows[:8]), rows[8:]
+    with deployed(model, plan) as (deployment, _):
+        wanted = log_probabilities(deployment, test)
+    for kind, bits in (("w8", 16), ("w4", 16), ("w8", 8), ("w4", 8)):
+        with deployed(model, plan, weights=kind, activation_bits=bits, data=rows[:8]) as (deployment, _):
+            kl, agreement = divergence(wanted, log_probabilities(deployment, test))
+        print(f"{kind}, activations of {bits} bits: KL {kl:.2g} nats a token, agreement {agreement:.4f}")
+
+
+def large(arguments: argparse.Namespace) -> None:
+    """Print the seconds and the largest memory of a deployment of random weights."""
+    import transformers
+
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    config = transformers.AutoConfig.for_model(
+        "qwen3_5_text",
+        hidden_size=arguments.hidden,
+        intermediate_size=7 * arguments.hidden // 2,
+        num_hidden_layers=arguments.layers,
+        layer_types=(kinds * arguments.layers)[: arguments.layers],
+        vocab_size=4096,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
+    plan = timed("calibrating", lambda: planned(model, tokens))
+    options = {} if arguments.weights == "none" else {"data": tokens}
+    with TemporaryDirectory(dir=arguments.folder) as folder:
+        out = Path(folder) / "out"
+        manifest = timed(
+            "deploying",
+            lambda: qinvert.deploy(model, plan, out, weights=arguments.weights, cache=1024, **options),
+        )
+        sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    print(
+        f"{parameters:,} parameters; nodes: { {n: g['nodes'] for n, g in manifest.facts['graphs'].items()} }"
+    )
+    print({name: f"{size / 2**20:.1f} MiB" for name, size in sizes.items()})
+
+
+def timed(name: str, work: Callable[[], Any]) -> Any:
+    """Do some work, and print its seconds and the largest memory of the process so far."""
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{name}: {seconds:.1f} s, at most {peak:.1f} GiB so far", flush=True)
+    return result
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("families")
+    verb.add_argument("--only", nargs="*", default=[])
+    verb.set_defaults(run=families)
+    for name, run in (("text", text), ("weights", weights)):
+        verb = verbs.add_parser(name)
+        verb.add_argument("model")
+        verb.add_argument("text")
+        verb.set_defaults(run=run)
+    verb = verbs.add_parser("large")
+    verb.add_argument("--layers", type=int, default=24)
+    verb.add_argument("--hidden", type=int, default=1024)
+    verb.add_argument("--weights", default="none")
+    verb.add_argument("--folder")
+    verb.set_defaults(run=large)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
