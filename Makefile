@@ -57,12 +57,13 @@ VALUES ?= 200000000
 STEP_VALUES ?= 20000000
 KILLS ?= 300
 SEED ?= 0
+PROCESSES ?= $(shell nproc)
 
 soak: $(INSTALLED)
-	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED)
-	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED)
-	$(BIN)/python benchmarks/soak.py steps --count $(STEP_VALUES) --seed $(SEED)
-	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --whole
+	$(BIN)/python benchmarks/soak.py files --count $(FILES) --seed $(SEED) --processes $(PROCESSES)
+	$(BIN)/python benchmarks/soak.py values --count $(VALUES) --seed $(SEED) --processes $(PROCESSES)
+	$(BIN)/python benchmarks/soak.py steps --count $(STEP_VALUES) --seed $(SEED) --processes $(PROCESSES)
+	$(BIN)/python benchmarks/soak.py kills --count $(KILLS) --seed $(SEED) --processes $(PROCESSES) --whole
 
 # An hour; what was compiled is kept in npu.jsonl and step.jsonl.
 bench-npu: $(INSTALLED) .venv-qnn/.tried .venv-vela/.tried

@@ -37,6 +37,15 @@ HOST: Final = "host.onnx"
 SYSTEM: Final = "system"
 #: The last part of a command's time, in which every other kill falls.
 END: Final = 0.2
+#: Arguments that tell commands of one verb apart.
+MARKS: Final = (
+    "--checkpoint",
+    "--one-file",
+    "model.onnx",
+    "large.onnx",
+    "grafted.onnx",
+    "large-grafted.onnx",
+)
 #: What commands import late.
 MODULES: Final = (
     "onnxruntime",
@@ -61,6 +70,11 @@ class Command:
     beside: bool = False
     #: How long its last whole run took.
     seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The verb and what tells it from others of the same verb."""
+        return f"{self.arguments[0]} {' '.join(a for a in self.arguments if a in MARKS)}".strip()
 
     def start(self, folder: Path) -> Any:
         """Run the command in a folder, in a process of its own."""
@@ -113,11 +127,12 @@ def commands(whole: bool) -> list[Command]:
     return found
 
 
-def run(
-    count: int, seed: int, whole: bool, runs: Callable[[str], bool], report: Callable[[str], None]
-) -> int:
-    """Kill commands ``count`` times, or until ``runs`` ends it, and return the number of faults."""
-    faults, done = 0, Counter[str]()
+def run(seeds: range, whole: bool, report: Callable[[str], None]) -> tuple[int, Counter[str]]:
+    """Kill a command for every seed; return the number of faults, and kills by command.
+
+    A command that had ended when its kill came is counted by itself.
+    """
+    faults, counts = 0, Counter[str]()
     _import_all()
     with tempfile.TemporaryDirectory(prefix="qinvert-kills-") as name:
         folder, every = Path(name), commands(whole)
@@ -127,17 +142,15 @@ def run(
             code = command.complete(folder)
             if code:
                 report(f"{' '.join(command.arguments)} ends with {code}")
-                return 1
-        for i in range(seed, seed + count):
-            if not runs(f"{done.total()} of {count} kills, {faults} faults"):
-                break
+                return 1, counts
+        for i in seeds:
             rng = random.Random(i)
             command = rng.choice(every)
             process = command.start(folder)
             time.sleep(command.seconds * rng.uniform(rng.choice((0.0, 1.0 - END)), 1.0))
             process.kill()
             process.join()
-            done[command.arguments[0]] += 1
+            counts[command.title + (", ended before" if process.exitcode == 0 else "")] += 1
             for fault in broken(folder):
                 faults += 1
                 report(f"seed {i}: {' '.join(command.arguments)}: {fault}")
@@ -147,9 +160,8 @@ def run(
             command.complete(folder)
         rest = [path.name for path in (*temporaries(folder), *(folder / SYSTEM).iterdir())]
         rest += surplus(folder)
-        report(", ".join(f"{number} kills of {name}" for name, number in sorted(done.items())))
-        report(f"{done.total()} kills left {left} temporaries, of which {len(rest)} outlive the next run")
-    return faults + len(rest)
+        report(f"{len(seeds)} kills left {left} temporaries, of which {len(rest)} outlive the next run")
+    return faults + len(rest), counts
 
 
 def _import_all() -> None:

@@ -17,25 +17,28 @@ state on.
 *kills* ends commands at random moments: all results must be whole, old or new, and
 the next run must delete what was left.
 
+``--processes N`` shares the work among processes with seeds of their own: process
+*i* of *N* takes every *N*-th seed from the *i*-th on.  The summary is theirs together.
+
 A line for every fault names its seed, and ``--only SEED`` runs it alone.  The
-exit code is 1 if there is a fault.  A line a minute on stderr says how far it is;
-``--minutes`` ends it early, and its last lines count what was done.  Several of
-them, each from another ``--seed``, use several cores.  A share of the models for `graft` that are
+exit code is 1 if there is a fault.  A share of the models for `graft` that are
 legal (`TRACED`) is also traced, which takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import multiprocessing
 import random
 import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,6 +51,8 @@ from random_steps import compare_step, random_step
 #: Longest time of one case, and most memory above that of an idle process.
 SECONDS: Final = 60.0
 MEGABYTES: Final = 2048
+#: Seconds between two lines of progress.
+PROGRESS: Final = 30.0
 #: Cases that one process runs before a new one takes its place.
 CASES: Final = 200
 #: Share of the models for graft that are traced.
@@ -64,79 +69,111 @@ def main() -> None:
     parser.add_argument("--count", type=float, default=20_000, help="files, values, or kills")
     parser.add_argument("--seed", type=int, default=0, help="first seed; a case has a seed of its own")
     parser.add_argument("--only", type=int, help="the seed of a single case")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="the time after which it ends early")
     parser.add_argument("--whole", action="store_true", help="kill export-model, too")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the work")
     given = parser.parse_args()
-    faults = {"files": files, "values": values, "steps": steps, "kills": kills}[given.mode](given)
+    processes = 1 if given.only is not None else max(1, given.processes)
+    ending = f", {int(given.count):,} {given.mode if given.mode in ('files', 'kills') else 'values'}"
+    seed = given.seed if given.only is None else given.only
+    print(f"{given.mode} from seed {seed} on{ending}, {processes} processes", flush=True)
+    start, faults, counts = time.monotonic(), 0, Counter[str]()
+    for share in _shares(given, processes):
+        faults, counts = faults + share.faults, counts + share.counts
+    for name, count in sorted(counts.items()):
+        print(f"{count:15,d} {name}")
+    seconds = time.monotonic() - start
+    print(f"{sum(counts.values()):,} {given.mode} in {seconds:.0f} s")
     print(f"{faults} faults")
     sys.exit(1 if faults else 0)
 
 
-def files(given: argparse.Namespace) -> int:
-    """Run mutated files in processes of their own, and return the number of faults."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one process found."""
+
+    faults: int
+    counts: Counter[str]
+
+
+def _shares(given: argparse.Namespace, processes: int) -> Iterator[Share]:
+    """Run the mode in processes, and yield what each found; one that dies ends all."""
+    settings = vars(given) | {"count": given.count / processes, "stride": processes}
+    if given.mode in ("files", "kills"):
+        settings["count"] = -(-int(given.count) // processes)
     first = given.seed if given.only is None else given.only
-    last = first + (1 if given.only is not None else int(given.count))
-    print(f"files, seeds {first} to {last - 1}: at most {SECONDS:.0f} s and {MEGABYTES} MB each", flush=True)
-    context, outcomes, faults, at = multiprocessing.get_context("spawn"), Counter[str](), 0, first
-    clock = Clock(given.minutes)
+    parts = [argparse.Namespace(**settings | {"seed": first + i}) for i in range(processes)]
+    if processes == 1:
+        yield MODES[given.mode](parts[0])
+        return
+    # Processes that start processes are no daemons, as those of a multiprocessing.Pool are.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for done in as_completed([pool.submit(MODES[given.mode], part) for part in parts]):
+            yield done.result()
+
+
+class Progress:
+    """Says now and then how far a process is, on standard error."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.last = given, time.monotonic()
+
+    def __call__(self, done: float, seed: int) -> None:
+        """Print a line if the last one is old."""
+        if time.monotonic() - self.last < PROGRESS:
+            return
+        self.last = time.monotonic()
+        print(f"{self.given.mode}: {done:,.0f} of {self.given.count:,.0f}, seed {seed}", file=sys.stderr)
+
+
+def files(given: argparse.Namespace) -> Share:
+    """Run mutated files in processes of their own."""
+    seeds = [given.seed + i * given.stride for i in range(1 if given.only is not None else int(given.count))]
+    context, outcomes, faults, at = multiprocessing.get_context("spawn"), Counter[str](), 0, 0
+    progress = Progress(given)
     with tempfile.TemporaryDirectory(prefix="qinvert-soak-") as folder:
-        while at < last and clock.runs(f"{at - first:,} of {last - first:,} files, {faults} faults"):
+        while at < len(seeds):
             receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=work, args=(at, min(at + CASES, last), folder, sender))
+            part = seeds[at : at + CASES]
+            worker = context.Process(target=work, args=(part, folder, sender))
             worker.start()
             sender.close()
-            for seed, outcome, fault in _answers(receiver, worker, at):
+            for seed, outcome, fault in _answers(receiver, worker, part):
                 outcomes[outcome] += 1
                 if fault:
                     faults += 1
                     print(f"seed {seed}: {fault}", flush=True)
-                at = seed + 1
+                at += 1
+                progress(at, seed)
             worker.join()
-    for outcome, count in sorted(outcomes.items()):
-        print(f"{count:7d} {outcome}")
-    print(f"{at - first:,} files, seeds {first} to {at - 1}")
-    return faults
+    return Share(faults=faults, counts=outcomes)
 
 
-class Clock:
-    """What says once a minute how far a run is, and when its time is over."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
-        self.next = time.monotonic() + 60
-
-    def runs(self, done: str) -> bool:
-        """Whether time is left."""
-        now = time.monotonic()
-        if now >= self.next:
-            self.next = now + 60
-            print(done, file=sys.stderr, flush=True)
-        return now < self.end
-
-
-def _answers(receiver: Any, worker: Any, first: int) -> Iterator[tuple[int, str, str]]:
+def _answers(receiver: Any, worker: Any, seeds: list[int]) -> Iterator[tuple[int, str, str]]:
     """Yield what a worker says of every case; a worker that dies or hangs says it by that."""
-    seed, started = first, time.monotonic()
+    waiting, started = list(seeds), time.monotonic()
     # A fresh process imports torch and makes its files first.
     limit = 4 * SECONDS
     while True:
         if not receiver.poll(max(0.0, started + limit - time.monotonic())):
             worker.kill()
-            yield seed, "hang", f"took more than {limit:.0f} s"
+            yield waiting[0], "hang", f"took more than {limit:.0f} s"
             return
         try:
             answer = receiver.recv()
         except EOFError:
-            if worker.exitcode or worker.join() or worker.exitcode:
-                yield seed, "death", f"the process ended with {worker.exitcode}"
+            worker.join()
+            if waiting:
+                yield waiting[0], "death", f"the process ended with {worker.exitcode}"
             return
         if answer is None:
             return
-        seed, started, limit = answer[0] + 1, time.monotonic(), SECONDS
+        waiting.remove(answer[0])
+        started, limit = time.monotonic(), SECONDS
         yield answer
 
 
-def work(first: int, last: int, folder: str, sender: Any) -> None:
+def work(seeds: list[int], folder: str, sender: Any) -> None:
     """Run cases in this process; the parent reads what became of each."""
     import logging
 
@@ -144,12 +181,20 @@ def work(first: int, last: int, folder: str, sender: Any) -> None:
 
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    place = Path(tempfile.mkdtemp(dir=folder))
-    cases = Cases(place)
-    for seed in range(first, last):
+    cases = Cases(Path(tempfile.mkdtemp(dir=folder)))
+    _limit_memory()
+    for seed in seeds:
         sender.send((seed, *cases.run(seed)))
     sender.send(None)
     sender.close()
+
+
+def _limit_memory() -> None:
+    """Have what takes far too much memory fail before it takes that of the machine."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    # Address space counts what is mapped and never touched, too.
+    limit = pages * resource.getpagesize() + 2 * MEGABYTES * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 class Cases:
@@ -236,10 +281,13 @@ class Cases:
         from qinvert.calibration.sources import open_systems
         from qinvert.errors import InputError
 
-        try:
-            list(open_systems(path))
-        except InputError:
-            list(token_batches(path))
+        with warnings.catch_warnings():
+            # A warning of a library says nothing that a reader of ours could use.
+            warnings.simplefilter("error")
+            try:
+                list(open_systems(path))
+            except InputError:
+                list(token_batches(path))
 
     def _graft(self, path: Path, rng: random.Random) -> None:
         import qinvert
@@ -251,24 +299,27 @@ class Cases:
             find_nodes(load(path))
 
 
-def values(given: argparse.Namespace) -> int:
-    """Compare random plans with onnxruntime until so many values were compared; return the faults."""
+def values(given: argparse.Namespace) -> Share:
+    """Compare random plans with onnxruntime until so many values were compared."""
     return _compared(given, random_case, compare)
 
 
-def steps(given: argparse.Namespace) -> int:
+def steps(given: argparse.Namespace) -> Share:
     """Compare random plans of whole chunk steps, as `values` does."""
     return _compared(given, random_step, compare_step)
 
 
-def _compared(given: argparse.Namespace, draw: Callable[[int], Any], compare: Callable[[Any], Found]) -> int:
-    first = given.seed if given.only is None else given.only
-    seed, compared, differing, faults = first, 0, 0, 0
-    left_out = "" if MIXED in NARROW else f"; {MIXED} is left out: this processor saturates its sums"
-    print(f"{given.mode}, from seed {seed} on{left_out}", flush=True)
-    start, counts, clock = time.monotonic(), Counter[str](), Clock(given.minutes)
-    wanted = 1 if given.only is not None else given.count
-    while compared < wanted and clock.runs(f"{compared:,} of {wanted:,.0f} values, {faults} faults"):
+def _compared(
+    given: argparse.Namespace, draw: Callable[[int], Any], compare: Callable[[Any], Found]
+) -> Share:
+    import torch
+
+    torch.set_num_threads(1)
+    if MIXED not in NARROW:
+        print(f"{MIXED} is left out: this processor saturates its sums", flush=True)
+    seed, compared, differing, faults = given.seed, 0, 0, 0
+    counts, progress = Counter[str](), Progress(given)
+    while compared < (1 if given.only is not None else given.count):
         case = draw(seed)
         found = compare(case)
         compared, differing = compared + found.values, differing + found.mismatches
@@ -278,20 +329,29 @@ def _compared(given: argparse.Namespace, draw: Callable[[int], Any], compare: Ca
             print(f"seed {seed}: {case.profile} {case.plan.layer()}: {found.fault}", flush=True)
         if given.only is not None:
             break
-        seed += 1
-    for name, count in sorted(counts.items()):
-        print(f"{count:12,d} {name}")
-    rate = compared / (time.monotonic() - start)
-    seeds = f"seeds {first} to {seed - 1}"
-    print(f"{compared:,} values of {seeds}, {differing} differ within reach, {rate:,.0f} a second")
-    return faults
+        seed += given.stride
+        progress(compared, seed)
+    seeds = f"seeds {given.seed} to {seed - given.stride} by {given.stride}"
+    print(f"{compared:,} values of {seeds}, {differing} differ within reach", flush=True)
+    return Share(faults=faults, counts=counts)
 
 
-def kills(given: argparse.Namespace) -> int:
-    """Kill commands at random moments, and return the number of faults."""
-    runs = Clock(given.minutes).runs
-    return run_kills(int(given.count), given.seed, given.whole, runs, lambda line: print(line, flush=True))
+def kills(given: argparse.Namespace) -> Share:
+    """Kill commands at random moments."""
+    faults, counts = run_kills(
+        range(given.seed, given.seed + int(given.count) * given.stride, given.stride),
+        given.whole,
+        lambda line: print(line, flush=True),
+    )
+    return Share(faults=faults, counts=counts)
 
+
+MODES: Final[dict[str, Callable[[argparse.Namespace], Share]]] = {
+    "files": files,
+    "values": values,
+    "steps": steps,
+    "kills": kills,
+}
 
 if __name__ == "__main__":
     main()

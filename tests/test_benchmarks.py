@@ -27,11 +27,16 @@ def run(root, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("mode", "count", "said"),
-    [("files", 12, "refused"), ("values", 2e4, "values of seeds"), ("steps", 5e3, "values of seeds")],
+    ("mode", "count", "processes", "said"),
+    [
+        ("files", 12, 1, "refused"),
+        ("values", 2e4, 2, "values of seeds 8 to "),
+        ("steps", 5e3, 1, "values of seeds 7 to "),
+    ],
 )
-def test_a_short_soak_finds_nothing(mode, count, said, pytestconfig):
-    done = run(pytestconfig.rootpath, "benchmarks/soak.py", mode, "--count", count, "--seed", 7)
+def test_a_short_soak_finds_nothing(mode, count, processes, said, pytestconfig):
+    options = ("--count", count, "--seed", 7, "--processes", processes)
+    done = run(pytestconfig.rootpath, "benchmarks/soak.py", mode, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert said in done.stdout
     assert done.stdout.endswith("0 faults\n")

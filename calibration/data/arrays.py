@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -58,12 +59,21 @@ def read_npz(file: Path) -> dict[str, Any]:
         with file.open("rb") as handle, zipfile.ZipFile(handle) as members:
             _check_sizes(members, file)
             handle.seek(0)
-            archive = np.load(handle, allow_pickle=False)
-            return {name: archive[name] for name in archive.files}
+            return _members(handle)
     except InputError:
         raise
     except Exception as error:  # damaged archives raise anything from LZMAError to TokenError
         raise InputError(f"cannot read {file}: {reason(error)}; write it with numpy.savez") from None
+
+
+def _members(handle: BinaryIO) -> dict[str, Any]:
+    archive = np.load(handle, allow_pickle=False)
+    with warnings.catch_warnings():
+        # Headers as Python 2 wrote them are read right, only slowly.
+        warnings.filterwarnings(
+            "ignore", "Reading `.npy` or `.npz` file required additional header", UserWarning
+        )
+        return {name: archive[name] for name in archive.files}
 
 
 def _check_sizes(members: zipfile.ZipFile, file: Path) -> None:

@@ -1,4 +1,5 @@
 import io
+import warnings
 import zipfile
 
 import numpy as np
@@ -189,3 +190,20 @@ def test_layers_of_safetensors_come_in_the_order_of_their_numbers(tmp_path):
     }
     save_file(arrays, tmp_path / "l.safetensors")
     assert [layer for layer, _ in open_source(tmp_path / "l.safetensors")] == list(arrays)
+
+
+def test_headers_as_python_2_wrote_them_are_read_without_a_warning(tmp_path):
+    lower = np.tril(np.ones((2, 4, 4), np.float32), -1)
+    member = io.BytesIO()
+    np.save(member, lower)
+    # Python 2 wrote numbers of this size as long integers.
+    header = member.getvalue()[: -lower.nbytes].replace(b"(2, 4, 4), }   ", b"(2L, 4L, 4L), }")
+    path = tmp_path / "L.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", header + lower.tobytes())
+    with pytest.warns(UserWarning, match="Python 2"):
+        np.load(path)["a"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_arrays(path)
+    assert np.array_equal(found["a"], lower)
