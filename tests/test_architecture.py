@@ -19,7 +19,7 @@ from import_graph import FUNCTIONS, Package, cycles, shown, upward_imports
 #: Programs and plans are data at the bottom; what runs them stands above them.  `Program` and `Plan` are
 #: those data with methods that run them, so that each stands above what it calls.
 ROOMS = (
-    ("assets", "cautions", "documents", "html_table", "errors", "temporaries", "version"),
+    ("assets", "cautions", "documents", "html_table", "errors", "progress", "temporaries", "version"),
     ("checks", "discovery", "files", "formats", "pretrained", "strict_json"),
     ("numerics", "program", "recall"),
     ("matrices", "plan"),

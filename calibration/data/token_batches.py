@@ -29,6 +29,7 @@ from qinvert.calibration.data.rows import (
 from qinvert.calibration.data.token_data import NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.calibration.data.tokenizers import find_tokenizer
 from qinvert.errors import InputError, reason
+from qinvert.progress import track
 
 #: Sequences that go through a model at once.
 BATCH_SIZE: Final = 8
@@ -154,7 +155,7 @@ class _Reading:
         starts = range(0, len(rows["input_ids"]), self._batch_size)
         return (
             {name: field[start : start + self._batch_size] for name, field in rows.items()}
-            for start in starts
+            for start in track(starts, "batches", len(starts))
         )
 
     def _items(self, items: Iterator[Any]) -> Batches:

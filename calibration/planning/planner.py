@@ -21,6 +21,7 @@ from qinvert.plan.cost import plan_cost
 from qinvert.plan.plan import LayerPlan
 from qinvert.program.own_grids import COPY, narrow_parts, with_own_grids
 from qinvert.program.program import Program
+from qinvert.progress import track
 from qinvert.systems import Systems
 
 #: Programs whose powers outgrow both M and T by more than this are passed over: unseen data
@@ -297,7 +298,9 @@ def choose(
     if candidates is None:
         candidates = weighed(observer, ladder, rules, costs)
     slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
-    predictions = _in_steps(sorted((c.cheapest(goals) for c in slow), key=lambda p: p.cost), goals)
+    predictions = _in_steps(
+        sorted((c.cheapest(goals) for c in track(slow, "candidates", len(slow))), key=lambda p: p.cost), goals
+    )
     checked: list[Prediction] = []
     wanted = COMPILED if costs is not None and costs.measure else 1
     for prediction in predictions:

@@ -40,6 +40,7 @@ from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.profiles import Profile, find_profile
 from qinvert.program.ports import BETA
+from qinvert.progress import track
 from qinvert.systems import Systems
 
 #: What each setting of a runtime should return.
@@ -129,7 +130,7 @@ def verify(
         hint=file.hint(plan),
         keep=keep,
     )
-    return [result for name in runtimes for result in check.run(name)]
+    return [result for name in track(runtimes, "runtimes", len(runtimes)) for result in check.run(name)]
 
 
 def _check_keeping(names: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qinvert.cli.data_options import SEQUENCES
 from qinvert.cli.decibels import decibels
 from qinvert.cli.graph_folder import PLAN_FILE, export_all
 from qinvert.cli.growth_table import growth_to_dict, show_growth
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Seeds of the two data sets.
 CALIBRATION_SEED, TEST_SEED = 0, 1
+#: Sequences of each data set, and how many of them the model answers under every inverse.
+SEQUENCES, ANSWERED = 32, 16
 
 
 @click.command()
@@ -47,7 +48,6 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
 
     from qinvert import recall
     from qinvert.calibration.calibrate import calibrate
-    from qinvert.calibration.capture import capture
     from qinvert.calibration.growth import range_growth
 
     # Threads only wait for each other on matrices this small.
@@ -58,14 +58,17 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
     model = load_model(recall.NAME)
     seen, unseen = recall.sequences(SEQUENCES, CALIBRATION_SEED), recall.sequences(SEQUENCES, TEST_SEED)
     with output.progress("measuring"):
-        growth = range_growth(capture(model, seen))
+        matrices = _captured(model, seen)
+        growth = range_growth(matrices.items())
     show_growth(output, growth)
     with output.progress("calibrating") as progress:
         plan = calibrate(model, seen, progress=progress)
     plan = with_source(plan, recall.NAME)
     show_choices(output, plan)
-    rows = _layer_rows(output, model, plan, folder, unseen)
-    accuracy = _accuracy(output, model, plan, seen, unseen)
+    with output.progress("measuring unseen data"):
+        others = _captured(model, unseen)
+    rows = _layer_rows(output, plan, folder, others)
+    accuracy = _accuracy(output, model, plan, matrices, unseen[:ANSWERED])
     page = _page(output, plan, folder)
     output.result(
         {
@@ -76,6 +79,18 @@ def demo(folder: str, as_json: bool, quiet: bool) -> None:
             "accuracy": accuracy,
         }
     )
+
+
+def _captured(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return L of every layer: the model runs once for all that is asked of its matrices."""
+    import torch
+
+    from qinvert.calibration.capture import capture
+
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, lower in capture(model, tokens):
+        found.setdefault(name, []).append(lower)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _page(output: Output, plan: Plan, folder: str) -> str | None:
@@ -93,18 +108,18 @@ def _page(output: Output, plan: Plan, folder: str) -> str | None:
     return path
 
 
-def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: torch.Tensor) -> dict[str, Any]:
+def _layer_rows(output: Output, plan: Plan, folder: str, unseen: dict[str, torch.Tensor]) -> dict[str, Any]:
     from qinvert.calibration.simulate import simulate
 
     with output.progress("simulating") as progress:
-        report = simulate(plan, model, unseen, progress=progress)
+        report = simulate(plan, unseen, progress=progress)
     before = present(folder)
     # What runs it here is a CPU, for which parts of a batch are no gain.
     files = export_all(plan, folder, chains=1)
     for file in (str(Path(folder) / PLAN_FILE), *files.values()):
         output.say(wrote(file, before))
     with output.progress("running in onnxruntime"):
-        verified = _verify(model, plan, files, unseen)
+        verified = _verify(plan, files, unseen)
     table = [
         [name, r.formats, decibels(r.sqnr_db), decibels(r.floor_db), f"{r.worst_rel:.2e}",
          *(f"{v.values - v.mismatches} of {v.values}" for v in verified[name])]
@@ -127,23 +142,18 @@ def _layer_rows(output: Output, model: Any, plan: Plan, folder: str, unseen: tor
 
 
 def _verify(
-    model: Any, plan: Plan, files: dict[str, str], unseen: torch.Tensor
+    plan: Plan, files: dict[str, str], unseen: dict[str, torch.Tensor]
 ) -> dict[str, list[Verification]]:
-    import torch
-
-    from qinvert.calibration.capture import capture
     from qinvert.export.verification.verify import verify
 
-    captured: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layers}
-    for name, lower in capture(model, unseen):
-        captured[name].append(lower.flatten(0, -3))
     return {
-        name: verify(Path(file), plan, torch.cat(captured[name]), layer=name) for name, file in files.items()
+        name: verify(Path(file), plan, unseen[name].flatten(0, -3), layer=name)
+        for name, file in files.items()
     }
 
 
 def _accuracy(
-    output: Output, model: Any, plan: Plan, seen: torch.Tensor, unseen: torch.Tensor
+    output: Output, model: Any, plan: Plan, seen: dict[str, torch.Tensor], unseen: torch.Tensor
 ) -> dict[str, float]:
     from qinvert import recall
     from qinvert.calibration.calibrate import calibrate
@@ -152,8 +162,8 @@ def _accuracy(
     with output.progress("recalling") as progress:
         inverses: dict[str, Any] = {
             "integer": plan,
-            "int4": calibrate(model, seen, bits=4, progress=progress),
-            "banded residual, int8": calibrate(model, seen, method=banded_residual(64), progress=progress),
+            "int4": calibrate(seen, method="block_merge", bits=4, progress=progress),
+            "banded residual, int8": calibrate(seen, method=banded_residual(64), progress=progress),
             "T = I": _no_inverse,
         }
         results = compare(model, inverses, unseen, score=recall.accuracy, progress=progress)

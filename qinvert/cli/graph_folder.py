@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Unpack
 from qinvert.errors import InputError
 from qinvert.files import make_folder, read_bytes, write_together
 from qinvert.plan.plan import Plan
+from qinvert.progress import track
 
 if TYPE_CHECKING:
     from qinvert.export.interface import Options
@@ -37,7 +38,8 @@ def export_all(
 
     names, target = file_names(plan), Path(folder)
     contents: dict[Path, bytes] = {}
-    for name in layers or plan.layers:
+    chosen = layers or tuple(plan.layers)
+    for name in track(chosen, "graphs", len(chosen)):
         model = build(plan, profile=profile, layer=name, **options)
         contents[target / names[name]] = serialize(model)
         if style is not None:

@@ -14,6 +14,7 @@ import click
 
 from qinvert.cli.tables import Table, drawings, paragraph
 from qinvert.documents import to_document
+from qinvert.progress import listening
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,18 +59,35 @@ class Output:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[str, int], None]]:
-        """Show a spinner with counts on stderr while a library call runs."""
+        """Show on stderr what a library call does, with totals and the time that remains where known."""
         from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(stderr=True)
         if self.as_json or self.quiet or not console.is_terminal:
             yield lambda _name, _count: None
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(label)
-            yield lambda name, count: bar.update(task, description=f"{label}: {name} {count}")
+        text = TextColumn("{task.description}")
+        columns = (SpinnerColumn(), text, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task, parts = bar.add_task(label, total=None), dict[str, TaskID]()
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in parts:
+                    parts[what] = bar.add_task(what)
+                bar.update(parts[what], completed=done, total=total)
+
+            with listening(show):
+                yield lambda name, count: bar.update(task, description=f"{label}: {name} {count}")
 
 
 def _console() -> Console:

@@ -23,5 +23,5 @@ def test_the_demo_does_the_whole_job(tmp_path):
     for name in layers:
         layer = document["layers"][name]
         assert layer["floor_db"] - layer["sqnr_db"] < 2
-        assert [v["values"] for v in layer["verified"]] == [1024 * 64 * 64] * 2
+        assert [v["values"] for v in layer["verified"]] == [512 * 64 * 64] * 2
         assert all(v["mismatches"] <= 1e-4 * v["values"] for v in layer["verified"])
