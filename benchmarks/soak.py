@@ -19,6 +19,7 @@ the next run must delete what was left.
 
 ``--processes N`` shares the work among processes with seeds of their own: process
 *i* of *N* takes every *N*-th seed from the *i*-th on.  The summary is theirs together.
+``--minutes`` ends it early, and the summary counts what was done.
 
 A line for every fault names its seed, and ``--only SEED`` runs it alone.  The
 exit code is 1 if there is a fault.  A share of the models for `graft` that are
@@ -28,6 +29,7 @@ legal (`TRACED`) is also traced, which takes seconds.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import random
 import resource
@@ -55,8 +57,11 @@ MEGABYTES: Final = 2048
 PROGRESS: Final = 30.0
 #: Cases that one process runs before a new one takes its place.
 CASES: Final = 200
-#: Share of the models for graft that are traced.
+#: Share of the models for graft that are traced, and longest time of one of them: a legal model
+#: takes most of a minute on a busy core.
 TRACED: Final = 0.002
+TRACING_SECONDS: Final = 300.0
+TRACING: Final = "tracing"
 CHUNK: Final = 16
 
 
@@ -70,6 +75,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="first seed; a case has a seed of its own")
     parser.add_argument("--only", type=int, help="the seed of a single case")
     parser.add_argument("--whole", action="store_true", help="kill export-model, too")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time after which it ends early")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the work")
     given = parser.parse_args()
     processes = 1 if given.only is not None else max(1, given.processes)
@@ -113,16 +119,21 @@ def _shares(given: argparse.Namespace, processes: int) -> Iterator[Share]:
 
 
 class Progress:
-    """Says now and then how far a process is, on standard error."""
+    """Says now and then how far a process is, on standard error, and when its time is over."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.last = given, time.monotonic()
+        self.end = self.last + 60 * given.minutes
 
-    def __call__(self, done: float, seed: int) -> None:
-        """Print a line if the last one is old."""
-        if time.monotonic() - self.last < PROGRESS:
-            return
-        self.last = time.monotonic()
+    def __call__(self, done: float, seed: int) -> bool:
+        """Print a line if the last one is old, and return whether time is left."""
+        now = time.monotonic()
+        if now - self.last >= PROGRESS:
+            self.last = now
+            self._report(done, seed)
+        return now < self.end
+
+    def _report(self, done: float, seed: int) -> None:
         print(f"{self.given.mode}: {done:,.0f} of {self.given.count:,.0f}, seed {seed}", file=sys.stderr)
 
 
@@ -132,7 +143,7 @@ def files(given: argparse.Namespace) -> Share:
     context, outcomes, faults, at = multiprocessing.get_context("spawn"), Counter[str](), 0, 0
     progress = Progress(given)
     with tempfile.TemporaryDirectory(prefix="qinvert-soak-") as folder:
-        while at < len(seeds):
+        while at < len(seeds) and progress(at, seeds[at]):
             receiver, sender = context.Pipe(duplex=False)
             part = seeds[at : at + CASES]
             worker = context.Process(target=work, args=(part, folder, sender))
@@ -168,6 +179,9 @@ def _answers(receiver: Any, worker: Any, seeds: list[int]) -> Iterator[tuple[int
             return
         if answer is None:
             return
+        if answer == TRACING:
+            limit = TRACING_SECONDS
+            continue
         waiting.remove(answer[0])
         started, limit = time.monotonic(), SECONDS
         yield answer
@@ -181,7 +195,7 @@ def work(seeds: list[int], folder: str, sender: Any) -> None:
 
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    cases = Cases(Path(tempfile.mkdtemp(dir=folder)))
+    cases = Cases(Path(tempfile.mkdtemp(dir=folder)), lambda: sender.send(TRACING))
     _limit_memory()
     for seed in seeds:
         sender.send((seed, *cases.run(seed)))
@@ -200,13 +214,14 @@ def _limit_memory() -> None:
 class Cases:
     """Legal files of every kind, and what reads them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tracing: Callable[[], None] = lambda: None) -> None:
         import numpy as np
         from safetensors.numpy import save_file
 
         import qinvert
         from qinvert.stress import stress_matrices
 
+        self.tracing = tracing
         self.folder = folder / "work"
         self.folder.mkdir()
         self.lower = stress_matrices("correlated_keys", 4, CHUNK)
@@ -294,6 +309,7 @@ class Cases:
         from qinvert.export.whole_models.linear_attention_nodes import find_nodes, load
 
         if rng.random() < TRACED:
+            self.tracing()
             qinvert.graft(path, self.plan, self.folder.parent / "grafted.onnx", layers={"attention": "a"})
         else:
             find_nodes(load(path))
@@ -319,7 +335,8 @@ def _compared(
         print(f"{MIXED} is left out: this processor saturates its sums", flush=True)
     seed, compared, differing, faults = given.seed, 0, 0, 0
     counts, progress = Counter[str](), Progress(given)
-    while compared < (1 if given.only is not None else given.count):
+    wanted = 1 if given.only is not None else given.count
+    while compared < wanted and progress(compared, seed):
         case = draw(seed)
         found = compare(case)
         compared, differing = compared + found.values, differing + found.mismatches
@@ -330,7 +347,6 @@ def _compared(
         if given.only is not None:
             break
         seed += given.stride
-        progress(compared, seed)
     seeds = f"seeds {given.seed} to {seed - given.stride} by {given.stride}"
     print(f"{compared:,} values of {seeds}, {differing} differ within reach", flush=True)
     return Share(faults=faults, counts=counts)
@@ -341,6 +357,7 @@ def kills(given: argparse.Namespace) -> Share:
     faults, counts = run_kills(
         range(given.seed, given.seed + int(given.count) * given.stride, given.stride),
         given.whole,
+        Progress(given),
         lambda line: print(line, flush=True),
     )
     return Share(faults=faults, counts=counts)

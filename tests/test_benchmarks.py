@@ -42,6 +42,14 @@ def test_a_short_soak_finds_nothing(mode, count, processes, said, pytestconfig):
     assert done.stdout.endswith("0 faults\n")
 
 
+def test_a_soak_ends_in_time_and_counts_what_was_done(pytestconfig):
+    options = ("--count", 1e9, "--minutes", 0, "--seed", 7)
+    done = run(pytestconfig.rootpath, "benchmarks/soak.py", "values", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("0 faults\n")
+    assert "0 values in " in done.stdout
+
+
 def test_a_soak_prints_the_seed_of_a_fault(pytestconfig, tmp_path):
     root = pytestconfig.rootpath
     # A reader that fails on everything.
