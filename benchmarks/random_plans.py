@@ -62,6 +62,10 @@ CALLS: Final = 4
 MAX_SEQUENTIAL: Final = 8
 
 
+#: Largest graph in bytes: onnxruntime takes half a minute and more to open larger ones.
+MAX_GRAPH: Final = 500_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """A plan, its profile, its graph for all systems, and these systems."""
@@ -97,6 +101,8 @@ def random_case(seed: int) -> Case:
             plan = Plan(layers={"layer": layer}, target=profile.name)
             content = serialize(build(plan, batch=BATCH))
         except (PlanError, ProgramError, ExportError):
+            continue
+        if len(content) > MAX_GRAPH:
             continue
         return Case(plan=plan, content=content, profile=profile.name, systems=_systems(rng, layer))
 
