@@ -46,11 +46,16 @@ def step_inputs(sizes, count=1, chunks=1, seed=0, decay=0.1):
     }
 
 
+def is_log(name):
+    """Whether a tensor is a log decay."""
+    return name in LOGS or name.endswith("/log")
+
+
 def formats_of(wide, logs):
     """Return the format of a tensor by its name: ``wide`` for values, ``logs`` for log decays, else int8."""
 
     def choose(name):
-        if name in LOGS or name.endswith("/log"):
+        if is_log(name):
             return logs
         first = name.split("/")[0]
         values = first in VALUES or first in ("v_new", "v_predicted", "v_error")

@@ -23,10 +23,12 @@ import numpy.typing as npt
 from qinvert.checks import check_integer
 from qinvert.errors import ExportError
 from qinvert.export.runtimes import Runtime
+from qinvert.numerics.exponentials import near_ties
 from qinvert.numerics.law import Rounding
 from qinvert.numerics.scales import is_power_of_two
 from qinvert.plan.plan import LayerPlan
 from qinvert.profiles import Profile
+from qinvert.program.steps import Exponential
 
 #: Steps below which two values still mean the same integer.
 HALF_STEP: Final = 0.5
@@ -217,8 +219,17 @@ def tolerance_for(
 
 
 def is_exact(profile: Profile, plan: LayerPlan) -> bool:
-    """Whether profile and scales promise equality with the simulator bit for bit."""
+    """Whether profile and scales promise equality with the simulator bit for bit.
+
+    No profile can where the library that computes an exponential decides how it is rounded.
+    """
     # Sums of products of 16 bits by 8 may be wider than float32 holds: `reach` says which are.
     narrow = (q.format.container_bits == 8 or q.format.is_float for q in plan.tensors.values())
     powers = (is_power_of_two(q.scale) for q in plan.tensors.values())
-    return profile.exact or (all(narrow) and all(powers))
+    return (profile.exact or (all(narrow) and all(powers))) and not _library_decides(plan)
+
+
+def _library_decides(plan: LayerPlan) -> bool:
+    exponentials = [step for step in plan.program.steps if isinstance(step, Exponential)]
+    grids = {(plan.tensors[step.source], plan.tensors[step.output]) for step in exponentials}
+    return any(near_ties(q.scale, q.format, r.scale, r.format) for q, r in grids)

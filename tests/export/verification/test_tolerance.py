@@ -2,19 +2,25 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
+from step_plans import is_log, small_plan
 
 import qinvert
 from qinvert.errors import ExportError, VerificationError
 from qinvert.export.runtimes import Execution, Runtime
 from qinvert.export.verification.comparison import compare, judge
 from qinvert.export.verification.references import Reference
-from qinvert.export.verification.tolerance import Tolerance, tolerance_for
+from qinvert.export.verification.tolerance import Tolerance, is_exact, tolerance_for
+from qinvert.formats import INT8, INT16
+from qinvert.numerics.exponentials import near_ties, safe_scale
 from qinvert.numerics.law import Rounding
+from qinvert.numerics.scales import float32
 from qinvert.profiles import find_profile
+from qinvert.program.steps import Exponential
 from qinvert.stress import stress_matrices
 from qinvert.systems import Systems
 
@@ -258,3 +264,22 @@ def test_a_tolerance_cannot_be_widened_afterwards():
 def test_steps_of_its_own_that_no_processor_has_are_refused(plans):
     with pytest.raises(ExportError, match=r"steps -1 is not in \[0, 65535\]"):
         tolerance_for(runtime(own_steps=-1), find_profile("int-ops"), plans["integer"], Rounding.ONNX)
+
+
+@pytest.mark.parametrize("target", ["int-ops", "qlinear", "int-ops-x86"])
+def test_no_profile_promises_an_exponential_whose_rounding_the_library_decides(target):
+    layer = small_plan(target, logs=INT16).layer()
+    result = next(layer.tensors[s.output] for s in layer.program.steps if isinstance(s, Exponential))
+    # Between two integers of the result, at the source's first one: a tie.
+    tie = float32(-math.log(result.scale * 63.5))
+    assert near_ties(tie, INT16, result.scale, INT8)
+    safe = safe_scale(tie, INT16, result.scale, INT8)
+
+    def with_logs(scale):
+        logs = {
+            name: dataclasses.replace(q, scale=scale) for name, q in layer.tensors.items() if is_log(name)
+        }
+        return dataclasses.replace(layer, tensors={**layer.tensors, **logs})
+
+    assert is_exact(find_profile(target), with_logs(safe))
+    assert not is_exact(find_profile(target), with_logs(tie))
