@@ -10,6 +10,9 @@ from qinvert.errors import PlanError
 
 Json: TypeAlias = dict[str, Any]
 
+#: Decibels from here on are infinite, for JSON has no infinity: the noise is zero.
+INFINITE: Final = 3e38
+
 
 T = TypeVar("T")
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
 from qinvert.calibration.planning.planner import GROWS
 from qinvert.plan.plan import LayerPlan
-
-#: Decibels from here on are infinite: the noise is zero.
-INFINITE: Final = 3e38
+from qinvert.strict_json import INFINITE
 
 
 class Outcome(StrEnum):

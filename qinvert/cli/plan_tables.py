@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 from qinvert.calibration.head_errors import HeadErrors, worst_head
 from qinvert.cli.output import Output
 from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.strict_json import INFINITE
 
 if TYPE_CHECKING:
     from qinvert.proof.proof import Proof
 
-#: Decibels from here on are infinite: the noise is zero.
-INFINITE: Final = 3e38
 #: Headings of the table of candidates.
 CANDIDATE_COLUMNS: Final = ("program", "format", "cost", "predicted sqnr, dB", "simulated sqnr, dB", "chosen")
 

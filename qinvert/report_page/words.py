@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from qinvert.calibration.planning.verdicts import INFINITE
 from qinvert.plan.plan import LayerPlan
 from qinvert.report_page.evidence import Evidence
+from qinvert.strict_json import INFINITE
 
 
 class Status(StrEnum):
