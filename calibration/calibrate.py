@@ -33,7 +33,6 @@ from qinvert.errors import PlanError
 from qinvert.plan.plan import Plan
 from qinvert.pretrained import opened
 from qinvert.program.program import Program
-from qinvert.progress import track
 
 
 def calibrate(
@@ -221,10 +220,7 @@ def calibrate(
         reached = reach(source, record.first, list(observers), outputs, planning.plan, goal_db)
         layers = with_facts(reached, min_sqnr_db)
     else:
-        reached, layers = (
-            None,
-            {name: planning.plan(name, goal_db) for name in track(observers, "layers", len(observers))},
-        )
+        reached, layers = None, planning.plan_all(goal_db)
     facts |= {
         **({"factored": True} if factored else {}),
         **({} if reached is None else summary_of(reached, outputs)),

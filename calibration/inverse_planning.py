@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.grid_options import GridOptions
 from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.observation.statistics import LayerObserver
@@ -17,6 +18,7 @@ from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Requantize
 from qinvert.program.program import Program
+from qinvert.progress import track
 
 
 class InversePlanning:
@@ -33,6 +35,22 @@ class InversePlanning:
             self._candidates[name] = weighed(observer, options.ladder, options.rules, options.costs)
         goals = replace(options.goals, min_sqnr_db=goal_db)
         return _plan_layer(observer, replace(options, goals=goals), self._of_model, self._candidates[name])
+
+    def plan_all(self, goal_db: float) -> dict[str, LayerPlan]:
+        """Return the plan of every entry; under torchrun each process makes its share of them.
+
+        Raises
+        ------
+        InputError
+            If another process fails.
+        """
+        shard, names = Shard.current(), list(self._observers)
+        with shard.together():
+            own = names[shard.rank :: shard.size]
+            made = {name: self.plan(name, goal_db) for name in track(own, "layers", len(own))}
+            parts = shard.gather("planning", made)
+        found = {name: plan for part in parts for name, plan in part.items()}
+        return {name: found[name] for name in names}
 
 
 def _plan_layer(

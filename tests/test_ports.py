@@ -10,7 +10,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import qinvert
-from qinvert.calibration.observation.statistics import RangeObserver
+from qinvert.calibration.observation.ranges import RangeObserver
 from qinvert.errors import ExportError, InputError, PlanError, ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.kernels.generator import integer_kernel

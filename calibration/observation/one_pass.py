@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from os import PathLike
 from typing import Any, Final, TypeAlias
 
@@ -14,6 +15,7 @@ from qinvert.calibration.heads import head_indices, split_heads
 from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.data_record import DataRecord
+from qinvert.calibration.observation.ranges import RangeQueue
 from qinvert.calibration.observation.statistics import LayerObserver, LayerState, merged
 from qinvert.calibration.sources import Item, Passing, check_size, open_groups
 from qinvert.execution.inputs import needed
@@ -42,7 +44,9 @@ class Observation:
 
     def __init__(self, programs: Programs, seed: int, shard: Shard, checkpoint: Checkpoint | None) -> None:
         self.layers: dict[str, LayerObserver] = {}
-        self._programs = programs
+        # Layers of one chunk size run the same programs, and so can run them together.
+        self._programs = cache(programs)
+        self._queue = RangeQueue()
         self._seed = seed
         self._shard = shard
         self._checkpoint = checkpoint
@@ -106,7 +110,7 @@ class Observation:
 
     def _observer(self, layer: str, chunk: int) -> LayerObserver:
         if layer not in self.layers:
-            self.layers[layer] = LayerObserver(self._programs(chunk), SAMPLE_SIZE, self._seed)
+            self.layers[layer] = LayerObserver(self._programs(chunk), SAMPLE_SIZE, self._seed, self._queue)
         check_size(chunk, self.layers[layer].chunk, layer)
         return self.layers[layer]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,48 +10,16 @@ import numpy as np
 import torch
 
 from qinvert.calibration.heads import NO_HEAD
+from qinvert.calibration.observation.ranges import RangeObserver, RangeQueue
 from qinvert.errors import InputError
-from qinvert.execution.floating import evaluate
 from qinvert.execution.inputs import program_inputs
 from qinvert.program.program import Program
-from qinvert.program.steps import MOVES
 from qinvert.systems import Systems
 
 #: Candidates run on every one of this many first matrices of a layer.
 FIRST: Final = 64
 #: Size of the second sample, in multiples of the first.
 HELD_OUT: Final = 2
-
-
-class RangeObserver:
-    """``max|x|`` of every tensor of a program, over all matrices seen.
-
-    Programs run in float32 on unquantized input.  A value that overflows
-    makes the range infinite.  Slices, masks and concats get the range of
-    their sources, whose grid they share.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        #: max|x| per tensor so far.
-        self.ranges = dict.fromkeys(program.tensors, 0.0)
-        self._moves = [step for step in program.steps if isinstance(step, MOVES)]
-        self._moved = {step.output for step in self._moves}
-
-    def update(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Add real values ``[batch, rows, columns]`` of every input port."""
-        evaluate(self.program, inputs, torch.float32, self._observe)
-        for step in self._moves:
-            sources = (self.ranges[name] for name in step.inputs if name in self.ranges)
-            self.ranges[step.output] = max(sources)
-
-    def _observe(self, name: str, tensor: torch.Tensor) -> None:
-        if name in self._moved:
-            return
-        ends = torch.aminmax(tensor)
-        largest = max(abs(float(ends.min)), abs(float(ends.max)))
-        # max() would lose a NaN; powers give NaN as inf - inf.
-        self.ranges[name] = max(self.ranges[name], math.inf if math.isnan(largest) else largest)
 
 
 class MatrixSample:
@@ -191,8 +158,12 @@ class LayerObserver:
     the probability ``FIRST / i``), which keeps the cost below that of the model.
     """
 
-    def __init__(self, programs: Sequence[Program], capacity: int, seed: int) -> None:
+    def __init__(
+        self, programs: Sequence[Program], capacity: int, seed: int, queue: RangeQueue | None = None
+    ) -> None:
         self.programs = tuple(programs)
+        #: Where matrices wait for programs, with those of other layers; by default they do not.
+        self._queue = RangeQueue(1) if queue is None else queue
         whole = [p for p in programs if not any(_continues(q, p) for q in programs)]
         self._observers = [RangeObserver(program) for program in whole]
         self.sample = MatrixSample(capacity, seed)
@@ -230,8 +201,7 @@ class LayerObserver:
             self._largest[name] = max(self._largest.get(name, 0.0), float(values.abs().max()))
         if (observed := int(kept.sum())) > 0:
             self.observed += observed
-            for observer in self._observers:
-                observer.update({name: values[kept] for name, values in inputs.items()})
+            self._queue.add(self._observers, {name: values[kept] for name, values in inputs.items()})
 
     def _update_halves(self, lower: torch.Tensor, drawn: torch.Tensor) -> None:
         largest, small = lower.abs().amax((1, 2)).to("cpu", torch.float64), drawn < 0.5
@@ -247,6 +217,7 @@ class LayerObserver:
 
     def state(self) -> LayerState:
         """Return what was seen so far."""
+        self._queue.flush()
         keys, sample = self.sample.drawn
         held_keys, held = self.held.drawn
         return LayerState(
@@ -279,6 +250,7 @@ class LayerObserver:
 
     def restore(self, state: LayerState) -> None:
         """Continue from a state of an observer with the same programs, capacity and seed."""
+        self._queue.flush()
         self.skip(state.matrices - self.matrices)
         self.observed = state.observed
         self._largest = dict(state.largest)
@@ -290,6 +262,7 @@ class LayerObserver:
 
     def ranges(self, program: Program) -> dict[str, float]:
         """Return ``max|x|`` of every tensor of one of the programs."""
+        self._queue.flush()
         seen = next(o for o in self._observers if o.program is program or _continues(o.program, program))
         return {name: seen.ranges[name] for name in program.tensors} | self._largest
 

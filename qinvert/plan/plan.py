@@ -7,7 +7,7 @@ exported.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from qinvert.errors import PlanError, QInvertError
 from qinvert.files import read_bytes, write_atomically
 from qinvert.html_table import html_table
 from qinvert.plan.cost import plan_cost
-from qinvert.plan.quantized_program import QuantizedProgram
+from qinvert.plan.quantized_program import QuantizedProgram, construction
 from qinvert.plan.serialization import from_bytes, to_bytes
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
@@ -177,6 +177,9 @@ class Plan:
             if name.encode(errors="replace").decode() != name:
                 raise PlanError(f"layer name {name!r} is not Unicode text (lone surrogate); rename the layer")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return construction(self)
 
     def layer(self, name: str | None = None) -> LayerPlan:
         """Return the layer of that name; None stands for the only layer.

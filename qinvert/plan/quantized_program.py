@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from qinvert.numerics.accumulators import check_accumulator
 from qinvert.plan.integer_product import PRODUCTS, IntegerProduct, integer_product
@@ -22,6 +24,16 @@ from qinvert.plan.quantization import (
 from qinvert.program.cost import inner_size
 from qinvert.program.step_list import StepList
 from qinvert.program.steps import Add, Rescale, Step, Subtract
+
+
+def construction(instance: Any) -> tuple[Callable[[], Any], tuple[()]]:
+    """How a frozen dataclass that holds read-only mappings is made anew, for pickle and copy.
+
+    Python pickles no read-only mapping.  Processes send each other the plans of layers.
+    """
+    given = {one.name: getattr(instance, one.name) for one in fields(instance) if one.init}
+    plain = {name: dict(x) if isinstance(x, MappingProxyType) else x for name, x in given.items()}
+    return partial(type(instance), **plain), ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,9 @@ class QuantizedProgram:
             if self.requantize is Requantize.MULTIPLIER:
                 # This refuses factors that overflow.
                 _ = product.factor
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return construction(self)
 
     def keeps_integers(self, step: Rescale) -> bool:
         """Whether a rescaling changes nothing: its factor is 1, and both tensors have one grid.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +49,17 @@ def test_a_calibrated_plan_quantizes_every_tensor_and_no_other(calibrated):
     assert calibrated.input == calibrated.tensors["M"]
     assert calibrated.output == calibrated.tensors["merge_8/S"]
     assert calibrated.chunk == 8
+
+
+@pytest.mark.parametrize("made_anew", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_copies_and_pickles_of_plans_are_the_same_plan(calibrated, tmp_path, made_anew):
+    plan = Plan(layers={"a": calibrated}, target="int-ops", provenance={"seed": 1})
+    found = made_anew(plan)
+    for each, name in ((plan, "first"), (found, "second")):
+        each.save(tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    with pytest.raises(TypeError):
+        found.layers["other"] = found.layer()
 
 
 @pytest.mark.parametrize("scales", ["float", "pow2"])

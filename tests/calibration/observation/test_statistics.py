@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qinvert.calibration.growth import range_growth
-from qinvert.calibration.observation.statistics import LayerObserver, MatrixSample, RangeObserver
+from qinvert.calibration.observation.ranges import RangeObserver
+from qinvert.calibration.observation.statistics import LayerObserver, MatrixSample
 from qinvert.matrices import exact_inverse
 from qinvert.methods import block_merge, neumann, neumann_doubling
 from qinvert.stress import stress_matrices

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import qinvert
-from qinvert.calibration.observation.statistics import RangeObserver
+from qinvert.calibration.observation.ranges import RangeObserver
 from qinvert.calibration.planning.clipping import RangeRule, clip_ranges
 from qinvert.formats import INT4, INT8
 from qinvert.methods import block_merge

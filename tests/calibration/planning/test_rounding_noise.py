@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from inverse_programs import inverse_program
 
-from qinvert.calibration.observation.statistics import RangeObserver
+from qinvert.calibration.observation.ranges import RangeObserver
 from qinvert.calibration.planning.rounding_noise import settle_residues
 from qinvert.formats import INT8
 from qinvert.methods import block_merge
