@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.grid_options import GridOptions
@@ -11,7 +12,8 @@ from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.explanation import explain
-from qinvert.calibration.planning.planner import Candidate, choose, weighed
+from qinvert.calibration.planning.planner import Candidate, choose, considered, weighed
+from qinvert.calibration.planning.sensitivity import MATRICES, measure_together
 from qinvert.calibration.planning.unseen import unseen_facts
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
@@ -19,6 +21,9 @@ from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Requantize
 from qinvert.program.program import Program
 from qinvert.progress import track
+
+#: Layers whose candidates a device measures in one run.
+LAYERS_AT_ONCE: Final = 8
 
 
 class InversePlanning:
@@ -31,10 +36,17 @@ class InversePlanning:
     def plan(self, name: str, goal_db: float) -> LayerPlan:
         """Return the plan of one entry for a goal of T."""
         options, observer = self._options, self._observers[name]
-        if name not in self._candidates:
-            self._candidates[name] = weighed(observer, options.ladder, options.rules, options.costs)
+        candidates = self._weighed(name)
         goals = replace(options.goals, min_sqnr_db=goal_db)
-        return _plan_layer(observer, replace(options, goals=goals), self._of_model, self._candidates[name])
+        return _plan_layer(observer, replace(options, goals=goals), self._of_model, candidates)
+
+    def _weighed(self, name: str) -> list[Candidate]:
+        if name not in self._candidates:
+            options = self._options
+            self._candidates[name] = weighed(
+                self._observers[name], options.ladder, options.rules, options.costs
+            )
+        return self._candidates[name]
 
     def plan_all(self, goal_db: float) -> dict[str, LayerPlan]:
         """Return the plan of every entry; under torchrun each process makes its share of them.
@@ -47,10 +59,32 @@ class InversePlanning:
         shard, names = Shard.current(), list(self._observers)
         with shard.together():
             own = names[shard.rank :: shard.size]
+            _measure([c for name in own for c in considered(self._weighed(name))])
             made = {name: self.plan(name, goal_db) for name in track(own, "layers", len(own))}
             parts = shard.gather("planning", made)
         found = {name: plan for part in parts for name, plan in part.items()}
         return {name: found[name] for name in names}
+
+
+def _measure(candidates: Sequence[Candidate]) -> None:
+    """Measure the noise of candidates, on a device those of several layers in one run of their program.
+
+    A run costs a device as much for one layer as for `LAYERS_AT_ONCE`.  What kernels it takes may depend
+    on the number of matrices, so that this is always the same, however many layers a process plans.
+    """
+    alike: dict[tuple[object, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        sample = candidate.layer_grids.sample
+        kind = (id(candidate.program), min(sample.count, MATRICES), sample.lower.device)
+        alike.setdefault(kind, []).append(candidate)
+    for found in alike.values():
+        size = 1 if found[0].truth.device.type == "cpu" else LAYERS_AT_ONCE
+        for start in range(0, len(found), size):
+            part = found[start : start + size]
+            filled = [part[i % len(part)].layer_grids for i in range(size)]
+            # What fills the last run up comes behind the candidates.
+            for candidate, measured in zip(part, measure_together(part[0].program, filled), strict=False):
+                candidate.know(measured)
 
 
 def _plan_layer(

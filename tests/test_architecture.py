@@ -139,7 +139,7 @@ ROUNDS = {
     "qinvert.calibration.planning.clipping": "finds the place of a percentile",
     "qinvert.calibration.planning.explanation": "shows four digits of a share",
     "qinvert.calibration.planning.scales": "chooses a scale: a power of two, or one over an odd integer",
-    "qinvert.calibration.planning.sensitivity": "models the noise of a rounding, for an estimate",
+    "qinvert.calibration.planning.variants": "models the noise of a rounding, for an estimate",
     "qinvert.export.runtimes.programs.tflite_writer": "finds the integer at which ONNX cuts a value",
     "qinvert.export.rules.product_bounds": "bounds what a QuantizeLinear of any graph may write",
 }
@@ -452,7 +452,7 @@ def test_who_rounds_is_listed_with_a_reason(package):
     assert nearest == {
         "qinvert.numerics.rounding",
         "qinvert.kernels.division",
-        "qinvert.calibration.planning.sensitivity",
+        "qinvert.calibration.planning.variants",
     }
 
 

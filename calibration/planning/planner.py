@@ -15,7 +15,7 @@ from qinvert.calibration.planning.candidates import measure
 from qinvert.calibration.planning.costs import Compiled, Costs
 from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, growth
 from qinvert.calibration.planning.scales import scale_groups
-from qinvert.calibration.planning.sensitivity import Sensitivities, measure_sensitivities
+from qinvert.calibration.planning.sensitivity import LayerGrids, Sensitivities, measure_together
 from qinvert.formats import INT8, IntFormat
 from qinvert.plan.cost import plan_cost
 from qinvert.plan.plan import LayerPlan
@@ -74,16 +74,27 @@ class Candidate:
         self._ranges, self._sample, self._rules = ranges, sample, rules
         self._costing = costing
         self._known: dict[tuple[IntFormat, ...], Grids] = {}
+        self._sensitivities: Sensitivities | None = None
 
-    @cached_property
+    @property
     def sensitivities(self) -> Sensitivities:
         """Noise of every grid under every format of the ladder."""
+        if self._sensitivities is None:
+            (self._sensitivities,) = measure_together(self.program, [self.layer_grids])
+        return self._sensitivities
+
+    def know(self, sensitivities: Sensitivities) -> None:
+        """Take over what was measured for this candidate together with others."""
+        self._sensitivities = sensitivities
+
+    @property
+    def layer_grids(self) -> LayerGrids:
+        """What its sensitivities are measured with."""
         grids = {fmt: self._grids(self.uniform(fmt)) for fmt in self.ladder}
-        return measure_sensitivities(
-            self.program,
-            [found.tensors for found in grids.values()],
-            self._sample,
-            self.truth,
+        return LayerGrids(
+            grids=[found.tensors for found in grids.values()],
+            sample=self._sample,
+            truth=self.truth,
             requantize={fmt.name: found.requantize for fmt, found in grids.items()},
         )
 
@@ -278,6 +289,11 @@ def weighed(
     ]
 
 
+def considered(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates whose powers do not outgrow M and T, or the one whose powers grow least."""
+    return [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
+
+
 def choose(
     observer: LayerObserver,
     ladder: Sequence[IntFormat],
@@ -297,7 +313,7 @@ def choose(
     sample = observer.sampled
     if candidates is None:
         candidates = weighed(observer, ladder, rules, costs)
-    slow = [c for c in candidates if c.growth <= MAX_GROWTH] or [min(candidates, key=lambda c: c.growth)]
+    slow = considered(candidates)
     predictions = _in_steps(
         sorted((c.cheapest(goals) for c in track(slow, "candidates", len(slow))), key=lambda p: p.cost), goals
     )

@@ -6,13 +6,18 @@ rounded are split by `qinvert.numerics.rounding.operand_planes`.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from qinvert.formats import PLANE_RATIO, IntFormat
 from qinvert.numerics.accumulators import BFLOAT16_EXACT, FLOAT32_EXACT, accumulator_limit, check_accumulator
 
+#: A float32 value, or a tensor of them that broadcasts.
+Scale = TypeVar("Scale", float, torch.Tensor)
 
-def planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[torch.Tensor, float]]:
+
+def planes(q: torch.Tensor, scale: Scale, fmt: IntFormat) -> list[tuple[torch.Tensor, Scale]]:
     """Return (integers, scale) of every plane, high first: the value is ``sum_i integers_i * scale_i``."""
     if fmt.planes == 1:
         return [(q - fmt.zero_point if fmt.zero_point else q, scale)]

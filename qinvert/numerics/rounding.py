@@ -21,18 +21,18 @@ import torch
 from qinvert.errors import InputError
 from qinvert.formats import INT8, INT8X2, PLANE_RATIO, IntFormat
 from qinvert.numerics.accumulators import partial_factors
-from qinvert.numerics.exact import planes
+from qinvert.numerics.exact import Scale, planes
 
 
-def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: float | torch.Tensor, fmt: IntFormat) -> torch.Tensor:
     """``sat(round_half_even(x / scale) + zero_point)``, elementwise.
 
     Parameters
     ----------
     x : torch.Tensor
         Any shape; converted to float32 first.
-    scale : float
-        A float32 value.
+    scale : float or torch.Tensor
+        A float32 value, or float32 values that broadcast against ``x``.
     fmt : IntFormat
         Its ends are where values saturate.
 
@@ -54,7 +54,7 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     return _round(x, scale, fmt)
 
 
-def _round(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+def _round(x: torch.Tensor, scale: float | torch.Tensor, fmt: IntFormat) -> torch.Tensor:
     if fmt.planes == 1:
         return _saturate(_divide(x, scale), fmt)
     high = _saturate(_divide(x, PLANE_RATIO * scale), INT8)
@@ -62,13 +62,15 @@ def _round(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
     return PLANE_RATIO * high + low
 
 
-def _divide(x: torch.Tensor, scale: float) -> torch.Tensor:
+def _divide(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     # A scalar divisor on the host lets CUDA multiply by its reciprocal instead,
     # which is sometimes off by one step.  So the divisor is a tensor on the device.
     return x / _on_device(scale, x)
 
 
-def _on_device(scale: float, x: torch.Tensor) -> torch.Tensor:
+def _on_device(scale: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(scale, torch.Tensor):
+        return scale
     return torch.tensor(scale, dtype=torch.float32, device=x.device)
 
 
@@ -93,7 +95,7 @@ def operand_planes(q: torch.Tensor, scale: float, fmt: IntFormat) -> list[tuple[
     return planes(q, scale, fmt)
 
 
-def dequantize(q: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scale: Scale, fmt: IntFormat) -> torch.Tensor:
     """``float32(q - zero_point) * scale``, summed over planes in float32.
 
     Bit-exact with ONNX DequantizeLinear, and for two planes with an Add of two.

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,12 +132,11 @@ def test_a_simulation_that_falls_short_of_its_prediction_steps_the_plan_up(monke
     observer.update(Systems(lower=lower))
     goals = Goals(min_sqnr_db=45, max_loss_db=1)
     honest = choose(observer, (INT8, INT8X2), RULES, goals)
-    original = Candidate.sensitivities.func
+    original = Candidate.sensitivities.fget
 
     def optimistic(self):
         noise = original(self)
-        object.__setattr__(noise, "signal", noise.signal * 10)
-        return noise
+        return replace(noise, signal=noise.signal * 10)
 
     monkeypatch.setattr(Candidate, "sensitivities", property(optimistic))
     choice = choose(observer, (INT8, INT8X2), RULES, goals)
