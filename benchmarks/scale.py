@@ -38,7 +38,7 @@ VOCABULARY: Final = 1024
 #: What is varied by `--grow`, and the values beside the default.
 GROWTH: Final[dict[str, tuple[int, ...]]] = {
     "rows": (24, 48, 192),
-    "layers": (4, 8, 32),
+    "layers": (8, 32),
     "heads": (16, 64),
 }
 

@@ -81,9 +81,8 @@ def _measure(candidates: Sequence[Candidate]) -> None:
         size = 1 if found[0].truth.device.type == "cpu" else LAYERS_AT_ONCE
         for start in range(0, len(found), size):
             part = found[start : start + size]
-            filled = [part[i % len(part)].layer_grids for i in range(size)]
-            # What fills the last run up comes behind the candidates.
-            for candidate, measured in zip(part, measure_together(part[0].program, filled), strict=False):
+            grids = [candidate.layer_grids for candidate in part]
+            for candidate, measured in zip(part, measure_together(part[0].program, grids, size), strict=True):
                 candidate.know(measured)
 
 

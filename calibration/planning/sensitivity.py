@@ -128,11 +128,16 @@ def measure_sensitivities(
     return found
 
 
-def measure_together(program: Program, layers: Sequence[LayerGrids]) -> list[Sensitivities]:
+def measure_together(
+    program: Program, layers: Sequence[LayerGrids], at_once: int | None = None
+) -> list[Sensitivities]:
     """`measure_sensitivities` of several layers in one run of the program.
 
     At least `MATRICES` of each sample, or the same number of all, must be there.
+    With ``at_once`` the run is as large as that of so many layers.
     """
+    asked, count = layers, max(len(layers), at_once or 0)
+    layers = [asked[i % len(asked)] for i in range(count)]
     groups = scale_groups(program)
     each = dict.fromkeys((*groups.values(), ALL, *_input_variants(program, groups)))
     variants = [
@@ -154,7 +159,8 @@ def measure_together(program: Program, layers: Sequence[LayerGrids]) -> list[Sen
     parts = result.split([own.copies for own in variants])
     return [
         _read(program, layer, own, part, inputs)
-        for layer, own, part, inputs in zip(layers, variants, parts, exact, strict=True)
+        # What fills the run up comes behind the layers that were asked for.
+        for layer, own, part, inputs in zip(asked, variants, parts, exact, strict=False)
     ]
 
 

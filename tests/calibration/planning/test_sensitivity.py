@@ -38,7 +38,8 @@ def test_layers_together_have_the_noise_of_each_alone(program):
     # Repeated keys leave residues of zero, which are rounded by noise of a stream of their own.
     names = ("correlated_keys", "repeated_keys", "half_random", "correlated_keys")
     layers = [layer_of(program, name, 12, seed) for seed, name in enumerate(names)]
-    for layer, found in zip(layers, measure_together(program, layers), strict=True):
+    assert len(measure_together(program, layers, at_once=6)) == 4
+    for layer, found in zip(layers, measure_together(program, layers, at_once=6), strict=True):
         alone = measure_sensitivities(program, layer.grids, layer.sample)
         assert found.signal == alone.signal
         assert found.noise == pytest.approx(alone.noise, rel=1e-9, abs=1e-25)
