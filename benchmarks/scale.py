@@ -229,7 +229,11 @@ def main() -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(json.dumps(row))
         return
-    rows = list(rows_of(arguments))
+    rows = []
+    for row in rows_of(arguments):
+        # A run of many rows takes minutes, and may be cut off.
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
     print(markdown([list(rows[0]), *[[str(value) for value in row.values()] for row in rows]]))
 
 
