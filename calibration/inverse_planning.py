@@ -11,7 +11,7 @@ from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.planner import Candidate, choose, weighed
-from qinvert.calibration.planning.unseen import unseen_facts
+from qinvert.calibration.planning.unseen import signal_shares, unseen_facts
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.plan.plan import LayerPlan
@@ -25,6 +25,7 @@ class InversePlanning:
     def __init__(self, observers: Mapping[str, LayerObserver], options: GridOptions, of_model: bool) -> None:
         self._observers, self._options, self._of_model = observers, options, of_model
         self._candidates: dict[str, list[Candidate]] = {}
+        self._shares = signal_shares(observers)
 
     def plan(self, name: str, goal_db: float) -> LayerPlan:
         """Return the plan of one entry for a goal of T."""
@@ -32,11 +33,17 @@ class InversePlanning:
         if name not in self._candidates:
             self._candidates[name] = weighed(observer, options.ladder, options.rules, options.costs)
         goals = replace(options.goals, min_sqnr_db=goal_db)
-        return _plan_layer(observer, replace(options, goals=goals), self._of_model, self._candidates[name])
+        share = self._shares.get(name)
+        options = replace(options, goals=goals)
+        return _plan_layer(observer, options, self._of_model, self._candidates[name], share)
 
 
 def _plan_layer(
-    observer: LayerObserver, options: GridOptions, of_model: bool, candidates: Sequence[Candidate]
+    observer: LayerObserver,
+    options: GridOptions,
+    of_model: bool,
+    candidates: Sequence[Candidate],
+    share: float | None,
 ) -> LayerPlan:
     sample = observer.sampled
     costs = options.costs
@@ -49,7 +56,7 @@ def _plan_layer(
         "sample": sample.count,
         **costs.chains(choice.best.plan, choice.best.compiled),
         **explain(choice, wider, held_out(observer.sample, observer.held)),
-        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model),
+        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model, share),
     }
     return replace(choice.best.plan, provenance=provenance)
 
