@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any, Final
@@ -116,7 +117,15 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("page.html")
+
+
+def _breakable(text: str) -> Any:
+    """Return a name that may be broken at its points and strokes, and numbers that may not."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[a-z_])[./](?!\s|$)", r"\g<0><wbr>", str(escape(text)), flags=re.IGNORECASE))
 
 
 def _content(found: Evidence, plan_file: str) -> dict[str, Any]:
