@@ -113,7 +113,9 @@ class _Reading:
             case _ if hasattr(data, "get_next"):
                 return self._items(read_all(data))
             case Iterable():
-                return self._items(without_tables(data))
+                # Lists say how many batches there are; a limit may leave some of them out.
+                listed = isinstance(data, (list, tuple)) and self._given.num_samples is None
+                return self._items(without_tables(data), len(data) if listed else None)
             case _ if is_map_style(data):
                 return self._items(without_tables(data[i] for i in range(len(data))))
         raise InputError(
@@ -158,14 +160,15 @@ class _Reading:
             for start in track(starts, "batches", len(starts))
         )
 
-    def _items(self, items: Iterator[Any]) -> Batches:
+    def _items(self, items: Iterator[Any], total: int | None = None) -> Batches:
         first = next(items, None)
         if first is None:
             return iter(())
         items = chain([first], items)
         if isinstance(first, str) or (isinstance(first, Mapping) and self._is_row(first)):
             return self._texts(row_document(row, self._given.column, "data") for row in items)
-        return self._limited(map(self._batch, items))
+        known = items if total is None else track(items, "batches", total)
+        return self._limited(map(self._batch, known))
 
     def _is_row(self, item: Mapping[str, Any]) -> bool:
         if self._given.column is not None:

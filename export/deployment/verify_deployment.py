@@ -23,6 +23,7 @@ from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.whole_models.check import random_tokens
 from qinvert.plan.plan import Plan
+from qinvert.progress import report
 
 #: Tokens that are decoded behind the longest text.
 DECODED: Final = 8
@@ -109,6 +110,7 @@ def verify_deployment(
     for optimized in (False, True):
         deployment = Deployment(folder, optimized=optimized)
         for length in sizes:
+            report("texts", len(found), 2 * len(sizes))
             decoded = DECODED if length == max(sizes) else 0
             part = ids[: length + decoded]
             found.append(_check(deployment, reference, part, decoded, optimized, tolerance))

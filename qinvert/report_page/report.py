@@ -14,6 +14,7 @@ from qinvert.errors import MissingDependencyError
 from qinvert.files import check_writable, write_atomically
 from qinvert.plan.plan import Plan
 from qinvert.plot.canvas import require_matplotlib
+from qinvert.progress import track
 from qinvert.report_page.costs import costs_section
 from qinvert.report_page.errors import bits_section, path_section
 from qinvert.report_page.evidence import Evidence, Progress, gather
@@ -130,7 +131,7 @@ def _breakable(text: str) -> Any:
 
 def _content(found: Evidence, plan_file: str) -> dict[str, Any]:
     verdicts = [layer_words(found, name) for name in found.plan.layers]
-    sections: list[Section] = [section(found) for section in SECTIONS]
+    sections: list[Section] = [section(found) for section in track(SECTIONS, "sections", len(SECTIONS))]
     return {
         "title": f"qinvert: {fspath(plan_file)}",
         "headline": _headline([verdict.status for verdict in verdicts]),
