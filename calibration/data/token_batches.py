@@ -112,10 +112,12 @@ class _Reading:
                 return self._items(iter([data]))
             case _ if hasattr(data, "get_next"):
                 return self._items(read_all(data))
+            case list() | tuple():
+                # A limit may leave some of them out.
+                total = len(data) if self._given.num_samples is None else None
+                return self._items(without_tables(data), total)
             case Iterable():
-                # Lists say how many batches there are; a limit may leave some of them out.
-                listed = isinstance(data, (list, tuple)) and self._given.num_samples is None
-                return self._items(without_tables(data), len(data) if listed else None)
+                return self._items(without_tables(data))
             case _ if is_map_style(data):
                 return self._items(without_tables(data[i] for i in range(len(data))))
         raise InputError(

@@ -106,7 +106,7 @@ def verify_deployment(
     sizes = tuple(lengths or default_lengths(manifest.window))
     ids = _tokens(model, tokens, max(sizes) + DECODED)
     reference = _Reference(model, plan, manifest, _products(Path(folder), manifest))
-    found = []
+    found: list[DeploymentCheck] = []
     for optimized in (False, True):
         deployment = Deployment(folder, optimized=optimized)
         for length in sizes:

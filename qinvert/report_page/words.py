@@ -67,7 +67,8 @@ def counted(count: int, noun: str) -> str:
 def short_title(layer: LayerPlan) -> str:
     """Return the program's title; of a chunk step its name, and the inverse in it."""
     program = layer.program
-    return program.title if program.is_inverse else f"{program.name} with {program.parameters['inverse']}"
+    inverse = None if program.is_inverse else program.parameters.get("inverse")
+    return program.title if inverse is None else f"{program.name} with {inverse}"
 
 
 def layer_words(found: Evidence, name: str) -> LayerWords:
