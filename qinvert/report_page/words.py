@@ -77,7 +77,7 @@ def layer_words(found: Evidence, name: str) -> LayerWords:
     facts, figures = layer.provenance, found.figures(name)
     judged = figures.judged_db
     remarks = [*map(str, facts.get("head_cautions", ())), *map(str, facts.get("data_cautions", ()))]
-    remarks += _saturation(found, name)
+    remarks += [*_heads_below(found, name), *_saturation(found, name)]
     if "meets_goal" not in facts:
         status = Status.UNKNOWN
     elif not facts["meets_goal"] or _below(found, figures.now_db):
@@ -127,6 +127,16 @@ def _against_floor(loss: float) -> str:
     if loss < 0.05:
         return ", which is all that its grids allow"
     return f", {loss:.1f} dB less than its grids allow"
+
+
+def _heads_below(found: Evidence, name: str) -> list[str]:
+    """Return the heads of a chunk step whose output the layer as a whole hides; plans of T know theirs."""
+    report = None if found.report is None else found.report.steps.get(name)
+    if report is None or found.goal_db is None or not report.sqnr_db >= found.goal_db:
+        return []
+    low = [(head, v) for head, v in enumerate(report.head_sqnr_o_db) if v < found.goal_db]
+    each = ", ".join(f"head {head} {decibels(value, ' dB')}" for head, value in low)
+    return [f"the outputs of single heads stay below the goal: {each}"] if low else []
 
 
 def _saturation(found: Evidence, name: str) -> list[str]:

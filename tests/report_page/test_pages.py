@@ -80,6 +80,12 @@ def test_a_plan_of_chunk_steps_shows_outputs_and_what_is_not_drawn_of_steps(mode
         "Other widths are tried on programs of inverses",
     ):
         assert lack in page
+    # A head that its layer hides is a caution.
+    name, step = next(iter(report.steps.items()))
+    for output_db, said in ((1.0, True), (30.0, False)):
+        steps = {name: replace(step, head_sqnr_o_db=(output_db, 40.0), saturations={})}
+        words = layer_words(Evidence(plan=plan, report=Report(steps=steps)), name)
+        assert any(f"head 0 {output_db:.1f} dB" in remark for remark in words.remarks) == said
     # A step has a dozen parameters, and the heading the two words that tell it from others.
     headings = re.findall(r"<h3>(.*?)</h3>", page)
     assert any(text.startswith("gated_delta_step with elimination(") for text in headings)
