@@ -14,7 +14,7 @@ from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.planner import Candidate, choose, considered, weighed
 from qinvert.calibration.planning.sensitivity import MATRICES, measure_together
-from qinvert.calibration.planning.unseen import unseen_facts
+from qinvert.calibration.planning.unseen import signal_shares, unseen_facts
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.plan.plan import LayerPlan
@@ -32,13 +32,15 @@ class InversePlanning:
     def __init__(self, observers: Mapping[str, LayerObserver], options: GridOptions, of_model: bool) -> None:
         self._observers, self._options, self._of_model = observers, options, of_model
         self._candidates: dict[str, list[Candidate]] = {}
+        self._shares = signal_shares(observers)
 
     def plan(self, name: str, goal_db: float) -> LayerPlan:
         """Return the plan of one entry for a goal of T."""
         options, observer = self._options, self._observers[name]
         candidates = self._weighed(name)
         goals = replace(options.goals, min_sqnr_db=goal_db)
-        return _plan_layer(observer, replace(options, goals=goals), self._of_model, candidates)
+        options = replace(options, goals=goals)
+        return _plan_layer(observer, options, self._of_model, candidates, self._shares.get(name))
 
     def _weighed(self, name: str) -> list[Candidate]:
         if name not in self._candidates:
@@ -87,7 +89,11 @@ def _measure(candidates: Sequence[Candidate]) -> None:
 
 
 def _plan_layer(
-    observer: LayerObserver, options: GridOptions, of_model: bool, candidates: Sequence[Candidate]
+    observer: LayerObserver,
+    options: GridOptions,
+    of_model: bool,
+    candidates: Sequence[Candidate],
+    share: float | None,
 ) -> LayerPlan:
     sample = observer.sampled
     costs = options.costs
@@ -100,7 +106,7 @@ def _plan_layer(
         "sample": sample.count,
         **costs.chains(choice.best.plan, choice.best.compiled),
         **explain(choice, wider, held_out(observer.sample, observer.held)),
-        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model),
+        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model, share),
     }
     return replace(choice.best.plan, provenance=provenance)
 

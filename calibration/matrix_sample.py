@@ -56,7 +56,9 @@ class MatrixSample:
         # Padding says nothing.
         filled = flat[flat.is_filled]
         if free > 0 and filled.count:
-            kept.append(filled[:: max(1, filled.count // free)][:free])
+            # Heads and chunks follow each other in a fixed order, which a fixed step may fall in with.
+            drawn = torch.Generator().manual_seed(len(kept))
+            kept.append(filled[torch.randperm(filled.count, generator=drawn)[:free]])
 
     @property
     def growth(self) -> dict[str, RangeGrowth]:

@@ -17,6 +17,7 @@ from qinvert.checks import check_decibels, check_magnitude
 from qinvert.documents import to_document
 from qinvert.errors import PlanError
 from qinvert.plan.plan import LayerPlan, Plan
+from qinvert.progress import track
 
 #: Sqnr of T that layers start from, where the goals are those of outputs.
 START_DB: Final = 10.0
@@ -128,11 +129,11 @@ def reach(
         Goal of T that all entries start from.
     """
     wanted = dict.fromkeys(names, start_db)
-    layers = {name: planning(name, start_db) for name in names}
-    for _ in range(ROUNDS):
+    layers = {name: planning(name, start_db) for name in track(names, "layers", len(names))}
+    for _ in track(range(ROUNDS), "rounds at most", ROUNDS):
         found = evaluate(model, Plan(layers=layers, target=""), list(batches))
         lacking = goals.lacking(found)
-        raised = {name for name in names if layer_name(name) in lacking}
+        raised = [name for name in names if layer_name(name) in lacking]
         if not raised:
             break
         before = layers
@@ -143,7 +144,8 @@ def reach(
             reached = errors.out if errors.t is None else errors.t
             base = max(wanted[name], reached) if math.isfinite(reached) else wanted[name]
             wanted[name] = base + lacking[layer] + MARGIN_DB
-        layers = {name: planning(name, wanted[name]) if name in raised else before[name] for name in names}
+        again = {name: planning(name, wanted[name]) for name in track(raised, "layers", len(raised))}
+        layers = {name: again.get(name, before[name]) for name in names}
         if all(_same(layers[name], before[name]) for name in raised):
             # The widest grids are in use: what was measured holds for these plans.
             break

@@ -120,6 +120,26 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def unknown_numbers(row, text):
+    """Cycles and ratios of a row of results that do not stand in the page that it names."""
+    found = re.findall(r"\d[\d.,]*k(?= cycles| on)|\d+\.\d(?=,| and| times)", row["result"])
+    assert found, row["question"]
+    return [number for number in found if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d.])", text)]
+
+
+def test_the_results_of_the_readme_are_those_of_the_pages_that_it_names():
+    results = [
+        row for row in rows(sections(prose("README.md"))["What was measured"]) if "cycles" in row["result"]
+    ]
+    assert len(results) == 3
+    for row in results:
+        (page_,) = re.findall(r"\((docs/[a-z]+\.md)\)", row["where it comes from"])
+        text = (ROOT / page_).read_text()
+        assert not unknown_numbers(row, text), row["question"]
+        wrong = {**row, "result": row["result"].replace("k cycles", "7k cycles")}
+        assert unknown_numbers(wrong, text)
+
+
 def test_the_script_of_the_readme_runs_as_pasted(tmp_path, monkeypatch, capsys):
     (script,) = code((ROOT / "README.md").read_text(), "python")
     monkeypatch.chdir(tmp_path)

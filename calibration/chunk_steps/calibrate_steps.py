@@ -40,6 +40,7 @@ from qinvert.profiles import Profile, default_target
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.program.steps import MAX_BETA
+from qinvert.progress import track
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,8 @@ class StepCalibration:
 
         goal_db = self.choices.min_sqnr_db
         if not outputs.given:
-            return {name: planned(name, goal_db) for name in parts}, record.provenance
+            layers = {name: planned(name, goal_db) for name in track(parts, "layers", len(parts))}
+            return layers, record.provenance
         reached = reach(model, record.first, list(parts), outputs, planned, goal_db)
         return with_facts(reached, None), record.provenance | summary_of(reached, outputs)
 

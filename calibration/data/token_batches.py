@@ -112,6 +112,10 @@ class _Reading:
                 return self._items(iter([data]))
             case _ if hasattr(data, "get_next"):
                 return self._items(read_all(data))
+            case list() | tuple():
+                # A limit may leave some of them out.
+                total = len(data) if self._given.num_samples is None else None
+                return self._items(without_tables(data), total)
             case Iterable():
                 return self._items(without_tables(data))
             case _ if is_map_style(data):
@@ -158,14 +162,15 @@ class _Reading:
             for start in track(starts, "batches", len(starts))
         )
 
-    def _items(self, items: Iterator[Any]) -> Batches:
+    def _items(self, items: Iterator[Any], total: int | None = None) -> Batches:
         first = next(items, None)
         if first is None:
             return iter(())
         items = chain([first], items)
         if isinstance(first, str) or (isinstance(first, Mapping) and self._is_row(first)):
             return self._texts(row_document(row, self._given.column, "data") for row in items)
-        return self._limited(map(self._batch, items))
+        known = items if total is None else track(items, "batches", total)
+        return self._limited(map(self._batch, known))
 
     def _is_row(self, item: Mapping[str, Any]) -> bool:
         if self._given.column is not None:

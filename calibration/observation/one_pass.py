@@ -11,7 +11,7 @@ import torch
 
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
-from qinvert.calibration.heads import head_indices, split_heads
+from qinvert.calibration.heads import head_indices, head_number, split_heads
 from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.data_record import DataRecord
@@ -54,7 +54,7 @@ class Observation:
     def update(self, group: Sequence[Item]) -> list[str]:
         """Add this process's part of a round; return the names of all layers in the round."""
         # Before anything is counted: matrices keep their numbers, however the data are padded.
-        filled = [(layer, *_filled(systems)) for layer, systems in group]
+        filled = [(layer, *_filled(layer, systems)) for layer, systems in group]
         mine = [(layer, systems.count, systems.chunk) for layer, systems, _ in filled]
         due = self._checkpoint is not None and self._checkpoint.due
         gathered, items, seen = self._shard.gather("a batch", (due, mine)), iter(filled), []
@@ -115,9 +115,11 @@ class Observation:
         return self.layers[layer]
 
 
-def _filled(systems: Systems) -> tuple[Systems, torch.Tensor]:
+def _filled(layer: str, systems: Systems) -> tuple[Systems, torch.Tensor]:
     """Return flat systems without those that are all zero, and the head of each."""
-    flat, heads = systems.flat(), head_indices(systems)
+    flat, number = systems.flat(), head_number(layer)
+    # What is left of a head's own matrices has an axis of sequences where others have that of heads.
+    heads = head_indices(systems) if number is None else torch.full((flat.count,), number)
     chosen = flat.is_filled
     return flat[chosen], heads[chosen.cpu()]
 

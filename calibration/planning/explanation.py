@@ -42,7 +42,10 @@ def explain(choice: Choice, alternatives: Sequence[Candidate], held: HeldOut | N
         "binding": {"tensor": tensor, "share": rounded_share(share)},
         "fix": "" if choice.meets_goal else _fix(choice, alternatives, held),
         "candidates": [_row(p, p is best) for p in choice.predictions],
-        "rejected": [*choice.passed_over, *(str(p) for p in choice.predictions if _lost(p, choice))],
+        "rejected": [
+            *choice.passed_over,
+            *(p.reason(choice.goals) for p in choice.predictions if _lost(p, choice)),
+        ],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qinvert.calibration.head_errors import HeadErrors, head_errors, heads_below
-from qinvert.calibration.heads import NO_HEAD
+from qinvert.calibration.heads import NO_HEAD, head_number, layer_name
 from qinvert.calibration.observation.held_out import HeldOut, held_out
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.explanation import decibels, rounded_share
@@ -105,18 +105,39 @@ def _heads(estimate: torch.Tensor, truth: torch.Tensor, numbers: torch.Tensor) -
     )
 
 
-def unseen_facts(plan: LayerPlan, observer: LayerObserver, goal_db: float, of_model: bool) -> dict[str, Any]:
+def signal_shares(observers: Mapping[str, LayerObserver]) -> dict[str, float]:
+    """Share of each head's held-out matrices in the signal of its layer, for entries of one head."""
+    signals: dict[str, float] = {}
+    for name, observer in observers.items():
+        held = None if head_number(name) is None else held_out(observer.sample, observer.held)
+        if held is not None:
+            exact = held.systems.inverse()
+            signals[name] = float(powers(exact, exact)[0].mean())
+    totals: dict[str, float] = {}
+    for name, signal in signals.items():
+        totals[layer_name(name)] = totals.get(layer_name(name), 0.0) + signal
+    return {name: signal / (totals[layer_name(name)] or 1.0) for name, signal in signals.items()}
+
+
+def unseen_facts(
+    plan: LayerPlan, observer: LayerObserver, goal_db: float, of_model: bool, share: float | None = None
+) -> dict[str, Any]:
     """Return what a plan says of data that it was not chosen on, as JSON types.
 
     Which axis of bare matrices counts heads is a convention, which not every caller keeps: without
-    a model, heads are listed only where one of them stays below the goal.
+    a model, heads are listed only where one of them stays below the goal.  ``share`` is that of
+    `signal_shares` where the plan is of one head.
     """
     held = held_out(observer.sample, observer.held)
     if held is None:
         missed = {"meets_goal": False, "fix": NO_MATRIX}
         return {"unseen": None, "head_cautions": [], "data_cautions": [NO_MATRIX], **missed}
     unseen = measure_unseen(plan, held)
-    if not of_model and not heads_below(unseen.heads, goal_db):
+    if share is not None:
+        unseen = replace(
+            unseen, heads=tuple(replace(h, signal_share=rounded_share(share)) for h in unseen.heads)
+        )
+    elif not of_model and not heads_below(unseen.heads, goal_db):
         unseen = replace(unseen, heads=())
     return {
         "unseen": unseen.to_dict(),

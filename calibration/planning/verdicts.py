@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from qinvert.calibration.planning.planner import GROWS
+from qinvert.calibration.planning.planner import ALIKE, GROWS, floor_reason, lack_reason
 from qinvert.plan.plan import LayerPlan
 from qinvert.strict_json import INFINITE
 
@@ -74,9 +74,11 @@ def verdicts(
 
 
 def _grown(title: str, rest: str) -> Verdict:
-    return Verdict(
-        program=title, formats="", outcome=Outcome.GROWS, reason=f"{GROWS[0].upper()}{GROWS[1:]}{rest}."
-    )
+    return Verdict(program=title, formats="", outcome=Outcome.GROWS, reason=_sentence(f"{GROWS}{rest}"))
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _cost(row: Mapping[str, Any]) -> float | None:
@@ -122,12 +124,10 @@ def _outcome(
     if cost is None:
         return Outcome.REFUSED, "The compiler of the target refuses its graph."
     if sqnr_db is not None and goal_db is not None and sqnr_db < goal_db:
-        return Outcome.BELOW_GOAL, f"It lacks {goal_db - sqnr_db:.1f} dB to the goal of {goal_db:g} dB."
+        return Outcome.BELOW_GOAL, _sentence(lack_reason(sqnr_db, goal_db))
     loss = 0.0 if sqnr_db is None or floor_db is None or floor_db >= INFINITE else floor_db - sqnr_db
     if max_loss_db is not None and loss > max_loss_db:
-        return Outcome.FAR_FROM_FLOOR, (
-            f"It stays {loss:.1f} dB below what its grids allow, and {max_loss_db:g} dB are accepted."
-        )
+        return Outcome.FAR_FROM_FLOOR, _sentence(floor_reason(loss, max_loss_db))
     if best is not None and cost > best:
         return Outcome.COSTLIER, f"It costs {cost / max(best, 1):.3g} times as much as the chosen one."
-    return Outcome.ALIKE, "In simulation it is no better than the chosen one."
+    return Outcome.ALIKE, _sentence(ALIKE)

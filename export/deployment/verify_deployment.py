@@ -23,6 +23,7 @@ from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.whole_models.check import random_tokens
 from qinvert.plan.plan import Plan
+from qinvert.progress import report
 
 #: Tokens that are decoded behind the longest text.
 DECODED: Final = 8
@@ -105,10 +106,11 @@ def verify_deployment(
     sizes = tuple(lengths or default_lengths(manifest.window))
     ids = _tokens(model, tokens, max(sizes) + DECODED)
     reference = _Reference(model, plan, manifest, _products(Path(folder), manifest))
-    found = []
+    found: list[DeploymentCheck] = []
     for optimized in (False, True):
         deployment = Deployment(folder, optimized=optimized)
         for length in sizes:
+            report("texts", len(found), 2 * len(sizes))
             decoded = DECODED if length == max(sizes) else 0
             part = ids[: length + decoded]
             found.append(_check(deployment, reference, part, decoded, optimized, tolerance))

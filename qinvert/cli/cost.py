@@ -12,6 +12,7 @@ from qinvert.errors import ExportError, lookup
 from qinvert.export.runtimes import estimators, installed
 from qinvert.export.runtimes.subprocesses import how_to_install
 from qinvert.plan.plan import Plan
+from qinvert.progress import track
 
 if TYPE_CHECKING:
     from qinvert.export.runtimes import CycleEstimate
@@ -58,10 +59,13 @@ def estimate_graphs(
     from qinvert.export.verification.cycles import estimate
 
     results: dict[str, list[CycleEstimate]] = {}
-    for label, (layer, file) in found.items():
-        folder = keep_folder(plan, layer, file, keep)
-        with output.progress(f"compiling {label}"):
-            results[label] = [estimate(file, chip, layer=layer, keep=folder) for chip in hardware]
+    with output.progress("compiling"):
+        for label, (layer, file) in track(found.items(), "graphs", len(found)):
+            folder = keep_folder(plan, layer, file, keep)
+            results[label] = [
+                estimate(file, chip, layer=layer, keep=folder)
+                for chip in track(hardware, "chips", len(hardware))
+            ]
     return results
 
 

@@ -38,7 +38,7 @@ class Output:
             click.echo(_fitted(printable(text)))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table for people, in blocks that fit; all columns but the first are right-aligned."""
+        """Print a table for people, in blocks that fit; numbers are aligned on the right."""
         if self.as_json or self.quiet:
             return
         console = _console()

@@ -45,7 +45,7 @@ def show_choices(output: Output, plan: Plan) -> None:
         output.say(f"  data: {data['tokens']:,} tokens in {data['sequences']:,} sequences")
     for name, layer in plan.layers.items():
         for rejected in layer.provenance["rejected"]:
-            output.say(f"  {name}: not {rejected}")
+            output.say(f"  {name}: passed over: {rejected}")
         if layer.provenance["fix"]:
             output.say(f"  {name}: misses its goal: {layer.provenance['fix']}")
         for caution in (*layer.provenance["head_cautions"], *layer.provenance["data_cautions"]):

@@ -31,7 +31,7 @@ def show_step_choices(output: Output, plan: Plan) -> None:
         (chosen,) = (row for row in facts["candidates"] if row["chosen"])
         output.say(f"  {name}: channels {chosen['channels']}, ranges by {chosen['ranges']}")
         for rejected in facts["rejected"]:
-            output.say(f"  {name}: not {rejected}")
+            output.say(f"  {name}: passed over: {rejected}")
         if facts["fix"]:
             output.say(f"  {name}: misses its goal: {facts['fix']}")
 

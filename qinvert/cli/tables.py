@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 FRAME: Final = 3
 #: Words in a cell wrap where they would take more characters than this, if there is no room.
 PROSE: Final = 26
+#: What stands in columns of numbers, which are aligned on the right.
+NUMERIC: Final = re.compile(r"[-+<>≤]?\.?\d|(-|exact|none|inf|nan)?$")
 #: Lines that the words of a heading may take.
 HEADING_LINES: Final = 3
 
@@ -56,6 +59,10 @@ class Table:
             found[-1].append(i)
         return [self._widened(columns, fewest, width) for columns in found]
 
+    def of_numbers(self, column: int) -> bool:
+        """Whether every cell of a column begins with a number, or stands for one that is not known."""
+        return all(NUMERIC.match(cell) for cell in self._cells(column))
+
     def _cells(self, column: int) -> list[str]:
         return [row[column] for row in self.rows]
 
@@ -70,13 +77,16 @@ class Table:
         return min(max(wanted, heading_width(self.columns[column])), width - 2 * FRAME - 1)
 
     def _widened(self, columns: Sequence[int], fewest: Sequence[int], width: int) -> Block:
-        """Give the room that a block leaves to the columns whose words would wrap."""
+        """Give the room that a block leaves to the cells whose words would wrap, and then to headings."""
         widths = [fewest[i] for i in columns]
         spare = width - 1 - sum(w + FRAME for w in widths)
-        for place, column in enumerate(columns):
-            more = min(max(spare, 0), max(map(len, self._cells(column)), default=0) - widths[place])
-            widths[place] += max(0, more)
-            spare -= max(0, more)
+        cells = [max(map(len, self._cells(i)), default=0) for i in columns]
+        headings = [min(len(self.columns[i]), PROSE) for i in columns]
+        for wanted in (cells, headings):
+            for place, most in enumerate(wanted):
+                more = max(0, min(spare, most - widths[place]))
+                widths[place] += more
+                spare -= more
         return Block(columns=tuple(columns), widths=tuple(widths))
 
 
@@ -128,7 +138,8 @@ def _drawn(table: Table, block: Block, title: str, width: int) -> RichTable:
     drawn.title = Text("\n".join(wrapped(title, width)))
     for i, characters in zip(block.columns, block.widths, strict=True):
         heading = Text("\n".join(wrapped(table.columns[i], characters)))
-        drawn.add_column(heading, justify="right" if i else "left", width=characters, overflow="fold")
+        side: Literal["left", "right"] = "right" if i and table.of_numbers(i) else "left"
+        drawn.add_column(heading, justify=side, width=characters, overflow="fold")
     for row in table.rows:
         drawn.add_row(*(Text(row[i]) for i in block.columns))
     return drawn

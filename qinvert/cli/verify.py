@@ -21,6 +21,7 @@ from qinvert.numerics.law import Rounding
 from qinvert.plan.plan import Plan
 from qinvert.program.program import Program
 from qinvert.program.steps import MAX_BETA
+from qinvert.progress import track
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +150,9 @@ def run_graphs(
 
     results: dict[str, list[Verification]] = {}
     failures: dict[str, VerificationError] = {}
-    for label, (name, file) in found.items():
-        given, beta = inputs_for(file, plan, name, own)
-        with output.progress(f"verifying {label}"):
+    with output.progress("verifying"):
+        for label, (name, file) in track(found.items(), "graphs", len(found)):
+            given, beta = inputs_for(file, plan, name, own)
             folder = costs.keep_folder(plan, name, file, keep)
             try:
                 results[label] = verify_layer(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 LINES = (
     ("floor_db", "floor of the grids", MUTED, "_"),
     ("predicted_sqnr_db", "predicted", FOURTH, "x"),
-    ("seen_sqnr_db", "simulated on seen matrices", FIRST, "o"),
-    ("unseen_sqnr_db", "simulated on unseen matrices", SECOND, "D"),
+    ("seen_sqnr_db", "seen matrices", FIRST, "o"),
+    ("unseen_sqnr_db", "unseen matrices", SECOND, "D"),
 )
 
 

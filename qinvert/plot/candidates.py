@@ -59,7 +59,8 @@ def cost_against_sqnr(
             ax.scatter(costs, decibels, size, colour, marker=marker, label=str(outcome), zorder=order)
     if goal_db is not None and goal_db >= top - DEPTH:
         ax.axhline(goal_db, color=MUTED, linestyle="--", linewidth=1, label=f"goal, {goal_db:g} dB")
-    ax.set(xscale="log", xlabel=f"cost, {unit}" if unit else "cost", ylabel="sqnr of T, dB")
+    what = "T" if plan.program.is_inverse else "output or state"
+    ax.set(xscale="log", xlabel=f"cost, {unit}" if unit else "cost", ylabel=f"sqnr of {what}, dB")
     ax.tick_params(axis="x", which="minor", labelsize=TEXT - 1.5, colors=INK)
     grid(ax)
     legend(ax)

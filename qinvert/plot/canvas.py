@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,9 +28,11 @@ ON_DARK: Final = "#fdfdfd"
 #: Colours from the least to the most; readable with every kind of colour vision.
 SCALE: Final = "cividis"
 #: Width of a figure, inches.
-WIDTH: Final = 5.0
+WIDTH: Final = 4.4
 #: Size of texts, points.
 TEXT: Final = 8.5
+#: Letters that the longest names of two columns may have together.
+LONG: Final = 54
 
 
 def require_matplotlib() -> Any:
@@ -65,16 +68,23 @@ def grid(ax: Axes, axis: str = "both") -> None:
     ax.grid(visible=True, axis=axis, color=GRID, linewidth=0.6)  # type: ignore[arg-type]
 
 
-def legend(ax: Axes, columns: int = 2) -> None:
-    """Put the names of series below the figure, where they cover nothing."""
+def legend(ax: Axes) -> None:
+    """Put the names of series below the figure, where they cover nothing, in two columns if these fit."""
+    handles, names = ax.get_legend_handles_labels()
+    half = (len(names) + 1) // 2
     ax.figure.legend(
-        *ax.get_legend_handles_labels(),
+        handles,
+        names,
         loc="outside lower center",
-        ncols=columns,
+        ncols=2 if _letters(names[:half]) + _letters(names[half:]) <= LONG else 1,
         frameon=False,
         fontsize=TEXT,
         labelcolor=INK,
     )
+
+
+def _letters(names: Sequence[str]) -> int:
+    return max(map(len, names), default=0)
 
 
 def shortened(name: str, limit: int = 34) -> str:

@@ -30,7 +30,7 @@ def drift(figures: Mapping[str, Figures], goal_db: float | None = None, *, ax: A
     -------
     Axes
     """
-    ax = axes(ax, 1.5 + 0.3 * len(figures))
+    ax = axes(ax, 1.7 + 0.3 * len(figures))
     rows = range(len(figures))
     series = (
         ("floor of the grids", "floor_db", "|", MUTED),
@@ -47,7 +47,7 @@ def drift(figures: Mapping[str, Figures], goal_db: float | None = None, *, ax: A
     _held_out(ax, figures)
     if goal_db is not None:
         ax.axvline(goal_db, color=THIRD, linestyle="--", linewidth=1, label=f"goal, {goal_db:g} dB")
-    ax.set_yticks(rows, [shortened(name, 30) for name in figures], fontsize=TEXT)
+    ax.set_yticks(rows, [shortened(name, 26) for name in figures], fontsize=TEXT)
     ax.set_ylim(len(figures) - 0.5, -0.5)
     ax.set_xlabel("sqnr, dB")
     grid(ax, "x")
@@ -56,7 +56,7 @@ def drift(figures: Mapping[str, Figures], goal_db: float | None = None, *, ax: A
 
 
 def _held_out(ax: Axes, figures: Mapping[str, Figures]) -> None:
-    label: str | None = "held-out matrices, 90 % within"
+    label: str | None = "held out, 90 % within"
     for row, f in enumerate(figures.values()):
         if f.held_out_db is not None and ENDS[0] < f.held_out_db < ENDS[1]:
             low, high = f.held_out_low_db or f.held_out_db, f.held_out_high_db or f.held_out_db

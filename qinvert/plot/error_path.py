@@ -91,7 +91,7 @@ def layer_harm(evaluation: Evaluation, *, ax: Axes | None = None) -> Axes:
     ax = axes(ax, 1.0 + 0.27 * len(ranked))
     bars = ax.barh(range(len(ranked)), [100 * share for share in ranked.values()], color=FIRST, height=0.6)
     ax.bar_label(bars, [f"{share:.0%}" for share in ranked.values()], fontsize=TEXT, padding=3, color=MUTED)
-    ax.set_yticks(range(len(ranked)), [shortened(name, 30) for name in ranked], fontsize=TEXT)
+    ax.set_yticks(range(len(ranked)), [shortened(name, 26) for name in ranked], fontsize=TEXT)
     ax.invert_yaxis()
     ax.set_xlim(0, 115)
     ax.set_xticks(range(0, 101, 25))

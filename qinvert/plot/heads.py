@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def head_errors(heads: Mapping[str, Sequence[HeadErrors]], *, ax: Axes | None = None) -> Axes:
-    """Sqnr of T by layer and head; hatched cells are heads without a share of their layer's signal.
+def head_errors(
+    heads: Mapping[str, Sequence[HeadErrors]], what: str = "T", *, ax: Axes | None = None
+) -> Axes:
+    """Sqnr by layer and head; hatched cells are heads without a share of their layer's signal.
 
     Parameters
     ----------
     heads : mapping
         By layer; see `qinvert.LayerReport.heads`.
+    what : str
+        What the sqnr is of: T, or the output of a chunk step.
     ax : Axes, optional
 
     Returns
@@ -37,12 +41,12 @@ def head_errors(heads: Mapping[str, Sequence[HeadErrors]], *, ax: Axes | None = 
     for row, each in enumerate(heads.values()):
         for head in each:
             _cell(ax, row, head, (low + high) / 2, written=number <= 16)
-    ax.set_yticks(range(len(heads)), [shortened(name, 30) for name in heads], fontsize=TEXT)
+    ax.set_yticks(range(len(heads)), [shortened(name, 26) for name in heads], fontsize=TEXT)
     step = max(1, number // 16)
     ax.set_xticks(range(0, number, step))
     ax.set_xlabel("head")
     bar = ax.figure.colorbar(image, ax=ax, location="bottom", aspect=40, pad=0.02)
-    bar.set_label("sqnr of T, dB", color=INK, fontsize=TEXT)
+    bar.set_label(f"sqnr of {what}, dB", color=INK, fontsize=TEXT)
     bar.ax.tick_params(colors=INK, labelsize=TEXT)
     bar.outline.set_visible(False)
     return ax

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qinvert.plan.plan import LayerPlan
-from qinvert.plot.canvas import BAD, FIRST, INK, MUTED, SCALE, SECOND, TEXT, THIRD, axes
+from qinvert.plot.canvas import BAD, FIRST, INK, MUTED, SCALE, SECOND, TEXT, THIRD, axes, shortened
 from qinvert.program.printing import step_formula
 
 if TYPE_CHECKING:
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
 LINE: Final = 0.215
 ENDS: Final = 0.75
 #: Width of the drawing, inches, and what one unit of its x axis is.
-WIDTH: Final = 6.6
+WIDTH: Final = 7.8
 #: Where arcs end, where marks, names, formulas and grids begin, and the right end.
 ARCS: Final = 0.0
 MARKS: Final = 0.012
 NAMES: Final = 0.03
-FORMULAS: Final = 0.17
-GRIDS: Final = 0.56
-END: Final = 0.84
+FORMULAS: Final = 0.24
+GRIDS: Final = 0.69
+END: Final = 0.9
 #: Radius of the longest arc.
 RADIUS: Final = 0.15
+#: Right end of the last texts.
+RIGHT: Final = 1.05
 #: Longest name and formula that are written.
-NAME: Final = 15
+NAME: Final = 20
 FORMULA: Final = 43
 #: What a proof says of a tensor, with the colour of its mark where nothing was measured.
 PROVED: Final = {
@@ -68,10 +70,15 @@ def program(plan: LayerPlan, errors: Mapping[str, float] | None = None, *, ax: A
     ax.scatter([MARKS] * len(rows), list(places.values()), c=colours, s=34, marker="s", zorder=3)
     for name, (formula, grid, proved) in rows.items():
         last = proved if errors is None else _decibels(errors.get(name))
-        cells = ((NAMES, _cut(name, NAME)), (FORMULAS, _cut(formula, FORMULA)), (GRIDS, grid), (END, last))
+        cells = (
+            (NAMES, shortened(name, NAME)),
+            (FORMULAS, _cut(formula, FORMULA)),
+            (GRIDS, grid),
+            (END, last),
+        )
         for x, text in cells:
             ax.text(x, places[name], text, fontsize=TEXT - 1, color=INK, va="center", parse_math=False)
-    ax.set_xlim(-RADIUS, 1)
+    ax.set_xlim(-RADIUS, RIGHT)
     ax.set_ylim(len(rows) - 0.4, -1.5)
     ax.set_axis_off()
     return ax

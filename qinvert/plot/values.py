@@ -114,7 +114,7 @@ def error_map(errors: Any, *, ax: Axes | None = None) -> Axes:
     Axes
     """
     found = np.asarray(errors, dtype=np.float64)
-    ax = axes(ax, 4.2)
+    ax = axes(ax, 3.5)
     below = np.where(np.tri(len(found), k=-1, dtype=bool), found, np.nan)
     image = ax.imshow(below, cmap=SCALE, interpolation="nearest")
     ax.set(xlabel="column: token that acts", ylabel="row: token that is acted on")

@@ -11,7 +11,7 @@ from qinvert.profiles import find_profile
 from qinvert.report_page.evidence import Evidence
 from qinvert.report_page.figure import Figure, Section, Table, table
 from qinvert.report_page.svg import svg
-from qinvert.report_page.words import decibels, number
+from qinvert.report_page.words import decibels, number, short_title
 
 #: Matrices per call where the plan does not name a number.
 BATCH = 8
@@ -42,7 +42,7 @@ def _candidates(found: Evidence, name: str, ident: str) -> Figure:
     layer, unit = found.plan.layers[name], str(found.plan.provenance.get("cost_unit", ""))
     goal_db = found.goal_db
     weighed = verdicts(layer, goal_db, found.max_loss_db)
-    says = _words(weighed)
+    says = _words(weighed, short_title(layer))
     drawn = plot.cost_against_sqnr(layer, goal_db, max_loss_db=found.max_loss_db, unit=unit)
     rows = [
         [v.program, v.formats or "-", str(v.outcome), number(v.cost), _sqnr(v), v.reason] for v in weighed
@@ -63,23 +63,30 @@ def _sqnr(verdict: Verdict) -> str:
     return f"{decibels(verdict.sqnr_db)}{kind}"
 
 
-def _words(weighed: list[Verdict]) -> str:
+def _words(weighed: list[Verdict], chosen: str) -> str:
     counts = {outcome: sum(v.outcome is outcome for v in weighed) for outcome in Outcome}
     others = ", ".join(
-        f"{count} {_PHRASES[outcome]}" for outcome, count in counts.items() if count and outcome in _PHRASES
+        f"{count} {_PHRASES[outcome][count > 1]}"
+        for outcome, count in counts.items()
+        if count and outcome in _PHRASES
     )
-    chosen = next((v for v in weighed if v.outcome is Outcome.CHOSEN), None)
-    first = "" if chosen is None else f"{chosen.program} was chosen. "
-    return f"{first}Of {len(weighed)} candidates {others or 'it was the only one'}."
+    first = f"{chosen} was chosen. " if counts[Outcome.CHOSEN] else ""
+    return (
+        f"{first}Of {len(weighed)} candidates {others}." if others else f"{first}It was the only candidate."
+    )
 
 
+#: What one candidate does, and what several do.
 _PHRASES = {
-    Outcome.COSTLIER: "reach the goals and cost more",
-    Outcome.ALIKE: "are no better",
-    Outcome.FAR_FROM_FLOOR: "lose too much against their own grids",
-    Outcome.BELOW_GOAL: "stay below the goal",
-    Outcome.REFUSED: "are refused by the compiler",
-    Outcome.GROWS: "were passed over because their powers grow",
+    Outcome.COSTLIER: ("reaches the goals and costs more", "reach the goals and cost more"),
+    Outcome.ALIKE: ("is no better", "are no better"),
+    Outcome.FAR_FROM_FLOOR: ("loses too much against its own grids", "lose too much against their own grids"),
+    Outcome.BELOW_GOAL: ("stays below the goal", "stay below the goal"),
+    Outcome.REFUSED: ("is refused by the compiler", "are refused by the compiler"),
+    Outcome.GROWS: (
+        "was passed over because its powers grow",
+        "were passed over because their powers grow",
+    ),
 }
 
 

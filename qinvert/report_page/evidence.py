@@ -22,6 +22,7 @@ from qinvert.calibration.width_survey import WidthRow, width_survey
 from qinvert.errors import InputError
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.pretrained import opened
+from qinvert.progress import track
 from qinvert.systems import Systems
 
 Progress = Callable[[str, int], None]
@@ -161,7 +162,7 @@ def _detailed(found: Evidence, layers: Sequence[str] | None, progress: Progress 
     names = tuple(layers) if layers else _worst(found)
     tensors: dict[str, Mapping[str, float]] = {}
     widths: dict[str, Sequence[WidthRow]] = {}
-    for name in names:
+    for name in track(names, "layers in detail", len(names)):
         layer, systems = found.plan.layers[name], found.systems.get(name)
         if systems is None or not layer.program.is_inverse:
             continue

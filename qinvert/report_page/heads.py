@@ -10,13 +10,19 @@ from qinvert.calibration.heads import layer_name
 from qinvert.report_page.evidence import Evidence
 from qinvert.report_page.figure import Figure, Section, table
 from qinvert.report_page.svg import svg
-from qinvert.report_page.words import decibels
+from qinvert.report_page.words import counted, decibels
 
 
 def heads_section(found: Evidence) -> Section:
     """Sqnr, floor and share of the signal of every head."""
     heads = layer_heads(found)
     figures = (_figure(found, heads),) if heads else ()
+    hatched = (
+        ""
+        if found.of_steps
+        else " A hatched head has next to no share of its layer's signal: its T is the identity, and its "
+        "figure matters little."
+    )
     lacks = (
         "Neither the plan nor the data have heads: bare matrices count heads only with an axis of them.",
     )
@@ -24,9 +30,7 @@ def heads_section(found: Evidence) -> Section:
         ident="heads",
         title="Every layer and head",
         intro="The figure of a layer is the sum over its heads, so that one large head may hide a "
-        "small one that "
-        "is wrong. A hatched head has next to no share of its layer's signal: its T is the identity, and its "
-        "figure matters little.",
+        f"small one that is wrong.{hatched}",
         figures=figures,
         lacks=() if figures else lacks,
     )
@@ -60,7 +64,9 @@ def _figure(found: Evidence, heads: dict[str, tuple[HeadErrors, ...]]) -> Figure
     )
     silent = sum(not head.carries_signal for each in heads.values() for head in each)
     says = "" if worst is None else _worst(*worst)
-    says += f"{silent} heads have less than {CARRIES:.1%} of their layer's signal." if silent else ""
+    if silent:
+        has = "has" if silent == 1 else "have"
+        says += f"{counted(silent, 'head')} {has} less than {CARRIES:.1%} of the layer's signal."
     columns = [
         "layer, head",
         "sqnr, dB",
@@ -82,7 +88,9 @@ def _figure(found: Evidence, heads: dict[str, tuple[HeadErrors, ...]]) -> Figure
         title=f"Sqnr of {what} by layer and head",
         says=says,
         alternative=f"Map of the sqnr of {what}, layers by heads. {says}",
-        svg=svg(plot.head_errors(heads), "heads", f"Map of the sqnr of {what}, layers by heads. {says}"),
+        svg=svg(
+            plot.head_errors(heads, what), "heads", f"Map of the sqnr of {what}, layers by heads. {says}"
+        ),
         table=table(f"Heads: sqnr of {what}, floor and shares", columns, rows),
         wide=True,
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Final
+
 from qinvert import plot
-from qinvert.plot.program import step_rows
+from qinvert.plot.program import PROVED, step_rows
 from qinvert.report_page.evidence import Evidence
 from qinvert.report_page.figure import Figure, Section, table
 from qinvert.report_page.svg import svg
-from qinvert.report_page.words import decibels
+from qinvert.report_page.words import counted, decibels, short_title
 
 
 def programs_section(found: Evidence) -> Section:
@@ -29,21 +33,19 @@ def programs_section(found: Evidence) -> Section:
 def _program(found: Evidence, name: str, ident: str) -> Figure:
     layer, errors = found.plan.layers[name], found.tensors.get(name)
     steps, proof = step_rows(layer), layer.proof()
-    says = (
-        f"{len(layer.program.steps)} steps; accumulators reach at most {proof.accumulator_bound:,} "
-        "and fit int32; "
-        f"{len(proof.cannot_saturate)} of {len(steps)} tensors cannot saturate, and "
-        f"{len(proof.unproved)} rest on data alone."
-    )
+    says = f"{counted(len(layer.program.steps), 'step')}. {_ranges(steps)}"
+    if proof.accumulators:
+        says += f" Accumulators reach at most {proof.accumulator_bound:,} and fit int32."
     coloured = "Colours say how large the error of a tensor is" if errors else "Colours say what is proved"
     rows = [
         [tensor, *cells, decibels(None if errors is None else errors.get(tensor))]
         for tensor, cells in steps.items()
     ]
-    words = f"Program of {name}: {layer.program.title}. {says}"
+    title = short_title(layer)
+    words = f"Program of {name}: {title}. {says}"
     return Figure(
         ident=ident,
-        title=f"{layer.program.title} of {name}",
+        title=f"{title} of {name}",
         says=f"{says} {coloured}.",
         alternative=words,
         svg=svg(plot.program(layer, errors), ident, words),
@@ -52,3 +54,27 @@ def _program(found: Evidence, name: str, ident: str) -> Figure:
         ),
         wide=True,
     )
+
+
+def _ranges(steps: Mapping[str, tuple[str, str, str]]) -> str:
+    """``Of 19 tensors 1 cannot saturate and 18 are covered.``: what is proved of how many tensors."""
+    counts = Counter(proved for _, _, proved in steps.values())
+    parts = [f"{counts[key]} {_PHRASES[key][counts[key] > 1]}" for key in PROVED if counts[key]]
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    return f"Of {counted(len(steps), 'tensor')} {listed}."
+
+
+#: What is proved of one tensor, and of several.
+_PHRASES: Final = {
+    "cannot saturate": ("cannot saturate with any input", "cannot saturate with any input"),
+    "covered": ("has a grid that covers its proved range", "have grids that cover their proved ranges"),
+    "partial": (
+        "is partial, so that nothing depends on its ends",
+        "are partial, so that nothing depends on their ends",
+    ),
+    "may saturate": (
+        "has a grid that ends before its proved range",
+        "have grids that end before their proved ranges",
+    ),
+    "by data only": ("has a range by data alone", "have ranges by data alone"),
+}

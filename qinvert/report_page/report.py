@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any, Final
@@ -13,6 +14,7 @@ from qinvert.errors import MissingDependencyError
 from qinvert.files import check_writable, write_atomically
 from qinvert.plan.plan import Plan
 from qinvert.plot.canvas import require_matplotlib
+from qinvert.progress import track
 from qinvert.report_page.costs import costs_section
 from qinvert.report_page.errors import bits_section, path_section
 from qinvert.report_page.evidence import Evidence, Progress, gather
@@ -116,12 +118,20 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("page.html")
+
+
+def _breakable(text: str) -> Any:
+    """Return a name that may be broken at its points and strokes, and numbers that may not."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[a-z_])[./](?!\s|$)", r"\g<0><wbr>", str(escape(text)), flags=re.IGNORECASE))
 
 
 def _content(found: Evidence, plan_file: str) -> dict[str, Any]:
     verdicts = [layer_words(found, name) for name in found.plan.layers]
-    sections: list[Section] = [section(found) for section in SECTIONS]
+    sections: list[Section] = [section(found) for section in track(SECTIONS, "sections", len(SECTIONS))]
     return {
         "title": f"qinvert: {fspath(plan_file)}",
         "headline": _headline([verdict.status for verdict in verdicts]),

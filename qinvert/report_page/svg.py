@@ -31,6 +31,11 @@ SETTINGS: Final[dict[Any, Any]] = {
 }
 #: Nothing of the machine and of the day.
 METADATA: Final = {"Date": None, "Creator": None, "Format": None, "Type": None}
+#: Points of width that a phone shows; wider figures are scrolled there, and not as small as their points.
+PHONE: Final = 320.0
+WIDER: Final = 1.25
+#: Pixels for each point where there is room: texts of all figures have one size.
+LARGEST: Final = 1.6
 SVG: Final = "{http://www.w3.org/2000/svg}"
 LINK: Final = "{http://www.w3.org/1999/xlink}href"
 
@@ -58,6 +63,9 @@ def svg(ax: Axes, ident: str, alternative: str) -> str:
     root.set("aria-label", alternative)
     for name in ("width", "height"):
         root.set(name, root.get(name, "").replace("pt", ""))
+    width = float(root.get("width", "0"))
+    least = width if width <= PHONE else WIDER * width
+    root.set("style", f"min-width: {least:.0f}px; max-width: {LARGEST * width:.0f}px")
     ElementTree.register_namespace("", SVG[1:-1])
     ElementTree.register_namespace("xlink", LINK[1:-5])
     text = ElementTree.tostring(root, encoding="unicode")

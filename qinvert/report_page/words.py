@@ -6,11 +6,14 @@ import math
 import shlex
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from qinvert.plan.plan import LayerPlan
 from qinvert.report_page.evidence import Evidence
 from qinvert.strict_json import INFINITE
+
+#: Share of a tensor's values that may lie at the ends of its grid: the largest of any data do.
+TOUCHING: Final = 1e-5
 
 
 class Status(StrEnum):
@@ -48,12 +51,24 @@ def decibels(value: float | None, unit: str = "") -> str:
 
 
 def number(value: float | None) -> str:
-    """Write a number with at most three digits that count, and whole numbers up to a million in full."""
+    """Write a number with three digits that count; very large ones by powers of ten."""
     if value is None:
         return "-"
     if value == value // 1 and abs(value) < 1e9:
         return f"{int(value):,}"
-    return f"{value:.3g}"
+    return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 value``, ``2 values``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def short_title(layer: LayerPlan) -> str:
+    """Return the program's title; of a chunk step its name, and the inverse in it."""
+    program = layer.program
+    inverse = None if program.is_inverse else program.parameters.get("inverse")
+    return program.title if inverse is None else f"{program.name} with {inverse}"
 
 
 def layer_words(found: Evidence, name: str) -> LayerWords:
@@ -62,7 +77,7 @@ def layer_words(found: Evidence, name: str) -> LayerWords:
     facts, figures = layer.provenance, found.figures(name)
     judged = figures.judged_db
     remarks = [*map(str, facts.get("head_cautions", ())), *map(str, facts.get("data_cautions", ()))]
-    remarks += _saturation(found, name)
+    remarks += [*_heads_below(found, name), *_saturation(found, name)]
     if "meets_goal" not in facts:
         status = Status.UNKNOWN
     elif not facts["meets_goal"] or _below(found, figures.now_db):
@@ -85,7 +100,7 @@ def _below(found: Evidence, now_db: float | None) -> bool:
 
 
 def _program(layer: LayerPlan) -> str:
-    return f"{layer.program.title} in {layer.formats}"
+    return f"{short_title(layer)} in {layer.formats}"
 
 
 def _reaches(found: Evidence, name: str, judged: float | None) -> str:
@@ -114,20 +129,44 @@ def _against_floor(loss: float) -> str:
     return f", {loss:.1f} dB less than its grids allow"
 
 
+def _heads_below(found: Evidence, name: str) -> list[str]:
+    """Return the heads of a chunk step whose output the layer as a whole hides; plans of T know theirs."""
+    report = None if found.report is None else found.report.steps.get(name)
+    if report is None or found.goal_db is None or not report.sqnr_db >= found.goal_db:
+        return []
+    low = [(head, v) for head, v in enumerate(report.head_sqnr_o_db) if v < found.goal_db]
+    each = ", ".join(f"head {head} {decibels(value, ' dB')}" for head, value in low)
+    return [f"the outputs of single heads stay below the goal: {each}"] if low else []
+
+
 def _saturation(found: Evidence, name: str) -> list[str]:
     if found.report is None:
         return []
     report: Any = found.report.layers.get(name) or found.report.steps.get(name)
-    proof = found.plan.layers[name].proof()
+    layer = found.plan.layers[name]
+    proof, calls = layer.proof(), _calls(report, layer)
     # Where a proof holds, values at the ends of a grid are no loss.
-    open_ = {n: c for n, c in report.saturations.items() if n in proof.unproved or n in proof.may_saturate}
+    open_ = {
+        tensor: count
+        for tensor, count in report.saturations.items()
+        if (tensor in proof.unproved or tensor in proof.may_saturate)
+        and count > TOUCHING * calls * math.prod(layer.program.shapes[tensor])
+    }
     if not open_:
         return []
     worst = max(open_, key=lambda tensor: open_[tensor])
     return [
-        f"{sum(open_.values()):,} values lie on the ends of their grids in {len(open_)} tensors, "
-        f"{worst} first: the data go further than those of the calibration, or touch their end"
+        f"{counted(sum(open_.values()), 'value')} in {counted(len(open_), 'tensor')}, {worst} first, "
+        "at the ends of their grids: the data go further than those of the calibration, or their grids are "
+        "narrower on purpose"
     ]
+
+
+def _calls(report: Any, layer: LayerPlan) -> int:
+    """How often the program ran for a report of `qinvert.simulate`."""
+    if layer.program.is_inverse:
+        return int(report.matrices)
+    return int(report.tokens) // layer.chunk * max(1, len(report.head_sqnr_o_db))
 
 
 def _sentence(text: str) -> str:
@@ -145,7 +184,9 @@ def next_steps(found: Evidence, plan_file: str) -> list[tuple[str, str]]:
             ("A goal is missed: plan again with what each layer asks for above.", _again(found, path))
         )
     if found.report is None:
-        steps.append(("Nothing was simulated for this page: add data.", f"qinvert report {path} --data DATA"))
+        # The task of the embedded model makes its own data.
+        source = "--model recall" if found.plan.provenance.get("source") == "recall" else "--data DATA"
+        steps.append(("Nothing was simulated for this page: add data.", f"qinvert report {path} {source}"))
     elif found.evaluation is None and not found.of_steps:
         steps.append(
             ("No model ran for this page: see what the plan does to it.",

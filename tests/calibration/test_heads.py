@@ -81,3 +81,14 @@ def test_names_that_differ_in_numbers_are_ordered_by_them():
     assert sorted(["a10b2", "a2", "a10b1", "a", "b1", "a02"], key=natural_key) == [
         "a", "a02", "a2", "a10b1", "a10b2", "b1",
     ]  # fmt: skip
+
+
+def test_an_entry_of_one_head_knows_its_number_and_its_share_of_the_layer():
+    sequences = torch.stack([loud_and_quiet(), loud_and_quiet(seed=1)])
+    plan = qinvert.calibrate({"a": sequences}, granularity="head")
+    heads = [layer.provenance["unseen"]["heads"] for layer in plan.layers.values()]
+    assert [[row["head"] for row in each] for each in heads] == [[0], [1]]
+    quiet = heads[1][0]["signal_share"]
+    assert heads[0][0]["signal_share"] == pytest.approx(1 - quiet, abs=1e-3)
+    exact = torch.tril(qinvert.exact_inverse(sequences), -1).square().sum((0, 2, 3, 4))
+    assert quiet == pytest.approx(float(exact[1] / exact.sum()), rel=0.1)

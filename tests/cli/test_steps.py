@@ -37,7 +37,7 @@ def test_calibrate_shows_formats_groups_and_decibels(planned):
     assert "int8+int16" in text
     assert "v state v_new o" in text
     assert "cost: int8 multiply-accumulates per matrix" in text
-    assert "model.layers.0.linear_attn: not v and state and v_new and o wide, channels " in text
+    assert "model.layers.0.linear_attn: passed over: v and state and v_new and o wide, channels " in text
     assert widest(text) <= 100
 
 

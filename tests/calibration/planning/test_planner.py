@@ -11,7 +11,7 @@ from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.clipping import RangeRule
 from qinvert.calibration.planning.grids import GridRules
-from qinvert.calibration.planning.planner import Candidate, Goals, choose
+from qinvert.calibration.planning.planner import Candidate, Goals, choose, growth_reason
 from qinvert.calibration.planning.scales import ScaleRule, scale_groups
 from qinvert.calibration.planning.sensitivity import measure_sensitivities
 from qinvert.calibration.planning.verdicts import Outcome, verdicts
@@ -168,6 +168,23 @@ def test_the_candidates_are_a_table_of_cost_and_sqnr():
     grown = [v for v in verdicts(layer) if v.outcome is Outcome.GROWS]
     assert grown
     assert all(v.reason.startswith("Its powers outgrow the inverse ") for v in grown)
+
+
+def test_reasons_say_nothing_of_lost_bits_where_next_to_none_is_lost():
+    assert "2.0 of 8 bits are lost" in growth_reason(4.0, INT8)
+    assert not any(digit in growth_reason(1.01, INT8) for digit in "0123456789")
+    # More bits than a format has cannot be lost.
+    assert "4.0 of 4 bits are lost" in growth_reason(math.inf, INT4)
+
+
+def test_every_candidate_that_was_passed_over_has_a_reason_in_words():
+    lower = stress_matrices("half_random", 16, 32)
+    missed = qinvert.calibrate(lower, bits=8, min_sqnr_db=60).layer().provenance["rejected"]
+    assert any("dB to the goal of 60 dB; predicted sqnr" in reason for reason in missed)
+    near = qinvert.calibrate(lower, bits=8, max_loss_db=0.2).layer().provenance["rejected"]
+    assert any("below what its grids allow, and 0.2 dB are accepted" in reason for reason in near)
+    words = ("powers outgrow the inverse", "it lacks", "it stays", "it is no better")
+    assert all(any(each in reason for each in words) for reason in (*missed, *near))
 
 
 def test_a_method_name_leaves_its_arguments_to_the_planner():
