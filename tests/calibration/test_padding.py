@@ -8,6 +8,7 @@ from qinvert import recall
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.observation.checkpoint import load
 from qinvert.calibration.observation.one_pass import observe
+from qinvert.errors import InputError
 from qinvert.stress import stress_matrices
 
 CHUNKS = 32
@@ -79,3 +80,18 @@ def test_a_model_is_planned_for_its_real_tokens(side):
     worst = qinvert.simulate(plan, model, tokens).worst_sqnr_db
     expected = qinvert.simulate(qinvert.calibrate(model, tokens), model, tokens).worst_sqnr_db
     assert worst > expected - 1
+
+
+def test_whole_steps_are_planned_for_real_tokens():
+    pytest.importorskip("transformers")
+    model, tokens = recall.load_model(), recall.sequences(4)[:, :128]
+    ids, mask = torch.zeros(2, 4, 2048, dtype=torch.int64)
+    ids[:, -128:], mask[:, -128:] = tokens, 1
+    padding = {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)}
+    expected = qinvert.calibrate(model, tokens, scope="chunk")
+    for data in ([{"input_ids": ids, "attention_mask": mask}], [padding, tokens]):
+        plan = qinvert.calibrate(model, data, scope="chunk")
+        for name, layer in plan.layers.items():
+            assert layer.tensors == expected.layers[name].tensors
+    with pytest.raises(InputError, match="hold no token"):
+        qinvert.calibrate(model, [padding], scope="chunk")
