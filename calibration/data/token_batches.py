@@ -202,7 +202,7 @@ class _Reading:
                 left = None if left is None else left - count
                 continue
             # No further batch is asked for, because the stream may be endless.
-            yield {name: first_sequences(value, count, left) for name, value in batch.items()}
+            yield of_sequences(batch, range(left))
             return
 
     def _cut(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -218,10 +218,15 @@ class _Reading:
         return tokens[:, : whole * length].reshape(-1, length)
 
 
-def first_sequences(value: Any, count: int, kept: int) -> Any:
-    """Return the entries of the first ``kept`` sequences, if the value has one entry per sequence."""
-    per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
-    return value[:kept] if per_sequence else value
+def of_sequences(batch: Mapping[str, Any], chosen: Iterable[int]) -> dict[str, Any]:
+    """Return the batch of some sequences: of every value with one entry per sequence, theirs."""
+    count, rows = len(batch["input_ids"]), list(chosen)
+
+    def taken(value: Any) -> Any:
+        per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
+        return value[rows] if per_sequence else value
+
+    return {name: taken(value) for name, value in batch.items()}
 
 
 def holds_tokens(data: str) -> bool:
