@@ -23,6 +23,7 @@ from qinvert.calibration.data.rows import (
     others,
     padded,
     plain,
+    refuse_columns,
     table_rows,
     without_tables,
 )
@@ -259,13 +260,14 @@ def _beside(fields: Mapping[str, Any], tokens: torch.Tensor, has: str) -> dict[s
         field = fields.get(name)
         if field is None or getattr(field, "ndim", 2) > tokens.ndim:
             continue
-        try:
-            found[name] = _stacked(field).reshape(tokens.shape)
-        except (TypeError, ValueError, RuntimeError) as error:
+        tensor = field if isinstance(field, torch.Tensor) else _numbers(name, field)
+        # One row of a data set has no axis of sequences; any other shape means another order.
+        if tensor.shape not in (tokens.shape, tokens.shape[1:] if len(tokens) == 1 else tokens.shape):
             raise InputError(
-                f"{has} {name} that does not fit input_ids of shape {list(tokens.shape)} ({reason(error)}); "
-                "pass one number for each token"
-            ) from None
+                f"{has} {name} that does not fit input_ids of shape {list(tokens.shape)}: its shape is "
+                f"{list(tensor.shape)}; pass one number for each token"
+            )
+        found[name] = tensor.reshape(tokens.shape)
     return found
 
 
@@ -277,22 +279,16 @@ def attended(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
-def _stacked(item: Any) -> torch.Tensor:
-    if isinstance(item, list | tuple) and any(isinstance(part, torch.Tensor) for part in item):
-        sizes = ", ".join(dict.fromkeys(str(list(getattr(part, "shape", ()))) for part in item))
-        raise InputError(
-            f"token ids are a {type(item).__name__} of {len(item)} tensors {sizes}, of which nobody can tell "
-            "whether they are sequences or, as the default collate_fn of a DataLoader gives them, columns; "
-            "pass one tensor [count, length] (torch.stack of rows, or rows as tensors in the dataset)"
-        )
-    return item if isinstance(item, torch.Tensor) else as_tensor(item)
+def _numbers(name: str, item: Any) -> torch.Tensor:
+    try:
+        return as_tensor(item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} are no array of numbers ({reason(error)}); pass [count, length]") from None
 
 
 def _token_ids(item: Any) -> torch.Tensor:
-    try:
-        tokens = _stacked(item)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"token ids are not an integer array ({error}); pass [count, length]") from None
+    refuse_columns("token ids are", item)
+    tokens = item if isinstance(item, torch.Tensor) else _numbers("token ids", item)
     tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or not is_integer(tokens) or tokens.numel() == 0:
         raise InputError(

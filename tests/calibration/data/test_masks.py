@@ -75,12 +75,27 @@ def collated(rows):
         collated([{"input_ids": row, "attention_mask": row} for row in IDS.tolist()]),
         collated(IDS.tolist()),
         [tuple(torch.from_numpy(IDS[:2]))],
+        [tuple(torch.from_numpy(IDS[:2, :2]))],
         [{"input_ids": list(torch.from_numpy(IDS[:2]))}],
+        # The ids come as rows, what lies beside them as columns; as many rows as tokens, or another number.
+        *(
+            collated([{"input_ids": row, name: row.tolist()} for row in torch.from_numpy(IDS[:, :length])])
+            for name in ("attention_mask", "labels", "position_ids")
+            for length in (2, 5)
+        ),
     ],
 )
 def test_lists_of_tensors_are_refused_as_sequences_or_columns(data):
     with pytest.raises(InputError, match=r"tensors \[\d\], of which nobody .* collate_fn .* pass one tensor"):
         list(token_batches(data))
+
+
+def test_only_the_shape_of_the_ids_is_theirs():
+    for other in (MASK.T, MASK.reshape(2, 10), MASK[0]):
+        with pytest.raises(InputError, match=r"attention_mask that does not fit input_ids of shape \[4, 5\]"):
+            list(token_batches([{"input_ids": IDS, "attention_mask": other}]))
+    (batch,) = token_batches([{"input_ids": IDS[0], "attention_mask": MASK[0]}])
+    assert batch["attention_mask"].tolist() == [MASK[0].tolist()]
 
 
 def test_rows_that_are_tensors_are_collated_by_rows():
