@@ -8,13 +8,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from qinvert.calibration.data.documents import MASK
+from qinvert.calibration.data.documents import LABELS, MASK
 from qinvert.errors import InputError
 
 #: Fields that are arguments of a model, whatever is in them: a text there is a fault, and no column.
-ARGUMENTS: Final = (MASK, "labels", "position_ids")
+ARGUMENTS: Final = (MASK, LABELS, "position_ids")
 #: What stands in a field where a shorter sequence has ended; 0 in all others.
-FILLERS: Final = {"labels": -100}
+FILLERS: Final = {LABELS: -100}
 
 
 def is_table(value: Any) -> bool:

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from qinvert.calibration.data.arrays import read_all, read_arrays
-from qinvert.calibration.data.documents import MASK, Document, dataset_documents, file_documents, row_document
+from qinvert.calibration.data.documents import (
+    LABELS,
+    MASK,
+    Document,
+    dataset_documents,
+    file_documents,
+    row_document,
+)
 from qinvert.calibration.data.packing import draw, packed
 from qinvert.calibration.data.rows import (
     as_tensor,
@@ -41,7 +48,7 @@ FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
 #: Longest name of a file or data set; operating systems take no longer path.
 MAX_PATH: Final = 1024
 #: What may lie beside token ids, a number for each: which are real, and what is predicted.
-BESIDE: Final = (MASK, "labels")
+BESIDE: Final = (MASK, LABELS)
 
 Batches = Iterator[dict[str, Any]]
 
@@ -142,7 +149,12 @@ class _Reading:
         given = self._given
         length, count = given.seq_len or SEQ_LEN, given.num_samples or NUM_SAMPLES
         sequences = draw(packed(documents, self._tokenizer, length), count, given.seed)
-        return self._batched({"input_ids": _token_ids(np.stack(sequences))}) if sequences else iter(())
+        if not sequences:
+            return iter(())
+        ids, labels = np.stack(sequences, 1)
+        rows = {"input_ids": _token_ids(ids)}
+        # Labels that are the ids say nothing.
+        return self._batched(rows if np.array_equal(ids, labels) else rows | {LABELS: _token_ids(labels)})
 
     def _rows(self, fields: Mapping[str, torch.Tensor]) -> Batches:
         rows, count = {name: self._cut(field) for name, field in fields.items()}, self._given.num_samples

@@ -201,6 +201,18 @@ def test_the_loss_is_that_of_the_labels(model):
     assert result.tokens == UNSEEN[:2].numel()
 
 
+def test_the_loss_of_rows_in_a_file_is_that_of_their_labels(model, tmp_path):
+    # Sequences as long as those that rows are packed into.
+    tokens = UNSEEN[:2]
+    labels = torch.where(recall.read_positions(tokens).roll(1, 1), tokens, -100)
+    rows = zip(tokens.tolist(), labels.tolist(), strict=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": ids, "labels": wanted}) for ids, wanted in rows))
+    found = qinvert.evaluate(model, qinvert.exact_inverse, path)
+    expected = qinvert.evaluate(model, qinvert.exact_inverse, [{"input_ids": tokens, "labels": labels}])
+    assert found.loss == expected.loss
+
+
 def test_data_that_are_padding_alone_are_refused(model):
     batch = {"input_ids": UNSEEN[:2], "attention_mask": torch.zeros_like(UNSEEN[:2])}
     with pytest.raises(InputError, match="attention_mask is 0 for every token"):
