@@ -22,12 +22,15 @@ def model_digest(model: torch.nn.Module) -> str:
 
     Bits are added as integers, which has one result on every device and in
     every order, and some of them are hashed in their places.  Weights that
-    are elsewhere (meta tensors) enter without their values.
+    accelerate has put into memory or on the disk are read from there; those
+    that are nowhere (meta tensors) enter without their values.
     """
     digest = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_content(tensor.detach()))
+        kept = _offloaded(model, name) if tensor.is_meta else None
+        held = tensor if kept is None else kept
+        digest.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
+        digest.update(_content(held.detach()))
     return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 

@@ -128,12 +128,41 @@ def merged(parts: list[Observed]) -> Observed:
 
 
 def first_sequences(chunks: DeltaChunks) -> DeltaChunks:
-    """Return a copy of the first chunks of the first sequences, as many as a sample may hold."""
+    """Return a copy of the first chunks of the first sequences, as many as a sample may hold.
+
+    Padding says nothing of a plan: sequences without a key are left out, the others begin with the
+    chunk of their first key, and no chunk is kept beyond the last key of all.
+    """
     _, heads, number, size, channels = chunks.v.shape
-    kept = min(number, SAMPLE_CHUNKS)
-    count = max(1, SAMPLE_ELEMENTS // (heads * kept * size * channels))
+    filled = (chunks.k != 0).any(-1).any(-1).any(1)
+    if not bool(filled.any()):
+        filled = torch.ones_like(filled)
+    rows = filled.any(1).nonzero().squeeze(1)
+    rows = rows[: max(1, SAMPLE_ELEMENTS // (heads * min(number, SAMPLE_CHUNKS) * size * channels))]
+    first, last = _ends(filled[rows])
+    kept = min(SAMPLE_CHUNKS, int((last - first).max()) + 1)
+    first = first.clamp(max=number - kept)
+    places = first[:, None] + torch.arange(kept, device=first.device)
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        return x[:count, :, :kept].to("cpu", torch.float32, copy=True)
+        # The two indices stand apart, so that their axes come first.
+        return x[rows[:, None], :, places].movedim(2, 1).to("cpu", torch.float32, copy=True).contiguous()
 
-    return chunks.replaced(cut, chunks.state[:count].to("cpu", torch.float32, copy=True))
+    state = _decayed(chunks.state[rows], chunks.g[rows], first)
+    return chunks.replaced(cut, state.to("cpu", torch.float32, copy=True))
+
+
+def _ends(filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last filled chunk of every sequence of ``[B, N]``, each with one at least."""
+    places = torch.arange(filled.shape[1], device=filled.device)
+    return (
+        places.masked_fill(~filled, filled.shape[1]).amin(1),
+        places.masked_fill(~filled, -1).amax(1),
+    )
+
+
+def _decayed(state: torch.Tensor, g: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """State before the chunk ``first`` of every sequence; chunks without keys do nothing but decay it."""
+    before = torch.arange(g.shape[2], device=g.device) < first[:, None]
+    total = torch.einsum("bhnc...,bn->bh...", g, before.to(g.dtype))
+    return state * torch.exp(total.reshape(*state.shape[:2], -1, 1))

@@ -11,7 +11,7 @@ import torch
 from qinvert.calibration.chunk_steps.observation import ChunkObserver, Observed, merged
 from qinvert.calibration.chunk_steps.results import head_of
 from qinvert.calibration.data.processes import Shard
-from qinvert.calibration.data.token_batches import token_batches
+from qinvert.calibration.data.token_batches import attended, token_batches
 from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.patching import forward, patched_by_layer, solve_chunks
 from qinvert.delta_rule.chunks import DeltaChunks
@@ -56,7 +56,9 @@ def observe_steps(
         return solve_chunks(layer, chunks)
 
     with shard.together():
-        for batch in shard.slices(record.follow(token_batches(data, model))):
+        # Batches of padding alone are dropped before the rest is shared out: the sample comes from the first.
+        real = (batch for batch in token_batches(data, model) if bool(attended(batch).any()))
+        for batch in shard.slices(record.follow(real)):
             if batch is not None:
                 with patched_by_layer(model, see):
                     forward(model, batch)

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from qinvert.errors import InputError, MissingDependencyError, reason
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Token ids, and beside them what is to be predicted."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+
+
 #: Text, or token ids.
-Piece: TypeAlias = str | Sequence[int]
+Piece: TypeAlias = str | Sequence[int] | Labelled
 #: One document, in pieces.
 Document: TypeAlias = Iterable[Piece]
 
@@ -20,6 +30,8 @@ Document: TypeAlias = Iterable[Piece]
 COLUMNS: Final = ("text", "input_ids")
 #: Field that is 0 where token ids are padding.
 MASK: Final = "attention_mask"
+#: Field of what is to be predicted in the place of token ids.
+LABELS: Final = "labels"
 #: Characters of a text file that are held at once.
 PIECE: Final = 1 << 16
 
@@ -96,15 +108,28 @@ def row_document(row: Any, column: str | None, where: str) -> Document:
 
 
 def _attended(piece: Any, row: Mapping[str, Any], where: str) -> Any:
-    """Return token ids without padding: documents are packed, so that it is not needed."""
-    mask = row.get(MASK)
-    if isinstance(piece, str) or mask is None:
+    """Return token ids, and their labels, without padding: documents are packed, so that it is not needed."""
+    if isinstance(piece, str):
         return piece
-    if len(mask) != len(piece):
+    mask, labels = (_beside(piece, row, name, where) for name in (MASK, LABELS))
+
+    def real(values: Sequence[int]) -> Sequence[int]:
+        return values if mask is None else [x for x, kept in zip(values, mask, strict=True) if kept]
+
+    return real(piece) if labels is None else Labelled(ids=real(piece), labels=real(labels))
+
+
+def _beside(piece: Any, row: Mapping[str, Any], name: str, where: str) -> Sequence[int] | None:
+    """Return a field with a number for each token; a single number is the class of a row, and no label."""
+    field: Any = row.get(name)
+    if field is None or not hasattr(field, "__len__") or not hasattr(piece, "__len__"):
+        return None
+    if len(field) != len(piece):
         raise InputError(
-            f"{where} has {len(piece)} token ids and {len(mask)} numbers in {MASK}; pass one for each"
+            f"{where} has {len(piece)} token ids and {len(field)} numbers in {name}; pass one for each"
         )
-    return [token for token, real in zip(piece, mask, strict=True) if real]
+    found: Sequence[int] = field
+    return found
 
 
 def _or(column: str | None) -> str:

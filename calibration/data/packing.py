@@ -7,14 +7,15 @@ from operator import itemgetter
 
 import numpy as np
 
-from qinvert.calibration.data.documents import Document
+from qinvert.calibration.data.documents import Document, Labelled
 from qinvert.calibration.data.tokenizers import Ids, Tokenizer, as_ids
 
 
 def packed(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer], seq_len: int) -> Iterator[Ids]:
     """Join all documents one after the other, and cut them into sequences of ``seq_len`` tokens.
 
-    What is left at the end is dropped, unless it is all there is.
+    What is left at the end is dropped, unless it is all there is.  A sequence is ``[2, seq_len]``:
+    ids, and labels, which are the ids where a document has none.
 
     Parameters
     ----------
@@ -29,28 +30,36 @@ def packed(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer], se
     InputError
         If a document holds neither text nor token ids.
     """
-    held, empty = np.empty(0, np.int64), True
+    held, empty = np.empty((2, 0), np.int64), True
     for ids in _encoded(documents, tokenizer):
-        held = np.concatenate([held, ids])
-        whole = len(held) // seq_len * seq_len
-        for sequence in held[:whole].reshape(-1, seq_len):
+        held = np.concatenate([held, ids], 1)
+        whole = held.shape[1] // seq_len * seq_len
+        for sequence in held[:, :whole].reshape(2, -1, seq_len).swapaxes(0, 1):
             empty = False
             yield sequence
-        held = held[whole:]
-    if empty and len(held):
+        held = held[:, whole:]
+    if empty and held.size:
         yield held
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Callable[[], Tokenizer]) -> Iterator[Ids]:
     for number, document in enumerate(documents):
         for index, piece in enumerate(document):
+            if isinstance(piece, Labelled):
+                holds = f"document {number} holds"
+                yield np.stack([as_ids(piece.ids, holds), as_ids(piece.labels, f"{holds} as labels")])
+                continue
             if not isinstance(piece, str):
-                yield as_ids(piece, f"document {number} holds")
+                yield _unlabelled(as_ids(piece, f"document {number} holds"))
                 continue
             found = tokenizer()
             if number and not index:
-                yield found.separator
-            yield found.ids(piece)
+                yield _unlabelled(found.separator)
+            yield _unlabelled(found.ids(piece))
+
+
+def _unlabelled(ids: Ids) -> Ids:
+    return np.stack([ids, ids])
 
 
 def draw(sequences: Iterable[Ids], count: int, seed: int) -> list[Ids]:

@@ -8,12 +8,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from qinvert.calibration.data.documents import MASK
+from qinvert.calibration.data.documents import LABELS, MASK
+from qinvert.errors import InputError
 
 #: Fields that are arguments of a model, whatever is in them: a text there is a fault, and no column.
-ARGUMENTS: Final = (MASK, "labels", "position_ids")
+ARGUMENTS: Final = (MASK, LABELS, "position_ids")
 #: What stands in a field where a shorter sequence has ended; 0 in all others.
-FILLERS: Final = {"labels": -100}
+FILLERS: Final = {LABELS: -100}
 
 
 def is_table(value: Any) -> bool:
@@ -97,6 +98,25 @@ def _padded(rows: Sequence[Any], lengths: Sequence[int], filler: int) -> Any:
     return wide
 
 
+def refuse_columns(words: str, value: Any) -> None:
+    """Refuse a list of tensors of numbers for tokens; ``words`` begin the message.
+
+    Raises
+    ------
+    InputError
+        If a part is a tensor of two axes or fewer; those of images and caches have more.
+    """
+    if not isinstance(value, list | tuple):
+        return
+    if any(isinstance(part, torch.Tensor) and part.ndim <= 2 for part in value):
+        sizes = ", ".join(dict.fromkeys(str(list(getattr(part, "shape", ()))) for part in value))
+        raise InputError(
+            f"{words} a {type(value).__name__} of {len(value)} tensors {sizes}, of which nobody can tell "
+            "whether they are sequences or, as the default collate_fn of a DataLoader gives them, columns; "
+            "pass one tensor [count, length] (torch.stack of rows, or rows as tensors in the dataset)"
+        )
+
+
 def others(item: Mapping[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
     """Return the fields beside the ids as a model takes them.
 
@@ -117,7 +137,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _shaped(name: str, value: Any, tokens: torch.Tensor) -> Any:
-    if isinstance(value, list | np.ndarray):
+    refuse_columns(f"{name} is", value)
+    if isinstance(value, list | tuple | np.ndarray):
         try:
             value = as_tensor(value)
         except (TypeError, ValueError):

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from qinvert.calibration.data.arrays import read_all, read_arrays
-from qinvert.calibration.data.documents import MASK, Document, dataset_documents, file_documents, row_document
+from qinvert.calibration.data.documents import (
+    LABELS,
+    MASK,
+    Document,
+    dataset_documents,
+    file_documents,
+    row_document,
+)
 from qinvert.calibration.data.packing import draw, packed
 from qinvert.calibration.data.rows import (
     as_tensor,
@@ -23,6 +30,7 @@ from qinvert.calibration.data.rows import (
     others,
     padded,
     plain,
+    refuse_columns,
     table_rows,
     without_tables,
 )
@@ -40,7 +48,7 @@ FILE_SUFFIXES: Final = (*ARRAY_FILES, ".jsonl", ".txt", ".md")
 #: Longest name of a file or data set; operating systems take no longer path.
 MAX_PATH: Final = 1024
 #: What may lie beside token ids, a number for each: which are real, and what is predicted.
-BESIDE: Final = (MASK, "labels")
+BESIDE: Final = (MASK, LABELS)
 
 Batches = Iterator[dict[str, Any]]
 
@@ -145,7 +153,12 @@ class _Reading:
         given = self._given
         length, count = given.seq_len or SEQ_LEN, given.num_samples or NUM_SAMPLES
         sequences = draw(packed(documents, self._tokenizer, length), count, given.seed)
-        return self._batched({"input_ids": _token_ids(np.stack(sequences))}) if sequences else iter(())
+        if not sequences:
+            return iter(())
+        ids, labels = np.stack(sequences, 1)
+        rows = {"input_ids": _token_ids(ids)}
+        # Labels that are the ids say nothing.
+        return self._batched(rows if np.array_equal(ids, labels) else rows | {LABELS: _token_ids(labels)})
 
     def _rows(self, fields: Mapping[str, torch.Tensor]) -> Batches:
         rows, count = {name: self._cut(field) for name, field in fields.items()}, self._given.num_samples
@@ -207,7 +220,7 @@ class _Reading:
                 left = None if left is None else left - count
                 continue
             # No further batch is asked for, because the stream may be endless.
-            yield {name: first_sequences(value, count, left) for name, value in batch.items()}
+            yield of_sequences(batch, range(left))
             return
 
     def _cut(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -223,10 +236,15 @@ class _Reading:
         return tokens[:, : whole * length].reshape(-1, length)
 
 
-def first_sequences(value: Any, count: int, kept: int) -> Any:
-    """Return the entries of the first ``kept`` sequences, if the value has one entry per sequence."""
-    per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
-    return value[:kept] if per_sequence else value
+def of_sequences(batch: Mapping[str, Any], chosen: Iterable[int]) -> dict[str, Any]:
+    """Return the batch of some sequences: of every value with one entry per sequence, theirs."""
+    count, rows = len(batch["input_ids"]), list(chosen)
+
+    def taken(value: Any) -> Any:
+        per_sequence = isinstance(value, torch.Tensor | np.ndarray) and value.ndim and len(value) == count
+        return value[rows] if per_sequence else value
+
+    return {name: taken(value) for name, value in batch.items()}
 
 
 def holds_tokens(data: str) -> bool:
@@ -259,13 +277,14 @@ def _beside(fields: Mapping[str, Any], tokens: torch.Tensor, has: str) -> dict[s
         field = fields.get(name)
         if field is None or getattr(field, "ndim", 2) > tokens.ndim:
             continue
-        try:
-            found[name] = _stacked(field).reshape(tokens.shape)
-        except (TypeError, ValueError, RuntimeError) as error:
+        tensor = field if isinstance(field, torch.Tensor) else _numbers(name, field)
+        # One row of a data set has no axis of sequences; any other shape means another order.
+        if tensor.shape not in (tokens.shape, tokens.shape[1:] if len(tokens) == 1 else tokens.shape):
             raise InputError(
-                f"{has} {name} that does not fit input_ids of shape {list(tokens.shape)} ({reason(error)}); "
-                "pass one number for each token"
-            ) from None
+                f"{has} {name} that does not fit input_ids of shape {list(tokens.shape)}: its shape is "
+                f"{list(tensor.shape)}; pass one number for each token"
+            )
+        found[name] = tensor.reshape(tokens.shape)
     return found
 
 
@@ -277,22 +296,16 @@ def attended(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
-def _stacked(item: Any) -> torch.Tensor:
-    if isinstance(item, list | tuple) and any(isinstance(part, torch.Tensor) for part in item):
-        sizes = ", ".join(dict.fromkeys(str(list(getattr(part, "shape", ()))) for part in item))
-        raise InputError(
-            f"token ids are a {type(item).__name__} of {len(item)} tensors {sizes}, of which nobody can tell "
-            "whether they are sequences or, as the default collate_fn of a DataLoader gives them, columns; "
-            "pass one tensor [count, length] (torch.stack of rows, or rows as tensors in the dataset)"
-        )
-    return item if isinstance(item, torch.Tensor) else as_tensor(item)
+def _numbers(name: str, item: Any) -> torch.Tensor:
+    try:
+        return as_tensor(item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} are no array of numbers ({reason(error)}); pass [count, length]") from None
 
 
 def _token_ids(item: Any) -> torch.Tensor:
-    try:
-        tokens = _stacked(item)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"token ids are not an integer array ({error}); pass [count, length]") from None
+    refuse_columns("token ids are", item)
+    tokens = item if isinstance(item, torch.Tensor) else _numbers("token ids", item)
     tokens = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
     if tokens.ndim != 2 or not is_integer(tokens) or tokens.numel() == 0:
         raise InputError(

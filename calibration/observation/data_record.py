@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from qinvert.calibration.data.token_batches import attended, first_sequences
+from qinvert.calibration.data.token_batches import attended, of_sequences
 from qinvert.errors import InputError
 
 #: Data of fewer different tokens repeats one key in every place.
@@ -27,6 +27,7 @@ class DataRecord:
         self._kept = kept
         self.tokens = 0
         self._longest = 0
+        self._holds_tokens = False
         self._different: set[int] = set()
         self._hash = hashlib.sha256()
 
@@ -42,12 +43,13 @@ class DataRecord:
         return lambda batches: passing(self.follow(batches))
 
     def _add(self, batch: Mapping[str, Any]) -> None:
-        real = attended(batch).cpu()
-        if (wanted := self._kept - self.sequences) > 0:
-            count = len(batch["input_ids"])
-            self.first.append({name: first_sequences(value, count, wanted) for name, value in batch.items()})
-        for row, kept in zip(batch["input_ids"].cpu(), real, strict=True):
-            ids = row[kept]
+        self._holds_tokens, real = True, attended(batch).cpu()
+        # A sequence of padding alone is none.
+        rows = real.any(1).nonzero().squeeze(1).tolist()
+        if rows and (wanted := self._kept - self.sequences) > 0:
+            self.first.append(of_sequences(batch, rows[:wanted]))
+        for row in rows:
+            ids = batch["input_ids"][row].cpu()[real[row]]
             self.sequences += 1
             self.tokens += len(ids)
             self._longest = max(self._longest, len(ids))
@@ -63,7 +65,7 @@ class DataRecord:
         InputError
             If no sequence fills a chunk, or nearly all tokens are the same.
         """
-        if not self.sequences:
+        if not self._holds_tokens:
             return
         if self._longest < chunk:
             raise InputError(

@@ -103,7 +103,8 @@ class LayerPlan(QuantizedProgram):
         beta : tensor or array, shape ``(B, H, T)``
             Between 0 and the largest beta that the plan was made for.
         state : tensor or array, optional, shape ``(B, H, Dk, Dv)``
-            What the call before returned; zeros by default.
+            What the call before returned; zeros by default.  Its integers go on as they are, but for
+            two planes (int8x2), which one more rounding moves by a step in one value of a thousand.
         valid : tensor or array, optional, shape ``(B, T)``
             1 for tokens, 0 for padding, which changes no state.
         normalize : bool

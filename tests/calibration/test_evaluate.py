@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -200,16 +201,40 @@ def test_the_loss_is_that_of_the_labels(model):
     assert result.tokens == UNSEEN[:2].numel()
 
 
+def test_the_loss_of_rows_in_a_file_is_that_of_their_labels(model, tmp_path):
+    # Sequences as long as those that rows are packed into.
+    tokens = UNSEEN[:2]
+    labels = torch.where(recall.read_positions(tokens).roll(1, 1), tokens, -100)
+    rows = zip(tokens.tolist(), labels.tolist(), strict=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": ids, "labels": wanted}) for ids, wanted in rows))
+    found = qinvert.evaluate(model, qinvert.exact_inverse, path)
+    expected = qinvert.evaluate(model, qinvert.exact_inverse, [{"input_ids": tokens, "labels": labels}])
+    assert found.loss == expected.loss
+
+
 def test_data_that_are_padding_alone_are_refused(model):
     batch = {"input_ids": UNSEEN[:2], "attention_mask": torch.zeros_like(UNSEEN[:2])}
     with pytest.raises(InputError, match="attention_mask is 0 for every token"):
         qinvert.evaluate(model, qinvert.exact_inverse, [batch])
 
 
-def test_a_file_with_a_mask_plans_for_real_tokens(model, tmp_path):
-    tokens = recall.sequences(8)
-    np.savez(tmp_path / "t.npz", **{name: x.numpy() for name, x in padded(tokens, "left").items()})
-    from_file = qinvert.calibrate(model, tmp_path / "t.npz", method="block_merge", bits=8)
-    found = qinvert.simulate(from_file, model, tokens).worst_sqnr_db
-    expected = qinvert.calibrate(model, tokens, method="block_merge", bits=8)
-    assert found > qinvert.simulate(expected, model, tokens).worst_sqnr_db - 0.5
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "jsonl"])
+def test_a_file_with_a_mask_plans_for_real_tokens(model, kind, tmp_path):
+    tokens, path, options = recall.sequences(8), tmp_path / f"t.{kind}", {"method": "block_merge", "bits": 8}
+    # A whole number of chunks, so that the chunks of the real tokens are the same.
+    fields = padded(tokens, "left")
+    if kind == "npz":
+        np.savez(path, **{name: x.numpy() for name, x in fields.items()})
+    elif kind == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(fields, path)
+    else:
+        rows = (
+            dict(zip(fields, row, strict=True))
+            for row in zip(*(x.tolist() for x in fields.values()), strict=True)
+        )
+        path.write_text("\n".join(map(json.dumps, rows)))
+    assert qinvert.calibrate(model, path, **options) == qinvert.calibrate(model, tokens, **options)
+    found, expected = (qinvert.evaluate(model, no_inverse, data) for data in (path, tokens))
+    assert found.tokens == expected.tokens
+    assert found.kl == pytest.approx(expected.kl, rel=1e-3)

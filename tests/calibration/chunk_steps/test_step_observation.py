@@ -97,6 +97,43 @@ def test_the_sample_is_the_start_of_the_first_pass():
     assert bool(sample.v.any())
 
 
+def between_padding(chunks, before, after):
+    """The same chunks with chunks of nothing around every sequence, as masked tokens give them."""
+
+    def wider(x):
+        blocks = [x.new_zeros(*x.shape[:2], count, *x.shape[3:]) for count in (before, after)]
+        return torch.cat([blocks[0], x, blocks[1]], 2)
+
+    return chunks.replaced(wider, chunks.state)
+
+
+@pytest.mark.parametrize("channel", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(SAMPLE_CHUNKS + 1, 0), (0, SAMPLE_CHUNKS), (3, 30), (1, 0)])
+def test_padding_takes_no_place_in_the_sample(before, after, channel):
+    chunks = random_chunks(8, channel=channel)
+    sample = first_sequences(between_padding(chunks, before, after))
+    for name in ("q", "k", "v", "g", "beta", "state"):
+        assert torch.equal(getattr(sample, name), getattr(chunks, name)), name
+
+
+def test_sequences_of_different_lengths_begin_with_their_own_first_token():
+    chunks = random_chunks(9, batch=3, number=6)
+    # One has all chunks, the second is padding alone, and the third begins with its fifth chunk.
+    for x in (chunks.q, chunks.k, chunks.v):
+        x[1], x[2, :, :4] = 0, 0
+    state = torch.randn(chunks.state.shape, generator=torch.Generator().manual_seed(0))
+    sample = first_sequences(chunks.replaced(lambda x: x, state))
+    assert torch.equal(sample.v, chunks.v[[0, 2]])
+    assert torch.equal(sample.state, state[[0, 2]])
+    alone = first_sequences(chunks.replaced(lambda x: x[2:], state[2:]))
+    assert torch.equal(alone.v, chunks.v[2:, :, 4:])
+    # Its state has gone through four chunks that hold nothing.
+    chunks = chunks.replaced(lambda x: x[2:], state[2:])
+    assert torch.allclose(alone.state, chunks.states(SolvedInverse(chunks.lower))[:, :, 4], atol=1e-6)
+    empty = chunks.replaced(torch.zeros_like, chunks.state)
+    assert first_sequences(empty).v.shape == chunks.v.shape
+
+
 def test_a_sample_holds_one_sequence_at_least(monkeypatch):
     monkeypatch.setattr("qinvert.calibration.chunk_steps.observation.SAMPLE_ELEMENTS", 1)
     assert first_sequences(random_chunks(0)).v.shape[0] == 1

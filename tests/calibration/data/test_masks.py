@@ -38,6 +38,29 @@ def test_files_give_their_masks_and_labels(kind, tmp_path):
     assert cut["attention_mask"].tolist() == MASK[:, :4].reshape(-1, 2).tolist()
 
 
+def test_labels_of_rows_are_packed_with_their_ids(tmp_path):
+    path, labels = tmp_path / "rows.jsonl", np.where(IDS % 3 == 0, -100, IDS)
+    every = [
+        {"input_ids": ids.tolist(), "labels": wanted.tolist()}
+        for ids, wanted in zip(IDS, labels, strict=True)
+    ]
+    every[1] |= {"attention_mask": MASK[1].tolist()}
+    del every[2]["labels"]
+    path.write_text("\n".join(map(json.dumps, every)))
+    (batch,) = token_batches(qinvert.TokenData(data=path, seq_len=19))
+    kept = np.array([True] * 5 + [False] + [True] * 14)
+    assert batch["input_ids"].tolist() == [IDS.flatten()[kept].tolist()]
+    expected = np.concatenate([labels[0], labels[1], IDS[2], labels[3]])[kept]
+    assert batch["labels"].tolist() == [expected.tolist()]
+    # A class of a row is no label of a token; without labels there are none.
+    path.write_text("\n".join(json.dumps({"input_ids": row["input_ids"], "labels": 1}) for row in every))
+    (batch,) = token_batches(qinvert.TokenData(data=path, seq_len=20))
+    assert set(batch) == {"input_ids"}
+    path.write_text('{"input_ids": [1, 2], "labels": [1]}')
+    with pytest.raises(InputError, match="line 1 has 2 token ids and 1 numbers in labels"):
+        list(token_batches(path))
+
+
 def test_padding_of_rows_is_not_packed(tmp_path):
     rows = [
         json.dumps({"input_ids": ids, "attention_mask": mask})
@@ -75,12 +98,27 @@ def collated(rows):
         collated([{"input_ids": row, "attention_mask": row} for row in IDS.tolist()]),
         collated(IDS.tolist()),
         [tuple(torch.from_numpy(IDS[:2]))],
+        [tuple(torch.from_numpy(IDS[:2, :2]))],
         [{"input_ids": list(torch.from_numpy(IDS[:2]))}],
+        # The ids come as rows, what lies beside them as columns; as many rows as tokens, or another number.
+        *(
+            collated([{"input_ids": row, name: row.tolist()} for row in torch.from_numpy(IDS[:, :length])])
+            for name in ("attention_mask", "labels", "position_ids")
+            for length in (2, 5)
+        ),
     ],
 )
 def test_lists_of_tensors_are_refused_as_sequences_or_columns(data):
     with pytest.raises(InputError, match=r"tensors \[\d\], of which nobody .* collate_fn .* pass one tensor"):
         list(token_batches(data))
+
+
+def test_only_the_shape_of_the_ids_is_theirs():
+    for other in (MASK.T, MASK.reshape(2, 10), MASK[0]):
+        with pytest.raises(InputError, match=r"attention_mask that does not fit input_ids of shape \[4, 5\]"):
+            list(token_batches([{"input_ids": IDS, "attention_mask": other}]))
+    (batch,) = token_batches([{"input_ids": IDS[0], "attention_mask": MASK[0]}])
+    assert batch["attention_mask"].tolist() == [MASK[0].tolist()]
 
 
 def test_rows_that_are_tensors_are_collated_by_rows():

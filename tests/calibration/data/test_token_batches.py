@@ -54,7 +54,7 @@ texts_and_ids = st.lists(st.one_of(st.text(max_size=30), st.lists(st.integers(0,
 
 @given(texts_and_ids, st.integers(1, 40))
 def test_packing_loses_nothing_but_the_end(documents, length):
-    rows = [row.tolist() for row in packed([(d,) for d in documents], lambda: BYTES, length)]
+    rows = [ids.tolist() for ids, _ in packed([(d,) for d in documents], lambda: BYTES, length)]
     expected = []
     for number, document in enumerate(documents):
         if isinstance(document, str):

@@ -284,6 +284,28 @@ def test_another_model_is_refused(tmp_path, change):
     assert again.to_bytes() == expected.to_bytes()
 
 
+def offloaded(model):
+    """The model as accelerate leaves it: meta tensors, and hooks that know where the values are."""
+    for module in list(model.modules()):
+        kept = {name: x.detach() for name, x in module.named_parameters(recurse=False)}
+        kept |= dict(module.named_buffers(recurse=False))
+        module._hf_hook = SimpleNamespace(weights_map=kept)
+    return model.to("meta")
+
+
+def test_weights_that_are_elsewhere_are_compared_all_the_same():
+    def built(fill):
+        return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)).apply(
+            lambda module: [x.data.fill_(fill) for x in module.parameters()]
+        )
+
+    expected = model_digest(built(0.5))
+    assert model_digest(offloaded(built(0.5))) == expected
+    assert model_digest(offloaded(built(0.25))) != expected
+    # Without a hook nobody knows the values.
+    assert model_digest(built(0.5).to("meta")) == model_digest(built(0.25).to("meta")) != expected
+
+
 def test_a_digest_depends_on_the_bits_alone():
     model = torch.nn.Linear(300, 200).to(torch.bfloat16)
     model.register_buffer("flags", torch.tensor([True, False]))

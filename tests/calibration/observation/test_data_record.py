@@ -30,6 +30,18 @@ def test_tokens_are_counted_and_hashed_without_padding_and_batching():
     assert whole != record_of({"input_ids": ids.reshape(1, 20)}).provenance
 
 
+def test_sequences_of_padding_alone_are_none():
+    ids = torch.arange(40).reshape(4, 10)
+    mask = torch.tensor([0, 1, 0, 1])[:, None].expand(4, 10)
+    record = DataRecord(kept=3)
+    empty = {"input_ids": ids, "attention_mask": mask * 0}
+    list(record.follow([empty, {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}]))
+    assert torch.cat([batch["input_ids"] for batch in record.first]).tolist() == ids[[1, 3, 0]].tolist()
+    assert record.provenance == record_of({"input_ids": ids[[1, 3, 0, 1, 2, 3]]}).provenance
+    with pytest.raises(InputError, match="longest sequence has 0 tokens"):
+        record_of(empty).check(16)
+
+
 def test_matrices_have_no_tokens():
     record = record_of(("layer", torch.zeros(2, 16, 16)))
     assert record.provenance == {}

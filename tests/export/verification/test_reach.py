@@ -29,6 +29,7 @@ from qinvert.program.steps import (
     Transpose,
 )
 from qinvert.proof.interval_arithmetic import split
+from qinvert.stress import stress_matrices
 from qinvert.systems import Systems
 
 CHUNK = 16
@@ -66,6 +67,17 @@ def test_ties_that_a_program_amplifies_are_allowed(target, tmp_path):
     results = qinvert.verify(tmp_path / "t.onnx", plan, lower)
     assert any(result.mismatches > 1e-4 * result.values for result in results)
     assert all(result.beyond == 0 and result.max_steps <= result.allowed_steps + 0.5 for result in results)
+
+
+@pytest.mark.parametrize(("target", "differs"), [("npu-qdq-int8", False), ("npu-qdq-int16", True)])
+def test_right_exports_pass_on_matrices_of_another_kind(target, differs, tmp_path):
+    """The pair of sets on which ties made `verify` refuse a right graph."""
+    given, found = [stress_matrices(name, 128, CHUNK) for name in ("filled_blocks", "per_channel_decay")]
+    plan = qinvert.calibrate(given, target=target, bits=16 if differs else 8, min_sqnr_db=0)
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8)
+    results = qinvert.verify(tmp_path / "t.onnx", plan, found)
+    assert all(result.beyond == 0 for result in results)
+    assert any(result.mismatches for result in results) == differs
 
 
 def other_order(plan, path):
@@ -107,7 +119,7 @@ def test_another_program_of_the_same_size_is_refused(wrong, tmp_path):
 @pytest.mark.parametrize("method", ["auto", "newton_schulz", "column_sweep", "neumann_doubling"])
 @pytest.mark.parametrize("name", ["filled_blocks", "correlated_keys", "negative_eigenvalues"])
 def test_few_values_of_stress_matrices_can_differ(method, name):
-    lower = qinvert.stress.stress_matrices(name, 4, CHUNK)
+    lower = stress_matrices(name, 4, CHUNK)
     plan = qinvert.calibrate(lower, method=method, target="npu-qdq-int8", min_sqnr_db=0).layer()
     assert (reach(plan, Systems(lower=lower)) > 0).mean() < 1 / 32
 
@@ -151,7 +163,7 @@ def wide(scales, target="npu-qdq-int16", kind="random"):
     """A plan of 16 bits, and matrices that it was not calibrated on."""
     generator = torch.Generator().manual_seed(3)
     lower = torch.tril(torch.rand(24, 32, 32, generator=generator), -1)
-    lower = qinvert.stress.stress_matrices(kind, 24, 32) if kind != "random" else lower
+    lower = stress_matrices(kind, 24, 32) if kind != "random" else lower
     options = {"method": "block_merge", "bits": 16, "target": target, "min_sqnr_db": 0}
     return qinvert.calibrate(lower[:8], scales=scales, **options), lower[8:]
 
