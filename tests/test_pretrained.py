@@ -73,6 +73,22 @@ def test_unknown_options_are_refused(options):
         Loading(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"device": "cuda", "device_map": "auto"},
+            "device 'cuda' is for a whole model",
+        ),
+        ({"device": "auto", "device_map": {"": "cpu"}}, "device 'auto' is for a whole model"),
+        ({"offload_folder": "weights"}, "offload_folder is for weights that device_map='auto'"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message):
+    with pytest.raises(InputError, match=f"{message}.*leave"):
+        Loading(**options)
+
+
 def test_a_device_map_without_accelerate_says_what_to_install(monkeypatch, folder):
     monkeypatch.setattr("qinvert.pretrained.find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'qinvert\[offload\]'"):

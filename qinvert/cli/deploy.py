@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.data_options import OF_DATA, DataOptions, data_options
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.profile_option import profile_option
 from qinvert.cli.sources import check_exists, load_model, with_source
-from qinvert.errors import InputError
 from qinvert.hardware import HARDWARE
 from qinvert.plan.plan import Plan
 
@@ -82,11 +81,8 @@ def deploy(
     output = Output(as_json=as_json, quiet=quiet)
     check_exists(source)
     check_replaceable(path, MANIFEST)
-    if plan_path is not None and weights == "none" and given.data is not None:
-        raise InputError(
-            "--plan is a finished plan, which takes no --data but for --weights w8 or w4; leave one of "
-            "them out"
-        )
+    if plan_path is not None and weights == "none":
+        given.refuse(OF_DATA, "--plan is a finished plan, which takes data for --weights w8 or w4 only")
     plan = _plan(output, source, plan_path, hardware, profile, given)
     with output.progress("writing graphs"):
         manifest = write(

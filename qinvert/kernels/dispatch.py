@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 
 import torch
 
+from qinvert.checks import check_member
 from qinvert.errors import InputError
 from qinvert.execution.simulator import simulate_batched
 from qinvert.kernels import launch
@@ -144,9 +145,7 @@ def _check(
         raise InputError(f"{plan.program.title} takes beta; call plan.inverse(L, beta)")
     if cu_seqlens is not None:
         check_sequences(A, cu_seqlens)
-    if precision not in list(Precision):
-        raise InputError(f"precision {precision!r} is unknown; use {', '.join(Precision)}")
-    return Precision(precision)
+    return check_member(Precision, "precision", precision, InputError)
 
 
 def _kernel(

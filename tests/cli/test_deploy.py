@@ -93,7 +93,10 @@ def test_deploy_refuses_in_one_line(tiny, plan, tokens, tmp_path):
     assert "hexagon-v99" in refused(
         "deploy", tiny.source, "--plan", plan, "--hardware", "hexagon-v99", "-o", out
     )
-    assert "takes no --data" in refused("deploy", tiny.source, "--plan", plan, "--data", tokens, "-o", out)
+    # Without quantized weights nothing is calibrated under a finished plan.
+    for option in (("--data", tokens), ("--seq-len", 64), ("--sequences", 3), ("--seed", 1)):
+        said = refused("deploy", tiny.source, "--plan", plan, *option, "-o", out)
+        assert f"for --weights w8 or w4 only; leave out {option[0]}" in said
     assert "--data" in refused("deploy", tiny.source, "--plan", plan, "--weights", "w8", "-o", out)
     assert "cache 0" in refused("deploy", tiny.source, "--plan", plan, "--cache", 0, "-o", out)
     assert "recall" not in refused("deploy", tiny.source, "--plan", tmp_path / "none.json", "-o", out)
