@@ -19,6 +19,9 @@ from qinvert.errors import InputError, MissingDependencyError, reason
 #: Options of every ``from_pretrained``: nothing is downloaded, and no code that a folder holds is
 #: run.  Without the second one transformers asks on the terminal, and takes an answer from a pipe.
 LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
+#: How attention is computed is transformers' choice: a config.json may name a kernel of the hub, which
+#: transformers downloads and runs where the package kernels is installed.
+OWN_ATTENTION: Final = {"attn_implementation": None}
 
 
 class Device(StrEnum):
@@ -141,7 +144,7 @@ def load_pretrained(path: str | PathLike[str], loading: Loading = PLAIN) -> Any:
     transformers, arguments, place = require_transformers(), loading.arguments, loading.place
     try:
         model = _loader(transformers, folder).from_pretrained(
-            str(folder), use_safetensors=True, **arguments, **LOCAL
+            str(folder), use_safetensors=True, **arguments, **OWN_ATTENTION, **LOCAL
         )
         if loading.device_map is None:
             model = model.to(place)
