@@ -198,6 +198,22 @@ def check_replaceable(path: str | PathLike[str], marker: str) -> None:
         raise InputError(f"{target} holds other files and no {marker}; pass a new or an empty folder")
 
 
+def check_readable(path: str | PathLike[str], limit: int | None = MAX_BYTES) -> None:
+    """Refuse what a reader that takes a file as a whole must not be given.
+
+    Raises
+    ------
+    InputError
+        If it is missing, no file, such as a device, which may never end, or has more than ``limit`` bytes.
+    """
+    with _unreadable(path):
+        found = Path(path).stat()
+        _refuse_device(found.st_mode, path)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"cannot read {os.fspath(path)!r}: it is a folder or a pipe; pass a file")
+        _refuse_larger(found.st_size, path, limit)
+
+
 def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:
     """Return the content of a file or pipe of at most ``limit`` bytes.
 
@@ -206,15 +222,30 @@ def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:
     InputError
         If it is missing, unreadable, a device, which may never end, or larger.
     """
-    try:
-        with Path(path).open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-                raise InputError(f"cannot read {os.fspath(path)!r}: it is a device; pass a file")
-            content = b"".join(_pieces(file, limit))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {os.fspath(path)!r}: {reason}; check the path") from None
-    if len(content) > limit:
-        raise InputError(f"cannot read {os.fspath(path)!r}: it has more than {limit:,} bytes; check the path")
+    with _unreadable(path), Path(path).open("rb") as file:
+        _refuse_device(os.fstat(file.fileno()).st_mode, path)
+        content = b"".join(_pieces(file, limit))
+        _refuse_larger(len(content), path, limit)
     return content
+
+
+def _refuse_device(mode: int, path: str | PathLike[str]) -> None:
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"cannot read {os.fspath(path)!r}: it is a device; pass a file")
+
+
+def _refuse_larger(size: int, path: str | PathLike[str], limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise InputError(f"cannot read {os.fspath(path)!r}: it has more than {limit:,} bytes; check the path")
+
+
+@contextmanager
+def _unreadable(path: str | PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        # It is a ValueError, and says what is to be said.
+        raise
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {os.fspath(path)!r}: {said}; check the path") from None

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from qinvert.errors import ExportError, reason
 from qinvert.export.light_models import large_constants, stub, without_large_constants
 from qinvert.export.reading import check_calls, check_model, check_texts, tensors, within
+from qinvert.files import check_readable
 
 #: Long name of ONNX's own domain, whose short name is empty.
 STANDARD: Final = "ai.onnx"
@@ -132,7 +133,10 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
     ------
     ExportError
         If it is not an ONNX model, or its weights are missing.
+    InputError
+        If it is missing, a device, or larger than a model can be.
     """
+    check_readable(path)
     try:
         model = onnx.load(os.fspath(path))
     except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
@@ -146,6 +150,7 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
 
 def weight_files(path: str | PathLike[str]) -> set[str]:
     """Return the files that hold weights of a model, which is not read as a whole."""
+    check_readable(path)
     try:
         model = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:  # as above
