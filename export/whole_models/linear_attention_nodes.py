@@ -150,7 +150,6 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
 
 def weight_files(path: str | PathLike[str]) -> set[str]:
     """Return the files that hold weights of a model, which is not read as a whole."""
-    check_readable(path)
     try:
         model = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:  # as above
