@@ -74,6 +74,24 @@ def check_writable(path: str | PathLike[str]) -> None:
             _temporary(target, b"", undo)
 
 
+def check_target(path: str | PathLike[str]) -> None:
+    """Refuse a path that a model cannot be written to, before the work starts.
+
+    A model names the file of its weights, so that its own name must be text.
+
+    Raises
+    ------
+    InputError
+        If the path cannot be written, or its name is not UTF-8.
+    """
+    check_writable(path)
+    name = os.fsencode(Path(path).name)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"the file name {name!r} is not UTF-8 text; choose another name") from None
+
+
 def check_folder(path: str | PathLike[str]) -> None:
     """Refuse a folder that cannot be created or written, before the work starts; nothing is left there.
 

@@ -93,3 +93,31 @@ def test_a_device_map_without_accelerate_says_what_to_install(monkeypatch, folde
     monkeypatch.setattr("qinvert.pretrained.find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'qinvert\[offload\]'"):
         load_pretrained(folder, Loading(device_map="auto"))
+
+
+class ReachedError(Exception):
+    """The model was opened, and the work begins."""
+
+
+def test_a_folder_is_taken_where_a_model_is(folder, tmp_path, monkeypatch):
+    model = load_pretrained(folder)
+    tokens = torch.randint(0, tiny_models.VOCABULARY, (2, 128), generator=torch.Generator().manual_seed(0))
+    plan = qinvert.calibrate(str(folder), tokens, method="block_merge", bits=8)
+    assert plan.to_bytes() == qinvert.calibrate(model, tokens, method="block_merge", bits=8).to_bytes()
+    assert qinvert.simulate(plan, folder, tokens).to_dict() == qinvert.simulate(plan, model, tokens).to_dict()
+    ((_, found),) = qinvert.capture(folder, tokens)
+    ((_, expected),) = qinvert.capture(model, tokens)
+    assert torch.equal(found, expected)
+    evaluations = [qinvert.evaluate(given, plan, tokens).to_dict() for given in (str(folder), model)]
+    assert evaluations[0] == evaluations[1]
+
+    def reached(*_, **__):
+        raise ReachedError
+
+    monkeypatch.setattr("qinvert.export.whole_models.export_model.trace", reached)
+    monkeypatch.setattr("qinvert.export.deployment.deploy.build_graphs", reached)
+    with pytest.raises(ReachedError):
+        qinvert.export_model(str(folder), plan, tokens, tmp_path / "m.onnx")
+    step = qinvert.calibrate(folder, tokens, scope="chunk", min_sqnr_db=0)
+    with pytest.raises(ReachedError):
+        qinvert.deploy(folder, step, tmp_path / "out")

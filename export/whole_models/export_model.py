@@ -26,8 +26,9 @@ from qinvert.export.graph import check as check_model
 from qinvert.export.open_shapes import check_file
 from qinvert.export.whole_models.check import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.whole_models.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
-from qinvert.files import check_writable, make_folder, refusals, write_atomically
+from qinvert.files import check_target, make_folder, refusals, write_atomically
 from qinvert.plan.plan import Plan
+from qinvert.pretrained import opened
 from qinvert.temporaries import GRACE, scratch_folder, temporary_folder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ EXPERTS: Final = "batched_mm"
 
 
 def export_model(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     plan: Plan,
     example: Any,
     path: str | PathLike[str],
@@ -71,8 +72,8 @@ def export_model(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        A float32 Hugging Face model with delta-rule layers.
+    model : torch.nn.Module or path
+        A float32 Hugging Face model with delta-rule layers, or its folder.
     plan : Plan
         Plan of this model.
     example
@@ -125,12 +126,13 @@ def export_model(
     """
     require_onnx_ir()
     chosen = profile_for(plan, profile)
+    check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
+    check_target(path)
+    model = opened(model)
     if isinstance(model, torch.nn.Module):
         check_float32(model)
     by_layer(model, plan)
     check_identity(plan, model, force)
-    check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
-    check_target(path)
     given = inputs = _inputs(model, example)
     shapes = None
     if dynamic:
@@ -146,24 +148,6 @@ def export_model(
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
-
-
-def check_target(path: str | PathLike[str]) -> None:
-    """Refuse a path that a model cannot be written to, before the work starts.
-
-    A model names the file of its weights, so that its own name must be text.
-
-    Raises
-    ------
-    InputError
-        If the path cannot be written, or its name is not UTF-8.
-    """
-    check_writable(path)
-    name = os.fsencode(Path(path).name)
-    try:
-        name.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"the file name {name!r} is not UTF-8 text; choose another name") from None
 
 
 def check_float32(model: torch.nn.Module) -> None:

@@ -75,6 +75,9 @@ def test_deploy_writes_what_the_library_writes(tiny, plan, tmp_path):
     assert "prefill.onnx" in result.output
     for path in tiny.folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert f"wrote {tmp_path / 'out'}: 6 states" in result.output
+    again = run("deploy", tiny.source, "--plan", plan, "--cache", CACHE, "-o", tmp_path / "out")
+    assert f"replaced {tmp_path / 'out'}: 6 states" in again.output
 
 
 @pytest.mark.usefixtures("traced")
