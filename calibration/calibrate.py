@@ -11,7 +11,7 @@ from qinvert.calibration.choices import MIN_SQNR_DB, Granularity
 from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, step_calibration
 from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
 from qinvert.calibration.data.token_data import with_options
-from qinvert.calibration.grid_options import GridOptions, grid_options, member
+from qinvert.calibration.grid_options import GridOptions, grid_options
 from qinvert.calibration.inverse_planning import InversePlanning, candidates_of
 from qinvert.calibration.model_identity import MODEL, model_identity, versions
 from qinvert.calibration.observation.data_record import DataRecord
@@ -28,7 +28,7 @@ from qinvert.calibration.output_goals import (
 from qinvert.calibration.plan_warnings import warn_beyond_reach, warn_of
 from qinvert.calibration.planning.costs import Measure, costs_for
 from qinvert.calibration.planning.extent import check_extent
-from qinvert.checks import check_seed
+from qinvert.checks import check_member, check_seed
 from qinvert.errors import PlanError
 from qinvert.plan.plan import Plan
 from qinvert.pretrained import opened
@@ -186,10 +186,10 @@ def calibrate(
         bits, scales, ranges, goal_db, loss_db, costs_for(target, hardware, bits, batch, measure)
     )
     check_seed(seed, PlanError)
-    grain = member(Granularity, "granularity", granularity)
+    grain = check_member(Granularity, "granularity", granularity, PlanError)
     given = with_options(data, num_samples, seq_len, seed)
     facts = _provenance(method, bits, grain, options, seed)
-    if member(Scope, "scope", scope) is Scope.CHUNK:
+    if check_member(Scope, "scope", scope, PlanError) is Scope.CHUNK:
         _check_chunk_options(factored, checkpoint, max_loss_db, measure)
         calibration = _step_calibration(method, bits, ranges, options, grain, chunk or ChunkOptions())
         steps, seen = calibration.run(source, given, progress, outputs)

@@ -15,7 +15,7 @@ import torch
 from qinvert.calibration.data.token_batches import token_batches
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.patching import forward, patched_by_layer
-from qinvert.checks import check_seed
+from qinvert.checks import check_member, check_seed
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError
 from qinvert.matrices import SolvedInverse
@@ -113,18 +113,11 @@ def capture_details(
         `qinvert.patched`.
     """
     loaded = opened(model)
-    wanted = frozenset(_detail(name) for name in details)
+    wanted = frozenset(check_member(Detail, "detail", name, InputError) for name in details)
     tokens = with_options(data, num_samples, seq_len, seed)
     sample = ChunkSample(share=share, seed=seed)
     for index, batch in enumerate(token_batches(tokens, loaded)):
         yield from capture_batch(loaded, batch, wanted, partial(sample.positions, index))
-
-
-def _detail(name: str) -> Detail:
-    try:
-        return Detail(name)
-    except ValueError:
-        raise InputError(f"unknown detail {name!r}; use {', '.join(Detail)}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

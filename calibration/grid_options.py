@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TypeVar
 
 from qinvert.calibration.choices import HARDWARE_LOSS_DB, MAX_LOSS_DB, RangeRule, ScaleRule, format_of
 from qinvert.calibration.planning.costs import Costs
 from qinvert.calibration.planning.grids import GridRules
 from qinvert.calibration.planning.planner import Goals
-from qinvert.checks import check_decibels
+from qinvert.checks import check_decibels, check_member
 from qinvert.errors import PlanError
 from qinvert.formats import INT4, IntFormat
 from qinvert.profiles import Profile
-
-E = TypeVar("E", bound=StrEnum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,22 +65,19 @@ def _scale_rule(scales: str, profile: Profile) -> ScaleRule:
     needed = ScaleRule.POW2 if profile.power_of_two_scales else ScaleRule.FLOAT
     if scales == "auto":
         return needed
-    if scales not in list(ScaleRule):
-        raise PlanError(f"scales {scales!r} is unknown; use {_alternatives(['auto', *ScaleRule])}")
-    if needed is ScaleRule.POW2 and scales == ScaleRule.FLOAT:
+    chosen = check_member(ScaleRule, "scales", scales, PlanError, ("auto",))
+    if needed is ScaleRule.POW2 and chosen is ScaleRule.FLOAT:
         raise PlanError(
             f"target {profile.name!r} takes power-of-two scales only, not scales={str(scales)!r}; "
             "use scales='pow2' or another target"
         )
-    return ScaleRule(scales)
+    return chosen
 
 
 def _range_rule(ranges: str, ladder: tuple[IntFormat, ...]) -> RangeRule:
     if ranges == "auto":
         return RangeRule.MSE if ladder[0] == INT4 else RangeRule.MAX
-    if ranges not in list(RangeRule):
-        raise PlanError(f"ranges {ranges!r} is unknown; use {_alternatives(['auto', *RangeRule])}")
-    return RangeRule(ranges)
+    return check_member(RangeRule, "ranges", ranges, PlanError, ("auto",))
 
 
 def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:
@@ -100,21 +92,3 @@ def _ladder(bits: int | str, profile: Profile) -> tuple[IntFormat, ...]:
             f"target {profile.name!r} takes {names}, not {fmt}; choose other bits or another target"
         )
     return (fmt,)
-
-
-def member(kind: type[E], name: str, value: str) -> E:
-    """Return a member of an enumeration by its value.
-
-    Raises
-    ------
-    PlanError
-        With all values.
-    """
-    try:
-        return kind(value)
-    except ValueError:
-        raise PlanError(f"{name} {value!r} is unknown; use {_alternatives(list(kind))}") from None
-
-
-def _alternatives(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

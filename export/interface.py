@@ -8,7 +8,7 @@ from typing import Final, cast
 
 import onnx
 
-from qinvert.checks import check_integer
+from qinvert.checks import check_integer, check_member
 from qinvert.errors import ExportError
 from qinvert.export.graph import Sizes
 from qinvert.export.options import AUTO as AUTO
@@ -60,10 +60,7 @@ class Interface:
         if self.batch is not None:
             check_integer("batch", self.batch, 1, MAX_BATCH, ExportError, "; pass the matrices per call")
         for name, kind in (("input", GraphInput), ("output", GraphOutput), ("input_type", InputType)):
-            given = getattr(self, name)
-            if not isinstance(given, str) or given not in list(kind):
-                raise ExportError(f"{name} {given!r} is unknown; use {' or '.join(kind)}")
-            object.__setattr__(self, name, kind(given))
+            object.__setattr__(self, name, check_member(kind, name, getattr(self, name), ExportError))
         if self.input is GraphInput.KEYS:
             hint = "; pass the length of a key, for example 128"
             check_integer("key_size", self.key_size, 1, MAX_KEY_SIZE, ExportError, hint)

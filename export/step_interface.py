@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Final
 
-from qinvert.checks import check_flag, check_integer
+from qinvert.checks import check_flag, check_integer, check_member
 from qinvert.chunk_step.ports import (
     BETA,
     KEY,
@@ -36,8 +36,6 @@ from qinvert.profiles import Profile
 VALID: Final = "valid"
 #: What the graph calls the state that it returns.
 STATE_OUT: Final = "state_out"
-
-E = TypeVar("E", bound=StrEnum)
 
 
 class Layout(StrEnum):
@@ -112,7 +110,7 @@ class StepInterface:
             ("input_type", InputType),
         )
         for name, kind in kinds:
-            object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
+            object.__setattr__(self, name, check_member(kind, name, getattr(self, name), ExportError))
         if self.output not in (GraphOutput.PORTS, GraphOutput.INTEGERS):
             raise ExportError(f"output {str(self.output)!r} is for inverses; use 'ports' or 'integers'")
         check_flag("normalize", self.normalize, ExportError)
@@ -316,9 +314,3 @@ class StepInterface:
             "value_channels": f"v' = (v 2^-e) R, S' = (S 2^-e) R, o = (o' R^T) 2^e, "
             f"by the {'host where ends are integers' if by_host else 'graph'}",
         }
-
-
-def _member(kind: type[E], name: str, value: object) -> E:
-    if not isinstance(value, str) or value not in list(kind):
-        raise ExportError(f"{name} {value!r} is unknown; use {' or '.join(kind)}")
-    return kind(value)

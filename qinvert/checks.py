@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from enum import StrEnum
 from numbers import Integral
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 from qinvert.errors import QInvertError
+
+E = TypeVar("E", bound=StrEnum)
 
 #: Largest goal in dB: the ratios of float64 numbers end at about 6,000 dB.
 MAX_DECIBELS = 10_000
@@ -104,3 +108,19 @@ def check_flag(name: str, value: object, error: type[QInvertError]) -> bool:
     if not isinstance(value, bool):
         raise error(f"{name} {value!r} is neither True nor False")
     return value
+
+
+def check_member(
+    kind: type[E], name: str, value: object, error: type[QInvertError], more: Sequence[str] = ()
+) -> E:
+    """Return the member of an enumeration that has this value.
+
+    Raises
+    ------
+    QInvertError
+        Of the class ``error``, with all legal values; ``more`` are those that the caller takes beside them.
+    """
+    if not isinstance(value, str) or value not in list(kind):
+        *others, last = (*more, *kind)
+        raise error(f"{name} {value!r} is unknown; use {', '.join(others)} or {last}")
+    return kind(value)

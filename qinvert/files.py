@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from qinvert.errors import InputError
-from qinvert.temporaries import exchange, temporary_file, temporary_folder
+from qinvert.temporaries import alone, exchange, temporary_file, temporary_folder
 
 #: Largest file that is read at once: that of an ONNX model, whose format ends there.
 MAX_BYTES: Final = 2**31
@@ -36,7 +36,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
     A process that is killed between two renames leaves the first files new and
     the last ones old: pass the file by which a reader tells whether the others
-    are complete as the last one.
+    are complete as the last one.  Two writers do so one after the other.
 
     Raises
     ------
@@ -46,15 +46,17 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     with ExitStack() as undo:
         temporaries: dict[Path, Path] = {}
         for path, content in contents.items():
-            # Links are followed to their targets.  Devices and pipes take the content directly.
-            target = Path(os.path.realpath(path))
-            with _refusals(target):
+            # Devices and pipes take the content directly.
+            target = _target(path)
+            with refusals(target):
                 if _is_stream(target):
                     target.write_bytes(content)
                 else:
                     temporaries[target] = _temporary(target, content, undo)
+        for folder in {target.parent for target in temporaries}:
+            undo.enter_context(alone(folder))
         for target, temporary in temporaries.items():
-            with _refusals(target):
+            with refusals(target):
                 os.replace(temporary, target)
 
 
@@ -66,10 +68,28 @@ def check_writable(path: str | PathLike[str]) -> None:
     InputError
         If the path is a folder, or its folder does not exist or cannot be written.
     """
-    target = Path(os.path.realpath(path))
-    with _refusals(target), ExitStack() as undo:
+    target = _target(path)
+    with refusals(target), ExitStack() as undo:
         if not _is_stream(target):
             _temporary(target, b"", undo)
+
+
+def check_target(path: str | PathLike[str]) -> None:
+    """Refuse a path that a model cannot be written to, before the work starts.
+
+    A model names the file of its weights, so that its own name must be text.
+
+    Raises
+    ------
+    InputError
+        If the path cannot be written, or its name is not UTF-8.
+    """
+    check_writable(path)
+    name = os.fsencode(Path(path).name)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"the file name {name!r} is not UTF-8 text; choose another name") from None
 
 
 def check_folder(path: str | PathLike[str]) -> None:
@@ -80,12 +100,20 @@ def check_folder(path: str | PathLike[str]) -> None:
     InputError
         If it is a file, or cannot be written.
     """
-    folder = Path(os.path.realpath(path))
-    parent = next(place for place in (folder, *folder.parents) if place.exists())
-    with _refusals(folder), ExitStack() as undo:
+    folder = _target(path)
+    with refusals(folder), ExitStack() as undo:
+        parent = next(place for place in (folder, *folder.parents) if place.exists())
         if not parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         _temporary(parent / "graph", b"", undo)
+
+
+def _target(path: str | PathLike[str]) -> Path:
+    """Return the place to which links lead; a path that no file can have is refused."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {os.fspath(path)!r}: {error}; choose another place") from None
 
 
 def _is_stream(target: Path) -> bool:
@@ -102,12 +130,18 @@ def _temporary(target: Path, content: bytes, undo: ExitStack) -> Path:
 
 
 @contextmanager
-def _refusals(target: Path) -> Iterator[None]:
+def refusals(target: Path) -> Iterator[None]:
+    """Say of what the system refuses inside the ``with`` block that ``target`` cannot be written.
+
+    Raises
+    ------
+    InputError
+        In the place of every OSError.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {target}: {said}; choose another place") from None
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}; choose another place") from None
 
 
 def _pieces(file: BinaryIO, limit: int) -> Iterator[bytes]:
@@ -154,14 +188,14 @@ def new_folder(path: str | PathLike[str], marker: str) -> Iterator[Path]:
     InputError
         If there is something else, or the folder cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     check_replaceable(target, marker)
     make_folder(target.parent)
-    with temporary_folder(target) as scratch:
+    with refusals(target), temporary_folder(target) as scratch:
         work = scratch / "new"
         work.mkdir()
         yield work
-        with _refusals(target):
+        with alone(target.parent):
             _take_place(work, target, scratch / "old")
 
 
@@ -192,10 +226,26 @@ def check_replaceable(path: str | PathLike[str], marker: str) -> None:
     InputError
         If it is a file, cannot be written, or holds something that was not written this way.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     check_folder(target)
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise InputError(f"{target} holds other files and no {marker}; pass a new or an empty folder")
+
+
+def check_readable(path: str | PathLike[str], limit: int | None = MAX_BYTES) -> None:
+    """Refuse what a reader that takes a file as a whole must not be given.
+
+    Raises
+    ------
+    InputError
+        If it is missing, no file, such as a device, which may never end, or has more than ``limit`` bytes.
+    """
+    with _unreadable(path):
+        found = Path(path).stat()
+        _refuse_device(found.st_mode, path)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"cannot read {os.fspath(path)!r}: it is a folder or a pipe; pass a file")
+        _refuse_larger(found.st_size, path, limit)
 
 
 def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:
@@ -206,15 +256,30 @@ def read_bytes(path: str | PathLike[str], limit: int = MAX_BYTES) -> bytes:
     InputError
         If it is missing, unreadable, a device, which may never end, or larger.
     """
-    try:
-        with Path(path).open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-                raise InputError(f"cannot read {os.fspath(path)!r}: it is a device; pass a file")
-            content = b"".join(_pieces(file, limit))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {os.fspath(path)!r}: {reason}; check the path") from None
-    if len(content) > limit:
-        raise InputError(f"cannot read {os.fspath(path)!r}: it has more than {limit:,} bytes; check the path")
+    with _unreadable(path), Path(path).open("rb") as file:
+        _refuse_device(os.fstat(file.fileno()).st_mode, path)
+        content = b"".join(_pieces(file, limit))
+        _refuse_larger(len(content), path, limit)
     return content
+
+
+def _refuse_device(mode: int, path: str | PathLike[str]) -> None:
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"cannot read {os.fspath(path)!r}: it is a device; pass a file")
+
+
+def _refuse_larger(size: int, path: str | PathLike[str], limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise InputError(f"cannot read {os.fspath(path)!r}: it has more than {limit:,} bytes; check the path")
+
+
+@contextmanager
+def _unreadable(path: str | PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        # It is a ValueError, and says what is to be said.
+        raise
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {os.fspath(path)!r}: {said}; check the path") from None

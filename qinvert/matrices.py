@@ -141,7 +141,12 @@ def like(result: torch.Tensor, given: object, *more: object) -> torch.Tensor | A
     """
     if not isinstance(given, torch.Tensor):
         return cast("Array", result.cpu().numpy())
-    trained = [x for x in (given, *more) if isinstance(x, torch.Tensor) and x.requires_grad]
+    return without_gradient(result, given, *more)
+
+
+def without_gradient(result: torch.Tensor, *given: object) -> torch.Tensor:
+    """Return ``result``, which refuses to pass a gradient back to those of ``given`` that want one."""
+    trained = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
     if trained and torch.is_grad_enabled():
         return cast("torch.Tensor", WithoutGradient.apply(result, *trained))  # type: ignore[no-untyped-call]
     return result
@@ -170,7 +175,7 @@ class WithoutGradient(torch.autograd.Function):
             Always.
         """
         raise InputError(
-            "this inverse has no gradient: train with torch.linalg.solve_triangular, or run it under "
+            "what this returns has no gradient: train with torch.linalg.solve_triangular, or run it under "
             "torch.no_grad() or on L.detach()"
         )
 

@@ -13,11 +13,15 @@ from typing import Any, Final
 
 import torch
 
+from qinvert.checks import check_member
 from qinvert.errors import InputError, MissingDependencyError, reason
 
 #: Options of every ``from_pretrained``: nothing is downloaded, and no code that a folder holds is
 #: run.  Without the second one transformers asks on the terminal, and takes an answer from a pipe.
 LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
+#: How attention is computed is transformers' choice: a config.json may name a kernel of the hub, which
+#: transformers downloads and runs where the package kernels is installed.
+OWN_ATTENTION: Final = {"attn_implementation": None}
 
 
 class Device(StrEnum):
@@ -62,10 +66,19 @@ class Loading:
 
     def __post_init__(self) -> None:
         for name, kind in (("device", Device), ("dtype", Dtype)):
-            if getattr(self, name) not in list(kind):
-                raise InputError(f"{name} {getattr(self, name)!r} is unknown; use {', '.join(kind)}")
+            check_member(kind, name, getattr(self, name), InputError)
         if isinstance(self.device_map, str) and self.device_map != "auto":
             raise InputError(f"device_map {self.device_map!r} is unknown; use auto, or leave it out")
+        if self.device_map is not None and self.device != Device.CPU:
+            raise InputError(
+                f"device {str(self.device)!r} is for a whole model, and device_map spreads its layers; leave "
+                "one of them out"
+            )
+        if self.device_map is None and self.offload_folder is not None:
+            raise InputError(
+                "offload_folder is for weights that device_map='auto' (--device-map auto) puts on the disk; "
+                "pass that, or leave offload_folder out"
+            )
 
     @property
     def place(self) -> torch.device:
@@ -131,7 +144,7 @@ def load_pretrained(path: str | PathLike[str], loading: Loading = PLAIN) -> Any:
     transformers, arguments, place = require_transformers(), loading.arguments, loading.place
     try:
         model = _loader(transformers, folder).from_pretrained(
-            str(folder), use_safetensors=True, **arguments, **LOCAL
+            str(folder), use_safetensors=True, **arguments, **OWN_ATTENTION, **LOCAL
         )
         if loading.device_map is None:
             model = model.to(place)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -77,6 +77,21 @@ def scratch_folder() -> Iterator[Path]:
         work = folder / "work"
         work.mkdir()
         yield work
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other writer renames several files of a folder, and keep others waiting.
+
+    Where the system has no such locks, writers do not wait for each other.
+    """
+    with ExitStack() as undo:
+        if fcntl is not None:
+            with suppress(OSError):
+                handle = os.open(folder, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                undo.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -20,9 +20,9 @@ from import_graph import FUNCTIONS, Package, cycles, shown, upward_imports
 #: those data with methods that run them, so that each stands above what it calls.
 ROOMS = (
     ("assets", "cautions", "documents", "html_table", "errors", "progress", "temporaries", "version"),
-    ("checks", "discovery", "files", "formats", "pretrained", "strict_json"),
-    ("numerics", "program", "recall"),
-    ("matrices", "plan"),
+    ("checks", "discovery", "files", "formats", "strict_json"),
+    ("numerics", "pretrained", "program"),
+    ("matrices", "plan", "recall"),
     ("chunk_step", "profiles", "systems"),
     ("delta_rule", "hardware"),
     ("execution",),

@@ -15,8 +15,9 @@ from inverse_programs import inverse_program
 
 import qinvert
 from qinvert.calibration.data.arrays import FREE_BYTES, read_arrays
+from qinvert.calibration.data.documents import MAX_LINE, file_documents
 from qinvert.errors import ExportError, InputError, PlanError, ProgramError
-from qinvert.files import read_bytes
+from qinvert.files import check_readable, read_bytes
 from qinvert.formats import INT8, INT16
 from qinvert.numerics.scales import float32
 from qinvert.plan.plan import LayerPlan, Plan
@@ -85,6 +86,35 @@ def test_devices_are_no_files():
             Plan.load(device)
         with cheap(), pytest.raises(InputError, match="is a device"):
             qinvert.verify(device, None, None)
+
+
+def test_readers_of_their_own_are_given_no_devices(tmp_path):
+    plan = qinvert.calibrate(stress_matrices("half_random", 4, 16), target="npu-qdq-int8")
+    # A link with a name that these readers take.
+    (tmp_path / "model.onnx").symlink_to("/dev/zero")
+    with cheap(), pytest.raises(InputError, match="is a device"):
+        qinvert.graft(tmp_path / "model.onnx", plan, tmp_path / "out.onnx")
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in (("/dev/zero", "is a device"), (tmp_path / "pipe", "is a folder or a pipe")):
+        with cheap(), pytest.raises(InputError, match=f"{said}; pass a file; delete it to start anew"):
+            qinvert.calibrate([stress_matrices("half_random", 4, 16)], checkpoint=path)
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path, tmp_path / "none"):
+        with cheap(), pytest.raises(InputError, match=r"^cannot read '[^:]*: [^:]*; (pass a file|check)"):
+            check_readable(path)
+    (tmp_path / "file").write_bytes(bytes(101))
+    check_readable(tmp_path / "file", 101)
+    check_readable(tmp_path / "file", None)
+    with pytest.raises(InputError, match="more than 100 bytes"):
+        check_readable(tmp_path / "file", 100)
+
+
+def test_a_row_without_an_end_is_not_read_as_a_whole(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "short"}\n')
+    with rows.open("ab") as file:
+        file.truncate(2**40)
+    with cheap(megabytes=6 * MAX_LINE // 2**20), pytest.raises(InputError, match="line 2 has more than 67,"):
+        list(file_documents(rows, None))
 
 
 def test_what_is_read_at_once_is_bounded_and_pipes_are_read(tmp_path):

@@ -1,4 +1,7 @@
+import ast
 import math
+from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +11,23 @@ from hypothesis import strategies as st
 from qinvert.checks import (
     MAX_SEED,
     check_decibels,
+    check_flag,
     check_integer,
     check_magnitude,
+    check_member,
     check_power_of_two,
     check_seed,
     is_float32,
 )
 from qinvert.errors import InputError, PlanError
+
+ROOT = Path(__file__).parents[1]
+
+
+class Fruit(StrEnum):
+    APPLE = "apple"
+    PEAR = "pear"
+    PLUM = "plum"
 
 
 @pytest.mark.parametrize("value", [0, 5, True, None, 2.0, "3", -(10**30)])
@@ -66,3 +79,45 @@ def test_magnitudes_are_numbers_of_at_least_0(value):
     with pytest.raises(PlanError, match=r"limit .* is not a number of at least 0; try 1"):
         check_magnitude("limit", value, PlanError, "try 1")
     assert [check_magnitude("limit", v, PlanError, "") for v in (0, 0.5, math.inf)] == [0, 0.5, math.inf]
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "no", "", np.True_, []])
+def test_flags_are_booleans(value):
+    with pytest.raises(PlanError, match=r"rotate .* is neither True nor False"):
+        check_flag("rotate", value, PlanError)
+    assert [check_flag("rotate", v, PlanError) for v in (True, False)] == [True, False]
+
+
+@pytest.mark.parametrize("value", ["APPLE", "", "peach", None, 0, ["apple"], {"apple"}, b"apple"])
+def test_what_is_no_member_is_named_with_all_that_are(value):
+    with pytest.raises(PlanError, match=r"^fruit .* is unknown; use apple, pear or plum$"):
+        check_member(Fruit, "fruit", value, PlanError)
+    with pytest.raises(InputError, match=r"use any, apple, pear or plum$"):
+        check_member(Fruit, "fruit", value, InputError, ("any",))
+
+
+def test_members_come_back_by_value_and_as_they_are():
+    for member in Fruit:
+        assert check_member(Fruit, "fruit", member, PlanError) is member
+        assert check_member(Fruit, "fruit", str(member), PlanError) is member
+
+
+def own_membership(tree):
+    """Lines that compare with all members of an enumeration instead of calling `check_member`."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        and isinstance(node.ops[0], ast.NotIn)
+        and isinstance(called := node.comparators[0], ast.Call)
+        and isinstance(called.func, ast.Name)
+        and called.func.id == "list"
+    ]
+
+
+def test_members_are_checked_in_one_place():
+    assert own_membership(ast.parse("if a not in list(Kind): raise E")) == [1]
+    assert own_membership(ast.parse("check_member(Kind, 'a', a, E)")) == []
+    files = [path for name in ("qinvert", "calibration", "export") for path in (ROOT / name).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in files if own_membership(ast.parse(path.read_text()))}
+    assert found == {"qinvert/checks.py"}

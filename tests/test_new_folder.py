@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,50 @@ def test_a_reader_sees_a_folder_at_every_moment(tmp_path):
     stop.set()
     reader.join()
     assert not missing
+
+
+@linux
+def test_two_writers_leave_the_folder_of_one(tmp_path, monkeypatch):
+    target, failed, exists_now = tmp_path / "out", [], Path.exists
+
+    def slow(path):
+        # What is there now is something else when the writer goes on.
+        found = exists_now(path)
+        if path == target:
+            time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(Path, "exists", slow)
+
+    def new(content):
+        try:
+            write(target, content)
+        except InputError as error:
+            failed.append(error)
+
+    # At first nothing is there, then a folder.
+    for _ in range(2):
+        writers = [threading.Thread(target=new, args=(content,)) for content in ("one", "two")]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert not failed
+        assert contents(target) in [{"first": c, MARKER: c} for c in ("one", "two")]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    write(tmp_path / "out", "old")
+
+    def fill():
+        with new_folder(tmp_path / "out", MARKER):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot write .*out: No space left on device; choose another"):
+        fill()
+    assert contents(tmp_path / "out") == {"first": "old", MARKER: "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 #: Calls at which a writer is killed, before or after: all that change what has a name.

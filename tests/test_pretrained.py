@@ -73,7 +73,51 @@ def test_unknown_options_are_refused(options):
         Loading(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"device": "cuda", "device_map": "auto"},
+            "device 'cuda' is for a whole model",
+        ),
+        ({"device": "auto", "device_map": {"": "cpu"}}, "device 'auto' is for a whole model"),
+        ({"offload_folder": "weights"}, "offload_folder is for weights that device_map='auto'"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message):
+    with pytest.raises(InputError, match=f"{message}.*leave"):
+        Loading(**options)
+
+
 def test_a_device_map_without_accelerate_says_what_to_install(monkeypatch, folder):
     monkeypatch.setattr("qinvert.pretrained.find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'qinvert\[offload\]'"):
         load_pretrained(folder, Loading(device_map="auto"))
+
+
+class ReachedError(Exception):
+    """The model was opened, and the work begins."""
+
+
+def test_a_folder_is_taken_where_a_model_is(folder, tmp_path, monkeypatch):
+    model = load_pretrained(folder)
+    tokens = torch.randint(0, tiny_models.VOCABULARY, (2, 128), generator=torch.Generator().manual_seed(0))
+    plan = qinvert.calibrate(str(folder), tokens, method="block_merge", bits=8)
+    assert plan.to_bytes() == qinvert.calibrate(model, tokens, method="block_merge", bits=8).to_bytes()
+    assert qinvert.simulate(plan, folder, tokens).to_dict() == qinvert.simulate(plan, model, tokens).to_dict()
+    ((_, found),) = qinvert.capture(folder, tokens)
+    ((_, expected),) = qinvert.capture(model, tokens)
+    assert torch.equal(found, expected)
+    evaluations = [qinvert.evaluate(given, plan, tokens).to_dict() for given in (str(folder), model)]
+    assert evaluations[0] == evaluations[1]
+
+    def reached(*_, **__):
+        raise ReachedError
+
+    monkeypatch.setattr("qinvert.export.whole_models.export_model.trace", reached)
+    monkeypatch.setattr("qinvert.export.deployment.deploy.build_graphs", reached)
+    with pytest.raises(ReachedError):
+        qinvert.export_model(str(folder), plan, tokens, tmp_path / "m.onnx")
+    step = qinvert.calibrate(folder, tokens, scope="chunk", min_sqnr_db=0)
+    with pytest.raises(ReachedError):
+        qinvert.deploy(folder, step, tmp_path / "out")

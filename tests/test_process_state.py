@@ -8,6 +8,7 @@ import torch
 
 import qinvert
 from qinvert.errors import InputError
+from qinvert.kernels.dispatch import solve_tril
 from qinvert.stress import STRESS, stress_matrices
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,39 @@ def floats(lower):
     return PLAN.layer().program.run(lower)
 
 
-@pytest.mark.parametrize("inverse", [integers, floats, qinvert.exact_inverse])
+def ports(program_or_plan, program, lower):
+    """By the names of the ports: M goes in, and S of T = I + S comes out."""
+    if not isinstance(lower, torch.Tensor):
+        return ports(program_or_plan, program, torch.from_numpy(lower)).numpy()
+    (value,) = program_or_plan.execute({program.inverse_ports.matrix: -lower}).values()
+    return value
+
+
+def executed_integers(lower):
+    return ports(PLAN.layer(), PLAN.layer().program, lower)
+
+
+def executed_floats(lower):
+    return ports(PLAN.layer().program, PLAN.layer().program, lower)
+
+
+def of_flash_linear_attention(lower):
+    if not isinstance(lower, torch.Tensor):
+        return of_flash_linear_attention(torch.from_numpy(lower)).numpy()
+    return solve_tril(lower.reshape(1, -1, 1, lower.shape[-1]))
+
+
+@pytest.mark.parametrize(
+    "inverse",
+    [
+        integers,
+        floats,
+        qinvert.exact_inverse,
+        executed_integers,
+        executed_floats,
+        of_flash_linear_attention,
+    ],
+)
 def test_inverses_have_no_gradient_and_say_so(inverse):
     lower = LOWER.clone().requires_grad_()
     result = inverse(lower)

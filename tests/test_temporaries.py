@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,16 @@ from click.testing import CliRunner
 
 import qinvert
 from qinvert.cli.app import cli
-from qinvert.cli.graph_folder import check_same_plan, export_all
+from qinvert.cli.graph_folder import check_same_plan, export_all, export_together
 from qinvert.errors import InputError
-from qinvert.files import check_folder, check_writable, write_atomically, write_together
+from qinvert.files import (
+    check_folder,
+    check_readable,
+    check_replaceable,
+    check_writable,
+    write_atomically,
+    write_together,
+)
 from qinvert.stress import stress_matrices
 from qinvert.temporaries import GRACE, SCRATCH, SUFFIX, scratch_folder, temporary_file, temporary_folder
 
@@ -134,6 +143,114 @@ def test_two_writers_leave_one_whole_file(tmp_path):
     assert temporaries(tmp_path) == []
 
 
+@contextmanager
+def small_disk(size):
+    """No file may have more than ``size`` bytes: a write fails in the middle, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_old_files(tmp_path):
+    old = {tmp_path / name: b"old" for name in ("a", "b")}
+    write_together(old)
+    with small_disk(2**16), pytest.raises(InputError, match=r"cannot write .*b: .*; choose another place"):
+        write_together({tmp_path / "a": b"new", tmp_path / "b": bytes(2**17)})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+#: Libraries and verbs that write, and what they write over.
+FULL = {
+    "plan": lambda plan, folder: plan.save(folder / "plan.json"),
+    "checkpoint": lambda _, folder: qinvert.calibrate(
+        [stress_matrices("half_random", 4, 16)], checkpoint=folder / "checkpoint"
+    ),
+    "export": lambda plan, folder: qinvert.export(plan, folder / "a.onnx", layer="a"),
+    "export of all layers": lambda plan, folder: export_all(plan, str(folder)),
+    "export in one file": lambda plan, folder: export_together(plan, str(folder)),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_full_disk_is_said_in_one_line_and_leaves_everything_as_it_was(kind, tmp_path):
+    plan = plan_of(1)
+    for name in ("plan.json", "a.onnx", "b.onnx", "c.onnx", "all_layers.onnx"):
+        (tmp_path / name).write_bytes(b"old")
+    with small_disk(2**10), pytest.raises(InputError, match=r"cannot write .*; choose another") as refused:
+        FULL[kind](plan, tmp_path)
+    assert str(refused.value).isprintable()
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_two_exports_into_one_folder_are_one_after_the_other(tmp_path, monkeypatch):
+    plans, replace, barrier = [plan_of(seed) for seed in (0, 1)], os.replace, threading.Barrier(2)
+
+    def together(contents):
+        barrier.wait()
+        write_together(contents)
+
+    monkeypatch.setattr("qinvert.cli.graph_folder.write_together", together)
+
+    def slow(source, target):
+        # Every rename gives the other writer the chance to come between.
+        time.sleep(0.005)
+        replace(source, target)
+
+    monkeypatch.setattr("qinvert.files.os.replace", slow)
+    for _ in range(3):
+        writers = [threading.Thread(target=export_all, args=(plan, str(tmp_path))) for plan in plans]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        check_same_plan(qinvert.Plan.load(tmp_path / "plan.json"), tmp_path)
+    assert temporaries(tmp_path) == []
+
+
+def test_two_calibrations_with_one_checkpoint_end_in_the_plan_of_one(tmp_path):
+    batches = [stress_matrices("half_random", 4, 16, seed) for seed in range(6)]
+    expected, found = qinvert.calibrate(batches).to_bytes(), []
+
+    def calibrate():
+        found.append(qinvert.calibrate(batches, checkpoint=tmp_path / "checkpoint").to_bytes())
+
+    writers = [threading.Thread(target=calibrate) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    calibrate()
+    assert found == [expected] * 3
+    assert temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800", "x" * 5000])
+def test_paths_that_no_file_can_have_are_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(0)
+    plan.save("plan.json")
+    for write in (
+        check_writable,
+        check_folder,
+        plan.save,
+        lambda path: check_replaceable(path, "manifest"),
+        lambda path: qinvert.export(plan, path, layer="a"),
+        lambda path: export_all(plan, path),
+        lambda path: qinvert.calibrate([stress_matrices("half_random", 4, 16)], checkpoint=path),
+        lambda path: qinvert.graft("plan.json", plan, path),
+    ):
+        with pytest.raises(InputError, match=r"^cannot (write|create|read) .*; choose another place"):
+            write(path)
+    for read in (lambda path: qinvert.graft(path, plan, "out.onnx"), qinvert.Plan.load, check_readable):
+        with pytest.raises(qinvert.QInvertError, match=r"cannot read .*; check the path"):
+            read(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path, monkeypatch):
     write_atomically(tmp_path / "file", b"old")
 
@@ -174,11 +291,14 @@ def test_places_that_cannot_be_written_are_found_and_nothing_is_left(tmp_path):
         ["export-model", "plan.json", "-o", "no/model.onnx"],
         ["graft", "model.onnx", "plan.json", "-o", "no/model.onnx"],
         ["demo", "-o", "file/demo"],
+        ["deploy", "recall", "-o", "file/out"],
+        ["report", "plan.json", "-o", "no/page.html"],
     ],
 )
 def test_verbs_find_them_before_the_work(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    plan_of(0).save("plan.json")
     # The work would not get far: nothing that is named exists, or nothing is loaded.
     monkeypatch.setattr("qinvert.cli.sources.load_model", None)
     result = CliRunner().invoke(cli, arguments)

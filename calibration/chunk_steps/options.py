@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from qinvert.checks import check_flag, check_magnitude
+from qinvert.checks import check_flag, check_magnitude, check_member
 from qinvert.chunk_step.form import Form
 from qinvert.errors import PlanError
 from qinvert.formats import FLOAT32, NARROW_BITS
@@ -58,9 +58,7 @@ class ChunkOptions:
     rotate: bool = False
 
     def __post_init__(self) -> None:
-        if self.form not in list(Form):
-            raise PlanError(f"form {self.form!r} is unknown; use {', '.join(Form)}")
-        object.__setattr__(self, "form", Form(self.form))
+        object.__setattr__(self, "form", check_member(Form, "form", self.form, PlanError))
         if self.halves and self.form is Form.WY:
             raise PlanError("halves applies T to one tensor, but form 'wy' has two; use 'folded' or 'state'")
         for name in ("value_bits", "state_bits"):

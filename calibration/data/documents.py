@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -34,6 +35,8 @@ MASK: Final = "attention_mask"
 LABELS: Final = "labels"
 #: Characters of a text file that are held at once.
 PIECE: Final = 1 << 16
+#: Characters of a row of a .jsonl file: as many as a sequence that any model reads, many times over.
+MAX_LINE: Final = 1 << 26
 
 
 def file_documents(path: Path, column: str | None) -> Iterator[Document]:
@@ -158,7 +161,11 @@ def _text(path: Path) -> Iterator[str]:
 
 def _json_rows(path: Path, column: str | None) -> Iterator[Document]:
     with _readable(path), path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), ""), start=1):
+            if len(line) > MAX_LINE:
+                raise InputError(
+                    f"{path} line {number} has more than {MAX_LINE:,} characters; write one row to a line"
+                )
             if line.strip():
                 yield row_document(_row(line, path, number), column, f"{path} line {number}")
 

@@ -26,7 +26,7 @@ from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.observation.statistics import LayerState
 from qinvert.checks import check_integer
 from qinvert.errors import InputError, QInvertError, reason
-from qinvert.files import write_atomically
+from qinvert.files import check_readable, write_atomically
 from qinvert.matrices import check_beta, check_matrices
 
 T = TypeVar("T")
@@ -219,9 +219,10 @@ def load(path: str | PathLike[str]) -> Saved | None:
     InputError
         If the file is not a checkpoint, or damaged.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):  # noqa: PTH110 - a path that no file can have is not there either
         return None
     try:
+        check_readable(path, limit=None)
         return _read(read_npz(Path(path)))
     except QInvertError as error:
         raise InputError(f"{os.fspath(path)} is not a checkpoint: {error}; delete it to start anew") from None

@@ -33,6 +33,7 @@ from qinvert.export.whole_models.tracing import require_onnx_ir
 from qinvert.files import check_replaceable, new_folder
 from qinvert.hardware import Hardware, find_hardware
 from qinvert.plan.plan import Plan
+from qinvert.pretrained import opened
 from qinvert.profiles import Profile
 
 #: Styles of encodings, by the ends of their files' names.
@@ -40,7 +41,7 @@ STYLES: Final = {"aimet": "aimet-2.0.0", "onnxruntime": "ort"}
 
 
 def deploy(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     plan_or_data: Any,
     path: str | PathLike[str],
     *,
@@ -67,8 +68,8 @@ def deploy(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        A float32 Hugging Face model with delta-rule layers.
+    model : torch.nn.Module or path
+        A float32 Hugging Face model with delta-rule layers, or its folder.
     plan_or_data : Plan or data
         A plan of this model with ``scope="chunk"``, or data as `qinvert.calibrate` takes it.
     path : path
@@ -112,9 +113,10 @@ def deploy(
     """
     options = DeployOptions(chunks=chunks, cache=cache, weights=weights, activation_bits=activation_bits)
     require_onnx_ir()
+    check_replaceable(path, MANIFEST)
+    model = opened(model)
     if isinstance(model, torch.nn.Module):
         check_float32(model)
-    check_replaceable(path, MANIFEST)
     given, rows = _with_rows(model, plan_or_data, data, options, calibration)
     plan = _plan(model, given, hardware, calibration)
     by_layer(model, plan)

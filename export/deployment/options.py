@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from qinvert.checks import check_integer
+from qinvert.checks import check_integer, check_member
 from qinvert.errors import ExportError
 
 #: Tokens that the caches of attention layers hold, if the caller does not say.
@@ -55,8 +55,7 @@ class DeployOptions:
     def __post_init__(self) -> None:
         check_integer("chunks", self.chunks, 1, MAX_CHUNKS, ExportError, "; pass for example 2")
         check_integer("cache", self.cache, 1, MAX_CACHE, ExportError, f"; pass for example {CACHE}")
-        if self.weights not in list(Weights):
-            raise ExportError(f"weights {self.weights!r} are not known; pass one of {', '.join(Weights)}")
+        check_member(Weights, "weights", self.weights, ExportError)
         if self.activation_bits not in ACTIVATION_BITS:
             raise ExportError(f"activations of {self.activation_bits!r} bits are not known; pass 8 or 16")
 

@@ -18,6 +18,7 @@ from qinvert.export.deployment.states import State, StateKind, Traffic
 from qinvert.export.deployment.step_calls import LayerStep, StepCalls
 from qinvert.export.step_interface import VALID
 from qinvert.export.whole_models.export_model import plain_experts
+from qinvert.export.whole_models.tracing import without_autocast
 
 
 class Window(torch.nn.Module):
@@ -169,6 +170,7 @@ def windowed(window: Window, positions: int) -> Iterator[Window]:
         window_attention(model),
         tabled_rotations(model, positions),
         redirected(model, window.rule),
+        without_autocast(model),
         torch.no_grad(),
     ):
         yield window

@@ -30,6 +30,7 @@ from qinvert.export.verification.comparison import compare, judge
 from qinvert.export.verification.references import reference
 from qinvert.export.verification.tolerance import tolerance_for
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
+from qinvert.export.whole_models.tracing import without_autocast
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
 from qinvert.systems import Systems
@@ -98,7 +99,8 @@ class ModelCheck:
                 self._check_inverse(name, run)
 
     def _check_logits(self, batch: Mapping[str, torch.Tensor], run: _Run) -> None:
-        with patched_by_layer(self.model, run.inverse(self.plan)), LowestIndexFirst():
+        inverse = run.inverse(self.plan)
+        with patched_by_layer(self.model, inverse), LowestIndexFirst(), without_autocast(self.model):
             expected = run_model(self.model, dict(batch)).cpu()
         found = torch.from_numpy(run.logits)
         shape = list(batch["input_ids"].shape)
@@ -263,7 +265,7 @@ def difference(path: str | PathLike[str], model: torch.nn.Module, plan: Plan, le
     import onnxruntime
 
     tokens = random_tokens(model, (1, length))
-    with patched(model, plan, force=True), LowestIndexFirst():
+    with patched(model, plan, force=True), LowestIndexFirst(), without_autocast(model):
         expected = run_model(model, {"input_ids": tokens}).cpu()
     try:
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])

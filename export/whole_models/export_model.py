@@ -26,8 +26,9 @@ from qinvert.export.graph import check as check_model
 from qinvert.export.open_shapes import check_file
 from qinvert.export.whole_models.check import LOGITS, TOLERANCE, ModelCheck, random_tokens
 from qinvert.export.whole_models.tracing import attach_functions, opset_for, require_onnx_ir, trace, traceable
-from qinvert.files import check_writable, make_folder, write_atomically
+from qinvert.files import check_target, make_folder, refusals, write_atomically
 from qinvert.plan.plan import Plan
+from qinvert.pretrained import opened
 from qinvert.temporaries import GRACE, scratch_folder, temporary_folder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ EXPERTS: Final = "batched_mm"
 
 
 def export_model(
-    model: torch.nn.Module,
+    model: torch.nn.Module | str | PathLike[str],
     plan: Plan,
     example: Any,
     path: str | PathLike[str],
@@ -71,8 +72,8 @@ def export_model(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        A float32 Hugging Face model with delta-rule layers.
+    model : torch.nn.Module or path
+        A float32 Hugging Face model with delta-rule layers, or its folder.
     plan : Plan
         Plan of this model.
     example
@@ -125,12 +126,13 @@ def export_model(
     """
     require_onnx_ir()
     chosen = profile_for(plan, profile)
+    check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
+    check_target(path)
+    model = opened(model)
     if isinstance(model, torch.nn.Module):
         check_float32(model)
     by_layer(model, plan)
     check_identity(plan, model, force)
-    check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
-    check_target(path)
     given = inputs = _inputs(model, example)
     shapes = None
     if dynamic:
@@ -146,24 +148,6 @@ def export_model(
     compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
     with without_cache(model):
         return save(traced, path, compare)
-
-
-def check_target(path: str | PathLike[str]) -> None:
-    """Refuse a path that a model cannot be written to, before the work starts.
-
-    A model names the file of its weights, so that its own name must be text.
-
-    Raises
-    ------
-    InputError
-        If the path cannot be written, or its name is not UTF-8.
-    """
-    name = os.fsencode(Path(path).name)
-    try:
-        name.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"the file name {name!r} is not UTF-8 text; choose another name") from None
-    check_writable(path)
 
 
 def check_float32(model: torch.nn.Module) -> None:
@@ -294,9 +278,11 @@ def _save_beside(
     path = Path(os.path.realpath(path))
     make_folder(path.parent)
     data = f"{path.name}.{secrets.token_hex(4)}{DATA_SUFFIX}"
-    with temporary_folder(path) as folder:
-        written = folder / path.name
-        onnx_ir.save(model, written, external_data=data)
+    with ExitStack() as undo:
+        with refusals(path):
+            folder = undo.enter_context(temporary_folder(path))
+            written = folder / path.name
+            onnx_ir.save(model, written, external_data=data)
         try:
             check_file(written)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -304,10 +290,22 @@ def _save_beside(
         proto = onnx.load(os.fspath(written), load_external_data=False)
         if examine is not None:
             examine(proto, folder)
-        for name in (data, path.name):
-            os.replace(folder / name, path.parent / name)
+        with refusals(path):
+            _switch(folder, path, data)
     _forget_weights(path, {*kept, os.fspath(path.parent / data)})
     return proto
+
+
+def _switch(folder: Path, path: Path, data: str) -> None:
+    """Rename weights to ``data`` beside ``path``, and then the model to ``path``."""
+    # Weights that are young are never forgotten by others, however long the examination took.
+    os.utime(folder / data)
+    os.replace(folder / data, path.parent / data)
+    try:
+        os.replace(folder / path.name, path)
+    except OSError:
+        (path.parent / data).unlink(missing_ok=True)
+        raise
 
 
 def _forget_weights(path: Path, kept: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from qinvert.export.exporting import profile_for
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.open_shapes import set_shapes
 from qinvert.export.whole_models.chunked_nodes import ChunkedNodes
-from qinvert.export.whole_models.export_model import check_target, save
+from qinvert.export.whole_models.export_model import save
 from qinvert.export.whole_models.linear_attention_nodes import (
     LinearAttention,
     find_nodes,
@@ -33,6 +33,7 @@ from qinvert.export.whole_models.tracing import (
     attach_functions,
     require_onnx_ir,
 )
+from qinvert.files import check_readable, check_target
 from qinvert.plan.plan import Plan
 
 #: Start of the names of functions that take a node's place until they are inlined.
@@ -90,10 +91,11 @@ def graft(
     """
     ir = require_onnx_ir()
     chosen = profile_for(plan, profile)
+    check_readable(source)
+    check_target(path)
     inputs = {os.path.realpath(source), *weight_files(source)}
     if any(_is_same(path, other) for other in inputs):
         raise ExportError(f"{path} is the model itself, or holds its weights; write to another file")
-    check_target(path)
     model = load(source)
     opset = _opset(model)
     found = find_nodes(model)

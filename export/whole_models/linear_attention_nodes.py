@@ -13,10 +13,12 @@ import onnx
 import onnx.shape_inference
 import torch
 from onnx import TensorProto, helper
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from qinvert.errors import ExportError, reason
 from qinvert.export.light_models import large_constants, stub, without_large_constants
 from qinvert.export.reading import check_calls, check_model, check_texts, tensors, within
+from qinvert.files import check_readable
 
 #: Long name of ONNX's own domain, whose short name is empty.
 STANDARD: Final = "ai.onnx"
@@ -132,9 +134,14 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
     ------
     ExportError
         If it is not an ONNX model, or its weights are missing.
+    InputError
+        If it is missing, a device, or larger than a model can be.
     """
+    check_readable(path)
     try:
-        model = onnx.load(os.fspath(path))
+        model = onnx.load(os.fspath(path), load_external_data=False)
+        _add_lengths(model)
+        load_external_data_for_model(model, os.path.dirname(os.path.realpath(path)))  # noqa: PTH120
     except Exception as error:  # protobuf, onnx and the file system raise unrelated types here
         raise ExportError(f"{os.fspath(path)} is not a complete ONNX model ({reason(error)})") from None
     check_texts(model, path)
@@ -142,6 +149,23 @@ def load(path: str | PathLike[str]) -> onnx.ModelProto:
     _spell_alike(model)
     check_model(without_large_constants(model, with_outputs=True), path)
     return model
+
+
+def _add_lengths(model: onnx.ModelProto) -> None:
+    """Say how long external tensors are where the model does not: onnx would read all of the file.
+
+    onnxruntime knows it from the shape and the type.
+    """
+    import onnx_ir
+
+    for tensor in filter(uses_external_data, tensors(model)):
+        known = any(entry.key == "length" for entry in tensor.external_data)
+        if known or tensor.data_type not in iter(onnx_ir.DataType) or min(tensor.dims, default=0) < 0:
+            continue
+        kind = onnx_ir.DataType(tensor.data_type)
+        if kind not in (onnx_ir.DataType.UNDEFINED, onnx_ir.DataType.STRING):
+            length = -(-math.prod(tensor.dims) * kind.bitwidth // 8)
+            tensor.external_data.add(key="length", value=str(length))
 
 
 def weight_files(path: str | PathLike[str]) -> set[str]:

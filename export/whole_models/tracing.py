@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from qinvert.calibration.heads import by_entry
-from qinvert.calibration.patching import by_layer, patched_by_layer
+from qinvert.calibration.patching import by_layer, device_of, patched_by_layer
 from qinvert.calibration.running import LayerInverse
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import ExportError, MissingDependencyError, reason
@@ -150,6 +150,16 @@ def opset_for(profile: Profile, opset: int | None) -> int:
     return opset
 
 
+@contextmanager
+def without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """Have a float32 model compute in float32, as its graph does, inside a ``with`` block."""
+    kinds = {"cpu", device_of(model).type}
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def trace(
     module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], opset: int, **options: Any
 ) -> onnx_ir.Model:
@@ -162,7 +172,7 @@ def trace(
     """
     require_onnx_ir()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _without_notices():
+        with torch.no_grad(), without_autocast(module), warnings.catch_warnings(), _without_notices():
             # These warnings are PyTorch's own, about its own calls.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(

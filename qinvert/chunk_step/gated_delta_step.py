@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Final
 
-from qinvert.checks import check_integer, check_power_of_two
+from qinvert.checks import check_integer, check_member, check_power_of_two
 from qinvert.chunk_step._key_path import (
     Oriented,
     append_decays,
@@ -22,8 +21,6 @@ from qinvert.program.ports import Meaning
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import PARAMETER, SUMS, has_sums
 from qinvert.program.steps import MAX_BETA, MAX_CHUNK
-
-E = TypeVar("E", bound=StrEnum)
 
 #: Largest key and value; models use 64 to 256.
 MAX_SIZE: Final = 1024
@@ -97,7 +94,7 @@ def gated_delta_step(
     ----------
     Gated DeltaNet, arXiv 2412.06464, section 3.3; Kimi Linear, arXiv 2510.26692, section 3.
     """
-    chunk, mode = _check_inverse(inverse, halves), _member(Form, "form", form)
+    chunk, mode = _check_inverse(inverse, halves), check_member(Form, "form", form, ProgramError)
     if halves and mode is Form.WY:
         raise ProgramError(
             "halves=True applies T to one tensor, but form 'wy' has two; use 'folded' or 'state'"
@@ -110,7 +107,7 @@ def gated_delta_step(
         chunk=chunk,
         key_size=check_integer("key_size", key_size, 1, MAX_SIZE, ProgramError),
         value_size=check_integer("value_size", value_size, 1, MAX_SIZE, ProgramError),
-        per_channel=_member(Decay, "decay", decay) is Decay.CHANNEL,
+        per_channel=check_member(Decay, "decay", decay, ProgramError) is Decay.CHANNEL,
         values_first=bool(values_first),
         keys_first=bool(values_first if keys_first is None else keys_first),
     )
@@ -162,9 +159,3 @@ def _check_inverse(inverse: Program, halves: bool) -> int:
             f"inverse {given} does not map M to S of T = I + S; pass for example elimination(64)"
         )
     return check_power_of_two("chunk", inverse.chunk * (2 if halves else 1), 2, MAX_CHUNK, ProgramError)
-
-
-def _member(kind: type[E], name: str, value: str) -> E:
-    if value not in list(kind):
-        raise ProgramError(f"{name} {value!r} is unknown; use {' or '.join(kind)}")
-    return kind(value)

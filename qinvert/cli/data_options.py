@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, Final, TypeVar, cast
 
 import click
 
-from qinvert.calibration.data.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData, with_options
+from qinvert.calibration.data.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.checks import MAX_SEED
 from qinvert.errors import InputError
 
@@ -17,6 +17,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Sequences that the embedded model's task generates where no data is given.
 SEQUENCES: Final = 64
+#: Options that say how text and token ids are read.
+READING: Final = ("num_samples", "seq_len", "column", "split", "tokenizer")
+#: Options that say how a model is loaded, the arguments of `qinvert.pretrained.Loading`.
+LOADING: Final = ("device", "dtype", "device_map", "offload_folder")
+#: All options of models and their data, but for the seed, which also draws matrices.
+OF_MODELS: Final = (*READING, "sequences", *LOADING)
+#: All options of data.
+OF_DATA: Final = ("data", *READING, "sequences", "seed")
+#: Every option here.
+ALL: Final = (*OF_DATA, *LOADING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +49,7 @@ class DataOptions:
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments of `qinvert.pretrained.Loading`."""
-        names = ("device", "dtype", "device_map", "offload_folder")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in LOADING}
 
     @property
     def tokens(self) -> TokenData:
@@ -61,23 +70,43 @@ class DataOptions:
         Raises
         ------
         InputError
-            If another model comes without data.
+            If another model comes without data, or an option would change nothing.
         """
         from qinvert import recall
 
         if self.data is not None:
+            self.refuse(("sequences",), "--data is given, so that no sequences are generated")
             return self.tokens
         if name != recall.NAME:
             raise InputError(
                 "a model needs --data FILE: text, .jsonl, token ids (.npz or .safetensors, array input_ids), "
                 "or the name of a Hugging Face dataset"
             )
-        self.check_unused()
+        self.refuse(READING, "there is no --data that would be read")
         return recall.sequences(self.sequences, self.seed)
 
-    def check_unused(self) -> None:
-        """Refuse options of text and token ids where there are none."""
-        with_options(None, self.num_samples, self.seq_len)
+    def refuse_without_model(self, why: str) -> None:
+        """Refuse all options of models and their data where no model runs.
+
+        Raises
+        ------
+        InputError
+            With the options that were given, and ``why`` they would change nothing.
+        """
+        self.refuse(OF_MODELS, why)
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Refuse options that would change nothing; ``why`` says so of the whole call.
+
+        Raises
+        ------
+        InputError
+            If one of them is not what it is by default.
+        """
+        usual = {field.name: field.default for field in fields(self)}
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != usual[name]]
+        if given:
+            raise InputError(f"{why}; leave out {', '.join(given)}")
 
 
 def data_options(function: F) -> F:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qinvert.cli.data_options import DataOptions, data_options
-from qinvert.cli.output import Output, output_options
+from qinvert.cli.data_options import OF_DATA, DataOptions, data_options
+from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.cli.sources import check_exists, load_model, with_source
-from qinvert.errors import InputError
 from qinvert.hardware import HARDWARE
 from qinvert.plan.plan import Plan
 
@@ -82,11 +81,9 @@ def deploy(
     output = Output(as_json=as_json, quiet=quiet)
     check_exists(source)
     check_replaceable(path, MANIFEST)
-    if plan_path is not None and weights == "none" and given.data is not None:
-        raise InputError(
-            "--plan is a finished plan, which takes no --data but for --weights w8 or w4; leave one of "
-            "them out"
-        )
+    if plan_path is not None and weights == "none":
+        given.refuse(OF_DATA, "--plan is a finished plan, which takes data for --weights w8 or w4 only")
+    before = present(path)
     plan = _plan(output, source, plan_path, hardware, profile, given)
     with output.progress("writing graphs"):
         manifest = write(
@@ -102,7 +99,7 @@ def deploy(
             data=None if weights == "none" else given.for_model(source),
             force=force,
         )
-    show_manifest(output, path, manifest)
+    show_manifest(output, wrote(path, before), manifest)
     output.result({"folder": path, "graphs": manifest.facts["graphs"], "layers": manifest.facts["layers"]})
 
 
@@ -131,12 +128,12 @@ def _plan(
     return with_source(plan, source)
 
 
-def show_manifest(output: Output, path: str, manifest: Manifest) -> None:
-    """Print what was written: nodes, states, and what runs in which type."""
+def show_manifest(output: Output, written: str, manifest: Manifest) -> None:
+    """Print what was written, as ``written`` says: nodes, states, and what runs in which type."""
     rows = [[name, *map(str, _row(facts))] for name, facts in manifest.facts["graphs"].items()]
     output.table("Graphs", ["graph", "tokens", "nodes", "linear attention", "projections", "elsewhere"], rows)
     kept = f", caches of {manifest.cache} tokens" if manifest.cache else ""
-    output.say(f"wrote {path}: {len(manifest.states)} states, windows of {manifest.window} tokens{kept}")
+    output.say(f"{written}: {len(manifest.states)} states, windows of {manifest.window} tokens{kept}")
 
 
 def _row(facts: dict[str, Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.cli.sources import load_model
 from qinvert.errors import InputError
-from qinvert.files import check_writable
+from qinvert.files import check_target
 from qinvert.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def export_model(
              qinvert export-model plan.json -o model.onnx --length 512
     """
     output = Output(as_json=as_json, quiet=quiet)
-    check_writable(path)
+    check_target(path)
     before = present(path)
     check_chip(hardware)
     plan = Plan.load(plan_path)

@@ -7,7 +7,7 @@ import click
 from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
-from qinvert.files import check_writable
+from qinvert.files import check_target
 from qinvert.plan.plan import Plan
 
 
@@ -45,7 +45,7 @@ def graft(
     from qinvert.export.whole_models.graft import graft as graft_plan
 
     output = Output(as_json=as_json, quiet=quiet)
-    check_writable(path)
+    check_target(path)
     before = present(path)
     plan = Plan.load(plan_path)
     pairs = [layer.rpartition("=") for layer in layers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from qinvert.chunk_step.ports import find_step_sizes
-from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.data_options import ALL, DataOptions, data_options
 from qinvert.cli.decibels import decibels
 from qinvert.cli.growth_table import growth_to_dict, show_growth
 from qinvert.cli.output import Output, output_options
@@ -43,10 +43,10 @@ def inspect(
     if stress == (source is not None):
         raise InputError("name one thing to inspect: a model, matrices, a plan, or --stress alone")
     if source is None:
+        given.refuse(ALL, "--stress generates its matrices, and no model runs")
         show_survey(output, chunk)
     elif source.endswith(".json"):
-        if given.data is not None:
-            raise InputError("a plan already holds its numbers; leave out --data")
+        given.refuse(ALL, "a plan already holds its numbers")
         show_plan(output, Plan.load(source))
     else:
         measure_growth(output, source, given)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qinvert.cli.data_options import DataOptions, data_options
+from qinvert.cli.data_options import ALL, DataOptions, data_options
 from qinvert.cli.output import Output, output_options, present, wrote
 from qinvert.cli.sources import open_for_plan
 from qinvert.files import check_writable
@@ -51,7 +51,7 @@ def report(
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
     check_writable(path)
-    source, data = (None, None) if given.data is None and model is None else open_for_plan(plan, model, given)
+    source, data = _measured(plan, model, given)
     options: dict[str, Any] = {"layers": layers or None, "plan_file": plan_path, "force": force}
     if data is not None and recall.NAME in (model, plan.provenance.get("source")) and given.data is None:
         options["score"] = recall.accuracy
@@ -60,3 +60,11 @@ def report(
         page = write_report(plan, source, path, data=data, progress=progress, **options)
     output.say(wrote(path, before))
     output.result({"report": path, "bytes": len(page.encode())})
+
+
+def _measured(plan: Plan, model: str | None, given: DataOptions) -> tuple[Any, Any]:
+    """Return what the plan is measured on, if anything is named."""
+    if given.data is not None or model is not None:
+        return open_for_plan(plan, model, given)
+    given.refuse(ALL, "nothing is measured without --data or --model")
+    return None, None

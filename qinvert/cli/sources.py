@@ -36,12 +36,12 @@ def open_pair(source: str, given: DataOptions) -> tuple[Any, Any]:
     Raises
     ------
     InputError
-        If a model comes without data, or matrices with data.
+        If a model comes without data, matrices with data, or an option would change nothing.
     """
     if is_matrix_file(source):
         if given.data is not None:
             raise InputError(f"{source} holds matrices already; leave out --data")
-        given.check_unused()
+        given.refuse_without_model(f"{source} holds matrices, which no model reads")
         return source, None
     check_exists(source)
     data = given.for_model(source)
@@ -70,7 +70,7 @@ def open_for_plan(plan: Plan, model: str | None, given: DataOptions) -> tuple[An
     from qinvert.calibration.data.token_batches import holds_tokens
 
     if given.data is not None and model is None and not holds_tokens(given.data):
-        given.check_unused()
+        given.refuse_without_model(f"{given.data} holds matrices, which no model reads")
         return given.data, None
     source = model if model is not None else plan.provenance.get("source")
     if not isinstance(source, str):
@@ -78,6 +78,13 @@ def open_for_plan(plan: Plan, model: str | None, given: DataOptions) -> tuple[An
     if model is None and is_matrix_file(source) and given.data is not None:
         raise InputError("the plan was made from matrices; pass --model for text or token ids")
     return open_pair(source, given)
+
+
+def open_own(plan: Plan, sequences: int) -> tuple[Any, Any]:
+    """Return (source, data) of what a plan was made from; a model that makes its own data makes that many."""
+    source = plan.provenance.get("source")
+    matrices = isinstance(source, str) and is_matrix_file(source)
+    return open_for_plan(plan, None, DataOptions() if matrices else DataOptions(sequences=sequences))
 
 
 def with_source(plan: Plan, source: str) -> Plan:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qinvert.cli import cost as costs
-from qinvert.cli.data_options import DataOptions
 from qinvert.cli.decibels import DECIBELS, decibels
 from qinvert.cli.deployed_folder import is_deployed, verify_deployed
 from qinvert.cli.graph_folder import PLAN_FILE, check_same_plan, exported_graphs
 from qinvert.cli.output import Output, output_options
-from qinvert.cli.sources import open_for_plan
+from qinvert.cli.sources import open_own
 from qinvert.errors import InputError, VerificationError
 from qinvert.export.runtimes import RUNTIMES
 from qinvert.numerics.law import Rounding
@@ -114,7 +113,7 @@ def verify(
     own = None if data is None else (data, None)
     if own is None and min_sqnr is not None:
         # A goal is about the data that the plan is for, not about stress matrices.
-        own = open_for_plan(plan, None, DataOptions(sequences=GATE_SEQUENCES))
+        own = open_own(plan, GATE_SEQUENCES)
     kept_by = any(RUNTIMES[name].loading for name in runtimes if name in RUNTIMES)
     # Where only the estimates make files, verification is not asked for any.
     results, failures = run_graphs(

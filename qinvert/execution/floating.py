@@ -98,7 +98,7 @@ def execute(
     """
     dtype = _storage_type(dtype)
     values, front = fold(program, inputs, dtype)
-    return unfold(evaluate(program, values, dtype, observe), front)
+    return unfold(evaluate(program, values, dtype, observe), front, inputs)
 
 
 def run(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from qinvert.errors import InputError
-from qinvert.matrices import as_tensor, divided, row_factors
+from qinvert.matrices import as_tensor, divided, row_factors, without_gradient
 from qinvert.program.ports import Port
 from qinvert.program.step_list import StepList
 from qinvert.systems import Systems
@@ -104,9 +104,17 @@ def fold(
     return values, fronts[names[0]]
 
 
-def unfold(outputs: Mapping[str, torch.Tensor], front: torch.Size) -> dict[str, torch.Tensor]:
-    """Return outputs with the axes that `fold` has taken from their front."""
-    return {name: value.reshape(*front, *value.shape[-2:]) for name, value in outputs.items()}
+def unfold(
+    outputs: Mapping[str, torch.Tensor], front: torch.Size, inputs: Mapping[str, object]
+) -> dict[str, torch.Tensor]:
+    """Return outputs with the axes that `fold` has taken from the front of ``inputs``.
+
+    They refuse to pass back a gradient, see `qinvert.matrices.WithoutGradient`.
+    """
+    return {
+        name: without_gradient(value.reshape(*front, *value.shape[-2:]), *inputs.values())
+        for name, value in outputs.items()
+    }
 
 
 def _checked(port: Port, value: object) -> torch.Tensor:

@@ -50,7 +50,7 @@ def execute(plan: QuantizedProgram, inputs: Mapping[str, object]) -> dict[str, t
     for port in plan.program.outputs:
         grid = plan.tensors[port.tensor]
         reals[port.name] = dequantize(outputs[port.name], grid.scale, grid.format)
-    return unfold(reals, front)
+    return unfold(reals, front, inputs)
 
 
 def simulate_batched(

@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 
 import torch
 
+from qinvert.checks import check_member
 from qinvert.errors import InputError
 from qinvert.execution.simulator import simulate_batched
 from qinvert.kernels import launch
@@ -15,7 +16,7 @@ from qinvert.kernels.fla_layout import check_sequences, chunk_rows, chunk_table,
 from qinvert.kernels.float_ops import Precision
 from qinvert.kernels.generator import Generated, float_kernel, integer_kernel
 from qinvert.kernels.tiles import UnsupportedError
-from qinvert.matrices import FLOATS
+from qinvert.matrices import FLOATS, without_gradient
 from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.systems import Systems
 
@@ -89,7 +90,7 @@ def solve_tril(
         If A, ``cu_seqlens`` or ``precision`` is not legal.
     """
     precision = _check(A, cu_seqlens, plan, precision)
-    A = A.contiguous()  # noqa: N806
+    given, A = A, A.detach().contiguous()  # noqa: N806
     if cu_seqlens is None:
         chunk_indices = None
     elif chunk_indices is None:
@@ -102,7 +103,7 @@ def solve_tril(
     generated = _kernel(A, plan, precision)
     if generated is None or not _launched(generated, A, result, cu_seqlens, chunk_indices):
         _solve_batched(A, cu_seqlens, chunk_indices, plan, result)
-    return result
+    return without_gradient(result, given)
 
 
 def fused_inverse(
@@ -144,9 +145,7 @@ def _check(
         raise InputError(f"{plan.program.title} takes beta; call plan.inverse(L, beta)")
     if cu_seqlens is not None:
         check_sequences(A, cu_seqlens)
-    if precision not in list(Precision):
-        raise InputError(f"precision {precision!r} is unknown; use {', '.join(Precision)}")
-    return Precision(precision)
+    return check_member(Precision, "precision", precision, InputError)
 
 
 def _kernel(

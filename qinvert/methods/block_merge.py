@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qinvert.checks import check_power_of_two
+from qinvert.checks import check_member, check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.methods._blocks import PROVED, Layout, diagonal_mask, merge_mask
 from qinvert.methods._builder import Builder
@@ -119,8 +119,7 @@ def block_merge(
 
 def _check_arguments(chunk: int, base: int, layout: str, tile: int | None, corrections: int) -> int:
     check_power_of_two("base", base, 1, chunk, ProgramError)
-    if layout not in list(Layout):
-        raise ProgramError(f"layout {layout!r} is unknown; use {' or '.join(Layout)}")
+    check_member(Layout, "layout", layout, ProgramError)
     check_corrections(corrections)
     if tile is None:
         return chunk if layout == Layout.MASKED else max(base, 2)

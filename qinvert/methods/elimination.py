@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
-from qinvert.checks import check_integer, check_power_of_two
+from qinvert.checks import check_integer, check_member, check_power_of_two
 from qinvert.errors import ProgramError
 from qinvert.methods._blocks import PROVED, diagonal_mask, merge_mask
 from qinvert.methods._builder import Builder
@@ -191,8 +191,7 @@ def _given(parameters: Mapping[str, int | str | None]) -> dict[str, int | str]:
 def _check_arguments(
     chunk: int, side: str, tile: int | None, restart: int | None, corrections: int, radix: int
 ) -> int:
-    if side not in list(Side):
-        raise ProgramError(f"side {side!r} is unknown; use {' or '.join(Side)}")
+    check_member(Side, "side", side, ProgramError)
     tile = chunk if tile is None else tile
     check_power_of_two("tile", tile, 2, chunk, ProgramError)
     if restart is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from qinvert.errors import PlanError, lookup
+from qinvert.checks import check_member
+from qinvert.errors import PlanError
 
 
 class Rounding(StrEnum):
@@ -26,4 +27,4 @@ class Rounding(StrEnum):
         PlanError
             If there is no such member.
         """
-        return lookup({str(rounding): rounding for rounding in Rounding}, name, "rounding", PlanError)
+        return check_member(Rounding, "rounding", name, PlanError)

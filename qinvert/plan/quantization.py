@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from qinvert.checks import check_member
 from qinvert.errors import PlanError
 from qinvert.formats import INT8, PLANE_RATIO, IntFormat
 from qinvert.numerics import scales
@@ -98,10 +99,7 @@ def requantize_named(name: str) -> Requantize:
     PlanError
         If there is no such member; the message lists the legal names.
     """
-    try:
-        return Requantize(name)
-    except ValueError:
-        raise PlanError(f"requantize {name!r} is unknown; use {' or '.join(Requantize)}") from None
+    return check_member(Requantize, "requantize", name, PlanError)
 
 
 def check_names(program: StepList, tensors: Mapping[str, Quantization]) -> None:

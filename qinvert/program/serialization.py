@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Final
 
+from qinvert.checks import check_member
 from qinvert.errors import PlanError, lookup
 from qinvert.program.ports import BETA, InversePorts, Meaning, Port, inverse_inputs, inverse_output
 from qinvert.program.program import Program
@@ -218,10 +219,7 @@ def _range(value: Any) -> tuple[int, int]:
 
 
 def _axis(_key: str, value: Any) -> Axis:
-    try:
-        return Axis(value)
-    except ValueError:
-        raise PlanError(f"axis {value!r} is unknown; use {', '.join(Axis)}") from None
+    return check_member(Axis, "axis", value, PlanError)
 
 
 def _flag(key: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from qinvert.checks import check_member
 from qinvert.errors import ProgramError
 from qinvert.program.ports import MAX_PORTS, Meaning, Port, check_name
 from qinvert.program.steps import (
@@ -330,9 +331,7 @@ def _concat_shape(step: Concat, shapes: Mapping[str, Shape], constants: Mapping[
         shapes[name] if name in shapes else constants[name]._replace(blocks=tensors[0].blocks)
         for name in step.sources
     ]
-    if step.axis not in list(Axis):
-        raise ProgramError(f"step {step.output!r}: axis {step.axis!r} is unknown; use {', '.join(Axis)}")
-    axis = list(Axis).index(step.axis)
+    axis = list(Axis).index(check_member(Axis, f"step {step.output!r}: axis", step.axis, ProgramError))
     if axis == 0 and len(parts) != len(tensors):
         raise ProgramError(f"step {step.output!r}: constants cannot be stacked on the batch axis")
     rest = {part[:axis] + part[axis + 1 :] for part in parts}

@@ -98,7 +98,7 @@ def test_the_seed_decides_which_chunks(model):
         ({"share": True}, "share"),
         ({"share": "all"}, "share"),
         ({"seed": -1}, "seed"),
-        ({"details": ("keys",)}, "unknown detail 'keys'; use beta, gram, right_hand_sides"),
+        ({"details": ("keys",)}, "detail 'keys' is unknown; use beta, gram or right_hand_sides"),
     ],
 )
 def test_illegal_options_are_refused(model, options, match):

@@ -1,6 +1,7 @@
 """Folders that bring code of their own: it is never run, whatever stands on standard input."""
 
 import json
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from qinvert import recall
 from qinvert.calibration.data.documents import dataset_documents
 from qinvert.calibration.data.tokenizers import find_tokenizer
 from qinvert.errors import InputError
-from qinvert.pretrained import load_pretrained
+from qinvert.pretrained import LOCAL, load_pretrained
 
 pytest.importorskip("transformers")
 
@@ -99,6 +100,50 @@ def test_the_code_would_run_if_it_were_trusted(model_folder, tokenizer_folder, m
         except Exception as error:  # what the classes do then is of no interest
             print(error)
         assert mark.exists(), auto
+
+
+#: Attention that transformers takes from the hub where a package for it is installed.
+KERNELS = ("somebody/kernel", "kernels-community/flash-attn2", {"": "somebody/kernel"})
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_model_folder_cannot_name_a_kernel_to_download(kernel, tmp_path, monkeypatch):
+    import transformers
+    from transformers.integrations import hub_kernels
+
+    asked = []
+
+    def get_kernel(name, **_):
+        asked.append(name)
+        raise ValueError("is downloaded")
+
+    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
+    for module in (hub_kernels, transformers.modeling_utils):
+        monkeypatch.setattr(module, "is_kernels_available", lambda: True)
+    recall.load_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"attn_implementation": kernel}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    assert not asked
+    # What would happen otherwise.
+    with pytest.raises(ValueError, match="is downloaded"):
+        transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), **LOCAL)
+    assert asked
+
+
+def test_weights_that_are_pickles_are_never_loaded(tmp_path, mark):
+    class Evil:
+        def __reduce__(self):
+            return mark.write_text, ("ran",)
+
+    recall.load_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError, match="cannot load the model"):
+        load_pretrained(tmp_path)
+    assert not mark.exists()
+    pickle.loads((tmp_path / "pytorch_model.bin").read_bytes())
+    assert mark.exists()
 
 
 @pytest.mark.parametrize("known", [True, False])

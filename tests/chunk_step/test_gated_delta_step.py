@@ -223,7 +223,7 @@ def test_other_programs_are_no_chunk_steps():
     [
         ({"inverse": block_merge(C, factored=True)}, "does not map M to S of T = I . S; pass for example"),
         ({"inverse": "elimination"}, "inverse str does not map M to S"),
-        ({"form": "uw"}, "form 'uw' is unknown; use state or wy or folded"),
+        ({"form": "uw"}, "form 'uw' is unknown; use state, wy or folded"),
         ({"decay": "vector"}, "decay 'vector' is unknown; use scalar or channel"),
         ({"form": "wy", "halves": True}, "applies T to one tensor, but form 'wy' has two; use 'folded'"),
         ({"max_beta": 2.5}, r"max_beta 2.5 is not in \(0, 2\]; 1 fits gates that are sigmoids"),

@@ -1,10 +1,13 @@
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_models import build, of_layers
 
+import qinvert
 from qinvert.cli.app import cli
+from qinvert.stress import stress_matrices
 
 
 def run(*arguments):
@@ -64,7 +67,65 @@ def test_data_that_cannot_be_read_is_one_line(byte_model, text, tmp_path):
     assert "cannot load a tokenizer" in refused(
         "calibrate", byte_model, "--data", text, "--tokenizer", tmp_path, *out
     )
-    assert "there is no data for num_samples" in refused("calibrate", "recall", "--num-samples", 3, *out)
     assert "--seq-len" in refused("calibrate", byte_model, "--data", text, "--seq-len", 0, *out)
     assert "no tokenizer" in refused("calibrate", "recall", "--data", text, *out)
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.fixture
+def matrices(tmp_path):
+    np.savez(tmp_path / "L.npz", layer=stress_matrices("half_random", 4, 16).numpy())
+    return tmp_path / "L.npz"
+
+
+@pytest.fixture
+def plan(tmp_path, matrices):
+    qinvert.calibrate(str(matrices)).save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+#: Every option of models and their data, with something else than its default.
+OF_MODELS = {
+    "--num-samples": 3,
+    "--seq-len": 64,
+    "--column": "text",
+    "--split": "test",
+    "--tokenizer": "folder",
+    "--sequences": 3,
+    "--device": "auto",
+    "--dtype": "auto",
+    "--device-map": "auto",
+    "--offload-folder": "folder",
+}
+
+
+@pytest.mark.parametrize("option", OF_MODELS)
+def test_options_of_models_are_refused_where_none_runs(option, matrices, plan, tmp_path, monkeypatch):
+    # Refused before anything is measured.
+    monkeypatch.setattr("qinvert.calibration.calibrate.calibrate", None)
+    monkeypatch.setattr("qinvert.calibration.simulate.simulate", None)
+    given, before = (option, OF_MODELS[option]), sorted(tmp_path.iterdir())
+    for call in (
+        ("calibrate", matrices, "-o", tmp_path / "other.json"),
+        ("inspect", matrices),
+        ("simulate", plan, "--data", matrices),
+        ("report", plan, "--data", matrices, "-o", tmp_path / "page.html"),
+    ):
+        assert f"which no model reads; leave out {option}\n" in refused(*call, *given)
+    assert f"no model runs; leave out {option}\n" in refused("inspect", "--stress", *given)
+    assert f"holds its numbers; leave out {option}\n" in refused("inspect", plan, *given)
+    page = ("report", plan, "-o", tmp_path / "page.html")
+    assert f"without --data or --model; leave out {option}\n" in refused(*page, *given)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_options_of_data_are_refused_where_they_change_nothing(plan, text, tmp_path):
+    out = ("-o", tmp_path / "other.json")
+    said = refused("calibrate", "recall", "--num-samples", 3, "--tokenizer", "folder", *out)
+    assert "there is no --data that would be read; leave out --num-samples, --tokenizer" in said
+    assert "no sequences are generated; leave out --sequences" in refused(
+        "calibrate", "recall", "--data", text, "--sequences", 3, *out
+    )
+    assert "leave out --data, --seed" in refused("inspect", plan, "--data", text, "--seed", 1)
+    both = ("--device", "cuda", "--device-map", "auto")
+    assert "device 'cuda' is for a whole model" in refused("calibrate", "recall", *both, *out)

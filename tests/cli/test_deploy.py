@@ -75,6 +75,9 @@ def test_deploy_writes_what_the_library_writes(tiny, plan, tmp_path):
     assert "prefill.onnx" in result.output
     for path in tiny.folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert f"wrote {tmp_path / 'out'}: 6 states" in result.output
+    again = run("deploy", tiny.source, "--plan", plan, "--cache", CACHE, "-o", tmp_path / "out")
+    assert f"replaced {tmp_path / 'out'}: 6 states" in again.output
 
 
 @pytest.mark.usefixtures("traced")
@@ -93,7 +96,10 @@ def test_deploy_refuses_in_one_line(tiny, plan, tokens, tmp_path):
     assert "hexagon-v99" in refused(
         "deploy", tiny.source, "--plan", plan, "--hardware", "hexagon-v99", "-o", out
     )
-    assert "takes no --data" in refused("deploy", tiny.source, "--plan", plan, "--data", tokens, "-o", out)
+    # Without quantized weights nothing is calibrated under a finished plan.
+    for option in (("--data", tokens), ("--seq-len", 64), ("--sequences", 3), ("--seed", 1)):
+        said = refused("deploy", tiny.source, "--plan", plan, *option, "-o", out)
+        assert f"for --weights w8 or w4 only; leave out {option[0]}" in said
     assert "--data" in refused("deploy", tiny.source, "--plan", plan, "--weights", "w8", "-o", out)
     assert "cache 0" in refused("deploy", tiny.source, "--plan", plan, "--cache", 0, "-o", out)
     assert "recall" not in refused("deploy", tiny.source, "--plan", tmp_path / "none.json", "-o", out)

@@ -1,6 +1,8 @@
 """What somebody meets who uses the command line for the first time."""
 
 import json
+import logging
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from qinvert.calibration.data.tokenizers import find_tokenizer
 from qinvert.cli.app import cli
 from qinvert.cli.graph_folder import export_all
 from qinvert.errors import InputError, PlanError
+from qinvert.export.whole_models.tracing import REGISTRY, _without_notices
 from qinvert.stress import stress_matrices
 
 #: Interrupts the process at its first import of a module.
@@ -142,6 +145,52 @@ def test_what_is_replaced_is_said(tmp_path):
         assert f"{word} {plan}" in result.stdout
         result = invoke("export", plan, "-o", graphs)
         assert f"{word} {graphs / 'layer.onnx'}" in result.stdout
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A name that is not UTF-8, which files may have on Linux."""
+    path = tmp_path / os.fsdecode(b"\xff")
+    try:
+        path.touch()
+    except OSError:
+        pytest.skip("this file system takes text only")
+    path.unlink()
+    return path
+
+
+def test_names_that_are_no_text_are_written_and_read(foreign, tmp_path):
+    np.savez(tmp_path / "L.npz", layer=stress_matrices("half_random", 4, 16).numpy())
+    plan = f"{foreign}.json"
+    for call in (
+        ("calibrate", tmp_path / "L.npz", "-o", plan, "--checkpoint", f"{foreign}.npz"),
+        ("simulate", plan, "--json"),
+        ("export", plan, "-o", foreign),
+        ("verify", foreign),
+    ):
+        result = invoke(*call)
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("verb", [("export-model", "plan.json"), ("graft", "model.onnx", "plan.json")])
+def test_names_that_no_model_can_have_are_refused_before_the_work(verb, foreign, monkeypatch):
+    monkeypatch.setattr("qinvert.plan.plan.Plan.load", None)
+    result = invoke(*verb, "-o", f"{foreign}.onnx")
+    assert result.exit_code == 2
+    assert "is not UTF-8 text; choose another name" in result.stderr
+    assert not list(foreign.parent.iterdir())
+
+
+def test_what_the_exporter_misses_is_not_printed(caplog):
+    logger = logging.getLogger(REGISTRY)
+    with _without_notices():
+        logger.warning("torchvision is not installed. Skipping %s", "torchvision::nms")
+        logger.warning("something else")
+    logger.warning("torchvision is not installed. Skipping %s", "torchvision::nms")
+    assert [record.getMessage().partition(".")[0] for record in caplog.records] == [
+        "something else",
+        "torchvision is not installed",
+    ]
 
 
 def test_a_tokenizer_that_is_not_there_is_said(tmp_path):

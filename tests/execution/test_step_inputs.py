@@ -232,7 +232,7 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(case):
 
 
 def test_an_unknown_rounding_is_refused():
-    with pytest.raises(PlanError, match="unknown rounding 'up'; use one of onnx, hexagon, tflite"):
+    with pytest.raises(PlanError, match="rounding 'up' is unknown; use onnx, hexagon or tflite"):
         PLANS["int8"].step(**tokens(C), rounding="up")
 
 

@@ -280,7 +280,7 @@ def test_layers_are_written_in_the_given_order_under_names_of_their_own(tmp_path
         ({"input": "keys"}, ExportError, "key_size None"),
         ({"input": "keys", "key_size": 0}, ExportError, "key_size 0"),
         ({"key_size": 8}, ExportError, "for input='keys' only"),
-        ({"output": "S"}, ExportError, "output 'S' is unknown; use T or integers"),
+        ({"output": "S"}, ExportError, "output 'S' is unknown; use T, integers or ports"),
         ({"input": "L", "output": None}, ExportError, "output None"),
         ({"batch": None}, ExportError, "export_layers only"),
     ],

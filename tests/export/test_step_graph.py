@@ -193,7 +193,7 @@ REFUSALS = {
     "heads below one": ({"heads": 0}, "heads"),
     "no chunk": ({"heads": 2, "chunks": 0}, "chunks"),
     "half a chunk": ({"heads": 2, "chunks": 1.5}, "chunks"),
-    "unknown layout": ({"heads": 2, "layout": "tokens_last"}, "tokens_first or values_first"),
+    "unknown layout": ({"heads": 2, "layout": "tokens_last"}, "use tokens_first, values_first or"),
     "unknown states": ({"heads": 2, "states": "all"}, "last or every"),
     "no batch": ({"heads": 2, "batch": 0}, "batch"),
     "chains that do not divide": ({"heads": 2, "chains": 3}, "chains"),

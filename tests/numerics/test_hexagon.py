@@ -113,7 +113,7 @@ def test_simulate_takes_a_rounding():
     (theirs,) = qinvert.simulate(plan, lower, rounding="hexagon").layers.values()
     assert ours.sqnr_db != theirs.sqnr_db
     assert math.isclose(ours.sqnr_db, theirs.sqnr_db, abs_tol=2)
-    with pytest.raises(PlanError, match="unknown rounding 'moon'; use one of onnx, hexagon"):
+    with pytest.raises(PlanError, match="rounding 'moon' is unknown; use onnx, hexagon or tflite"):
         qinvert.simulate(plan, lower, rounding="moon")
 
 

@@ -190,9 +190,9 @@ def test_damaged_manifests_are_refused(tmp_path, damage):
         qinvert.Deployment(tmp_path)
 
 
-def test_a_second_trace_gives_the_same_bytes(tiny):
+def test_a_second_trace_gives_the_same_bytes_under_autocast_too(tiny):
     window = Window(tiny.model, layer_steps(tiny.plan, None, None), RecordedSteps(tiny.plan), CACHE)
-    with windowed(window, CACHE + 64):
+    with torch.autocast("cpu", torch.bfloat16), windowed(window, CACHE + 64):
         window.probe(1)
         graph = window_graph(window, tiny.plan, profile_for(tiny.plan, None), 1, masked=False)
     assert serialize(serialize_model(graph)) == (tiny.folder / "decode.onnx").read_bytes()

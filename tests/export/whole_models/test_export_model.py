@@ -208,3 +208,11 @@ def test_everything_is_as_before_after_an_export(single):
     model, tokens, _ = single
     assert model.config.use_cache
     assert run_model(model, {"input_ids": tokens}).isfinite().all()
+
+
+def test_autocast_changes_no_graph(single, tmp_path):
+    model, tokens, plan = single
+    for name, autocast in (("plain", False), ("cast", True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            qinvert.export_model(model, plan, tokens, tmp_path / name, dynamic=False)
+    assert (tmp_path / "cast").read_bytes() == (tmp_path / "plain").read_bytes()

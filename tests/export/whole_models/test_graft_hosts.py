@@ -344,6 +344,24 @@ def test_weights_may_lie_in_another_file(plan, tmp_path, monkeypatch, limit):
     assert np.array_equal(numpy_helper.to_array(loaded), numpy_helper.to_array(weights("weights")))
 
 
+def test_weights_of_one_file_may_lack_their_lengths(plan, tmp_path):
+    host = Host(**projected(initializers=[weights("weights")]))
+    onnx.save(
+        host.model(), tmp_path / "in.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    # As onnxruntime reads it: the type and the shape say how long a tensor is, whatever follows in the file.
+    with (tmp_path / "w.bin").open("ab") as file:
+        file.truncate(2**40)
+    model = onnx.load(tmp_path / "in.onnx", load_external_data=False)
+    (tensor,) = model.graph.initializer
+    kept = [entry for entry in tensor.external_data if entry.key != "length"]
+    assert len(kept) < len(tensor.external_data)
+    del tensor.external_data[:]
+    tensor.external_data.extend(kept)
+    (tmp_path / "in.onnx").write_bytes(model.SerializeToString())
+    check(plan, tmp_path, model, host.data())
+
+
 def test_external_weights_and_open_shapes_together(plan, tmp_path, monkeypatch):
     host = Host(
         initializers=[weights("weights")],

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qinvert.errors import ExportError, InputError
-from qinvert.export.whole_models.export_model import check_target
 from qinvert.export.whole_models.linear_attention_nodes import find_nodes, load
+from qinvert.files import check_target
 
 WIDTHS = {"query": 32, "key": 32, "value": 32, "decay": 2, "beta": 2}
 
