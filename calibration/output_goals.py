@@ -11,7 +11,7 @@ import torch
 
 from qinvert.calibration.evaluate import Evaluation, evaluate
 from qinvert.calibration.head_errors import HeadErrors
-from qinvert.calibration.heads import layer_name
+from qinvert.calibration.heads import head_number, layer_name
 from qinvert.calibration.planning.explanation import decibels, rounded_share
 from qinvert.checks import check_decibels, check_magnitude
 from qinvert.documents import to_document
@@ -164,7 +164,7 @@ def facts_of(reached: Reached, name: str, min_sqnr_db: float | None) -> dict[str
 
     ``min_sqnr_db`` is the caller's goal for T; None where only outputs count.
     """
-    layer = layer_name(name)
+    layer, number = layer_name(name), head_number(name)
     lacks = reached.lacking.get(layer, 0.0)
     own = reached.layers[name].provenance
     reaches_t = min_sqnr_db is None or own["expected_sqnr_db"] >= min_sqnr_db
@@ -172,7 +172,9 @@ def facts_of(reached: Reached, name: str, min_sqnr_db: float | None) -> dict[str
     missed = f"the output lacks {lacks:.1f} dB; {fix}" if lacks else fix
     return {
         "output_sqnr_db": decibels(reached.found.layers[layer].out),
-        "output_heads": [_rounded(head) for head in reached.found.layers[layer].heads],
+        "output_heads": [
+            _rounded(head) for head in reached.found.layers[layer].heads if number in (None, head.head)
+        ],
         "meets_goal": not lacks and reaches_t,
         "fix": "" if not lacks and reaches_t else missed,
     }

@@ -6,6 +6,7 @@ import tiny_models
 import torch
 
 import qinvert
+from qinvert import recall
 from qinvert.calibration import output_goals
 from qinvert.calibration.evaluate import Evaluation, LayerErrors
 from qinvert.calibration.output_goals import MARGIN_DB, START_DB, OutputGoals, reach
@@ -131,3 +132,14 @@ def test_a_goal_for_outputs_is_reached_by_wider_grids():
     )
     assert all(layer.provenance["meets_goal"] for layer in plan.layers.values())
     assert min(layer.out for layer in qinvert.evaluate(model, plan, TOKENS).layers.values()) >= 90
+
+
+def test_an_entry_of_one_head_has_the_output_of_that_head_alone():
+    pytest.importorskip("transformers")
+    model, tokens = recall.load_model(), recall.sequences(1)
+    options = {"bits": 8, "method": "block_merge", "granularity": "head", "min_output_sqnr_db": 10.0}
+    plan = qinvert.calibrate(model, tokens, **options)
+    heads = {name: layer.provenance["output_heads"] for name, layer in plan.layers.items()}
+    assert {name: [row["head"] for row in rows] for name, rows in heads.items()} == {
+        f"model.layers.{layer}.linear_attn/head_{head}": [head] for layer in (0, 1) for head in (0, 1)
+    }
