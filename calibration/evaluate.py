@@ -45,8 +45,8 @@ class LayerErrors:
     w: float | None
     #: The layer's output, before its norm and projection.
     out: float
-    #: The state after the last chunk.
-    state: float
+    #: The state after the last chunk; None where padding behind the tokens has left nothing of it.
+    state: float | None
     #: Every head: its T, its own output, and its shares of the layer's T and output.
     heads: tuple[HeadErrors, ...] = ()
 
@@ -223,7 +223,9 @@ class _LayerComparison:
 
     def result(self) -> LayerErrors:
         found = {name: x.sqnr_db if name in self._seen else None for name, x in self.parts.items()}
-        out, state = self.parts["out"].sqnr_db, self.parts["state"].sqnr_db
+        out, last = self.parts["out"].sqnr_db, self.parts["state"]
+        # A state that has decayed to nothing has no error either: that is no measurement.
+        state = last.sqnr_db if last.signal or last.noise else None
         t = self.t.sqnr_db if self.t.matrices else None
         heads = with_outputs(head_errors(self.heads), self.outputs) if self.heads else ()
         return LayerErrors(t=t, u=found["u"], w=found["w"], out=out, state=state, heads=heads)

@@ -213,6 +213,15 @@ def test_the_loss_of_rows_in_a_file_is_that_of_their_labels(model, tmp_path):
     assert found.loss == expected.loss
 
 
+def test_a_state_that_padding_has_erased_is_not_called_exact(model, plan):
+    erased = qinvert.evaluate(model, plan, [padded(UNSEEN[:1, :64], "right", 1024)])
+    assert [errors.state for errors in erased.layers.values()] == [None, None]
+    assert erased.to_dict()["layers"]["model.layers.0.linear_attn"]["state"] is None
+    assert str(erased)
+    kept = qinvert.evaluate(model, plan, [padded(UNSEEN[:1, :64], "left", 1024)])
+    assert all(math.isfinite(errors.state) for errors in kept.layers.values())
+
+
 def test_data_that_are_padding_alone_are_refused(model):
     batch = {"input_ids": UNSEEN[:2], "attention_mask": torch.zeros_like(UNSEEN[:2])}
     with pytest.raises(InputError, match="attention_mask is 0 for every token"):
