@@ -1,5 +1,6 @@
 """Writes that are killed, that race, and that cannot succeed."""
 
+import errno
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ from qinvert.files import (
     check_readable,
     check_replaceable,
     check_writable,
+    new_folder,
     write_atomically,
     write_together,
 )
@@ -184,6 +186,49 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_everything_as_it_was(kind, t
     assert str(refused.value).isprintable()
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
     assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Nothing new can be created; whoever may write everywhere is not held by permissions of a folder."""
+    refusal, opened = OSError(errno.EROFS, os.strerror(errno.EROFS)), os.open
+
+    def refuse(path, flags, *rest, **more):
+        if flags & os.O_CREAT:
+            raise refusal
+        return opened(path, flags, *rest, **more)
+
+    def refuse_folder(*_, **__):
+        raise refusal
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse_folder)
+
+
+def test_a_read_only_folder_is_found_before_the_work(tmp_path, read_only, monkeypatch):
+    plan = plan_of(1)
+    monkeypatch.setattr("qinvert.calibration.calibrate.calibrate", None)
+    monkeypatch.setattr("qinvert.cli.sources.load_model", None)
+    writes = {
+        **FULL,
+        "new folder": lambda _, folder: new_folder(folder / "new", "manifest").__enter__(),
+        "folder of another": lambda _, folder: new_folder(folder, "manifest").__enter__(),
+    }
+    for write in writes.values():
+        with pytest.raises(InputError, match=r"^cannot write .*: Read-only file system; choose another"):
+            write(plan, tmp_path)
+    for verb in (
+        ("calibrate", "recall", "-o", tmp_path / "plan.json"),
+        ("export", "plan.json", "-o", tmp_path / "graphs"),
+        ("export-model", "plan.json", "-o", tmp_path / "m.onnx"),
+        ("graft", "host.onnx", "plan.json", "-o", tmp_path / "m.onnx"),
+        ("deploy", "recall", "-o", tmp_path / "out"),
+        ("demo", "-o", tmp_path / "demo"),
+    ):
+        result = CliRunner().invoke(cli, list(map(str, verb)))
+        assert result.exit_code == 2
+        assert "Read-only file system; choose another place" in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_exports_into_one_folder_are_one_after_the_other(tmp_path, monkeypatch):
