@@ -129,3 +129,16 @@ def test_options_of_data_are_refused_where_they_change_nothing(plan, text, tmp_p
     assert "leave out --data, --seed" in refused("inspect", plan, "--data", text, "--seed", 1)
     both = ("--device", "cuda", "--device-map", "auto")
     assert "device 'cuda' is for a whole model" in refused("calibrate", "recall", *both, *out)
+
+
+def test_a_checkpoint_of_another_model_is_refused(byte_model, text, tmp_path):
+    options = ("--data", text, "--seq-len", 128, "--num-samples", 3, "--checkpoint", tmp_path / "c")
+    assert run("calibrate", byte_model, *options, "-o", tmp_path / "plan.json").exit_code in (0, 1)
+    other = build("qwen3_5", vocab_size=256, **of_layers("linear_attention", "full_attention"),
+                  linear_num_key_heads=1, linear_num_value_heads=2)  # fmt: skip
+    next(other.parameters()).data[3, 1] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    out = ("-o", tmp_path / "second.json")
+    assert "pass the same model" in refused("calibrate", tmp_path / "other", *options, *out)
+    assert "pass the same model" in refused("calibrate", byte_model, *options, "--dtype", "bfloat16", *out)
+    assert not (tmp_path / "second.json").exists()

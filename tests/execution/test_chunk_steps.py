@@ -133,6 +133,21 @@ def test_between_calls_a_state_of_two_planes_is_rounded_again():
     assert all(kinds.values())
 
 
+def test_padding_moves_a_state_of_two_planes_by_one_step_once():
+    plan, moved = PLANS["planes"], 0
+    grid, kept = plan.tensors[STATE], plan.tensors["state/kept"]
+    for seed in range(6):
+        chunks = chunks_of(plan, seed)
+        nothing = chunks.replaced(torch.zeros_like, chunks.state.clamp(-kept.limit, kept.limit))
+        _, (first, *later) = with_states(plan, nothing)
+        turn = nothing.state.mT if step_sizes(plan.program).values_first else nothing.state
+        steps = (first[0] - quantize(turn.flatten(0, 1), grid.scale, grid.format)).abs()
+        assert float(steps.max()) <= 1 + kept.scale / grid.scale
+        assert all(torch.equal(state, first) for state in later)
+        moved += int((steps > 0).sum())
+    assert moved
+
+
 @plans
 def test_in_floating_point_it_is_the_delta_rule_with_the_exact_inverse(name):
     program = PLANS[name].program
