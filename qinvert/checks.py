@@ -122,6 +122,6 @@ def check_member(
     """
     members = list(kind)
     if not isinstance(value, str) or value not in members:
-        *others, last = (*more, *members)
+        *others, last = [*more, *map(str, members)]
         raise error(f"{name} {value!r} is unknown; use {', '.join(others)} or {last}")
     return kind(value)
