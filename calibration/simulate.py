@@ -15,8 +15,8 @@ from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.documents import to_document
 from qinvert.errors import InputError
-from qinvert.execution.hexagon import check_plan
 from qinvert.execution.inputs import needed
+from qinvert.execution.laws import LAWS
 from qinvert.html_table import html_table
 from qinvert.metrics import ErrorStatistics, floor_inverse
 from qinvert.numerics.law import Rounding
@@ -221,15 +221,12 @@ def simulate(
         If the source has a layer that the plan does not know, or is another model than the
         plan was made for, or if the rounding is not known for a plan like this.
     """
+    # Before the model runs: it may take minutes to the first matrix.
+    chosen = check_rounding(plan, rounding)
     check_identity(plan, source, force)
-    chosen = Rounding.named(rounding)
     if not all(layer.program.is_inverse for layer in plan.layers.values()):
         given = with_options(data, num_samples, seq_len)
         return Report(steps=simulate_steps(plan, source, given, chosen, progress))
-    if chosen is Rounding.HEXAGON:
-        # Before the model runs: it may take minutes to the first matrix.
-        for layer_plan in plan.layers.values():
-            check_plan(layer_plan)
     running: dict[str, LayerSimulation] = {}
     for given, whole in open_systems(source, with_options(data, num_samples, seq_len)):
         name = match_layer(plan, given)
@@ -245,6 +242,20 @@ def simulate(
     if lacking:
         raise InputError(f"the source has no matrices for layer {lacking[0]!r}; pass all layers of the plan")
     return Report(layers=_with_shares({name: running[name].result() for name in plan.layers}))
+
+
+def check_rounding(plan: Plan, rounding: str) -> Rounding:
+    """Return the rounding of that name, if it is known for every layer of the plan.
+
+    Raises
+    ------
+    PlanError
+        With the reason.
+    """
+    chosen = Rounding.named(rounding)
+    for layer in plan.layers.values():
+        LAWS[chosen].check(layer)
+    return chosen
 
 
 def _with_shares(layers: dict[str, LayerReport]) -> dict[str, LayerReport]:

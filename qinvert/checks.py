@@ -120,7 +120,8 @@ def check_member(
     QInvertError
         Of the class ``error``, with all legal values; ``more`` are those that the caller takes beside them.
     """
-    if not isinstance(value, str) or value not in list(kind):
-        *others, last = (*more, *kind)
+    members = list(kind)
+    if not isinstance(value, str) or value not in members:
+        *others, last = [*more, *map(str, members)]
         raise error(f"{name} {value!r} is unknown; use {', '.join(others)} or {last}")
     return kind(value)

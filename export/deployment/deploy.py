@@ -114,19 +114,19 @@ def deploy(
     options = DeployOptions(chunks=chunks, cache=cache, weights=weights, activation_bits=activation_bits)
     require_onnx_ir()
     check_replaceable(path, MANIFEST)
-    model = opened(model)
-    if isinstance(model, torch.nn.Module):
-        check_float32(model)
-    given, rows = _with_rows(model, plan_or_data, data, options, calibration)
-    plan = _plan(model, given, hardware, calibration)
-    by_layer(model, plan)
-    check_identity(plan, model, force)
+    loaded = opened(model)
+    if isinstance(loaded, torch.nn.Module):
+        check_float32(loaded)
+    given, rows = _with_rows(loaded, plan_or_data, data, options, calibration)
+    plan = _plan(loaded, given, hardware, calibration)
+    by_layer(loaded, plan)
+    check_identity(plan, loaded, force)
     chosen = profile_for(plan, profile)
     chip = _hardware(plan, chosen, hardware)
-    graphs = build_graphs(model, plan, chosen, options, chip)
+    graphs = build_graphs(loaded, plan, chosen, options, chip)
     if options.weights != Weights.NONE:
         graphs = with_weights(graphs, rows, options, chunk_of(plan))
-    manifest = manifest_of(model, plan, chosen, options, graphs)
+    manifest = manifest_of(loaded, plan, chosen, options, graphs)
     with new_folder(path, MANIFEST) as folder:
         for graph in graphs:
             _write(graph, folder)

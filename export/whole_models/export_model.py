@@ -128,25 +128,25 @@ def export_model(
     chosen = profile_for(plan, profile)
     check_magnitude("tolerance", tolerance, InputError, "pass for example 1e-3")
     check_target(path)
-    model = opened(model)
-    if isinstance(model, torch.nn.Module):
-        check_float32(model)
-    by_layer(model, plan)
-    check_identity(plan, model, force)
-    given = inputs = _inputs(model, example)
+    loaded = opened(model)
+    if isinstance(loaded, torch.nn.Module):
+        check_float32(loaded)
+    by_layer(loaded, plan)
+    check_identity(plan, loaded, force)
+    given = inputs = _inputs(loaded, example)
     shapes = None
     if dynamic:
         inputs = _stretched(given, 2, EXAMPLE_CHUNKS * chunk_of(plan))
         shapes = {name: {0: torch.export.Dim(BATCH), 1: torch.export.Dim(SEQUENCE)} for name in inputs}
     number = opset_for(chosen, opset)
-    with without_cache(model), plain_experts(model), traceable(model, plan):
-        traced = trace(model, inputs, number, dynamic_shapes=shapes, output_names=[LOGITS])
+    with without_cache(loaded), plain_experts(loaded), traceable(loaded, plan):
+        traced = trace(loaded, inputs, number, dynamic_shapes=shapes, output_names=[LOGITS])
     attach_functions(traced, plan, chosen)
     if not check:
         return save(traced, path)
-    batches = _untraced(model, given, untraced_lengths(plan) if dynamic else ())
-    compare = ModelCheck(model=model, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
-    with without_cache(model):
+    batches = _untraced(loaded, given, untraced_lengths(plan) if dynamic else ())
+    compare = ModelCheck(model=loaded, plan=plan, profile=chosen, batches=batches, tolerance=tolerance)
+    with without_cache(loaded):
         return save(traced, path, compare)
 
 

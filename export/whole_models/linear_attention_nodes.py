@@ -160,7 +160,7 @@ def _add_lengths(model: onnx.ModelProto) -> None:
 
     for tensor in filter(uses_external_data, tensors(model)):
         known = any(entry.key == "length" for entry in tensor.external_data)
-        if known or tensor.data_type not in iter(onnx_ir.DataType) or min(tensor.dims, default=0) < 0:
+        if known or tensor.data_type not in map(int, onnx_ir.DataType) or min(tensor.dims, default=0) < 0:
             continue
         kind = onnx_ir.DataType(tensor.data_type)
         if kind not in (onnx_ir.DataType.UNDEFINED, onnx_ir.DataType.STRING):

@@ -54,10 +54,12 @@ def simulate(
     Example: qinvert simulate plan.json --min-sqnr 20
              qinvert simulate plan.json --data L.npz --json
     """
+    from qinvert.calibration.simulate import check_rounding
     from qinvert.calibration.simulate import simulate as run_simulation
 
     output = Output(as_json=as_json, quiet=quiet)
     plan = Plan.load(plan_path)
+    check_rounding(plan, rounding)
     with output.progress("simulating") as progress:
         source = open_for_plan(plan, model, given)
         report = run_simulation(plan, *source, rounding=rounding, progress=progress, force=force)

@@ -78,7 +78,8 @@ def test_a_text_in_the_place_of_a_path_is_named_as_that(text):
         list(token_batches(text))
 
 
-def test_an_unknown_rounding_is_refused_before_the_model_runs():
+@pytest.mark.parametrize(("rounding", "said"), [("hexagon", "Hexagon"), ("tflite", "TFLite")])
+def test_an_unknown_rounding_is_refused_before_the_model_runs(rounding, said, tmp_path, monkeypatch):
     lower = stress_matrices("half_random", 4, 16)
     plan = qinvert.calibrate(lower, method="newton_schulz", target="npu-qdq-int8", min_sqnr_db=0)
 
@@ -86,8 +87,14 @@ def test_an_unknown_rounding_is_refused_before_the_model_runs():
         raise AssertionError
         yield lower
 
-    with pytest.raises(PlanError, match="Hexagon"):
-        qinvert.simulate(plan, never(), rounding="hexagon")
+    with pytest.raises(PlanError, match=said):
+        qinvert.simulate(plan, never(), rounding=rounding)
+    # And before it is loaded.
+    plan.save(tmp_path / "plan.json")
+    monkeypatch.setattr("qinvert.cli.sources.load_model", never)
+    result = invoke("simulate", tmp_path / "plan.json", "--model", recall.NAME, "--rounding", rounding)
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def test_a_model_of_16_bits_is_refused_before_it_is_traced(tmp_path, monkeypatch):
