@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from os import PathLike
@@ -30,6 +31,8 @@ from qinvert.profiles import Profile
 
 #: What the names of functions start with.
 FUNCTION_PREFIX: Final = "TriInv_"
+#: Metadata that says how many layers a model has functions of.
+LAYERS: Final = "qinvert.layers"
 
 
 def export_layers(
@@ -134,7 +137,7 @@ def build_layers(
                 "file per layer"
             )
         _append_call(graph, functions[-1], layer_plan, chosen, interface, layer)
-    metadata = provenance(plan, chosen) | {"qinvert.layers": str(len(names))}
+    metadata = provenance(plan, chosen) | {LAYERS: str(len(names))}
     doc = f"T = (I + L)^-1 of {len(names)} layers"
     model = graph.model("triangular_inverses", chosen.opset, metadata, doc, functions)
     if inline:
@@ -187,9 +190,10 @@ def single_layer(model: onnx.ModelProto, layer: str | None) -> onnx.ModelProto:
     Raises
     ------
     ExportError
-        If the model does not call the layer's function.
+        If the model does not call the layer's function, or is that of several layers, inlined.
     """
     if not model.functions:
+        _refuse_inlined(model, "the model")
         return model
     calls = {node.name: node for node in model.graph.node if node.domain == DOMAIN}
     name = layer if layer is not None or len(calls) != 1 else next(iter(calls))
@@ -222,10 +226,22 @@ def called_layers(path: str | PathLike[str]) -> list[str]:
     Raises
     ------
     ExportError
-        If it is not an ONNX model.
+        If it is not an ONNX model, or its functions were inlined.
     """
     model = parse_model(read_bytes(path), path)
+    _refuse_inlined(model, os.fspath(path))
     return [node.name for node in model.graph.node if node.domain == DOMAIN]
+
+
+def _refuse_inlined(model: onnx.ModelProto, name: str) -> None:
+    """Refuse a model of all layers without calls: what its layers take and return stood on its functions."""
+    of_layers = any(entry.key == LAYERS for entry in model.metadata_props)
+    if of_layers and not any(node.domain == DOMAIN for node in model.graph.node):
+        raise ExportError(
+            f"{name} has plain nodes in the place of its layers' functions, and cannot be "
+            "verified layer by layer; verify an export without --inline (inline=True), whose functions hold "
+            "the same nodes"
+        )
 
 
 def _append_call(

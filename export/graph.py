@@ -18,6 +18,8 @@ Sizes: TypeAlias = list[int | str]
 
 #: IR version that every runtime of the last two years reads.
 IR_VERSION = 9
+#: The first IR version that has local functions.
+LOCAL_FUNCTION_IR_VERSION = 8
 #: The first IR version whose functions declare the types of their tensors.
 FUNCTION_IR_VERSION = 10
 #: Domain of the functions.

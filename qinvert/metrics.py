@@ -96,6 +96,13 @@ def ratio_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
+def norm_share(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """``||x - y|| / ||y||`` in float64; 0 where x is y, also where both are zero.  NaN stays NaN."""
+    wanted = wanted.to(torch.float64)
+    difference = float((found.to(torch.float64) - wanted).norm())
+    return difference / max(float(wanted.norm()), 1e-30) if difference else 0.0
+
+
 def _largest(old: float, new: float) -> float:
     return math.inf if math.isnan(new) else max(old, new)
 

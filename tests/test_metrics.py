@@ -13,7 +13,7 @@ from inverse_programs import inverse_program
 import qinvert
 from qinvert.formats import INT8
 from qinvert.methods import block_merge
-from qinvert.metrics import ErrorStatistics, NoiseStatistics, floor_inverse
+from qinvert.metrics import ErrorStatistics, NoiseStatistics, floor_inverse, norm_share
 from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.stress import stress_matrices
@@ -206,3 +206,18 @@ def test_one_correction_reaches_the_floor(name):
     achieved = measured(plan.inverse(lower), exact).sqnr_db
     floor = measured(floor_inverse(plan, Systems(lower=lower)), exact).sqnr_db
     assert floor - 1 < achieved < floor + 1
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "share"),
+    [([3.0, 4.0], [3.0, 4.0], 0), ([0.0, 0.0], [0.0, 0.0], 0), ([3.0, 0.0], [3.0, 4.0], 0.8)],
+)
+def test_the_share_of_a_difference_is_that_of_the_wanted_norm(found, wanted, share):
+    assert norm_share(torch.tensor(found), torch.tensor(wanted)) == pytest.approx(share)
+
+
+def test_the_share_of_a_difference_of_what_is_not_finite_passes_no_limit():
+    assert not norm_share(torch.tensor([math.nan]), torch.tensor([1.0])) <= 1
+    assert not norm_share(torch.tensor([1.0]), torch.tensor([0.0])) <= 1
+    # Its norm in float32 is infinite, and every share of it would be 0.
+    assert norm_share(torch.tensor([2e38, 2e38]), torch.tensor([1e38, 1e38])) == pytest.approx(1)

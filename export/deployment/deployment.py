@@ -74,11 +74,8 @@ class Deployment:
         """
         ids, size = self._checked(tokens), self.manifest.window
         self._check_room(-(-len(ids) // size) - 1, size)
-        return np.concatenate([self._window(ids[start : start + size]) for start in range(0, len(ids), size)])
-
-    def _window(self, ids: Array) -> Array:
-        size = self.manifest.window
-        return self._run(self._prefill, window_inputs(ids, size), size)[: len(ids)]
+        found = [self._run(self._prefill, feed, size)[:number] for number, feed in windows(ids, size)]
+        return np.concatenate(found)
 
     def decode(self, token: int) -> Array:
         """Run one token through the decode graph, and return its logits ``[vocabulary]``.
@@ -146,11 +143,19 @@ class Deployment:
         return ids
 
 
-def window_inputs(ids: Array, size: int) -> dict[str, Array]:
-    """Inputs of a call of the prefill graph, beside the states, for at most ``size`` tokens."""
-    filled = np.zeros((1, size), dtype=np.int32)
-    filled[0, : len(ids)] = ids
-    return {"input_ids": filled, "valid": (np.arange(size) < len(ids)).astype(np.float32)[None]}
+def windows(ids: Array, size: int) -> Iterator[tuple[int, dict[str, Array]]]:
+    """Cut tokens into windows; yield the number of tokens of each, and inputs of a call beside the states.
+
+    Only the last window may be one that is not full: its tokens stand first, with ``valid`` 0 behind them.
+    """
+    for start in range(0, len(ids), size):
+        part = ids[start : start + size]
+        filled = np.zeros((1, size), dtype=np.int32)
+        filled[0, : len(part)] = part
+        yield (
+            len(part),
+            {"input_ids": filled, "valid": (np.arange(size) < len(part)).astype(np.float32)[None]},
+        )
 
 
 def _session(path: Path, *, optimized: bool, threads: int) -> Any:

@@ -15,13 +15,14 @@ from torch.nn.functional import kl_div, log_softmax
 from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.patching import patched, run_model
 from qinvert.errors import InputError, PlanError, VerificationError
-from qinvert.export.deployment.deployment import Array, Deployment
+from qinvert.export.deployment.deployment import Array, Deployment, windows
 from qinvert.export.deployment.manifest import DECODE, PLAN, PREFILL, Manifest
 from qinvert.export.deployment.options import DeployOptions, Weights
 from qinvert.export.deployment.quantized_products import QuantizedProduct, quantized_as, quantized_products
 from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.whole_models.check import random_tokens
+from qinvert.metrics import norm_share
 from qinvert.plan.plan import Plan
 from qinvert.progress import report
 
@@ -178,12 +179,9 @@ class _Reference:
         products = self.products[DECODE if chunks is None else PREFILL]
         with quantized_as(self.model, products), windowed(window, options.positions(self.manifest.chunk)):
             window.probe(size)
-            for start in range(0, len(ids), size):
-                part = torch.from_numpy(ids[start : start + size].astype(np.int64))[None]
-                number = part.shape[1]
-                filled = torch.cat([part, part.new_zeros(1, size - number)], 1)
-                valid = None if chunks is None else (torch.arange(size) < number).to(torch.float32)[None]
-                logits, *after = window(filled, carried, valid)
+            for number, feed in windows(ids, size):
+                valid = None if chunks is None else torch.from_numpy(feed["valid"])
+                logits, *after = window(torch.from_numpy(feed["input_ids"]).long(), carried, valid)
                 carried = {state.name: x for state, x in zip(window.states, after, strict=True)}
                 found.append(logits[0, :number])
         return found, carried
@@ -210,12 +208,12 @@ def _check(
     wanted, states = reference.windows(ids, decoded)
     exact = reference.whole(ids[:cut])
     inside = logits[:cut]
-    shares = {name: share(torch.from_numpy(deployment.states[name]), x) for name, x in states.items()}
+    shares = {name: norm_share(torch.from_numpy(deployment.states[name]), x) for name, x in states.items()}
     check = DeploymentCheck(
         prefilled=cut,
         decoded=decoded,
         optimized=optimized,
-        logits=share(logits, wanted),
+        logits=norm_share(logits, wanted),
         states=max(shares.values()),
         kl=float(
             kl_div(log_softmax(inside, -1), log_softmax(exact, -1), log_target=True, reduction="sum") / cut
@@ -230,9 +228,3 @@ def _check(
             f"plan by {worst[wrong[0]]:.2g} of its norm; {tolerance:g} is allowed; deploy again"
         )
     return check
-
-
-def share(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """``||x - y|| / ||y||``; 0 where both are zero."""
-    difference = float((found.to(torch.float64) - wanted.to(torch.float64)).norm())
-    return difference / max(float(wanted.to(torch.float64).norm()), 1e-30) if difference else 0.0

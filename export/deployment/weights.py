@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from qinvert.errors import ExportError, MissingDependencyError, reason
-from qinvert.export.deployment.deployment import Array, window_inputs
+from qinvert.export.deployment.deployment import Array, windows
 from qinvert.export.deployment.graphs import Graph, check_operators, tidy
 from qinvert.export.deployment.manifest import DECODE, PREFILL
 from qinvert.export.deployment.options import BLOCK, DeployOptions, Weights
@@ -143,8 +143,7 @@ def activation_ranges(
     for ids in rows:
         kept = ids[: cache // window * window + window]
         given = {state.name: state.zeros().numpy() for state in states}
-        for start in range(0, len(kept), window):
-            feed = window_inputs(kept[start : start + window], window)
+        for _, feed in windows(kept, window):
             results = dict(zip(outputs, session.run(outputs, {**feed, **given}), strict=True))
             given = {name: results[name + SUFFIX] for name in given}
             found = {name: known.joined(results[name]) for name, known in found.items()}

@@ -31,6 +31,7 @@ from qinvert.export.verification.references import reference
 from qinvert.export.verification.tolerance import tolerance_for
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
 from qinvert.export.whole_models.tracing import without_autocast
+from qinvert.metrics import norm_share
 from qinvert.plan.plan import Plan
 from qinvert.profiles import Profile
 from qinvert.systems import Systems
@@ -274,4 +275,4 @@ def difference(path: str | PathLike[str], model: torch.nn.Module, plan: Plan, le
         raise InputError(
             f"onnxruntime cannot run {os.fspath(path)} with {length} tokens: {reason(error)}"
         ) from error
-    return float((torch.from_numpy(found) - expected).norm() / expected.norm())
+    return norm_share(torch.from_numpy(found), expected)

@@ -15,7 +15,7 @@ from onnx import helper
 from qinvert.calibration.heads import in_layer_order, is_split, layer_name
 from qinvert.errors import ExportError, PlanError, reason
 from qinvert.export.exporting import profile_for
-from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
+from qinvert.export.graph import DOMAIN
 from qinvert.export.open_shapes import set_shapes
 from qinvert.export.whole_models.chunked_nodes import ChunkedNodes
 from qinvert.export.whole_models.export_model import save
@@ -59,6 +59,10 @@ def graft(
     of a local function ``TriInv_LAYER`` for each node; where the model already has
     a function of that name, the new one gets another name.  A step of a single
     token costs as much as a whole chunk, so graft models that run prompts.
+
+    The host's operator sets stay, and so does its IR version, unless that is older than
+    local functions (8).  `qinvert.export.whole_models.graft_check.compare_graft` says how
+    far the outputs are from the host's.
 
     Parameters
     ----------
@@ -110,7 +114,6 @@ def graft(
         functions.append(_free(f"{PREFIX}{i}", model))
         _replace(model, found[node], chunked.function(found[node], layer, functions[-1]))
     model = _inlined(model, functions)
-    model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
     try:
         result = ir.serde.deserialize_model(model)
     except Exception as error:  # onnx_ir raises its own types, and those of what it finds

@@ -18,8 +18,8 @@ from qinvert.calibration.patching import by_layer, device_of, patched_by_layer
 from qinvert.calibration.running import LayerInverse
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import ExportError, MissingDependencyError, reason
-from qinvert.export.functions import function_names, layer_function
-from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
+from qinvert.export.functions import LAYERS, function_names, layer_function
+from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION, LOCAL_FUNCTION_IR_VERSION
 from qinvert.export.interface import Interface
 from qinvert.export.metadata import provenance
 from qinvert.export.whole_models.sparse_attention import traceable_indexers
@@ -108,7 +108,8 @@ def attach_functions(
     """Add the integer program of every layer that the model calls, and return these layers.
 
     The functions have the model's operator set, and none of the names that are
-    ``taken`` by functions of the model itself.
+    ``taken`` by functions of the model itself.  The model keeps its IR version, unless
+    that has no local functions; where functions have no types yet, types are left out.
 
     Raises
     ------
@@ -124,13 +125,15 @@ def attach_functions(
             "the model does not call any layer of the plan; trace it inside `with traceable(model, plan)`"
         )
     target = replace(profile, opset=model.opset_imports[""])
+    model.ir_version = max(model.ir_version, LOCAL_FUNCTION_IR_VERSION)
     for layer, name in names.items():
         found = layer_function(plan.layer(layer), target, Interface(batch=None), name=name, layer=layer)
+        if model.ir_version < FUNCTION_IR_VERSION:
+            del found.value_info[:]
         function = deserialize_function(found)
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = 1
-    model.ir_version = max(model.ir_version, FUNCTION_IR_VERSION)
-    model.metadata_props.update(provenance(plan, profile) | {"qinvert.layers": str(len(names))})
+    model.metadata_props.update(provenance(plan, profile) | {LAYERS: str(len(names))})
     return list(names)
 
 

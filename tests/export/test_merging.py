@@ -128,3 +128,20 @@ def test_the_command_has_the_same_options(plan, tmp_path):
     refused = CliRunner().invoke(cli, [*base, "--inline"])
     assert refused.exit_code == 2
     assert "--one-file" in refused.stderr
+
+
+def test_inlined_layers_are_not_verified_and_never_passed_over(plan, tmp_path):
+    """Also beside graphs of single layers, which are: the file would look as if it had been verified."""
+    plan.save(tmp_path / "plan.json")
+    base = ["export", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
+    for options in (["--one-file", "--inline"], []):
+        assert CliRunner().invoke(cli, [*base, *options]).exit_code == 0
+        refused = CliRunner().invoke(cli, ["verify", str(tmp_path / "out")])
+        assert refused.exit_code == 2
+        (line,) = refused.stderr.splitlines()
+        assert "all_layers.onnx has plain nodes" in line
+        assert "without --inline" in line
+    with pytest.raises(ExportError, match="inline=True"):
+        qinvert.verify(tmp_path / "out" / "all_layers.onnx", plan, given("layers.0"), layer="layers.0")
+    assert CliRunner().invoke(cli, [*base, "--one-file"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["verify", str(tmp_path / "out")]).exit_code == 0

@@ -11,6 +11,7 @@ from tiny_models import HIDDEN, VOCABULARY, build, of_layers
 
 import qinvert
 from qinvert import InputError, Plan, PlanError, VerificationError
+from qinvert.export.deployment.deployment import windows
 from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK, window_graph
 from qinvert.export.deployment.step_calls import RecordedSteps, layer_steps
 from qinvert.export.deployment.verify_deployment import verify_deployment
@@ -73,6 +74,19 @@ def test_both_graphs_have_the_same_states(deployed):
         outputs = {value["name"]: value["shape"] for value in graph["outputs"]}
         for name, shape in states.items():
             assert inputs[name] == outputs[f"{name}_out"] == shape
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17])
+def test_windows_hold_every_token_once_in_order(length):
+    ids = np.arange(1, length + 1)
+    found = list(windows(ids, 8))
+    assert [number for number, _ in found] == [8] * (length // 8) + [length % 8] * (length % 8 > 0)
+    kept = [feed["input_ids"][feed["valid"] == 1] for _, feed in found]
+    assert np.array_equal(np.concatenate(kept), ids)
+    for number, feed in found:
+        assert feed["input_ids"].shape == feed["valid"].shape == (1, 8)
+        # Tokens stand first, and padding is token 0, which every vocabulary has.
+        assert not feed["input_ids"][0, number:].any()
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 150])

@@ -197,7 +197,7 @@ def test_graphs_with_other_products_are_refused(tiny):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"weights": "w2"}, ExportError, "none, w8, w4"),
+        ({"weights": "w2"}, ExportError, "none, w8 or w4"),
         ({"weights": "w8", "activation_bits": 4, "data": TOKENS}, ExportError, "8 or 16"),
         ({"weights": "w8"}, InputError, "pass data"),
         ({"data": TOKENS}, InputError, "leave it out"),
