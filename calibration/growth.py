@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qinvert.calibration.observation.statistics import RangeObserver
+from qinvert.calibration.observation.ranges import RangeObserver
 from qinvert.calibration.sources import check_size
 from qinvert.execution.inputs import program_inputs
 from qinvert.methods.neumann_doubling import neumann_doubling

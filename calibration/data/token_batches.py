@@ -300,7 +300,7 @@ def _numbers(name: str, item: Any) -> torch.Tensor:
     try:
         return as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} are no array of numbers ({reason(error)}); pass [count, length]") from None
+        raise InputError(f"{name}: no array of numbers ({reason(error)}); pass [count, length]") from None
 
 
 def _token_ids(item: Any) -> torch.Tensor:

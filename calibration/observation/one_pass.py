@@ -119,7 +119,7 @@ def _filled(layer: str, systems: Systems) -> tuple[Systems, torch.Tensor]:
     """Return flat systems without those that are all zero, and the head of each."""
     flat, number = systems.flat(), head_number(layer)
     # What is left of a head's own matrices has an axis of sequences where others have that of heads.
-    heads = head_indices(systems) if number is None else torch.full((flat.count,), number)
+    heads = head_indices(systems) if number is None else torch.full((flat.count,), number, dtype=torch.int64)
     chosen = flat.is_filled
     return flat[chosen], heads[chosen.cpu()]
 

@@ -140,5 +140,5 @@ def _blocks(inputs: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[dict[str, 
         # What kernels a device takes may depend on the number of matrices, so that it is always the same.
         size = AT_ONCE
         index = torch.arange(-(-len(first) // size) * size, device=first.device) % len(first)
-    for part in index.split(size):
+    for part in torch.split(index, size):
         yield {name: values[part] for name, values in joined.items()}

@@ -14,6 +14,7 @@ from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import measure
 from qinvert.calibration.planning.costs import Compiled, Costs
 from qinvert.calibration.planning.grids import GridRules, Grids, choose_grids, growth
+from qinvert.calibration.planning.reasons import ALIKE, floor_reason, growth_reason, lack_reason
 from qinvert.calibration.planning.scales import scale_groups
 from qinvert.calibration.planning.sensitivity import LayerGrids, Sensitivities, measure_together
 from qinvert.formats import INT8, IntFormat
@@ -242,33 +243,6 @@ class Prediction:
         else:
             words = ALIKE
         return f"{self.plan.program.title}: {words}; {kind} sqnr {sqnr_db:.1f} dB"
-
-
-#: What `growth_reason` starts with.
-GROWS: Final = "its powers outgrow the inverse"
-#: Of a candidate that reaches the goals and was not chosen.
-ALIKE: Final = "in simulation it is no better than the chosen one"
-#: Fewer lost bits than this are not counted.
-COUNTED_BITS: Final = 0.05
-
-
-def growth_reason(times: float, fmt: IntFormat) -> str:
-    """Say what powers that outgrow the inverse cost: their grids are as much coarser."""
-    bits = (fmt.maximum - fmt.minimum).bit_length()
-    lost = math.log2(min(times, 2.0**bits))
-    if lost < COUNTED_BITS:
-        return f"{GROWS} a little, and nothing bounds them on other data"
-    return f"{GROWS} {times:.3g} times: {lost:.1f} of {bits} bits are lost"
-
-
-def lack_reason(sqnr_db: float, goal_db: float) -> str:
-    """Say how far a candidate stays below the goal."""
-    return f"it lacks {goal_db - sqnr_db:.1f} dB to the goal of {goal_db:g} dB"
-
-
-def floor_reason(loss_db: float, max_loss_db: float) -> str:
-    """Say how much more a candidate loses than its grids make it lose."""
-    return f"it stays {loss_db:.1f} dB below what its grids allow, and {max_loss_db:g} dB are accepted"
 
 
 def _gain(before: Prediction, after: Prediction) -> float:

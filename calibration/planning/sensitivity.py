@@ -156,7 +156,7 @@ def measure_together(
         name: evaluator.stored(name, torch.cat([inputs[name] for inputs in copied])) for name in exact[0]
     }
     result = only(program.evaluate(evaluator, given)).reshape(-1, *first.lower.shape)
-    parts = result.split([own.copies for own in variants])
+    parts = torch.split(result, [own.copies for own in variants])
     return [
         _read(program, layer, own, part, inputs)
         # What fills the run up comes behind the layers that were asked for.

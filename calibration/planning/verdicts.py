@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from qinvert.calibration.planning.planner import ALIKE, GROWS, floor_reason, lack_reason
+from qinvert.calibration.planning.reasons import ALIKE, GROWS, floor_reason, lack_reason
 from qinvert.plan.plan import LayerPlan
 from qinvert.strict_json import INFINITE
 

@@ -33,7 +33,8 @@ def construction(instance: Any) -> tuple[Callable[[], Any], tuple[()]]:
     """
     given = {one.name: getattr(instance, one.name) for one in fields(instance) if one.init}
     plain = {name: dict(x) if isinstance(x, MappingProxyType) else x for name, x in given.items()}
-    return partial(type(instance), **plain), ()
+    made: Callable[..., Any] = type(instance)
+    return partial(made, **plain), ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ class Silent(torch.nn.Module):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"form": "uw"}, "form 'uw' is unknown; use state, wy, folded"),
+        ({"form": "uw"}, "form 'uw' is unknown; use state, wy or folded"),
         ({"form": 1}, "form 1 is unknown"),
         ({"form": "wy", "halves": True}, "halves applies T to one tensor, but form 'wy' has two"),
         ({"value_bits": 12}, "value_bits 12 is unknown; use auto, 8 or 16"),

@@ -11,7 +11,8 @@ from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.clipping import RangeRule
 from qinvert.calibration.planning.grids import GridRules
-from qinvert.calibration.planning.planner import Candidate, Goals, choose, growth_reason
+from qinvert.calibration.planning.planner import Candidate, Goals, choose
+from qinvert.calibration.planning.reasons import growth_reason
 from qinvert.calibration.planning.scales import ScaleRule, scale_groups
 from qinvert.calibration.planning.sensitivity import measure_sensitivities
 from qinvert.calibration.planning.verdicts import Outcome, verdicts
