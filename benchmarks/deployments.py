@@ -31,6 +31,7 @@ import qinvert
 from qinvert import ChunkOptions, Deployment, Plan, QInvertError
 from qinvert.calibration.patching import run_model
 from qinvert.documents import markdown
+from qinvert.metrics import norm_share
 from qinvert.pretrained import load_pretrained
 
 LENGTHS = (1, 63, 64, 65, 200, 500)
@@ -106,8 +107,7 @@ def compared(
         for length in LENGTHS:
             wanted = patched_logits(model, plan, tokens[:, :length])
             found = log_probabilities(deployment, tokens[:, :length])
-            share = float((found - wanted).norm() / wanted.norm())
-            yield (*divergence(wanted, found), share)
+            yield (*divergence(wanted, found), norm_share(found, wanted))
 
 
 def byte_rows(path: str, count: int, length: int = 512) -> torch.Tensor:
@@ -132,17 +132,49 @@ def text(arguments: argparse.Namespace) -> None:
             prompt = row[:200]
             deployment.reset()
             ours = deployment.generate(prompt.numpy(), 200)
-            theirs = greedy(model, plan, prompt)
+            theirs, logits = greedy(model, plan, prompt)
             same = sum(a == b for a, b in zip(ours, theirs, strict=True))
             print(f"{same} of {len(ours)} greedy bytes are those of generate() of the patched model")
+            print(first_difference(deployment, model, prompt, (ours, theirs), logits))
 
 
-def greedy(model: Any, plan: Plan, prompt: torch.Tensor) -> list[int]:
-    """The patched model's own continuation by 200 tokens."""
+def greedy(model: Any, plan: Plan, prompt: torch.Tensor, count: int = 200) -> tuple[list[int], np.ndarray]:
+    """The patched model's own continuation, and the logits that each token was chosen by."""
     with qinvert.patched(model, plan), torch.no_grad():
-        options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
-        found: list[int] = model.generate(prompt[None], **options)[0, len(prompt) :].tolist()
-    return found
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        found = model.generate(prompt[None], **options, return_dict_in_generate=True, output_logits=True)
+    tokens: list[int] = found.sequences[0, len(prompt) :].tolist()
+    return tokens, torch.cat(found.logits).numpy()
+
+
+def first_difference(
+    deployment: Deployment, model: Any, prompt: torch.Tensor, pair: tuple[list[int], list[int]], wanted: Any
+) -> str:
+    """Compare the gap of the two likeliest tokens, where two texts part, with the errors of the logits there.
+
+    A gap below twice the error is a tie that roundings may turn.  The plan's own error, that of the patched
+    model against the model, says how much of an error there is to expect.
+    """
+    ours, theirs = pair
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs) - 1)
+    # Up to there both read the same tokens, so that their logits belong to the same text.
+    found, tokens = replayed(deployment, prompt, theirs[:at]), torch.tensor(theirs[:at], dtype=torch.int64)
+    exact = run_model(model, {"input_ids": torch.cat([prompt, tokens])[None]})[0, len(prompt) - 1 :].numpy()
+    wanted = wanted[: at + 1]
+    ranked = np.sort(wanted, -1)
+    gaps = ranked[:, -1] - ranked[:, -2]
+    errors, own = (np.abs(x - wanted).max(-1) for x in (found, exact))
+    where = f"they part at byte {at}" if ours != theirs else "they never part; at the last byte"
+    return (
+        f"  {where}: gap of the two likeliest {gaps[at]:.3g}, logits off by {errors[at]:.3g}, the "
+        f"plan's own error {own[at]:.3g}; largest up to there {errors.max():.3g} and {own.max():.3g}"
+    )
+
+
+def replayed(deployment: Deployment, prompt: torch.Tensor, tokens: list[int]) -> np.ndarray:
+    """Logits of the graphs behind a prompt and behind each of these tokens."""
+    deployment.reset()
+    return np.stack([deployment.prefill(prompt.numpy())[-1], *map(deployment.decode, tokens)])
 
 
 def weights(arguments: argparse.Namespace) -> None:

@@ -140,8 +140,8 @@ def _reals(draw: np.random.Generator, shape: list[int], role: str, node: LinearA
     x: Array = draw.standard_normal(shape)
     if node is not None and role == "key":
         keys = x.reshape(*shape[:-1], -1, node.key_size)
-        unit: Array = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
-        return unit.reshape(shape)
+        x = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+        return x.reshape(shape)
     if role == "decay":
         return -0.3 * np.abs(x)
     return 1 / (1 + np.exp(-x)) if role == "beta" else x
