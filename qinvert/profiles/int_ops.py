@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from qinvert.formats import INT4, INT8, INT8X2
 from qinvert.plan.quantization import Requantize
 from qinvert.profiles._profile import Profile
+
+#: A caveat of every profile of these operators.
+ON_OPENVINO: Final = "OpenVINO multiplies in float32, and int8x2 is proved there for scales='pow2' only"
 
 PROFILE = Profile(
     name="int-ops",
@@ -40,8 +45,7 @@ PROFILE = Profile(
     ),
     proved=("onnxruntime", "openvino", "iree", "tvm"),
     caveats=(
-        "no NPU compiler takes MatMulInteger (QNN and RKNN refuse it); OpenVINO multiplies in float32, and "
-        "int8x2 is proved there for scales='pow2' only; "
+        f"no NPU compiler takes MatMulInteger (QNN and RKNN refuse it); {ON_OPENVINO}; "
         "s8 x s8 is slow on x86 in onnxruntime"
     ),
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from qinvert.formats import UINT8
 from qinvert.profiles._profile import Profile
+from qinvert.profiles.int_ops import ON_OPENVINO
 from qinvert.profiles.int_ops import PROFILE as INT_OPS
 
 PROFILE: Profile = replace(
@@ -15,7 +16,7 @@ PROFILE: Profile = replace(
     operators=INT_OPS.operators | {"BitwiseXor"},
     caveats=(
         "exact on CPUs with VNNI; without it onnxruntime saturates sums of two products at 16 bits and most "
-        "values may be wrong: verify on the machine, or use int-ops"
+        f"values may be wrong: verify on the machine, or use int-ops; {ON_OPENVINO}"
     ),
     left_operand=UINT8,
 )
