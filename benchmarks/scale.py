@@ -72,6 +72,12 @@ def random_model(arguments: argparse.Namespace, device: torch.device) -> torch.n
     return Qwen3_5ForCausalLM(configuration(arguments)).to(dtype).to(device).eval()
 
 
+def random_tokens(arguments: argparse.Namespace) -> torch.Tensor:
+    """Return the same token ids on every machine, ``[rows, length]``."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, VOCABULARY, (arguments.rows, arguments.length), generator=draw)
+
+
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """Return a call's result and its seconds, with all work of the device done."""
     start = time.perf_counter()
@@ -92,9 +98,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return one row: this process's forward pass over its share, and the calibration of all."""
     place = Loading(device="auto").place
     model = random_model(arguments, place)
-    tokens = torch.randint(
-        0, VOCABULARY, (arguments.rows, arguments.length), generator=torch.Generator().manual_seed(0)
-    )
+    tokens = random_tokens(arguments)
     with joined() as shard:
         own = tokens[shard.rank :: shard.size]
 
@@ -143,9 +147,7 @@ def digest(plan: qinvert.Plan) -> str:
 
 def offloaded(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row for each place of the weights: memory, CPU and disk by accelerate."""
-    tokens = torch.randint(
-        0, VOCABULARY, (arguments.rows, arguments.length), generator=torch.Generator().manual_seed(0)
-    )
+    tokens = random_tokens(arguments)
     with TemporaryDirectory() as folder:
         random_model(arguments, torch.device("cpu")).save_pretrained(Path(folder) / "model")
         card = torch.cuda.is_available()

@@ -13,7 +13,7 @@ from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.explanation import explain
 from qinvert.calibration.planning.planner import Candidate, choose, considered, weighed
-from qinvert.calibration.planning.sensitivity import MATRICES, measure_together
+from qinvert.calibration.planning.sensitivity import MATRICES, LayerGrids, measure_together
 from qinvert.calibration.planning.unseen import signal_shares, unseen_facts
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
@@ -74,17 +74,18 @@ def _measure(candidates: Sequence[Candidate]) -> None:
     A run costs a device as much for one layer as for `LAYERS_AT_ONCE`.  What kernels it takes may depend
     on the number of matrices, so that this is always the same, however many layers a process plans.
     """
-    alike: dict[tuple[object, ...], list[Candidate]] = {}
+    alike: dict[tuple[object, ...], list[tuple[Candidate, LayerGrids]]] = {}
     for candidate in candidates:
-        sample = candidate.layer_grids.sample
-        kind = (id(candidate.program), min(sample.count, MATRICES), sample.lower.device)
-        alike.setdefault(kind, []).append(candidate)
+        grids = candidate.layer_grids
+        kind = (id(candidate.program), min(grids.sample.count, MATRICES), grids.sample.lower.device)
+        alike.setdefault(kind, []).append((candidate, grids))
     for found in alike.values():
-        size = 1 if found[0].truth.device.type == "cpu" else LAYERS_AT_ONCE
+        size = 1 if found[0][1].truth.device.type == "cpu" else LAYERS_AT_ONCE
         for start in range(0, len(found), size):
-            part = found[start : start + size]
-            grids = [candidate.layer_grids for candidate in part]
-            for candidate, measured in zip(part, measure_together(part[0].program, grids, size), strict=True):
+            part, layers = zip(*found[start : start + size], strict=True)
+            for candidate, measured in zip(
+                part, measure_together(part[0].program, layers, size), strict=True
+            ):
                 candidate.know(measured)
 
 
