@@ -73,6 +73,7 @@ def traceable(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
         See `qinvert.patched`.
     """
     by_layer(model, plan)
+    forget_compiled()
     # With gradients, a scan would be traced with its derivative.
     with traceable_indexers(model), patched_by_layer(model, calls_of(plan)), torch.no_grad():
         yield model
@@ -168,12 +169,15 @@ def trace(
 ) -> onnx_ir.Model:
     """Return ``module(**inputs)`` as PyTorch's exporter writes it, with options of `torch.onnx.export`.
 
+    What `torch.compile` has compiled is forgotten, and compiled again at its next call.
+
     Raises
     ------
     ExportError
-        If it cannot be traced or written.
+        If it cannot be traced or written, or if PyTorch has fixed a size that should be open.
     """
     require_onnx_ir()
+    forget_compiled()
     try:
         with torch.no_grad(), without_autocast(module), warnings.catch_warnings(), _without_notices():
             # These warnings are PyTorch's own, about its own calls.
@@ -194,8 +198,31 @@ def trace(
             "(qinvert.export)"
         ) from error
     assert program is not None
+    _check_open_sizes(program.model, options.get("dynamic_shapes") or {})
     forget_sources(program.model)
     return program.model
+
+
+def forget_compiled() -> None:
+    """Have a loop over chunks traced anew.
+
+    PyTorch would reuse the loop of an earlier trace, and its fixed sizes would become
+    those of a trace of any size.
+    """
+    torch.compiler.reset()
+
+
+def _check_open_sizes(model: onnx_ir.Model, wanted: Mapping[str, Mapping[int, Any]]) -> None:
+    """Refuse sizes that PyTorch has replaced by narrower ones, like ``16*sequence``, without a word."""
+    for value in model.graph.inputs:
+        for axis, size in wanted.get(value.name or "", {}).items():
+            found = None if value.shape is None else value.shape[axis]
+            if str(getattr(found, "value", found)) != size.__name__:
+                raise ExportError(
+                    f"PyTorch traced size {axis} of input {value.name!r} as {found}, not as open "
+                    f"{size.__name__!r}; export a fixed length (qinvert.export_model(..., dynamic=False)), or "
+                    "the layers' inverses alone (qinvert.export)"
+                )
 
 
 @contextmanager

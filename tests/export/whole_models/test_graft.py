@@ -16,8 +16,10 @@ import qinvert
 from qinvert.cli.app import cli
 from qinvert.delta_rule.rule import from_keys
 from qinvert.errors import ExportError, PlanError
+from qinvert.export.whole_models.chunked_nodes import ChunkedNode
 from qinvert.export.whole_models.graft import _assigned
 from qinvert.export.whole_models.linear_attention_nodes import find_nodes
+from qinvert.export.whole_models.tracing import trace
 from qinvert.metrics import ErrorStatistics
 
 pytest.importorskip("onnxscript", reason="pip install 'qinvert[model]'")
@@ -361,3 +363,14 @@ def test_large_weights_do_not_pass_the_inliner(plan, tmp_path, monkeypatch):
     statistics = ErrorStatistics()
     statistics.update(torch.from_numpy(outputs[1]), torch.from_numpy(outputs[0]))
     assert statistics.sqnr_db > 20
+
+
+def test_a_trace_of_fixed_sizes_leaves_nothing_to_the_next(plan, tmp_path):
+    model = wrap([node()])
+    onnx.save(model, tmp_path / "in.onnx")
+    (found,) = find_nodes(model).values()
+    fixed = ChunkedNode(found, CHUNK, lambda chunks: chunks.lower)
+    before = qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
+    trace(fixed.eval(), found.example(2, 5 * CHUNK), 21)
+    after = qinvert.graft(tmp_path / "in.onnx", plan, tmp_path / "out.onnx")
+    assert after.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
