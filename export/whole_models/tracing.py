@@ -220,8 +220,8 @@ def _check_open_sizes(model: onnx_ir.Model, wanted: Mapping[str, Mapping[int, An
             if str(getattr(found, "value", found)) != size.__name__:
                 raise ExportError(
                     f"PyTorch traced size {axis} of input {value.name!r} as {found}, not as open "
-                    f"{size.__name__!r}; export a fixed length (qinvert.export_model(..., dynamic=False)), or "
-                    "the layers' inverses alone (qinvert.export)"
+                    f"{size.__name__!r}; export a fixed length (export_model(..., dynamic=False)), or the "
+                    "layers' inverses alone (qinvert.export)"
                 )
 
 
