@@ -51,9 +51,9 @@ def quantize(x: torch.Tensor, scale: float, fmt: IntFormat) -> torch.Tensor:
 
 
 def factor_of(multiplier: float) -> tuple[float, int]:
-    """Return the multiplier rounded to 12 bits, and how many bits of an accumulator are cut first."""
+    """Return the multiplier to 12 bits, ties up, and how many bits of an accumulator are cut first."""
     mantissa, exponent = math.frexp(multiplier)
-    rounded = math.ldexp(round(mantissa * 2**FACTOR_BITS), exponent - FACTOR_BITS)
+    rounded = math.ldexp(math.floor(mantissa * 2**FACTOR_BITS + 0.5), exponent - FACTOR_BITS)
     return rounded, -exponent - GUARD_BITS
 
 
