@@ -24,7 +24,7 @@ from step_layer import Projections
 from qinvert.documents import markdown
 from qinvert.errors import ExportError
 
-BEGIN, END = "<!-- benchmarks/step.py writes from here -->", "<!-- to here -->"
+END = "<!-- to here -->"
 #: Tensors that parts of a step end with.
 SHARES = {
     "gram": ("gram", "scores/decayless"),
@@ -34,19 +34,27 @@ SHARES = {
 STEPS = {8: INT8_STEP, 16: MIXED_STEP, 0: FLOAT16}
 
 
-def written(page: str, content: str) -> str:
-    """Return the page with new tables.
+def marker(script: str) -> str:
+    """Return the line of a page behind which a script writes its tables."""
+    return f"<!-- benchmarks/{script} writes from here -->"
+
+
+BEGIN = marker("step.py")
+
+
+def written(page: str, content: str, begin: str = BEGIN) -> str:
+    """Return the page with new tables from one marker to the next end.
 
     Raises
     ------
     ExportError
         If it has no markers.
     """
-    before, begin, rest = page.partition(BEGIN)
+    before, found, rest = page.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ExportError(f"the page has no lines {BEGIN} and {END}; add them where tables belong")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    if not found or not end:
+        raise ExportError(f"the page has no lines {begin} and {END}; add them where tables belong")
+    return f"{before}{begin}\n{content}\n{END}{after}"
 
 
 def tables(found: Mapping[Case | Projections, Cell]) -> str:

@@ -80,6 +80,9 @@ def test_tables_go_between_the_markers_and_a_page_without_them_is_refused(script
     assert page.written(found, "new") == found
     with pytest.raises(ExportError, match="has no lines"):
         page.written("before", "new")
+    other = page.marker("other.py")
+    both = f"{text}{other}\nold\n{page.END}\n"
+    assert page.written(both, "new", other) == f"{text}{other}\nnew\n{page.END}\n"
 
 
 def test_what_was_measured_and_refused_is_in_the_tables(scripts, monkeypatch):

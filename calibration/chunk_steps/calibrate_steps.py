@@ -20,7 +20,7 @@ from qinvert.calibration.chunk_steps.grids import RoomRules
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.one_pass import Progress, observe_steps, split_heads
 from qinvert.calibration.chunk_steps.options import WIDE_BITS, ChunkOptions
-from qinvert.calibration.chunk_steps.planner import StepChoices, choose_step
+from qinvert.calibration.chunk_steps.planner import StepChoices, check_widths, choose_step
 from qinvert.calibration.chunk_steps.results import check_sizes
 from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.calibration.heads import head_name
@@ -32,11 +32,11 @@ from qinvert.chunk_step.gated_delta_step import gated_delta_step
 from qinvert.chunk_step.ports import BETA, NEGATIVE_BETA, find_step_sizes
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.errors import InputError, PlanError, ProgramError
-from qinvert.formats import FLOAT32, INT8, INT16, NARROW_BITS, IntFormat
+from qinvert.formats import FLOAT32, INT4, INT8, INT16, NARROW_BITS, IntFormat
 from qinvert.methods import AUTO
 from qinvert.methods.elimination import elimination
 from qinvert.plan.plan import LayerPlan
-from qinvert.profiles import Profile, default_target
+from qinvert.profiles import PROFILES, Profile, default_target
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.program.steps import MAX_BETA
@@ -97,6 +97,13 @@ class StepCalibration:
 
     def _program(self, chunks: DeltaChunks, max_beta: float = 1.0) -> Program:
         """Return the program for the sizes of a layer."""
+        program = self._built(chunks, max_beta)
+        # Names of tensors are known no sooner.
+        widths = width_groups(program, self.options.int4)
+        check_widths(widths, self.choices, float_state=self.options.float_state)
+        return program
+
+    def _built(self, chunks: DeltaChunks, max_beta: float) -> Program:
         method, size = self.method, chunks.beta.shape[-1]
         if isinstance(method, Program) and find_step_sizes(method) is not None:
             check_sizes(method, chunks)
@@ -139,7 +146,7 @@ class StepCalibration:
         layer = Layer(
             program=program,
             observed=observed,
-            widths=width_groups(program),
+            widths=width_groups(program, self.options.int4),
             rules=self.rules,
             max_beta=max_beta,
             truth=exact_outputs(sample),
@@ -242,6 +249,7 @@ def _check_options(options: object, bits: str, narrowest: IntFormat, profile: Pr
     chosen = {name: getattr(options, name) for name in ("value_bits", "state_bits")}
     fixed = {name: given for name, given in chosen.items() if given != AUTO}
     fixed |= {"error_feedback": True} if options.error_feedback else {}
+    fixed |= {"int4": options.int4} if options.int4 else {}
     if fixed and narrowest != INT8:
         name, given = next(iter(fixed.items()))
         raise PlanError(
@@ -254,6 +262,12 @@ def _check_options(options: object, bits: str, narrowest: IntFormat, profile: Pr
         raise PlanError(
             f"target {profile.name!r} has no format of more than 8 bits for values or a state; choose "
             f"target={default_target(INT16)!r}, or leave value_bits, state_bits and error_feedback out"
+        )
+    if options.int4 and not {INT4, INT8} <= {*profile.formats}:
+        named = ", ".join(name for name, other in PROFILES.items() if {INT4, INT8} <= {*other.formats})
+        raise PlanError(
+            f"target {profile.name!r} does not take 4 and 8 bits side by side; choose one of {named}, or "
+            "leave int4 out"
         )
     if options.float_state and not profile.float_state:
         raise PlanError(

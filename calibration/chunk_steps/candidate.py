@@ -208,7 +208,7 @@ def _clipped(
         for group in layer.widths.value_groups
         if group not in (STATE, READ_STATE)
         for name in layer.widths.groups[group]
-        if formats[name] == layer.rules.narrow
+        if formats[name].largest <= layer.rules.narrow.largest
     }
     parts: dict[str, list[torch.Tensor]] = {}
 

@@ -46,6 +46,8 @@ class ChunkOptions:
     #: The same for the state that goes from chunk to chunk; or "float32", which is carried as it is: decays
     #: and what is added to it are integers, and products read it on a grid of its own.
     state_bits: int | str = AUTO
+    #: Tensors of 8 bits that are held in 4, by their names in the program, each with all that share its grid.
+    int4: tuple[str, ...] = ()
     #: Whether the state is carried in 16 bits and read in 8 by products, so that what rounding loses stays
     #: in the state: the error feedback of a state of 8 bits.
     error_feedback: bool = False
@@ -66,6 +68,10 @@ class ChunkOptions:
             if (given := getattr(self, name)) not in legal:
                 *others, last = map(str, legal)
                 raise PlanError(f"{name} {given!r} is unknown; use {', '.join(others)} or {last}")
+        if not isinstance(self.int4, tuple) or not all(isinstance(name, str) for name in self.int4):
+            raise PlanError(
+                f"int4 {self.int4!r} is no tuple of names; pass those of tensors, such as ('D', 'T')"
+            )
         check_flag("error_feedback", self.error_feedback, PlanError)
         if self.error_feedback and self.state_bits == NARROW_BITS:
             raise PlanError(

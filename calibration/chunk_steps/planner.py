@@ -18,9 +18,11 @@ from qinvert.calibration.chunk_steps.candidate import (
 )
 from qinvert.calibration.chunk_steps.grids import value_exponents
 from qinvert.calibration.chunk_steps.options import WIDE_BITS
+from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.costs import Costs
 from qinvert.chunk_step.ports import KEY, NEW_VALUES, READ_STATE, STATE, VALUE
-from qinvert.formats import NARROW_BITS
+from qinvert.errors import PlanError
+from qinvert.formats import FLOAT32, NARROW_BITS
 from qinvert.methods import AUTO
 from qinvert.plan.value_channels import ValueChannels
 
@@ -117,7 +119,8 @@ class _Search:
     def __init__(self, layer: Layer, choices: StepChoices, costs: Costs) -> None:
         self.layer, self.choices, self.costs = layer, choices, costs
         self.groups = (*layer.widths.value_groups, KEY)
-        self.start, self.fixed = _start(self.groups, choices)
+        self.start, fixed = _start(self.groups, choices)
+        self.fixed = {*fixed, *layer.widths.narrow_groups}
         self._found: dict[tuple[frozenset[str], Scaling, RangeRule], Candidate] = {}
 
     @property
@@ -180,6 +183,23 @@ class _Search:
             ranges=rule,
             measured=measure(self.layer, plan),
             cost=self.costs.of(plan),
+        )
+
+
+def check_widths(widths: Widths, choices: StepChoices, *, float_state: bool = False) -> None:
+    """Refuse tensors of 4 bits that a caller has given more, by their group or as a state in float32.
+
+    Raises
+    ------
+    PlanError
+        With a tensor and what gives it more bits.
+    """
+    groups, _ = _start((*widths.value_groups, KEY), choices)
+    given = {name: f"{WIDE_BITS} bits" for group in groups for name in widths.groups[group]}
+    given |= dict.fromkeys(widths.carried, FLOAT32.name) if float_state else {}
+    for name in sorted(widths.int4.intersection(given)):
+        raise PlanError(
+            f"int4 gives {name!r} 4 bits, but another option gives it {given[name]}; leave one of them out"
         )
 
 

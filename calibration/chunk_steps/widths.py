@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from qinvert.calibration.planning.scales import scale_groups
 from qinvert.chunk_step.ports import KEY, LOG_DECAY, NEW_VALUES, OUTPUT, STATE, VALUE, carried_tensors
-from qinvert.formats import FLOAT32, IntFormat
+from qinvert.errors import PlanError
+from qinvert.formats import FLOAT32, INT4, IntFormat
 from qinvert.program.program import Program
 from qinvert.program.steps import MOVES, Add, Exponential, MatMul, Multiply, Rescale, Subtract
 
@@ -26,11 +28,18 @@ class Widths:
     factors: frozenset[str]
     #: Tensors that hold the state as it is carried.
     carried: tuple[str, ...]
+    #: Tensors of 4 bits, in groups that have no more than 8.
+    int4: frozenset[str] = frozenset()
 
     @property
     def value_groups(self) -> tuple[str, ...]:
         """Groups that depend on values, whose ranges need data: those that are worth more bits."""
         return tuple(name for name in self.groups if name not in (KEY, LOG_DECAY))
+
+    @property
+    def narrow_groups(self) -> tuple[str, ...]:
+        """Groups that a tensor of 4 bits keeps from having more than 8."""
+        return tuple(name for name, tensors in self.groups.items() if self.int4.intersection(tensors))
 
     def formats(
         self,
@@ -62,15 +71,22 @@ class Widths:
         }
         if not equal_widths:
             found |= dict.fromkeys(self.factors, narrow)
+        found |= dict.fromkeys(self.int4, INT4)
         for tensor, reader in self.exponentials.items():
             found[tensor] = wide if equal_widths else found[reader]
         return found | (dict.fromkeys(self.carried, FLOAT32) if float_state else {})
 
 
-def width_groups(program: Program) -> Widths:
+def width_groups(program: Program, int4: Collection[str] = ()) -> Widths:
     """Return the groups of a chunk step: keys, log decays, and those of values.
 
     A group is named after the port that it holds or the new values, or after its first tensor.
+    Tensors named in ``int4`` have 4 bits, with all that share their grid.
+
+    Raises
+    ------
+    PlanError
+        If one of these names is that of no tensor, or of a log decay.
     """
     ties, outputs = _Ties(program.tensors), {port.name: port.tensor for port in program.outputs}
     ties.join(STATE, outputs[STATE])
@@ -104,7 +120,25 @@ def width_groups(program: Program) -> Widths:
         exponentials=exponentials,
         factors=frozenset(factors) - {*exponentials},
         carried=carried_tensors(program),
+        int4=_of_four_bits(program, groups, int4),
     )
+
+
+def _of_four_bits(
+    program: Program, groups: Mapping[str, tuple[str, ...]], names: Collection[str]
+) -> frozenset[str]:
+    """Return the named tensors and all that share a grid with one of them."""
+    legal = {tensor for group, tensors in groups.items() if group != LOG_DECAY for tensor in tensors}
+    for name in names:
+        if name not in legal:
+            why = "holds log decays, which 4 bits cannot sum" if name in program.shapes else "is no tensor"
+            raise PlanError(
+                f"int4 names {name!r}, which {why} of {program.title}; use names such as 'D', 'scores' or 'T'"
+            )
+    grids, carried = scale_groups(program), carried_tensors(program)
+    wanted = {*names, *(carried if {*carried}.intersection(names) else ())}
+    shared = {grids[name] for name in wanted}
+    return frozenset(name for name in grids if grids[name] in shared)
 
 
 class _Ties:

@@ -60,7 +60,8 @@ def step_options(function: F) -> F:
     def with_options(**arguments: Any) -> Any:
         scope = arguments.pop("scope")
         names = ("form", "value_bits", "state_bits", "state_margin", "error_feedback", "rotate", "equalize")
-        steps = StepOptions(scope, {name: arguments.pop(name) for name in names})
+        given = {name: arguments.pop(name) for name in names}
+        steps = StepOptions(scope, {**given, "int4": arguments.pop("int4") or None})
         return function(**arguments, steps=steps)
 
     options = (
@@ -78,6 +79,12 @@ def step_options(function: F) -> F:
         ),
         click.option("--value-bits", type=click.Choice(BITS), help="Of values in a step; auto by default."),
         click.option("--state-bits", type=click.Choice(STATE_BITS), help="Of the state; auto by default."),
+        click.option(
+            "--int4",
+            multiple=True,
+            metavar="TENSOR",
+            help="A tensor of 8 bits that is held in 4, such as T; repeat it for others.",
+        ),
         click.option(
             "--state-margin",
             type=float,

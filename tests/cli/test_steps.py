@@ -126,6 +126,12 @@ def test_inspect_says_which_ranges_are_proved(planned):
         (("--scope", "chunk", "--state-margin", 0.5), "state_margin 0.5 is below 1"),
         (("--scope", "chunk", "--factored"), "factored goes with scope='inverse'"),
         (("--scope", "chunk", "--value-bits", 16), "no format of more than 8 bits for values"),
+        (("--int4", "T"), "--int4 goes with --scope chunk"),
+        (
+            ("--scope", "chunk", "--int4", "T"),
+            "does not take 4 and 8 bits side by side; choose one of int-ops",
+        ),
+        (("--scope", "chunk", "--target", "int-ops", "--int4", "Z"), "int4 names 'Z', which is no tensor"),
         (("--error-feedback",), "--error-feedback goes with --scope chunk"),
         (("--scope", "chunk", "--error-feedback"), "no format of more than 8 bits for values or a state"),
         (

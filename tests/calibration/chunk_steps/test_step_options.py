@@ -37,6 +37,8 @@ class Silent(torch.nn.Module):
         ({"state_margin": float("nan")}, "state_margin nan is not a number"),
         ({"error_feedback": True, "state_bits": 8}, "does not go with state_bits=8; leave one of them out"),
         ({"error_feedback": 1}, "error_feedback 1 is neither True nor False"),
+        ({"int4": "T"}, r"int4 'T' is no tuple of names; pass those of tensors, such as \('D', 'T'\)"),
+        ({"int4": ("T", 4)}, "is no tuple of names"),
         ({"rotate": True, "equalize": True}, "rotate mixes the channels that equalize scales"),
     ],
 )
@@ -71,6 +73,14 @@ def test_options_that_do_not_exist_are_refused(options, words):
         (
             {"target": "hexagon-uint16", "chunk": ChunkOptions(state_bits="float32")},
             "'hexagon-uint16' has no float32 between integers for a state; choose target='npu-qdq-int16'",
+        ),
+        (
+            {"target": "npu-qdq-int16", "chunk": ChunkOptions(int4=("T",))},
+            "'npu-qdq-int16' does not take 4 and 8 bits side by side; choose one of int-ops, int-ops-x86",
+        ),
+        (
+            {"target": "npu-qdq-int4", "chunk": ChunkOptions(int4=("T",))},
+            r"int4=\('T',\) does not go with bits=auto",
         ),
         ({"granularity": "row"}, "granularity 'row' is unknown"),
         ({"ranges": "most"}, "ranges 'most' is unknown"),

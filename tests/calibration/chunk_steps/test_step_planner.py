@@ -10,9 +10,10 @@ from qinvert.calibration.choices import RangeRule
 from qinvert.calibration.chunk_steps.candidate import measure, plan_layer, with_provenance
 from qinvert.calibration.chunk_steps.grids import RoomRules
 from qinvert.calibration.chunk_steps.planner import choose_step
+from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.calibration.planning.costs import costs_for
 from qinvert.chunk_step.form import Decay, Form
-from qinvert.formats import FLOAT32, INT8, INT16
+from qinvert.formats import FLOAT32, INT4, INT8, INT16
 from qinvert.plan.plan import Plan
 
 COSTS = costs_for("npu-qdq-int16", None, "auto", 8)
@@ -127,6 +128,19 @@ def test_a_state_in_float32_is_rounded_where_products_read_it_only(wide):
     assert tensors["state/written"].format == (wide or INT8)
     rounded = chosen(layer, min_sqnr_db=1.0, value_bits=8, state_bits=8, widens=False).best
     assert best.sqnr_state_db > rounded.sqnr_state_db
+
+
+def test_tensors_of_4_bits_stay_so_while_others_are_widened():
+    layer = small_layer()
+    four = replace(layer, widths=width_groups(layer.program, ("T", "rhs")))
+    best = chosen(four, min_sqnr_db=200.0).best
+    assert {*best.widened} <= {"v_new", "o", "state"} < {*chosen(layer, min_sqnr_db=200.0).best.widened}
+    for name, grid in best.plan.tensors.items():
+        assert (grid.format == INT4) == (name in four.widths.int4)
+    # A quarter of the bits is lost, and nothing is gained: containers have 8 bits.
+    plain, narrow = (chosen(x, min_sqnr_db=1.0).best for x in (layer, four))
+    assert narrow.sqnr_db < plain.sqnr_db
+    assert narrow.cost == plain.cost
 
 
 @pytest.mark.parametrize("form", Form)

@@ -1,13 +1,16 @@
 """Which tensors of a step share a width, and the formats that follow."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
-from chunk_layers import step_program
+from chunk_layers import CHOICES, step_program
 
+from qinvert.calibration.chunk_steps.planner import check_widths
 from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.chunk_step.form import Decay, Form
-from qinvert.formats import INT8, INT16
+from qinvert.errors import PlanError
+from qinvert.formats import INT4, INT8, INT16
 from qinvert.program.steps import MOVES, Add, Exponential, MatMul, Multiply, Subtract
 
 FORMS = [
@@ -144,3 +147,59 @@ def test_what_is_read_of_a_state_is_a_group_of_its_own(form):
     assert len(readers) == 2
     assert all(isinstance(step, MatMul) for step in readers)
     assert [s.output for s in program.steps if "state" in s.inputs] == ["state/read", "state/kept"]
+
+
+@forms
+@pytest.mark.parametrize("named", [("D",), ("T", "o"), ("state",)], ids="-".join)
+def test_named_tensors_have_4_bits_with_all_that_share_their_grid_and_no_others(options, named):
+    program = step_program(**options)
+    legal = tuple(name for name in named if name in program.shapes)
+    widths = width_groups(program, legal)
+    formats = widths.formats(INT8, INT16, (), equal_widths=False)
+    held = {name for name, fmt in formats.items() if fmt == INT4}
+    assert {*legal} <= held
+    exponentials = {reader for source, reader in widths.exponentials.items() if source in held}
+    assert held - {*widths.exponentials} == widths.int4
+    assert exponentials <= held
+    for step in program.steps:
+        if isinstance(step, MOVES):
+            assert len({name in held for name in {*step.inputs, step.output} & {*program.tensors}}) == 1
+    carried = {"state", "state/kept", "state/new"}
+    assert held >= carried if "state" in named else not held & carried
+    assert held < {*program.tensors}
+
+
+def test_a_group_with_a_tensor_of_4_bits_is_said_to_be_narrow():
+    program = step_program()
+    assert width_groups(program).narrow_groups == ()
+    assert set(width_groups(program, ("T", "rhs")).narrow_groups) == {"k", "v"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("t", "int4 names 't', which is no tensor of"),
+        ("g", "'g', which holds log decays"),
+        ("D/log", "'D/log'"),
+    ],
+)
+def test_names_that_cannot_have_4_bits_are_refused(name, words):
+    with pytest.raises(PlanError, match=words) as error:
+        width_groups(step_program(), ("T", name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fixed", [{"value_bits": 16}, {"all_wide": True}])
+def test_4_bits_do_not_go_with_16_of_the_same_tensor(fixed):
+    widths = width_groups(step_program(), ("o",))
+    check_widths(widths, CHOICES)
+    check_widths(widths, replace(CHOICES, state_bits=16), float_state=True)
+    with pytest.raises(PlanError, match="int4 gives 'o' 4 bits, but another option gives it 16 bits"):
+        check_widths(widths, replace(CHOICES, **fixed))
+
+
+def test_4_bits_do_not_go_with_a_float_of_the_same_tensor():
+    widths = width_groups(step_program(), ("state",))
+    check_widths(widths, CHOICES)
+    with pytest.raises(PlanError, match="int4 gives 'state' 4 bits, but another option gives it float32"):
+        check_widths(widths, CHOICES, float_state=True)

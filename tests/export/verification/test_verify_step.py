@@ -6,10 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from chunk_layers import small_layer
 from onnx import numpy_helper
 from step_plans import small_plan
 
 import qinvert
+from qinvert.calibration.choices import RangeRule
+from qinvert.calibration.chunk_steps.candidate import plan_layer
+from qinvert.calibration.chunk_steps.widths import width_groups
 from qinvert.chunk_step.channel_map import channel_factors, rotation
 from qinvert.errors import ExportError, InputError, QInvertError, VerificationError
 from qinvert.execution.value_channels import enter, leave
@@ -21,7 +25,7 @@ from qinvert.export.step_reading import read_step_interface
 from qinvert.export.verification.step_inputs import step_data
 from qinvert.export.verification.step_samples import step_samples
 from qinvert.export.verification.verify_step import step_tolerance
-from qinvert.formats import INT8X2, INT16, INT16_WHOLE
+from qinvert.formats import INT4, INT8X2, INT16, INT16_WHOLE
 from qinvert.plan.plan import Plan
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.profiles import PROFILES, find_profile
@@ -88,6 +92,21 @@ EXACT = [
 @pytest.mark.parametrize(("profile", "options"), EXACT, ids=str)
 def test_onnxruntime_computes_the_simulators_integers(verified, profile, options):
     for result in verified(planned(profile, **options), states="every"):
+        assert result.exact
+        assert result.mismatches == 0
+        assert result.values > 0
+
+
+@pytest.mark.parametrize("profile", ["int-ops", "int-ops-x86"])
+@pytest.mark.parametrize("names", [("D", "T"), ("q", "rhs", "v_new", "state")], ids="-".join)
+def test_tensors_of_4_bits_beside_8_are_the_simulators(verified, profile, names):
+    layer = small_layer()
+    rules = replace(layer.rules, wide=None, equal_widths=False, requantize=PROFILES[profile].requantize)
+    four = replace(layer, rules=rules, widths=width_groups(layer.program, names))
+    plan = plan_layer(four, (), None, RangeRule.MSE)
+    held = {name for name, grid in plan.tensors.items() if grid.format == INT4}
+    assert {*names} <= held < {*plan.tensors}
+    for result in verified(Plan(layers={"layer": plan}, target=profile), states="every"):
         assert result.exact
         assert result.mismatches == 0
         assert result.values > 0
