@@ -27,7 +27,7 @@ ROOMS = (
     ("delta_rule", "hardware"),
     ("execution",),
     ("metrics", "program.program", "proof", "stress"),
-    ("methods", "program.serialization", "program.transposition"),
+    ("methods", "program.scale_groups", "program.serialization", "program.transposition"),
     ("chunk_step._key_path", "chunk_step.window", "kernels", "plan.serialization"),
     ("chunk_step._value_path",),
     ("chunk_step.gated_delta_step",),

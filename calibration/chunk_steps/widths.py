@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from qinvert.calibration.planning.scales import scale_groups
 from qinvert.chunk_step.ports import KEY, LOG_DECAY, NEW_VALUES, OUTPUT, STATE, VALUE, carried_tensors
 from qinvert.errors import PlanError
 from qinvert.formats import FLOAT32, INT4, IntFormat
 from qinvert.program.program import Program
+from qinvert.program.scale_groups import scale_groups
 from qinvert.program.steps import MOVES, Add, Exponential, MatMul, Multiply, Rescale, Subtract
 
 #: Steps whose inputs and output have one width on every target.

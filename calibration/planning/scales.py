@@ -10,8 +10,8 @@ from qinvert.formats import IntFormat
 from qinvert.numerics import scales
 from qinvert.plan.quantization import Quantization, Requantize
 from qinvert.program.program import Program
-from qinvert.program.residual_sums import residual_sums
-from qinvert.program.steps import MOVES, MatMul
+from qinvert.program.scale_groups import scale_groups as scale_groups
+from qinvert.program.steps import MatMul
 
 #: Scales stay between these powers of two, inside what `qinvert.numerics.scales.check_scale` takes.
 SMALLEST = 2.0**-99
@@ -35,27 +35,6 @@ MAX_RECIPROCAL_COST = 1.12
 CARRIED_COST = 1.06
 #: A reciprocal of an odd integer is preferred while it is at most this much coarser.
 TIE_FREE_COST = 1.02
-
-
-def scale_groups(program: Program) -> dict[str, str]:
-    """Return for every tensor the representative of the tensors that must share its grid.
-
-    Slices, masks and concats move values without rounding, so they connect
-    their inputs and outputs.  So do the sums of `qinvert.program.residual_sums`:
-    on one grid a sum of integers is exact, whatever kernel computes it.
-    """
-    parent = {name: name for name in program.tensors}
-
-    def find(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
-    for step in (*(s for s in program.steps if isinstance(s, MOVES)), *residual_sums(program)):
-        for name in step.inputs:
-            if name in parent:
-                parent[find(step.output)] = find(name)
-    return {name: find(name) for name in parent}
 
 
 def residual_partners(program: Program) -> set[str]:
