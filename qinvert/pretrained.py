@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from qinvert.checks import check_member
 from qinvert.errors import InputError, MissingDependencyError, reason
+from qinvert.model_options import Device, Dtype
 
 #: Options of every ``from_pretrained``: nothing is downloaded, and no code that a folder holds is
 #: run.  Without the second one transformers asks on the terminal, and takes an answer from a pipe.
@@ -22,28 +22,6 @@ LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
 #: How attention is computed is transformers' choice: a config.json may name a kernel of the hub, which
 #: transformers downloads and runs where the package kernels is installed.
 OWN_ATTENTION: Final = {"attn_implementation": None}
-
-
-class Device(StrEnum):
-    """Where a whole model runs."""
-
-    #: The process's own CUDA card if there is one, else the CPU.
-    AUTO = "auto"
-    #: The process's own CUDA card.
-    CUDA = "cuda"
-    #: The CPU.
-    CPU = "cpu"
-
-
-class Dtype(StrEnum):
-    """In what floating-point type the weights are held."""
-
-    #: The type that the model's files have.
-    AUTO = "auto"
-    #: 8 significant bits; half the memory of float32.
-    BFLOAT16 = "bfloat16"
-    #: 24 significant bits.
-    FLOAT32 = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +87,11 @@ class Loading:
         MissingDependencyError
             If accelerate is needed and not installed.
         """
-        known: dict[str, Any] = {"auto": "auto", "bfloat16": torch.bfloat16, "float32": torch.float32}
+        known: dict[str, Any] = {
+            Dtype.AUTO: "auto",
+            Dtype.BFLOAT16: torch.bfloat16,
+            Dtype.FLOAT32: torch.float32,
+        }
         found: dict[str, Any] = {"dtype": known[self.dtype]}
         if self.device_map is None:
             return found

@@ -19,7 +19,17 @@ from import_graph import FUNCTIONS, Package, cycles, shown, upward_imports
 #: Programs and plans are data at the bottom; what runs them stands above them.  `Program` and `Plan` are
 #: those data with methods that run them, so that each stands above what it calls.
 ROOMS = (
-    ("assets", "cautions", "documents", "html_table", "errors", "progress", "temporaries", "version"),
+    (
+        "assets",
+        "cautions",
+        "documents",
+        "html_table",
+        "errors",
+        "model_options",
+        "progress",
+        "temporaries",
+        "version",
+    ),
     ("checks", "discovery", "files", "formats", "strict_json"),
     ("numerics", "pretrained", "program"),
     ("matrices", "plan", "recall"),

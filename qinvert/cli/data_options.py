@@ -12,6 +12,7 @@ import click
 from qinvert.calibration.data.token_data import MAX_COUNT, NUM_SAMPLES, SEQ_LEN, TokenData
 from qinvert.checks import MAX_SEED
 from qinvert.errors import InputError
+from qinvert.model_options import Device, Dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,8 +42,8 @@ class DataOptions:
     split: str = "train"
     tokenizer: str | None = None
     seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
+    device: str = Device.CPU.value
+    dtype: str = Dtype.FLOAT32.value
     device_map: str | None = None
     offload_folder: str | None = None
 
@@ -157,16 +158,16 @@ _DATA_OPTIONS = (
     ),
     click.option(
         "--device",
-        default="cpu",
+        default=Device.CPU.value,
         show_default=True,
-        type=click.Choice(("auto", "cuda", "cpu")),
+        type=click.Choice([device.value for device in Device]),
         help="Where the model runs; under torchrun every process takes its own card.",
     ),
     click.option(
         "--dtype",
-        default="float32",
+        default=Dtype.FLOAT32.value,
         show_default=True,
-        type=click.Choice(("auto", "bfloat16", "float32")),
+        type=click.Choice([dtype.value for dtype in Dtype]),
         help="Type of the weights; auto is that of the model's files.",
     ),
     click.option(
