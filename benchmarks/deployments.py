@@ -163,11 +163,14 @@ def first_difference(
     wanted = wanted[: at + 1]
     ranked = np.sort(wanted, -1)
     gaps = ranked[:, -1] - ranked[:, -2]
-    errors, own = (np.abs(x - wanted).max(-1) for x in (found, exact))
+    errors, own, whole = (
+        np.abs(x - y).max(-1) for x, y in ((found, wanted), (wanted, exact), (found, exact))
+    )
     where = f"they part at byte {at}" if ours != theirs else "they never part; at the last byte"
     return (
         f"  {where}: gap of the two likeliest {gaps[at]:.3g}, logits off by {errors[at]:.3g}, the "
-        f"plan's own error {own[at]:.3g}; largest up to there {errors.max():.3g} and {own.max():.3g}"
+        f"plan's own error {own[at]:.3g}, the graphs off the model by {whole[at]:.3g}; largest up to there "
+        f"{errors.max():.3g}, {own.max():.3g} and {whole.max():.3g}"
     )
 
 

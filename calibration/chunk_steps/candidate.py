@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,12 +18,13 @@ from qinvert.calibration.chunk_steps.grids import (
     seen_ranges,
     step_grids,
 )
+from qinvert.calibration.chunk_steps.magnitudes import Magnitudes
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.clipping import clip_range
 from qinvert.chunk_step.ports import READ_STATE, STATE
 from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks
-from qinvert.execution.chunk_steps import run_float, run_integers
+from qinvert.execution.chunk_steps import run_integers
 from qinvert.formats import IntFormat
 from qinvert.matrices import SolvedInverse
 from qinvert.metrics import NoiseStatistics
@@ -30,9 +32,6 @@ from qinvert.plan.plan import LayerPlan
 from qinvert.plan.quantization import Requantize
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
-
-#: Magnitudes of one tensor that the choice of a clipped range looks at.
-MAGNITUDES: Final = 2**16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +48,7 @@ class StepRules:
     room: RoomRules
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
     """What the planner knows of one layer."""
 
@@ -67,6 +66,17 @@ class Layer:
         """Chunks that candidates are simulated on."""
         assert self.observed.sample is not None
         return self.observed.sample
+
+    @cached_property
+    def magnitudes(self) -> Magnitudes:
+        """Magnitudes of the tensors that may be clipped, on the sample.
+
+        The state keeps its range, and so does what is read of it: what saturates there is missing in every
+        later chunk.
+        """
+        groups = [g for g in self.widths.value_groups if g not in (STATE, READ_STATE)]
+        names = [name for group in groups for name in self.widths.groups[group]]
+        return Magnitudes(self.program, names, self.sample)
 
 
 class Scaling(NamedTuple):
@@ -198,30 +208,12 @@ def _clipped(
     grids: StepGrids,
     rule: RangeRule,
 ) -> dict[str, float]:
-    """Return smaller ranges for the narrow tensors of values, chosen on the sample.
-
-    The state keeps its range, and so does what is read of it: what saturates there is missing in every later
-    chunk.
-    """
-    wanted = {
-        name
-        for group in layer.widths.value_groups
-        if group not in (STATE, READ_STATE)
-        for name in layer.widths.groups[group]
+    """Return smaller ranges for the narrow tensors of values, chosen on the sample."""
+    return {
+        name: clip_range(magnitudes, grids.ranges[name], formats[name], rule)
+        for name, magnitudes in layer.magnitudes.of(channels).items()
         if formats[name].largest <= layer.rules.narrow.largest
     }
-    parts: dict[str, list[torch.Tensor]] = {}
-
-    def observe(name: str, values: torch.Tensor) -> None:
-        if name in wanted:
-            parts.setdefault(name, []).append(values.abs().flatten()[:: max(1, values.numel() // MAGNITUDES)])
-
-    run_float(layer.program, layer.sample, observe=observe, channels=channels)
-    found = {}
-    for name, magnitudes in parts.items():
-        joined = torch.cat(magnitudes)
-        found[name] = clip_range(joined[joined > 0], grids.ranges[name], formats[name], rule)
-    return found
 
 
 def measure(layer: Layer, plan: LayerPlan) -> Measured:

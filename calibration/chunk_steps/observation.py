@@ -7,6 +7,7 @@ from typing import Final
 
 import torch
 
+from qinvert.calibration.chunk_steps.decoded_tokens import observe_decoding
 from qinvert.chunk_step.ports import STATE, VALUE, step_sizes
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.execution.chunk_steps import run_float
@@ -42,6 +43,8 @@ class Observed:
 class ChunkObserver:
     """Runs a program of the step in float32 on all chunks of a layer, and keeps what it holds.
 
+    It runs chunk by chunk as in prefill, and token by token as in decoding: both have the same grids.
+
     Parameters
     ----------
     program : Program
@@ -69,6 +72,7 @@ class ChunkObserver:
         self._heads, self._chunks = chunks.beta.shape[1:3]
         self._written = 0
         result = run_float(self.program, chunks, observe=self._observe, channels=self._channels)
+        observe_decoding(self.program, chunks, self._keep, self._channels)
         batch, _, number, size = chunks.beta.shape
         self.tokens += batch * number * size
         self._longest = max(self._longest, number * size)
@@ -79,6 +83,9 @@ class ChunkObserver:
     def _observe(self, name: str, values: torch.Tensor) -> None:
         if name == self._new_state:
             self._grow(float(values.abs().max()))
+        self._keep(name, values)
+
+    def _keep(self, name: str, values: torch.Tensor) -> None:
         axes = (0, 2, 3) if name not in self._values else (0, 3) if self.sizes.values_first else (0, 2)
         found = values.abs().amax(axes).reshape(-1, self._heads, self._width(name)).amax(0)
         # A NaN would hide in a maximum; it counts as infinite.

@@ -45,18 +45,48 @@ def single_token_plan(plan: P) -> P | None:
     ProgramError
         If the program is not a chunk step.
     """
-    program = _shortest(plan) if plan.program.name == NAME else None
+    program = single_token_program(plan.program)
     if program is None:
         return None
     # Everything inside the inverse is zero, on any grid.
-    origins = {name: MATRIX if name.startswith(INVERSE_PREFIX) else name for name in program.tensors}
-    if not {*origins.values()} <= {*plan.tensors}:
-        return None
+    origins = {name: name if _is_outside(name) else MATRIX for name in program.tensors}
     return replace(plan, program=program, tensors={name: plan.tensors[o] for name, o in origins.items()})
 
 
-def _shortest(plan: QuantizedProgram) -> Program | None:
-    sizes, parameters = step_sizes(plan.program), plan.program.parameters
+def single_token_program(program: Program) -> Program | None:
+    """Return the shortest chunk step with the parameters of ``program``, for chunks with one token.
+
+    Its tensors outside the inverse have the names of those of ``program``.
+
+    Parameters
+    ----------
+    program : Program
+        A chunk step.
+
+    Returns
+    -------
+    Program or None
+        None where the program is not one of `gated_delta_step`, whose tensors are not known by name.
+
+    Raises
+    ------
+    ProgramError
+        If the program is not a chunk step.
+    """
+    if program.name != NAME:
+        return None
+    shortest = _shortest(program)
+    if shortest is None or not {*filter(_is_outside, shortest.tensors)} <= {*program.tensors}:
+        return None
+    return shortest
+
+
+def _is_outside(name: str) -> bool:
+    return not name.startswith(INVERSE_PREFIX)
+
+
+def _shortest(program: Program) -> Program | None:
+    sizes, parameters = step_sizes(program), program.parameters
     try:
         return gated_delta_step(
             residuals_as_sums(elimination(SMALLEST)),
@@ -68,7 +98,7 @@ def _shortest(plan: QuantizedProgram) -> Program | None:
             keys_first=sizes.keys_first,
             halves=bool(parameters.get("halves", False)),
             error_feedback=bool(parameters.get("error_feedback", False)),
-            max_beta=step_bounds(plan.program).get(BETA, 1.0),
+            max_beta=step_bounds(program).get(BETA, 1.0),
         )
     except ProgramError:
         # A program that a caller built under the same name, with other parameters.
