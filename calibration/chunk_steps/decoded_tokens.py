@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from qinvert.chunk_step.ports import LOG_DECAY
 from qinvert.chunk_step.single_token import single_token_program
 from qinvert.delta_rule.chunks import DeltaChunks
 from qinvert.execution.chunk_steps import Observer, run_float
@@ -20,9 +21,9 @@ from qinvert.matrices import SolvedInverse
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
 
-#: Elements of all states that tokens of one pass are decoded from, at most: 16 chunks of
+#: Elements of all states that tokens of one pass are decoded from, at most: 8 chunks of
 #: 16 heads of 128 x 128.
-STATE_ELEMENTS: Final = 2**22
+STATE_ELEMENTS: Final = 2**21
 
 
 def observe_decoding(
@@ -38,7 +39,8 @@ def observe_decoding(
         A chunk step; its tokens run by `single_token_program`, or by itself where there is none.
     chunks : DeltaChunks
     observe : callable
-        See `qinvert.execution.chunk_steps.Observer`; it receives only tensors that ``program`` has, too.
+        See `qinvert.execution.chunk_steps.Observer`; it receives the tensors of ``program``
+        that do not follow from log decays alone: decays reach 1 on every grid.
     channels : ValueChannels, optional
         What happens to values before they enter.
     """
@@ -47,14 +49,17 @@ def observe_decoding(
     # Once, and not for every token: rotations of a state cost more than its update.
     starts = replace(starts, v=enter(channels, starts.v), state=enter(channels, starts.state))
 
-    def shared(name: str, values: torch.Tensor) -> None:
-        if name in program.tensors:
+    ports = (port.name for port in program.inputs if port.name != LOG_DECAY)
+    wanted = program.depends_on(*ports)
+
+    def observe_wanted(name: str, values: torch.Tensor) -> None:
+        if name in wanted:
             observe(name, values)
 
     state = starts.state
     for place in range(starts.beta.shape[-1]):
         token = _token(starts, place, single.chunk, state)
-        state = run_float(single, token, observe=shared).state
+        state = run_float(single, token, observe=observe_wanted).state
 
 
 def _chosen(chunks: DeltaChunks) -> DeltaChunks:

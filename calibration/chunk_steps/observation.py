@@ -82,12 +82,12 @@ class ChunkObserver:
 
     def _observe(self, name: str, values: torch.Tensor) -> None:
         if name == self._new_state:
-            self._grow(float(values.abs().max()))
+            self._grow(float(_largest(values, (0, 1, 2, 3))))
         self._keep(name, values)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         axes = (0, 2, 3) if name not in self._values else (0, 3) if self.sizes.values_first else (0, 2)
-        found = values.abs().amax(axes).reshape(-1, self._heads, self._width(name)).amax(0)
+        found = _largest(values, axes).reshape(-1, self._heads, self._width(name)).amax(0)
         # A NaN would hide in a maximum; it counts as infinite.
         found = torch.nan_to_num(found.to("cpu", torch.float32), nan=torch.inf)
         known = self._largest.get(name)
@@ -113,6 +113,11 @@ class ChunkObserver:
             longest=self._longest,
             sample=self._sample,
         )
+
+
+def _largest(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    # max|x| without a copy of |x|, which takes 5 to 30 times as long.
+    return torch.maximum(values.amax(axes), -values.amin(axes))
 
 
 def merged(parts: list[Observed]) -> Observed:

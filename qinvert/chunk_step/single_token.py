@@ -15,6 +15,7 @@ from qinvert.plan.quantized_program import QuantizedProgram
 from qinvert.program.ports import MATRIX
 from qinvert.program.program import Program
 from qinvert.program.residual_sums import residuals_as_sums
+from qinvert.program.step_list import StepList
 
 P = TypeVar("P", bound=QuantizedProgram)
 
@@ -53,14 +54,14 @@ def single_token_plan(plan: P) -> P | None:
     return replace(plan, program=program, tensors={name: plan.tensors[o] for name, o in origins.items()})
 
 
-def single_token_program(program: Program) -> Program | None:
+def single_token_program(program: StepList) -> Program | None:
     """Return the shortest chunk step with the parameters of ``program``, for chunks with one token.
 
     Its tensors outside the inverse have the names of those of ``program``.
 
     Parameters
     ----------
-    program : Program
+    program : StepList
         A chunk step.
 
     Returns
@@ -85,7 +86,7 @@ def _is_outside(name: str) -> bool:
     return not name.startswith(INVERSE_PREFIX)
 
 
-def _shortest(program: Program) -> Program | None:
+def _shortest(program: StepList) -> Program | None:
     sizes, parameters = step_sizes(program), program.parameters
     try:
         return gated_delta_step(

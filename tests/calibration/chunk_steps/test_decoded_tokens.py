@@ -120,7 +120,7 @@ def test_a_pass_decodes_from_no_more_states_than_it_may(monkeypatch):
         if name == "state/new":
             counts.append(values.shape[1] // HEADS)
 
-    for most, wanted in ((1, 1), (4 * HEADS * KEYS * VALUES, 4), (2**22, 15)):
+    for most, wanted in ((1, 1), (4 * HEADS * KEYS * VALUES, 4), (2**21, 15)):
         monkeypatch.setattr(decoded_tokens, "STATE_ELEMENTS", most)
         counts.clear()
         observe_decoding(program, chunks, observe)
