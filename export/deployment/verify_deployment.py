@@ -26,8 +26,10 @@ from qinvert.metrics import norm_share
 from qinvert.plan.plan import Plan
 from qinvert.progress import report
 
-#: Tokens that are decoded behind the longest text.
+#: Tokens of the text that are decoded behind the longest prefill.
 DECODED: Final = 8
+#: Times that the last of them follows itself: where keys return, a state holds the most.
+REPEATED: Final = 24
 #: Largest distance of logits or states as a share of their norm.  Float32 products in another order round
 #: an input to the next integer here and there; another program is wrong by a tenth and more.
 TOLERANCE: Final = 0.02
@@ -51,6 +53,8 @@ class DeploymentCheck:
     kl: float
     #: Share of these tokens whose most likely next token is the same.
     top1_agreement: float
+    #: KL(model || decode graph), nats per decoded token; None where none is decoded.
+    decode_kl: float | None
 
 
 def default_lengths(window: int) -> tuple[int, ...]:
@@ -70,7 +74,7 @@ def verify_deployment(
     """Compare both graphs of a folder with the model, on onnxruntime, unoptimized and optimized.
 
     Every length starts from empty states; `DECODED` more tokens follow the longest one by the
-    decode graph, on the states that prefill left.
+    decode graph, on the states that prefill left, and then the last of these `REPEATED` times.
 
     Parameters
     ----------
@@ -105,14 +109,15 @@ def verify_deployment(
         raise PlanError(f"{PLAN} is not the plan that the graphs were made of; deploy again")
     check_identity(plan, model, force)
     sizes = tuple(lengths or default_lengths(manifest.window))
-    ids = _tokens(model, tokens, max(sizes) + DECODED)
+    ids = _tokens(model, tokens, max(sizes) + DECODED)[: max(sizes) + DECODED]
+    ids = np.concatenate([ids, np.repeat(ids[-1:], REPEATED)])
     reference = _Reference(model, plan, manifest, _products(Path(folder), manifest))
     found: list[DeploymentCheck] = []
     for optimized in (False, True):
         deployment = Deployment(folder, optimized=optimized)
         for length in sizes:
             report("texts", len(found), 2 * len(sizes))
-            decoded = DECODED if length == max(sizes) else 0
+            decoded = DECODED + REPEATED if length == max(sizes) else 0
             part = ids[: length + decoded]
             found.append(_check(deployment, reference, part, decoded, optimized, tolerance))
     return found
@@ -189,7 +194,11 @@ class _Reference:
     def whole(self, ids: Array) -> torch.Tensor:
         """Logits of the patched model."""
         with patched(self.model, self.plan, force=True):
-            return run_model(self.model, {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]})[0]
+            return self.float_model(ids)
+
+    def float_model(self, ids: Array) -> torch.Tensor:
+        """Logits of the model itself."""
+        return run_model(self.model, {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]})[0]
 
 
 def _check(
@@ -215,10 +224,9 @@ def _check(
         optimized=optimized,
         logits=norm_share(logits, wanted),
         states=max(shares.values()),
-        kl=float(
-            kl_div(log_softmax(inside, -1), log_softmax(exact, -1), log_target=True, reduction="sum") / cut
-        ),
+        kl=_divergence(exact, inside),
         top1_agreement=float((inside.argmax(-1) == exact.argmax(-1)).float().mean()),
+        decode_kl=_divergence(reference.float_model(ids)[cut:], logits[cut:]) if decoded else None,
     )
     worst = {"logits": check.logits, **shares}
     wrong = [name for name, value in worst.items() if not value <= tolerance]
@@ -228,3 +236,9 @@ def _check(
             f"plan by {worst[wrong[0]]:.2g} of its norm; {tolerance:g} is allowed; deploy again"
         )
     return check
+
+
+def _divergence(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """``KL(wanted || found)`` of logits, nats per token."""
+    logs = log_softmax(found, -1), log_softmax(wanted, -1)
+    return float(kl_div(*logs, log_target=True, reduction="sum") / len(found))

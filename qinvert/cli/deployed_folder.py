@@ -55,6 +55,7 @@ def show_checks(output: Output, checks: list[DeploymentCheck]) -> None:
             f"{check.states:.1e}",
             f"{max(check.kl, 0.0):.1e}",
             f"{check.top1_agreement:.3f}",
+            "" if check.decode_kl is None else f"{max(check.decode_kl, 0.0):.1e}",
         ]
         for check in checks
     ]
@@ -65,5 +66,6 @@ def show_checks(output: Output, checks: list[DeploymentCheck]) -> None:
         "worst state off, share",
         "KL to the patched model",
         "same next token",
+        "KL of decode to the model",
     ]
     output.table("Deployment", columns, rows)
