@@ -66,7 +66,7 @@ def _chosen(chunks: DeltaChunks) -> DeltaChunks:
     """Return chunks as sequences of their own, ``[n, H, 1, C, ...]``, with the states before them."""
     states = chunks.states(SolvedInverse(chunks.lower)).transpose(1, 2).flatten(0, 1)
     kept = max(1, min(len(states), STATE_ELEMENTS // states[0].numel()))
-    places = torch.linspace(0, len(states) - 1, kept, device=states.device).round().to(torch.int64)
+    places = torch.arange(kept, dtype=torch.int64, device=states.device) * len(states) // kept
     return chunks.replaced(lambda x: x.transpose(1, 2).flatten(0, 1)[places].unsqueeze(2), states[places])
 
 
@@ -74,7 +74,7 @@ def _token(chunks: DeltaChunks, place: int, size: int, state: torch.Tensor) -> D
     """Return chunks of ``size`` with one token each: behind it, ``k = v = beta = g = 0``."""
 
     def alone(x: torch.Tensor) -> torch.Tensor:
-        padded = x.new_zeros(*x.shape[:3], size, *x.shape[4:])
+        padded = torch.zeros(*x.shape[:3], size, *x.shape[4:], dtype=x.dtype, device=x.device)
         padded[:, :, :, 0] = x[:, :, :, place]
         return padded
 
