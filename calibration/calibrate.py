@@ -182,14 +182,14 @@ def calibrate(
         loss_db = max_loss_db
     start_db = MIN_SQNR_DB if not outputs.given else START_DB
     goal_db = start_db if min_sqnr_db is None else min_sqnr_db
-    options = grid_options(
-        bits, scales, ranges, goal_db, loss_db, costs_for(target, hardware, bits, batch, measure)
-    )
+    whole_steps = check_member(Scope, "scope", scope, PlanError) is Scope.CHUNK
+    costs = costs_for(target, hardware, bits, batch, measure, steps=whole_steps)
+    options = grid_options(bits, scales, ranges, goal_db, loss_db, costs)
     check_seed(seed, PlanError)
     grain = check_member(Granularity, "granularity", granularity, PlanError)
     given = with_options(data, num_samples, seq_len, seed)
     facts = _provenance(method, bits, grain, options, seed)
-    if check_member(Scope, "scope", scope, PlanError) is Scope.CHUNK:
+    if whole_steps:
         _check_chunk_options(factored, checkpoint, max_loss_db, measure)
         calibration = _step_calibration(method, bits, ranges, options, grain, chunk or ChunkOptions())
         steps, seen = calibration.run(source, given, progress, outputs)

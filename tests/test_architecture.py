@@ -103,6 +103,7 @@ TOUCHES_PATHS = {
     "qinvert.export.deployment.deploy": "writes the files of a folder that takes its place as a whole",
     "qinvert.export.deployment.weights": "writes a graph that also returns activations, for onnxruntime",
     "qinvert.export.deployment.quantized_products": "reads the graphs of a folder",
+    "qinvert.export.deployment.compile_deployment": "reads the graphs of a folder",
     "qinvert.export.open_shapes": "has onnx check a copy beside the weights",
     "qinvert.calibration.data.arrays": "reads .npz and .safetensors, array by array",
     "qinvert.calibration.data.documents": "reads text files line by line, and data sets",

@@ -44,8 +44,8 @@ class Costs:
     batch: int
     #: Whether the caller named the chip.
     named: bool
-    #: Whether the caller left the target to the chip.
-    free_target: bool
+    #: Profiles of the chip to choose the target from; empty where the caller named a target or no chip.
+    targets: tuple[str, ...]
     #: Compiles the best few candidates; None where the table decides.
     measure: Measure | None = None
 
@@ -78,17 +78,23 @@ class Costs:
 
     def target_of(self, layers: Iterable[LayerPlan]) -> str:
         """Return the target of a whole plan: the chip's first profile that holds every layer."""
-        if self.hardware is None or not self.free_target:
-            return self.profile.name
         formats = {grid.format for layer in layers for grid in layer.tensors.values()}
-        fits = (name for name in self.hardware.targets if formats <= set(find_profile(name).formats))
+        fits = (name for name in self.targets if formats <= set(find_profile(name).formats))
         return next(fits, self.profile.name)
 
 
 def costs_for(
-    target: str | None, hardware: str | None, bits: int | str, batch: int, measure: Measure | None = None
+    target: str | None,
+    hardware: str | None,
+    bits: int | str,
+    batch: int,
+    measure: Measure | None = None,
+    *,
+    steps: bool = False,
 ) -> Costs:
     """Return the costs for what a caller named; each of them may be None.
+
+    Plans of whole chunk ``steps`` may have other targets on a chip than those of inverses.
 
     Raises
     ------
@@ -96,26 +102,29 @@ def costs_for(
         If one of them is not known, or the batch is not legal.
     """
     check_integer("batch", batch, 1, MAX_BATCH, PlanError, "; pass the matrices per call")
+    targets: tuple[str, ...] = ()
     if target is not None:
         profile = find_profile(target)
     elif hardware is None:
         profile = find_profile(default_target(BITS.get(str(bits), INT8)))
     else:
-        profile = _profile_on(find_hardware(hardware), bits)
+        chip = find_hardware(hardware)
+        targets = (steps and chip.step_targets) or chip.targets
+        profile = _profile_of(targets, bits)
     name = profile.hardware if hardware is None else hardware
     return Costs(
         profile=profile,
         hardware=find_hardware(name) if name else None,
         batch=batch,
         named=hardware is not None,
-        free_target=target is None and hardware is not None,
+        targets=targets,
         measure=measure,
     )
 
 
-def _profile_on(hardware: Hardware, bits: int | str) -> Profile:
+def _profile_of(targets: Iterable[str], bits: int | str) -> Profile:
     """Return the chip's profile with the most formats, or the first that takes ``bits``."""
-    profiles = [find_profile(name) for name in hardware.targets]
+    profiles = [find_profile(name) for name in targets]
     wanted = BITS.get(str(bits))
     if wanted is None:
         return max(profiles, key=lambda profile: len(profile.formats))

@@ -31,7 +31,7 @@ from qinvert.export.graph import MAX_BYTES
 from qinvert.export.whole_models.export_model import check_float32, chunk_of
 from qinvert.export.whole_models.tracing import require_onnx_ir
 from qinvert.files import check_replaceable, new_folder
-from qinvert.hardware import Hardware, find_hardware
+from qinvert.hardware import Compiler, Hardware, find_hardware
 from qinvert.plan.plan import Plan
 from qinvert.pretrained import opened
 from qinvert.profiles import Profile
@@ -197,9 +197,10 @@ def build_graphs(
     """
     window = options.chunks * chunk_of(plan)
     whole, single = (layer_steps(plan, chunks, hardware) for chunks in (options.chunks, None))
+    compiler = None if hardware is None else hardware.compiler
     return [
-        _graph(PREFILL, model, plan, profile, options, whole, window),
-        _graph(DECODE, model, plan, profile, options, single, 1),
+        _graph(PREFILL, model, plan, profile, options, whole, window, compiler),
+        _graph(DECODE, model, plan, profile, options, single, 1, compiler),
     ]
 
 
@@ -211,11 +212,13 @@ def _graph(
     options: DeployOptions,
     steps: Mapping[str, LayerStep],
     tokens: int,
+    compiler: Compiler | None,
 ) -> Graph:
     window = Window(model, steps, RecordedSteps(plan), options.cache)
     with windowed(window, options.positions(chunk_of(plan))):
         window.probe(tokens)
-        graph = window_graph(window, plan, profile, tokens, masked=file == PREFILL, opset=options.opset)
+        facts: dict[str, Any] = {"opset": options.opset, "compiler": compiler}
+        graph = window_graph(window, plan, profile, tokens, masked=file == PREFILL, **facts)
     number = len(products(graph))
     return Graph(file=file, model=graph, states=window.states, tokens=tokens, products=number)
 

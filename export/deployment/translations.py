@@ -100,6 +100,27 @@ def _blended(x: Any, mask: Any, value: float) -> Any:
     return op.Add(op.Mul(x, op.Sub(one, mask)), op.Mul(mask, filler))
 
 
+def write_squares(model: onnx_ir.Model) -> None:
+    """Write ``x^2`` as ``x x``, the same number.
+
+    Qualcomm's compiler (onnxruntime-qnn 2.7.0, v73 and v81) knows a root-mean-square norm by its Pow,
+    and then fails with ``QNN_COMMON_ERROR_MEM_ALLOC`` where the norm has a weight.  It takes the same
+    norm with products.
+    """
+    import onnx_ir
+
+    for node in list(model.graph):
+        if node.op_type != "Pow" or _number(node.inputs[1]) != 2.0:
+            continue
+        x, before = node.inputs[0], node.outputs[0]
+        product = onnx_ir.Node("", "Mul", [x, x], num_outputs=1, name=node.name)
+        after = product.outputs[0]
+        after.name, after.shape, after.type = before.name, before.shape, before.type
+        model.graph.insert_after(node, product)
+        onnx_ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+
+
 def join_softplus(model: onnx_ir.Model) -> None:
     """Write ``where(x > 20, x, log(1 + exp(x)))``, which some models spell out, as one Softplus."""
     import onnx_ir

@@ -128,7 +128,9 @@ def estimators() -> dict[str, Runtime]:
     return found
 
 
-def estimate(content: bytes, hardware: str, *, keep: str | PathLike[str] | None = None) -> CycleEstimate:
+def estimate(
+    content: bytes, hardware: str, *, keep: str | PathLike[str] | None = None, partial_costs: bool = False
+) -> CycleEstimate:
     """Return the cycles of one call of a serialized model, as the chip's compiler predicts them.
 
     Parameters
@@ -138,6 +140,8 @@ def estimate(content: bytes, hardware: str, *, keep: str | PathLike[str] | None 
         A key of `estimators`, such as ``"hexagon-v81"``.
     keep : path, optional
         Folder that gets the compiled files; it is made if it does not exist.
+    partial_costs : bool
+        Whether cycles may leave operators out; ``uncosted`` then counts these.
 
     Raises
     ------
@@ -148,7 +152,7 @@ def estimate(content: bytes, hardware: str, *, keep: str | PathLike[str] | None 
     """
     runtime = lookup(estimators(), hardware, "hardware", ExportError)
     answers = _answers(runtime, content, (), _request(runtime, (hardware,), keep))
-    return _only_estimate(runtime, hardware, answers)
+    return _only_estimate(runtime, hardware, answers, partial_costs=partial_costs)
 
 
 def estimates(contents: Sequence[bytes], hardware: str) -> Iterator[CycleEstimate | ExportError]:
@@ -180,11 +184,13 @@ def _tried(estimating: Callable[[], CycleEstimate]) -> CycleEstimate | ExportErr
         return error
 
 
-def _only_estimate(runtime: Runtime, hardware: str, answers: Iterable[Execution]) -> CycleEstimate:
+def _only_estimate(
+    runtime: Runtime, hardware: str, answers: Iterable[Execution], *, partial_costs: bool = False
+) -> CycleEstimate:
     found = [answer.estimate for answer in answers if answer.estimate is not None]
     if len(found) != 1 or found[0].hardware != hardware:
         raise ExportError(f"{runtime.name} gave no estimate for {hardware}; report this with the graph")
-    if found[0].uncosted:
+    if found[0].uncosted and not partial_costs:
         raise ExportError(
             f"{found[0].source}: {found[0].uncosted} operators of this graph have no cost there, so that its "
             f"{found[0].cycles} cycles are too few; choose another method or profile"

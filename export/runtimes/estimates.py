@@ -24,6 +24,8 @@ class CycleEstimate:
     #: Ends of the compiler's own range, where it gives one.
     lower: int | None = None
     upper: int | None = None
+    #: Time of one call at the clock that the compiler assumes, where it tells it.
+    microseconds: int | None = None
     #: Cycles that parts of the chip are busy, at the same time as others, where the tool tells them.
     parts: Mapping[str, int] = field(default_factory=dict)
     #: What moves between the chip and its memories, by the tool's own names; bytes unless a name says

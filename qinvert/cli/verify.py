@@ -10,7 +10,7 @@ import click
 
 from qinvert.cli import cost as costs
 from qinvert.cli.decibels import DECIBELS, decibels
-from qinvert.cli.deployed_folder import is_deployed, verify_deployed
+from qinvert.cli.deployed_folder import Compilation, is_deployed, verify_deployed
 from qinvert.cli.graph_folder import PLAN_FILE, check_same_plan, exported_graphs
 from qinvert.cli.output import Output, output_options
 from qinvert.cli.sources import open_own
@@ -83,7 +83,8 @@ def verify(
     """Run exported graphs and compare every value with the simulator.
 
     FOLDER is what `qinvert export` wrote, or `qinvert deploy`, whose graphs are compared
-    with the model, in windows and token by token.  A difference that the profile does
+    with the model, in windows and token by token, and compiled for their chip where its
+    compiler is installed.  A difference that the profile does
     not allow is an error, exit code 2; where a graph breaks a rule of its
     profile, the node and the remedy are printed.
 
@@ -93,13 +94,14 @@ def verify(
              qinvert verify graphs/ --runtime openvino --runtime qnn
              qinvert verify graphs/ --runtime qnn --cost --keep compiled/
              qinvert verify out/ --model ./my-model
+             qinvert verify out/ --hardware hexagon-v81 --keep compiled/
     """
     output = Output(as_json=as_json, quiet=quiet)
     if is_deployed(folder):
-        for name, given in (("--data", data), ("--min-sqnr", min_sqnr), ("--cost", cost or None)):
+        for name, given in (("--data", data), ("--min-sqnr", min_sqnr)):
             if given is not None:
                 raise InputError(f"{name} is for folders of qinvert export, and {folder} is a deployment")
-        verify_deployed(output, folder, model, runtimes if not (hardware or keep) else ())
+        verify_deployed(output, folder, model, runtimes, Compilation(hardware, cost, keep))
         return
     if model is not None:
         raise InputError(f"--model is for folders of qinvert deploy, and {folder} is none; leave it out")

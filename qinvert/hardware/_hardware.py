@@ -83,15 +83,16 @@ class Hardware:
     heads_apart: bool = False
     #: What its compiler takes of ONNX graphs; None where that is not known.
     compiler: Compiler | None = None
+    #: Export profiles for chunk steps, in the order of `targets`, where they are others than these.
+    step_targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise PlanError(f"hardware name {self.name!r} is not lower-case words joined by '-'; rename it")
-        unknown = [target for target in self.targets if target not in PROFILES]
-        if unknown or not self.targets:
+        named = (*self.targets, *self.step_targets)
+        if not self.targets or not {*named} <= PROFILES.keys():
             raise PlanError(
-                f"hardware {self.name!r} has the targets {self.targets}; name at least one of "
-                f"{', '.join(PROFILES)}"
+                f"hardware {self.name!r} has the targets {named}; name at least one of {', '.join(PROFILES)}"
             )
         if not self.tables or not set(self.tables) <= {1, 2}:
             raise PlanError(

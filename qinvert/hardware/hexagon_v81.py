@@ -14,6 +14,9 @@ HARDWARE = Hardware(
     error=0.189,
     correlation=0.986,
     targets=("hexagon-uint8", "hexagon-int16"),
+    # onnxruntime-qnn 2.7.0: with signed int16 the compiler leaves products and exponentials of log decays to
+    # the CPU, and does not finalize some steps; it takes those of uint16.
+    step_targets=("hexagon-uint16",),
     compiler=QNN,
     tables={
         1: Table(

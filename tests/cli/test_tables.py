@@ -142,6 +142,11 @@ def cost():
     layers = {f"model.layers.{i}.linear_attn": [found] for i in (0, 10)}
     missing = {"ethos-u85-256": "pip install ethos-u-vela"}
     show_costs(output.Output(as_json=False, quiet=False), layers, missing)
+    from qinvert.cli.deployed_folder import show_compiled
+    from qinvert.export.deployment.compile_deployment import CompiledGraph
+
+    graphs = [CompiledGraph(file="prefill.onnx", hardware="hexagon-v81", tokens=64, estimate=found)]
+    show_compiled(output.Output(as_json=False, quiet=False), graphs)
 
 
 from qinvert.cli.app import cli

@@ -132,6 +132,7 @@ def test_a_table_says_which_weights_are_legal(weights, message):
         ("name", "Toy chip", "'Toy chip' is not lower-case words joined by '-'"),
         ("targets", (), r"'toy' has the targets \(\); name at least one of .*npu-qdq-int8"),
         ("targets", ("npu",), r"'toy' has the targets \('npu',\)"),
+        ("step_targets", ("npu",), r"'toy' has the targets \('npu-qdq-int8', 'npu'\)"),
         ("tables", {}, r"'toy' has tables for \[\] bytes; give one for 1 or 2"),
         ("tables", {4: TOY.tables[1]}, r"'toy' has tables for \[4\] bytes"),
     ],
@@ -172,7 +173,7 @@ def test_chips_and_profiles_name_each_other():
     assert {profile.hardware for profile in PROFILES.values()} - {""} <= HARDWARE.keys()
     assert all(chip.name == name for name, chip in HARDWARE.items())
     for chip in HARDWARE.values():
-        assert set(chip.targets) <= PROFILES.keys()
+        assert {*chip.targets, *chip.step_targets} <= PROFILES.keys()
         # A plan on which the widest format of a target is needed has one at the end of the list.
         widths = [max(f.container_bits * f.planes for f in PROFILES[t].formats) for t in chip.targets]
         assert widths == sorted(widths)

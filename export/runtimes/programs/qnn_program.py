@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import onnxruntime
 import onnxruntime_qnn
@@ -35,6 +35,10 @@ CYCLES = {
     "lower": "Simulated (Accelerator exec cycles (lower estimate))",
     "upper": "Simulated (Accelerator exec cycles (upper estimate))",
 }
+#: What the profile calls the time of one call, at the clock that the compiler assumes.
+TIME = "Simulated (Accelerator exec time us)"
+#: What onnxruntime says where the CPU is forbidden and needed.
+FALLBACK = "assigned to the default CPU EP"
 #: What the profile calls operators without a cost.
 UNCOSTED = "Missing Ops (Number of Ops with no Costs associated)"
 #: Unit of what moves between the chip and its memory.
@@ -66,12 +70,13 @@ def register() -> None:
     onnxruntime.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
 
 
-def options(architecture: str, extra: dict[str, str], **entries: str) -> Any:
-    """Session options of one architecture; a node that Hexagon refuses is an error."""
+def options(architecture: str, extra: dict[str, str], *, whole: bool = True, **entries: str) -> Any:
+    """Session options of one architecture; for a ``whole`` graph a node that Hexagon refuses is an error."""
     devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == PROVIDER][:1]
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    # What it would print on an error stands in the way of the one line that says why.
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(whole)))
     for key, value in entries.items():
         settings.add_session_config_entry(key.replace("__", "."), value)
     chip = {"backend_type": "htp", "soc_model": CHIPS[architecture][0], "htp_arch": architecture}
@@ -89,8 +94,28 @@ def compiled(model: Path, architecture: str, target: Path, folder: Path) -> None
         # Profiles are appended to, so that each needs a new file.
         "profiling_file_path": str(folder / "profile.csv"),
     }
+    try:
+        open_compiled(model, target, architecture, extra)
+    except Exception as error:
+        if FALLBACK not in str(error):
+            raise
+        refuse(model, architecture, folder)
+
+
+def open_compiled(
+    model: Path, target: Path, architecture: str, extra: dict[str, str], *, whole: bool = True
+) -> None:
+    """Compile a graph, and write the file that wraps its context binary."""
     entries = {"ep__context_enable": "1", "ep__context_file_path": str(target), "ep__context_embed_mode": "1"}
-    onnxruntime.InferenceSession(str(model), options(architecture, extra, **entries))
+    onnxruntime.InferenceSession(str(model), options(architecture, extra, whole=whole, **entries))
+
+
+def refuse(model: Path, architecture: str, folder: Path) -> NoReturn:
+    """End with the names of all nodes that are left to the CPU."""
+    target = folder / "parts.onnx"
+    open_compiled(model, target, architecture, {}, whole=False)
+    names = others(target)
+    raise SystemExit(f"Hexagon v{architecture} leaves {len(names)} nodes to the CPU: {', '.join(names)}")
 
 
 def executed(
@@ -119,7 +144,9 @@ def cost(profile: Path, architecture: str) -> dict[str, Any]:
         f"simulated by Qualcomm's compiler for {chip} (Hexagon v{architecture}), onnxruntime-qnn "
         f"{version('onnxruntime-qnn')}, optimization mode {MODE}; not measured"
     )
-    return {**numbers, "traffic": traffic, "uncosted": int(rows[UNCOSTED]["Time"]), "source": source}
+    time = {"microseconds": int(rows[TIME]["Time"])} if TIME in rows else {}
+    uncosted = int(rows[UNCOSTED]["Time"])
+    return {**numbers, **time, "traffic": traffic, "uncosted": uncosted, "source": source}
 
 
 def products(folder: Path) -> dict[str, str]:

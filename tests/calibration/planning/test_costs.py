@@ -94,7 +94,7 @@ def test_costs_of_a_plan_are_those_of_the_chip_or_multiply_accumulates():
 def test_a_named_chip_takes_the_place_of_the_targets_own():
     found = costs_for("npu-qdq-int8", "hexagon-v73", 8, 8)
     assert (found.hardware.name, found.profile.name) == ("hexagon-v73", "npu-qdq-int8")
-    assert (found.named, found.free_target) == (True, False)
+    assert (found.named, found.targets) == (True, ())
     # A target without a chip of its own has costs of a chip that is named.
     assert costs_for("int-ops", "hexagon-v73", 8, 8).hardware.name == "hexagon-v73"
 
@@ -104,7 +104,16 @@ def test_a_named_chip_takes_the_place_of_the_targets_own():
 )
 def test_a_chip_without_a_target_plans_for_its_profile_of_these_bits(bits, profile):
     found = costs_for(None, "hexagon-v81", bits, 8)
-    assert (found.profile.name, found.free_target) == (profile, True)
+    assert (found.profile.name, found.targets) == (profile, ("hexagon-uint8", "hexagon-int16"))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "profile"), [("hexagon-v73", "hexagon-uint16"), ("cpu-openvino", "qlinear")]
+)
+def test_whole_steps_have_the_targets_that_the_chip_names_for_them(hardware, profile):
+    found = costs_for(None, hardware, "auto", 8, steps=True)
+    assert found.profile.name == profile
+    assert found.targets == (HARDWARE[hardware].step_targets or HARDWARE[hardware].targets)
 
 
 @pytest.mark.parametrize(("bits", "target"), [(8, "npu-qdq-int8"), (16, "npu-qdq-int16"), ("8x2", "int-ops")])
