@@ -108,7 +108,7 @@ def deploy(
     PlanError
         If the plan is not one of chunk steps of this model.
     ExportError
-        If the model has what the graphs must not have, such as sparse attention that sorts tokens,
+        If the model has what the graphs must not have, such as embeddings that hashes look up,
         or the profile cannot express the plan.
     """
     options = DeployOptions(chunks=chunks, cache=cache, weights=weights, activation_bits=activation_bits)
