@@ -1,18 +1,24 @@
 """Sparse attention of deployed models: the blocks of the model's own code, in windows and in graphs."""
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from deployments import Tiny
+from onnx import numpy_helper
 from tiny_models import VOCABULARY, build, of_both, of_layers
 from windows import CACHE, POSITIONS, WIDE, driven, in_parts, whole
 
 import qinvert
 from qinvert import ExportError
+from qinvert.export.deployment.deploy import build_graphs
 from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK
 from qinvert.export.deployment.indexers import indexers
+from qinvert.export.deployment.options import DeployOptions
 from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.verify_deployment import verify_deployment
 from qinvert.export.deployment.window import Window, windowed
+from qinvert.export.exporting import profile_for
 
 pytest.importorskip("transformers.models.glm5_next", reason="transformers >= 5.16")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -123,18 +129,38 @@ def test_indexers_of_another_kind_are_refused(sparse, monkeypatch):
         window.probe(64)
 
 
-def test_graphs_are_the_model(sparse, tmp_path):
+@pytest.fixture(scope="module")
+def graphs(sparse):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     _, model, plan = sparse
-    qinvert.deploy(model, plan, tmp_path / "out", cache=CACHE)
+    found = build_graphs(model, plan, profile_for(plan, None), DeployOptions(cache=CACHE))
+    return Tiny(model, None, plan, found, None)
+
+
+def test_graphs_are_the_model(graphs, tmp_path):
+    graphs.deploy(tmp_path / "out")
     for name in ("prefill.onnx", "decode.onnx"):
         graph = onnx.load(tmp_path / "out" / name).graph
         assert not {node.op_type for node in graph.node} & FORBIDDEN
         values = (*graph.input, *graph.value_info, *graph.output)
         shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
         assert all(len(shape) <= MAX_RANK and all(shape) for shape in shapes)
-    for check in verify_deployment(tmp_path / "out", model, TOKENS[0].numpy(), lengths=(1, 65, 150)):
+    for check in verify_deployment(tmp_path / "out", graphs.model, TOKENS[0].numpy(), lengths=(1, 65, 150)):
         assert check.logits < 1e-3
         assert check.kl < 1e-7
         assert check.top1_agreement == 1.0
+
+
+def test_what_is_chosen_by_keeps_its_weights(graphs, tmp_path):
+    graphs.deploy(tmp_path / "out", weights="w8", data=TOKENS)
+    kept = [weight for module in indexers(graphs.model) for weight in module.parameters() if weight.ndim == 2]
+    kept += [weight for name, weight in graphs.model.named_parameters() if name.endswith("_hc.fn")]
+    constants = [
+        numpy_helper.to_array(x) for x in onnx.load(tmp_path / "out" / "prefill.onnx").graph.initializer
+    ]
+    for weight in kept:
+        matrix = weight.detach().numpy()
+        assert any(np.array_equal(x, matrix) or np.array_equal(x, matrix.T) for x in constants)
+    checks = verify_deployment(tmp_path / "out", graphs.model, TOKENS[0].numpy(), lengths=(150,))
+    assert max(check.logits for check in checks) < 1e-3
