@@ -85,7 +85,7 @@ def block_keys(
     rows = torch.cat([tail, empty], 1) + _moved(local * size, window, offset) @ _counted(inputs, cache)
     end = offset + cache.counted.sum(1)
     full = (end - (_steps(local) * size + (size - 1.0))).clamp(0.0, 1.0)
-    rest = _moved(local * size, size, full.sum(0, keepdim=True) * size).transpose(0, 1) @ rows
+    rest = _moved(local * size, size, full.sum(0, keepdim=True) * size).transpose(1, 2) @ rows
     cache.traffic.give(StateKind.TAIL, rest, layer)
     pooled = pool(rows.reshape(1, local, size, width))
     before = cache.traffic.take(StateKind.BLOCKS, (1, sizes.blocks, pooled.shape[2]), layer)
@@ -100,8 +100,8 @@ def _counted(inputs: torch.Tensor, cache: WindowCache) -> torch.Tensor:
 
 
 def _moved(rows: int, columns: int, by: torch.Tensor) -> torch.Tensor:
-    """``E[r, c] = 1`` at ``r = c + by``, float32 ``[rows, columns]``; ``by`` is ``[1]``."""
-    return is_zero(_steps(rows)[:, None] - _steps(columns)[None] - by)
+    """``E[r, c] = 1`` at ``r = c + by``, else 0, float32 ``[1, rows, columns]``; ``by`` is ``[1]``."""
+    return is_zero((_steps(rows)[:, None] - _steps(columns))[None] - by)
 
 
 def _steps(count: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import qinvert
 from qinvert import ExportError
 from qinvert.export.deployment.deploy import build_graphs
 from qinvert.export.deployment.graphs import FORBIDDEN, MAX_RANK
-from qinvert.export.deployment.indexers import indexers
+from qinvert.export.deployment.indexers import MASK, indexers
 from qinvert.export.deployment.options import DeployOptions
 from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.verify_deployment import verify_deployment
@@ -78,6 +78,7 @@ def test_texts_in_parts_have_padding_between_them(family):
     seen.clear()
     whole(model, plan, TOKENS[:, :130])
     handle.remove()
+    assert all({"forward", MASK}.isdisjoint(vars(module)) for module in model.modules())
     assert share(found, seen[0]) < 1e-6
     taken = states["visible"][0, 0, 0].bool()
     assert states["entries"][taken].tolist() == list(range(130))
