@@ -31,6 +31,7 @@ import qinvert
 from qinvert import ChunkOptions, Deployment, Plan, QInvertError
 from qinvert.calibration.patching import run_model
 from qinvert.documents import markdown
+from qinvert.export.whole_models.topk_ties import LowestIndexFirst
 from qinvert.metrics import norm_share
 from qinvert.pretrained import load_pretrained
 
@@ -70,22 +71,21 @@ def divergence(wanted: torch.Tensor, found: torch.Tensor) -> tuple[float, float]
 
 
 def patched_logits(model: Any, plan: Plan, tokens: torch.Tensor) -> torch.Tensor:
-    """Log probabilities of the patched model."""
-    with qinvert.patched(model, plan):
+    """Log probabilities of the patched model; of equal scores of sparse attention the first count."""
+    with qinvert.patched(model, plan), LowestIndexFirst():
         return run_model(model, {"input_ids": tokens}).to(torch.float64).log_softmax(-1)
 
 
 def families(arguments: argparse.Namespace) -> None:
     """Print one row for each family: the worst of all lengths and windows."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from tiny_models import CONFIGS, VOCABULARY, build, of_layers
+    from tiny_models import CONFIGS, VOCABULARY, build, of_both
 
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (2, 512), generator=draw)
     rows = []
     for family in arguments.only or CONFIGS:
-        layers = {} if family == "glm5_next" else of_layers("linear_attention", "full_attention")
-        model = build(family, **layers)
+        model = build(family, **of_both(family))
         try:
             plan = planned(model, tokens[:1])
             found = [row for chunks in CHUNKS for row in compared(model, plan, tokens[1:], chunks)]

@@ -108,6 +108,12 @@ def build(family, dtype=torch.float32, **changes):
     return loader.from_config(config, dtype=dtype).eval()
 
 
+def of_both(family):
+    """Changes that give a model of the family one layer of each kind."""
+    experts = {"mlp_layer_types": ["dense", "sparse"]} if family == "glm5_next" else {}
+    return of_layers("linear_attention", "full_attention") | experts
+
+
 def of_layers(*kinds):
     """Changes that give a model these layers: "linear_attention" or "full_attention" each."""
     return {"num_hidden_layers": len(kinds), "layer_types": list(kinds)}

@@ -32,6 +32,7 @@ def attention(
     key, value : torch.Tensor, shape ``[1, Hk, L, D]`` and ``[1, Hk, L, Dv]``
         H is a multiple of Hk.
     attention_mask : torch.Tensor, shape ``[1, 1, T, L]``
+        What is added to the scores, or true for tokens that a query sees.
 
     Returns
     -------
@@ -45,6 +46,8 @@ def attention(
     grouped = query.reshape(batch, key.shape[1], shared * tokens, size) * factor
     scores = grouped @ key.transpose(2, 3)
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = added(attention_mask.to(torch.float32))
         scores = scores + torch.cat([attention_mask] * shared, 2)
     out = torch.softmax(scores, dim=-1) @ value
     return out.reshape(batch, heads, tokens, value.shape[-1]).transpose(1, 2), None
@@ -68,6 +71,11 @@ def window_mask(visible: torch.Tensor, valid: torch.Tensor, earlier: torch.Tenso
     """
     ones = torch.ones(1, 1, earlier.shape[2], 1, dtype=torch.float32)
     seen = torch.cat([visible * ones, valid * earlier], 3)
+    return added(seen)
+
+
+def added(seen: torch.Tensor) -> torch.Tensor:
+    """What is added to scores: 0 for what is seen, which is 1, else `HIDDEN`."""
     return (seen - 1.0) * -HIDDEN
 
 

@@ -87,7 +87,7 @@ def deploy(
         Weights of projections, MLPs and the head: float32; int8 with a scale for each output
         channel; or int4 with a scale for each 32 weights of a channel.  onnxruntime's quantizer
         writes them, as QDQ with standard operators.  Norms, convolutions, products with experts and
-        what gates and routers come from stay in float32, and planned layers are what they were.
+        what gates, routers and indexers come from stay in float32, and planned layers are what they were.
     activation_bits : {16, 8}
         Bits of the inputs and outputs of these products, one symmetric grid for each tensor.
     data : optional
@@ -108,7 +108,7 @@ def deploy(
     PlanError
         If the plan is not one of chunk steps of this model.
     ExportError
-        If the model has what the graphs must not have, such as sparse attention that sorts tokens,
+        If the model has what the graphs must not have, such as embeddings that hashes look up,
         or the profile cannot express the plan.
     """
     options = DeployOptions(chunks=chunks, cache=cache, weights=weights, activation_bits=activation_bits)

@@ -12,10 +12,15 @@ import torch
 
 from qinvert.chunk_step.ports import BETA, LOG_DECAY
 from qinvert.errors import ExportError
-from qinvert.export.deployment.products import fold_transposes, mark_floats
+from qinvert.export.deployment.products import fold_transposes, mark_floats, mark_others
 from qinvert.export.deployment.states import SUFFIX, State
 from qinvert.export.deployment.step_calls import LayerStep, step_names
-from qinvert.export.deployment.translations import join_softplus, translations, write_squares
+from qinvert.export.deployment.translations import (
+    drop_empty_parts,
+    join_softplus,
+    translations,
+    write_squares,
+)
 from qinvert.export.deployment.window import Window
 from qinvert.export.graph import DOMAIN, FUNCTION_IR_VERSION
 from qinvert.export.metadata import describe, layer_metadata, provenance
@@ -102,6 +107,7 @@ def window_graph(
     _put_steps(model, window, plan, profile)
     join_softplus(model)
     write_squares(model)
+    drop_empty_parts(model)
     fold_transposes(model, shared=opset is not None)
     tidy(model)
     check_operators(model)
@@ -120,6 +126,7 @@ def _put_steps(model: onnx_ir.Model, window: Window, plan: Plan, profile: Profil
     from onnx_ir.serde import deserialize_function
 
     mark_floats(_gates(model, window))
+    mark_others(model, window.model)
     target = replace(profile, opset=model.opset_imports[""])
     names = step_names(plan)
     for name, step in window.steps.items():
@@ -131,7 +138,7 @@ def _put_steps(model: onnx_ir.Model, window: Window, plan: Plan, profile: Profil
 
 
 def _gates(model: onnx_ir.Model, window: Window) -> Iterator[onnx_ir.Value]:
-    """What steps read as beta and decays, and what routers of experts sort."""
+    """What steps read as beta and decays, and what routers and indexers sort."""
     names = [name for step in window.steps.values() for name in step.interface.inputs(step.plan)]
     gates = [names.index(port) for port in (BETA, LOG_DECAY)]
     for node in model.graph:
@@ -185,7 +192,7 @@ def tidy(model: onnx_ir.Model) -> None:
 
 
 def check_operators(model: onnx_ir.Model) -> None:
-    """Refuse a tensor of rank above `MAX_RANK`, one of unknown size, and an operator of `FORBIDDEN`.
+    """Refuse a tensor of rank above `MAX_RANK`, one of no or unknown size, and an operator of `FORBIDDEN`.
 
     Raises
     ------
@@ -208,6 +215,8 @@ def _faults(model: onnx_ir.Model) -> Iterator[str]:
         for value in node.outputs:
             if value.shape is None or not value.shape.is_static():
                 yield f"no fixed shape at {value.name}"
+            elif 0 in value.shape:
+                yield f"nothing in {value.name}"
             elif len(value.shape) > MAX_RANK:
                 yield f"{len(value.shape)} axes at {value.name}"
 

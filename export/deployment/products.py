@@ -11,6 +11,7 @@ from qinvert.errors import ExportError
 
 if TYPE_CHECKING:
     import onnx_ir
+    import torch
 
 #: Key under which a node that stays in float is marked, in memory alone.
 FLOAT: Final = "qinvert.float"
@@ -21,8 +22,8 @@ PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
 def mark_floats(roots: Iterable[onnx_ir.Value]) -> None:
     """Mark the products that gates and routers come from, so that `products` leaves them out.
 
-    From each root on, nodes are followed up to the first product, and further where its input
-    is itself a product, as in projections of low rank.
+    From each root on, nodes are followed up to the first product with weights, and further where
+    its input is itself a product, as in projections of low rank.
     """
     waiting, seen = [root.producer() for root in roots], set()
     while waiting:
@@ -31,10 +32,43 @@ def mark_floats(roots: Iterable[onnx_ir.Value]) -> None:
             continue
         seen.add(node)
         before = [value.producer() for value in node.inputs if value is not None]
-        if node.op_type in PRODUCTS:
+        if node.op_type in PRODUCTS and any(_is_constant(value) for value in node.inputs):
             node.meta[FLOAT] = True
             before = [other for other in before if other is not None and other.op_type in PRODUCTS]
         waiting += before
+
+
+def mark_others(model: onnx_ir.Model, known: torch.nn.Module) -> None:
+    """Mark the products with matrices of no linear layer of a model, such as those that mix streams."""
+    import torch
+
+    layers = (x.weight.detach().cpu().numpy() for x in known.modules() if isinstance(x, torch.nn.Linear))
+    rows = {(weight.shape, weight[0].tobytes()) for weight in layers}
+    for node in model.graph:
+        matrix = _matrix(node.inputs[1]) if node.op_type == "MatMul" else None
+        if matrix is not None and (matrix.shape, matrix[0].tobytes()) not in rows:
+            node.meta[FLOAT] = True
+
+
+def _matrix(value: onnx_ir.Value | None) -> Any:
+    """A constant as a linear layer stores it, ``[N, K]``; None for what is computed."""
+    stored = _stored(value)
+    if value is None or stored is None or len(stored.shape) != 2:
+        return None
+    matrix = stored.numpy()
+    return matrix if value.const_value is None else matrix.T
+
+
+def _stored(value: onnx_ir.Value | None) -> onnx_ir.TensorProtocol | None:
+    """The constant that a value is, or that it is the transpose of."""
+    node = None if value is None else value.producer()
+    if value is not None and value.const_value is None and node is not None and node.op_type == "Transpose":
+        value = node.inputs[0]
+    return None if value is None else value.const_value
+
+
+def _is_constant(value: onnx_ir.Value | None) -> bool:
+    return _stored(value) is not None
 
 
 def fold_transposes(model: onnx_ir.Model, *, shared: bool) -> None:

@@ -29,6 +29,16 @@ class StateKind(StrEnum):
     VISIBLE = "visible"
     #: How many tokens there were before, int32 ``[1]``.
     POSITION = "position"
+    #: Keys of the full blocks that sparse attention chooses among, by their numbers, ``[1, blocks, size]``.
+    BLOCKS = "blocks"
+    #: What the key of the block that is not full will be made of, ``[1, tokens of a block, width]``.
+    TAIL = "tail"
+    #: Position of the token in every entry of the caches, int32 ``[cache]``.
+    ENTRIES = "entries"
+
+
+#: What is counted.
+WHOLE_NUMBERS: Final = frozenset({StateKind.POSITION, StateKind.ENTRIES})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +60,7 @@ class State:
     @property
     def element(self) -> str:
         """NumPy name of its type."""
-        return "int32" if self.kind is StateKind.POSITION else "float32"
+        return "int32" if self.kind in WHOLE_NUMBERS else "float32"
 
     def zeros(self) -> torch.Tensor:
         """What it is before the first token."""

@@ -121,6 +121,27 @@ def write_squares(model: onnx_ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
+def drop_empty_parts(model: onnx_ir.Model) -> None:
+    """Leave out empty parts of a tensor that is split, such as the rotated part of keys without rotation."""
+    import onnx_ir
+
+    for node in list(model.graph):
+        if node.op_type != "Split" or not any(_is_empty(part) for part in node.outputs):
+            continue
+        left, given = [part for part in node.outputs if not _is_empty(part)], node.inputs[0]
+        if (
+            given is not None
+            and len(left) == 1
+            and not any(part.uses() for part in node.outputs if part is not left[0])
+        ):
+            onnx_ir.convenience.replace_all_uses_with(left[0], given)
+            model.graph.remove(node, safe=True)
+
+
+def _is_empty(value: onnx_ir.Value) -> bool:
+    return value.shape is not None and 0 in value.shape
+
+
 def join_softplus(model: onnx_ir.Model) -> None:
     """Write ``where(x > 20, x, log(1 + exp(x)))``, which some models spell out, as one Softplus."""
     import onnx_ir

@@ -22,6 +22,7 @@ from qinvert.export.deployment.quantized_products import QuantizedProduct, quant
 from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
 from qinvert.export.deployment.window import Window, windowed
 from qinvert.export.whole_models.check import random_tokens
+from qinvert.export.whole_models.topk_ties import LowestIndexFirst
 from qinvert.metrics import norm_share
 from qinvert.plan.plan import Plan
 from qinvert.progress import report
@@ -197,8 +198,9 @@ class _Reference:
             return self.float_model(ids)
 
     def float_model(self, ids: Array) -> torch.Tensor:
-        """Logits of the model itself."""
-        return run_model(self.model, {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]})[0]
+        """Logits of the model itself; of equal scores of blocks the first count, as in the graphs."""
+        with LowestIndexFirst():
+            return run_model(self.model, {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]})[0]
 
 
 def _check(

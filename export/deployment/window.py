@@ -14,6 +14,7 @@ from qinvert.chunk_step.ports import BETA, KEY, LOG_DECAY, QUERY, STATE, VALUE
 from qinvert.errors import ExportError
 from qinvert.export.deployment.attention import tabled_rotations, window_attention, window_mask
 from qinvert.export.deployment.cache import WindowCache
+from qinvert.export.deployment.indexers import by_layer_kind, indexers, window_indexers
 from qinvert.export.deployment.states import State, StateKind, Traffic
 from qinvert.export.deployment.step_calls import LayerStep, StepCalls
 from qinvert.export.step_interface import VALID
@@ -41,6 +42,7 @@ class Window(torch.nn.Module):
         }
         self._traffic = Traffic(cache=cache)
         self._valid: torch.Tensor | None = None
+        self._sparse = any(True for _ in indexers(model))
         self._earlier = torch.ones(1, 1, 1, 1, dtype=torch.float32)
 
     def forward(
@@ -78,9 +80,9 @@ class Window(torch.nn.Module):
         positions = (torch.arange(tokens, dtype=torch.int32) + first)[None]
         result = self.model(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=by_layer_kind(mask) if self._sparse else mask,
             position_ids=positions,
-            past_key_values=WindowCache(traffic, valid),
+            past_key_values=WindowCache(traffic, valid, first, positions),
             use_cache=True,
         )
         logits: torch.Tensor = result.logits
@@ -169,6 +171,7 @@ def windowed(window: Window, positions: int) -> Iterator[Window]:
         plain_experts(model),
         window_attention(model),
         tabled_rotations(model, positions),
+        window_indexers(model, positions),
         redirected(model, window.rule),
         without_autocast(model),
         torch.no_grad(),

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 FIRST_OPSET: Final = 18
 #: Where `torch.export` says that it stopped.
 PLACE: Final = re.compile(r"Caused by: \((\S+:\d+) in \w+\)")
-#: Logger of the exporter's table of operators, which looks for torchvision.
-REGISTRY: Final = "torch.onnx._internal.exporter._registration"
+#: Loggers of the exporter, and what each says of things that are not needed.
+NOTICES: Final = {
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
+    "onnxscript.optimizer._constant_folding": "Skipping constant folding",
+}
 #: Notes of PyTorch's exporter: its own nodes, and source files of the machine that traced.
 NOTES: Final = "pkg.torch."
 
@@ -227,12 +230,18 @@ def _check_open_sizes(model: onnx_ir.Model, wanted: Mapping[str, Mapping[int, An
 
 @contextmanager
 def _without_notices() -> Iterator[None]:
-    """Leave out what the exporter logs of packages that are not installed and not needed."""
+    """Leave out what the exporter logs of packages and of foldings that are not needed."""
+    with ExitStack() as undo:
+        for name, notice in NOTICES.items():
+            undo.enter_context(_without(logging.getLogger(name), notice))
+        yield
 
+
+@contextmanager
+def _without(logger: logging.Logger, notice: str) -> Iterator[None]:
     def needed(record: logging.LogRecord) -> bool:
-        return "torchvision is not installed" not in record.getMessage()
+        return notice not in record.getMessage()
 
-    logger = logging.getLogger(REGISTRY)
     logger.addFilter(needed)
     try:
         yield

@@ -154,7 +154,7 @@ def test_graphs_that_do_not_open_are_refused_in_one_line(damaged):
 def test_verify_prints_how_far_the_graphs_are(tiny):
     result = run("verify", tiny.folder)
     assert result.exit_code == 0, result.output
-    for words in ("135 + 8", "unoptimized", "optimized", "1.000"):
+    for words in ("135 + 32", "unoptimized", "optimized", "1.000"):
         assert words in result.output
     rows = json.loads(run("verify", tiny.folder, "--model", tiny.source, "--json").stdout)["verified"]
     assert len(rows) == 10

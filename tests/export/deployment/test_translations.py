@@ -6,7 +6,7 @@ import torch
 
 from qinvert import ExportError
 from qinvert.export.deployment.graphs import FORBIDDEN
-from qinvert.export.deployment.translations import LOWEST, join_softplus, translations
+from qinvert.export.deployment.translations import LOWEST, drop_empty_parts, join_softplus, translations
 from qinvert.export.runtimes.onnxruntime_cpu import open_session
 from qinvert.export.whole_models.tracing import trace
 
@@ -26,6 +26,14 @@ class Selections(torch.nn.Module):
         best = torch.topk(x, 2, dim=-1)[1]
         mask = torch.zeros_like(x).scatter_(1, best, 1)
         return softplus * 2, joined, mask, x.masked_fill(~mask.bool(), float("-inf"))
+
+
+class Parted(torch.nn.Module):
+    """Keys whose rotated part has no size."""
+
+    def forward(self, x):
+        kept, _ = torch.split(x, [x.shape[-1], 0], dim=-1)
+        return kept * 2
 
 
 class Doubled(torch.nn.Module):
@@ -55,6 +63,17 @@ def test_selections_are_sums_and_products():
     np.testing.assert_array_equal(found[1], joined)
     np.testing.assert_array_equal(found[2], mask)
     np.testing.assert_array_equal(found[3], np.maximum(filled, np.float32(LOWEST)))
+
+
+def test_parts_without_size_are_left_out():
+    model = trace(Parted().eval(), {"x": torch.ones(2, 8)}, 21, custom_translation_table=translations())
+    assert [node.op_type for node in model.graph] == ["Split", "Mul"]
+    drop_empty_parts(model)
+    assert [node.op_type for node in model.graph] == ["Mul"]
+    (found,) = open_session(serialize(model).SerializeToString(), threads=1).run(
+        None, {"x": np.ones((2, 8), np.float32)}
+    )
+    np.testing.assert_array_equal(found, 2.0)
 
 
 def test_slices_with_gaps_are_refused():

@@ -2,48 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import CONFIGS, VOCABULARY, build, of_layers
+from tiny_models import CONFIGS, VOCABULARY, build, of_both
+from windows import WIDE, driven, whole
 
 import qinvert
-from qinvert import ChunkOptions, ExportError, PlanError, recall
+from qinvert import PlanError, recall
 from qinvert.export.deployment.attention import attention, window_mask
 from qinvert.export.deployment.cache import convolution_tail
 from qinvert.export.deployment.states import StateKind
-from qinvert.export.deployment.step_calls import SimulatedSteps, layer_steps
-from qinvert.export.deployment.window import Window, windowed
+from qinvert.export.deployment.step_calls import layer_steps
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-WIDE = {"target": "npu-qdq-int16", "chunk": ChunkOptions(value_bits=16, state_bits=16)}
-SPARSE = ("qwen4_exp", "glm5_next")
-CACHE = 256
-
-
-def driven(model, plan, tokens, chunks, decoded=0):
-    """Logits of all tokens: windows of ``chunks``, and the last ``decoded`` of them one by one."""
-    prompt, later = tokens[:, : tokens.shape[1] - decoded], tokens[:, tokens.shape[1] - decoded :]
-    found, states = [], None
-    for part, count in ((prompt, chunks), (later, None)):
-        window = Window(model, layer_steps(plan, count, None), SimulatedSteps(), CACHE)
-        size = 1 if count is None else count * 64
-        with windowed(window, CACHE + 256):
-            window.probe(size)
-            states = states or window.zeros()
-            for start in range(0, part.shape[1], size):
-                ids = part[:, start : start + size]
-                number = ids.shape[1]
-                filled = torch.cat([ids, ids.new_zeros(1, size - number)], 1)
-                valid = None if count is None else (torch.arange(size) < number).float()[None]
-                logits, *after = window(filled, states, valid)
-                states = {state.name: x for state, x in zip(window.states, after, strict=True)}
-                found.append(logits[:, :number])
-    return torch.cat(found, 1), states
-
-
-def whole(model, plan, tokens):
-    with qinvert.patched(model, plan), torch.no_grad():
-        return model(tokens).logits
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +38,12 @@ def test_decoding_recalls(remembering):
 
 
 def tiny(family):
-    model = build(family, **of_layers("linear_attention", "full_attention"))
+    model = build(family, **of_both(family))
     tokens = torch.randint(0, VOCABULARY, (1, 150), generator=torch.Generator().manual_seed(0))
     return model, qinvert.calibrate(model, tokens, scope="chunk", **WIDE), tokens
 
 
-@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in SPARSE])
+@pytest.mark.parametrize("family", CONFIGS)
 def test_families_with_attention_go_on_from_their_caches(family):
     model, plan, tokens = tiny(family)
     exact = whole(model, plan, tokens)
@@ -84,17 +54,6 @@ def test_families_with_attention_go_on_from_their_caches(family):
     decoded, _ = driven(model, plan, tokens, 1, decoded=4)
     # A state is rounded once a token here, and once a chunk there.
     assert float((decoded - exact)[:, -4:].norm()) < 0.05 * float(exact[:, -4:].norm())
-
-
-@pytest.mark.parametrize("family", SPARSE)
-def test_sparse_attention_is_refused_in_one_sentence(family):
-    model = build(
-        family, **({} if family == "glm5_next" else of_layers("linear_attention", "full_attention"))
-    )
-    plan = qinvert.calibrate(model, torch.arange(64)[None], scope="chunk", **WIDE)
-    window = Window(model, layer_steps(plan, 1, None), SimulatedSteps(), CACHE)
-    with windowed(window, CACHE), pytest.raises(ExportError, match="sparse attention"):
-        window.probe(64)
 
 
 def test_the_model_is_what_it_was(remembering):
@@ -150,4 +109,7 @@ def test_states_have_names_for_hosts():
         "values",
         "visible",
         "position",
+        "blocks",
+        "tail",
+        "entries",
     ]
