@@ -67,3 +67,26 @@ def test_norms_of_a_model_are_one_operator_where_the_chip_takes_it(hardware, nor
         counts = operators(graph.model)
         assert counts.get(NORM, 0) == norms
         assert "Pow" not in counts
+        assert all(len(node.outputs[0].shape) == 4 for node in turned_gates(graph.model))
+
+
+def turned_gates(model):
+    """The transposes that beta and decays of all layers come from; there are some."""
+    sources = [node for node in model.graph if node.op_type in ("Sigmoid", "Softplus")]
+    waiting, found = [user for node in sources for user in users(node) if rank(node) == 3], []
+    while waiting:
+        node = waiting.pop()
+        if node.op_type == "Transpose":
+            found.append(node)
+        elif node.op_type in ("Mul", "Reshape") and rank(node) <= 4:
+            waiting += users(node)
+    assert len(found) >= 4
+    return found
+
+
+def users(node):
+    return [use.node for use in node.outputs[0].uses()]
+
+
+def rank(node):
+    return len(node.outputs[0].shape)
