@@ -4,11 +4,14 @@
     python benchmarks/deployments.py text MODEL TEXT
     python benchmarks/deployments.py weights MODEL TEXT
     python benchmarks/deployments.py large --layers 24 --hidden 1024
+    python benchmarks/deployments.py cycles recall
+    python benchmarks/deployments.py cycles random --layers 2 --hidden 1024
 
 ``families`` deploys a tiny model with random weights of every family (`tests/tiny_models.py`) for windows of
 1, 2 and 4 chunks, and compares logits at lengths from 1 to 500.  ``text`` compares the loss of a byte-level
 model and greedy tokens.  ``weights`` compares quantized weights with float ones.  ``large`` exports random
-weights, and prints time and memory.
+weights, and prints time and memory.  ``cycles`` compiles both graphs for Hexagon: as planned, with forward
+substitution, and in float16; it needs onnxruntime-qnn.
 """
 
 from __future__ import annotations
@@ -25,19 +28,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from onnx.reference import ReferenceEvaluator
+from step_graphs import masked_columns
 
 import qinvert
 from qinvert import ChunkOptions, Deployment, Plan, QInvertError
 from qinvert.calibration.patching import run_model
 from qinvert.documents import markdown
+from qinvert.export.deployment.compile_deployment import compile_deployment
+from qinvert.export.deployment.manifest import DECODE, PREFILL
+from qinvert.export.rules.graph_index import Structure
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
 from qinvert.metrics import norm_share
 from qinvert.pretrained import load_pretrained
+from qinvert.recall import load_model, sequences
 
 LENGTHS = (1, 63, 64, 65, 200, 500)
 CHUNKS = (1, 2, 4)
 TARGET = "npu-qdq-int16"
+CHIPS = ("hexagon-v81", "hexagon-v73")
 WIDE = ChunkOptions(value_bits=16, state_bits=16)
 
 
@@ -193,17 +204,18 @@ def weights(arguments: argparse.Namespace) -> None:
         print(f"{kind}, activations of {bits} bits: KL {kl:.2g} nats a token, agreement {agreement:.4f}")
 
 
-def large(arguments: argparse.Namespace) -> None:
-    """Print the seconds and the largest memory of a deployment of random weights."""
+def random_model(layers: int, hidden: int) -> tuple[Any, torch.Tensor]:
+    """A model of Qwen3.5's architecture with random weights, the last of every four layers attention."""
     import transformers
 
     kinds = ["linear_attention"] * 3 + ["full_attention"]
     config = transformers.AutoConfig.for_model(
         "qwen3_5_text",
-        hidden_size=arguments.hidden,
-        intermediate_size=7 * arguments.hidden // 2,
-        num_hidden_layers=arguments.layers,
-        layer_types=(kinds * arguments.layers)[: arguments.layers],
+        hidden_size=hidden,
+        intermediate_size=7 * hidden // 2,
+        num_hidden_layers=layers,
+        # From the end: transformers does not run a model without attention on its cache.
+        layer_types=(kinds * layers)[-layers:],
         vocab_size=4096,
         num_attention_heads=8,
         num_key_value_heads=2,
@@ -215,8 +227,13 @@ def large(arguments: argparse.Namespace) -> None:
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model, torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
+
+
+def large(arguments: argparse.Namespace) -> None:
+    """Print the seconds and the largest memory of a deployment of random weights."""
+    model, tokens = random_model(arguments.layers, arguments.hidden)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
     plan = timed("calibrating", lambda: planned(model, tokens))
     options = {} if arguments.weights == "none" else {"data": tokens}
     with TemporaryDirectory(dir=arguments.folder) as folder:
@@ -230,6 +247,87 @@ def large(arguments: argparse.Namespace) -> None:
         f"{parameters:,} parameters; nodes: { {n: g['nodes'] for n, g in manifest.facts['graphs'].items()} }"
     )
     print({name: f"{size / 2**20:.1f} MiB" for name, size in sizes.items()})
+
+
+#: Inverses of `cycles`: the planned one, and two forms of forward substitution.
+INVERSES: dict[str, Callable[[], Any]] = {
+    "as planned": lambda: "auto",
+    "forward substitution, masked columns": lambda: masked_columns(64),
+    "forward substitution, rows of T": lambda: "forward_substitution",
+}
+
+
+def cycles(arguments: argparse.Namespace) -> None:
+    """Print what Qualcomm's compiler simulates for both graphs, one row for each kind, chip and graph."""
+    if arguments.model == "random":
+        model, tokens = random_model(arguments.layers, arguments.hidden)
+    else:
+        model, tokens = load_model(), sequences(8)
+    columns = ["kind", "chip", "graph", "cycles of a call", "without a cost", "tokens per second, simulated"]
+    rows: list[list[str]] = []
+    weights: dict[str, Any] = {} if arguments.weights == "none" else {"weights": arguments.weights}
+    with TemporaryDirectory(dir=arguments.folder) as folder:
+        for kind, method in INVERSES.items():
+            out = Path(folder) / "out"
+            options = {"scope": "chunk", "hardware": CHIPS[0], "method": method()}
+            plan = qinvert.calibrate(model, tokens, **options)
+            data = {"data": tokens} if weights else {}
+            qinvert.deploy(model, plan, out, **weights, **data)
+            rows += compiled_rows(kind, out)
+            if method() == "auto":
+                for file in (PREFILL, DECODE):
+                    onnx.save(without_grids(onnx.load(out / file)), out / file)
+                rows += compiled_rows("float16", out)
+    print(markdown([columns, *rows]))
+
+
+def compiled_rows(kind: str, folder: Path) -> Iterator[list[str]]:
+    """Yield a row for each chip and graph, and print it as a sign of life."""
+    for chip in CHIPS:
+        for graph in compile_deployment(folder, chip):
+            found, speed = graph.estimate, graph.tokens_per_second
+            told = (
+                ["-", "-", graph.refused[-80:]]
+                if found is None
+                else [f"{found.cycles:,}", str(found.uncosted), f"{speed:,.0f}"]
+            )
+            print(kind, chip, graph.file, *told, file=sys.stderr, flush=True)
+            yield [kind, chip, graph.file, *told]
+
+
+def without_grids(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph without QuantizeLinear and DequantizeLinear, which Hexagon computes in float16."""
+    graph = Structure(model)
+    names: dict[str, str] = {}
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and graph.constant(node.input[0]) is not None:
+            model.graph.initializer.append(dequantized(graph, node))
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            names[node.output[0]] = names.get(node.input[0], node.input[0])
+        else:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            kept.append(node)
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(kept)
+    for output in model.graph.output:
+        if output.name in names:
+            model.graph.node.append(onnx.helper.make_node("Identity", [names[output.name]], [output.name]))
+    read = {name for node in model.graph.node for name in node.input}
+    constants = [constant for constant in model.graph.initializer if constant.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def dequantized(graph: Structure, node: onnx.NodeProto) -> onnx.TensorProto:
+    """The numbers that a constant of integers stands for, with the name of what they are dequantized to."""
+    values = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "constant", [], [onnx.ValueInfoProto(name=node.output[0])])
+    )
+    given = {name: constant for name in node.input if (constant := graph.constant(name)) is not None}
+    (numbers,) = ReferenceEvaluator(values).run(None, given)
+    return onnx.numpy_helper.from_array(np.asarray(numbers, np.float32), node.output[0])
 
 
 def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -261,6 +359,13 @@ def main() -> None:
     verb.add_argument("--weights", default="none")
     verb.add_argument("--folder")
     verb.set_defaults(run=large)
+    verb = verbs.add_parser("cycles")
+    verb.add_argument("model", choices=["recall", "random"])
+    verb.add_argument("--layers", type=int, default=2)
+    verb.add_argument("--hidden", type=int, default=1024)
+    verb.add_argument("--weights", default="none")
+    verb.add_argument("--folder")
+    verb.set_defaults(run=cycles)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
