@@ -4,11 +4,12 @@
     python benchmarks/deployments.py text MODEL TEXT
     python benchmarks/deployments.py weights MODEL TEXT
     python benchmarks/deployments.py large --layers 24 --hidden 1024
+    python benchmarks/deployments.py choice hexagon-v81
 
 ``families`` deploys a tiny model with random weights of every family (`tests/tiny_models.py`) for windows of
 1, 2 and 4 chunks, and compares logits at lengths from 1 to 500.  ``text`` compares the loss of a byte-level
 model and greedy tokens.  ``weights`` compares quantized weights with float ones.  ``large`` exports random
-weights, and prints time and memory.
+weights, and prints time and memory.  ``choice`` has a chip's compiler take what sparse attention chooses by.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx_ir.serde import serialize_model
 
 import qinvert
 from qinvert import ChunkOptions, Deployment, Plan, QInvertError
 from qinvert.calibration.patching import run_model
 from qinvert.documents import markdown
+from qinvert.export.deployment.attention import added
+from qinvert.export.deployment.blocks import BlockSizes, block_keys, visible_entries
+from qinvert.export.deployment.cache import WindowCache
+from qinvert.export.deployment.graphs import check_operators, tidy
+from qinvert.export.deployment.states import Traffic
+from qinvert.export.exporting import serialize
+from qinvert.export.runtimes import estimates
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
+from qinvert.export.whole_models.tracing import trace
 from qinvert.metrics import norm_share
 from qinvert.pretrained import load_pretrained
 
@@ -232,6 +242,58 @@ def large(arguments: argparse.Namespace) -> None:
     print({name: f"{size / 2**20:.1f} MiB" for name, size in sizes.items()})
 
 
+class Choice(torch.nn.Module):
+    """What one layer of sparse attention adds to a window: keys of blocks, scores, and a mask."""
+
+    def __init__(self, tokens: int, cache: int, heads: int, sizes: BlockSizes) -> None:
+        super().__init__()
+        self.tokens, self.cache, self.heads, self.sizes = tokens, cache, heads, sizes
+
+    def inputs(self, width: int) -> dict[str, torch.Tensor]:
+        """Zeros for all that it takes."""
+        return {
+            "query": torch.zeros(1, self.tokens * self.heads, width),
+            "key": torch.zeros(1, self.tokens, width),
+            "position": torch.zeros(1, dtype=torch.int32),
+            "blocks": torch.zeros(1, self.sizes.blocks, width),
+            "tail": torch.zeros(1, self.sizes.tokens, width),
+            "entries": torch.zeros(self.cache, dtype=torch.int32),
+        }
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        position: torch.Tensor,
+        blocks: torch.Tensor,
+        tail: torch.Tensor,
+        entries: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what is added to scores, and the states."""
+        names = ("blocks_0", "tail_0", f"entries_{self.sizes.tokens}")
+        traffic = Traffic(cache=self.cache, given=dict(zip(names, (blocks, tail, entries), strict=True)))
+        positions = (torch.arange(self.tokens, dtype=torch.int32) + position)[None]
+        cache = WindowCache(traffic, None, position, positions)
+        keys = block_keys(cache, 0, key, self.sizes, lambda inputs: inputs.mean(2))
+        products = torch.relu(query @ keys.transpose(1, 2)).reshape(1, self.tokens, self.heads, -1)
+        seen = visible_entries(cache, products.sum(2), self.sizes)
+        return added(seen.to(torch.float32)), *(traffic.returned[name] for name in names)
+
+
+def choice(arguments: argparse.Namespace) -> None:
+    """Print what a chip's compiler says of the choice of a prefill and of a decoded token."""
+    sizes = BlockSizes(tokens=16, chosen=64, positions=4096 + 64)
+    graphs = []
+    for tokens in (64, 1):
+        module = Choice(tokens, 4096, 4, sizes).eval()
+        model = trace(module, module.inputs(128), 21)
+        tidy(model)
+        check_operators(model)
+        graphs.append(serialize(serialize_model(model)))
+    for tokens, answer in zip((64, 1), estimates(graphs, arguments.hardware), strict=True):
+        print(f"{tokens} tokens: {answer}")
+
+
 def timed(name: str, work: Callable[[], Any]) -> Any:
     """Do some work, and print its seconds and the largest memory of the process so far."""
     start = time.perf_counter()
@@ -261,6 +323,9 @@ def main() -> None:
     verb.add_argument("--weights", default="none")
     verb.add_argument("--folder")
     verb.set_defaults(run=large)
+    verb = verbs.add_parser("choice")
+    verb.add_argument("hardware")
+    verb.set_defaults(run=choice)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
