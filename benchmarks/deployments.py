@@ -6,12 +6,14 @@
     python benchmarks/deployments.py large --layers 24 --hidden 1024
     python benchmarks/deployments.py cycles recall
     python benchmarks/deployments.py cycles random --layers 2 --hidden 1024
+    python benchmarks/deployments.py choice hexagon-v81
 
 ``families`` deploys a tiny model with random weights of every family (`tests/tiny_models.py`) for windows of
 1, 2 and 4 chunks, and compares logits at lengths from 1 to 500.  ``text`` compares the loss of a byte-level
 model and greedy tokens.  ``weights`` compares quantized weights with float ones.  ``large`` exports random
 weights, and prints time and memory.  ``cycles`` compiles both graphs for Hexagon: as planned, with forward
-substitution, and in float16; it needs onnxruntime-qnn.
+substitution, and in float16; it needs onnxruntime-qnn.  ``choice`` has a chip's compiler take what sparse
+attention chooses by.
 """
 
 from __future__ import annotations
@@ -31,16 +33,25 @@ import numpy as np
 import onnx
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnx_ir.serde import serialize_model
 from step_graphs import masked_columns
 
 import qinvert
 from qinvert import ChunkOptions, Deployment, Plan, QInvertError
 from qinvert.calibration.patching import run_model
 from qinvert.documents import markdown
+from qinvert.export.deployment.attention import added
+from qinvert.export.deployment.blocks import BlockSizes, block_keys, visible_entries
+from qinvert.export.deployment.cache import WindowCache
 from qinvert.export.deployment.compile_deployment import compile_deployment
+from qinvert.export.deployment.graphs import check_operators, tidy
 from qinvert.export.deployment.manifest import DECODE, PREFILL
+from qinvert.export.deployment.states import Traffic
+from qinvert.export.exporting import serialize
 from qinvert.export.rules.graph_index import Structure
+from qinvert.export.runtimes import estimates
 from qinvert.export.whole_models.topk_ties import LowestIndexFirst
+from qinvert.export.whole_models.tracing import trace
 from qinvert.metrics import norm_share
 from qinvert.pretrained import load_pretrained
 from qinvert.recall import load_model, sequences
@@ -330,6 +341,58 @@ def dequantized(graph: Structure, node: onnx.NodeProto) -> onnx.TensorProto:
     return onnx.numpy_helper.from_array(np.asarray(numbers, np.float32), node.output[0])
 
 
+class Choice(torch.nn.Module):
+    """What one layer of sparse attention adds to a window: keys of blocks, scores, and a mask."""
+
+    def __init__(self, tokens: int, cache: int, heads: int, sizes: BlockSizes) -> None:
+        super().__init__()
+        self.tokens, self.cache, self.heads, self.sizes = tokens, cache, heads, sizes
+
+    def inputs(self, width: int) -> dict[str, torch.Tensor]:
+        """Zeros for all that it takes."""
+        return {
+            "query": torch.zeros(1, self.tokens * self.heads, width),
+            "key": torch.zeros(1, self.tokens, width),
+            "position": torch.zeros(1, dtype=torch.int32),
+            "blocks": torch.zeros(1, self.sizes.blocks, width),
+            "tail": torch.zeros(1, self.sizes.tokens, width),
+            "entries": torch.zeros(self.cache, dtype=torch.int32),
+        }
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        position: torch.Tensor,
+        blocks: torch.Tensor,
+        tail: torch.Tensor,
+        entries: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what is added to scores, and the states."""
+        names = ("blocks_0", "tail_0", f"entries_{self.sizes.tokens}")
+        traffic = Traffic(cache=self.cache, given=dict(zip(names, (blocks, tail, entries), strict=True)))
+        positions = (torch.arange(self.tokens, dtype=torch.int32) + position)[None]
+        cache = WindowCache(traffic, None, position, positions)
+        keys = block_keys(cache, 0, key, self.sizes, lambda inputs: inputs.mean(2))
+        products = torch.relu(query @ keys.transpose(1, 2)).reshape(1, self.tokens, self.heads, -1)
+        seen = visible_entries(cache, products.sum(2), self.sizes)
+        return added(seen.to(torch.float32)), *(traffic.returned[name] for name in names)
+
+
+def choice(arguments: argparse.Namespace) -> None:
+    """Print what a chip's compiler says of the choice of a prefill and of a decoded token."""
+    sizes = BlockSizes(tokens=16, chosen=64, positions=4096 + 64)
+    graphs = []
+    for tokens in (64, 1):
+        module = Choice(tokens, 4096, 4, sizes).eval()
+        model = trace(module, module.inputs(128), 21)
+        tidy(model)
+        check_operators(model)
+        graphs.append(serialize(serialize_model(model)))
+    for tokens, answer in zip((64, 1), estimates(graphs, arguments.hardware), strict=True):
+        print(f"{tokens} tokens: {answer}")
+
+
 def timed(name: str, work: Callable[[], Any]) -> Any:
     """Do some work, and print its seconds and the largest memory of the process so far."""
     start = time.perf_counter()
@@ -366,6 +429,9 @@ def main() -> None:
     verb.add_argument("--weights", default="none")
     verb.add_argument("--folder")
     verb.set_defaults(run=cycles)
+    verb = verbs.add_parser("choice")
+    verb.add_argument("hardware")
+    verb.set_defaults(run=choice)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -47,7 +47,7 @@ class WindowCache:
         self.first, self.positions = first, positions
         #: What models keep in the layers of a cache.
         self.layers: Mapping[int, Layer] = defaultdict(Layer)
-        self._entries: torch.Tensor | None = None
+        self._entries: dict[int, torch.Tensor] = {}
 
     @property
     def counted(self) -> torch.Tensor:
@@ -56,13 +56,21 @@ class WindowCache:
             return torch.ones(self.positions.shape, dtype=torch.float32)
         return self.valid
 
-    def entries(self) -> torch.Tensor:
-        """Position of the token in every entry of the caches and the window, int32 ``[cache + T]``."""
-        if self._entries is None:
-            before = self.traffic.take(StateKind.ENTRIES, (self.traffic.cache,), None)
-            self._entries = torch.cat([before, self.positions[0]])
-            self.traffic.give(StateKind.ENTRIES, self._entries[self.positions.shape[1] :], None)
-        return self._entries
+    def entries(self, blocks: torch.Tensor, size: int) -> torch.Tensor:
+        """Block of the token in every entry of the caches and the window, int32 ``[cache + T]``.
+
+        Parameters
+        ----------
+        blocks : torch.Tensor, int32 ``[T]``
+            Those of the tokens of the window.
+        size : int
+            Tokens of a block; layers with the same one share a state.
+        """
+        if size not in self._entries:
+            before = self.traffic.take(StateKind.ENTRIES, (self.traffic.cache,), None, size)
+            self._entries[size] = torch.cat([before, blocks])
+            self.traffic.give(StateKind.ENTRIES, self._entries[size][len(blocks) :], None, size)
+        return self._entries[size]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any

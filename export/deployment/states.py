@@ -33,7 +33,7 @@ class StateKind(StrEnum):
     BLOCKS = "blocks"
     #: What the key of the block that is not full will be made of, ``[1, tokens of a block, width]``.
     TAIL = "tail"
-    #: Position of the token in every entry of the caches, int32 ``[cache]``.
+    #: Block of the token in every entry of the caches, int32 ``[cache]``; numbered by the tokens of a block.
     ENTRIES = "entries"
 
 

@@ -71,22 +71,16 @@ def test_ones_are_counted_before_each_place(groups):
 
 
 def test_a_query_sees_its_best_blocks_and_what_is_behind_the_full_ones():
-    # Three entries of an earlier window, one of padding, and six tokens.
-    cache = called({"entries": torch.tensor([0] * 20 + [0, 1, 2, 3], dtype=torch.int32)}, 10, 10, 3)
+    # The last entries hold positions 0 to 2 and one of padding; the window has positions 3 to 12.
+    cache = called({"entries_4": torch.zeros(CACHE, dtype=torch.int32)}, 10, 10, 3)
     scores = torch.zeros(1, 10, SIZES.blocks)
     scores[..., 1] = 1.0
     seen = visible_entries(cache, scores, BlockSizes(tokens=4, chosen=1, positions=32))[0, 0]
-    assert seen.shape == (10, CACHE + 10)
-    # Position 3 sees block 0 whole, the only one; position 12 sees three and takes the second.
+    places = [CACHE - 4, CACHE - 3, CACHE - 2, *range(CACHE, CACHE + 10)]
+    # Position 3 sees one block whole, the first; position 12 sees three, and takes the second.
     assert seen[0].all()
-    assert [token for token in range(13) if seen[9, [*range(20, 23), *range(24, 34)][token]]] == [
-        4,
-        5,
-        6,
-        7,
-        12,
-    ]
-    assert cache.traffic.returned["entries"].tolist() == [0] * 10 + [0, 1, 2, 3, *range(3, 13)]
+    assert seen[9, places].nonzero().flatten().tolist() == [4, 5, 6, 7, 12]
+    assert cache.traffic.returned["entries_4"].tolist() == [0] * 15 + [1] * 4 + [2] * 4 + [3]
 
 
 def test_budgets_that_cover_all_positions_take_all():
