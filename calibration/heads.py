@@ -70,6 +70,11 @@ def split_heads(layer: str, systems: Systems) -> Iterator[tuple[str, Systems]]:
         yield head_name(layer, head), part
 
 
+def has_several_heads(systems: Systems) -> bool:
+    """Whether the matrices have an axis of heads, and more than one of them."""
+    return systems.has_heads and systems.lower.shape[HEAD_AXIS] > 1
+
+
 def head_indices(systems: Systems) -> torch.Tensor:
     """Return the head of every matrix of ``systems.flat()``, `NO_HEAD` where there is no axis of heads."""
     shape = systems.lower.shape[:-2]
