@@ -12,6 +12,7 @@ from qinvert.calibration.chunk_steps.calibrate_steps import StepCalibration, ste
 from qinvert.calibration.chunk_steps.options import ChunkOptions, Scope
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.grid_options import GridOptions, grid_options
+from qinvert.calibration.head_splits import check_judged, plan_by_need
 from qinvert.calibration.inverse_planning import InversePlanning, candidates_of
 from qinvert.calibration.model_identity import MODEL, model_identity, versions
 from qinvert.calibration.observation.data_record import DataRecord
@@ -25,9 +26,10 @@ from qinvert.calibration.output_goals import (
     summary_of,
     with_facts,
 )
-from qinvert.calibration.plan_warnings import warn_beyond_reach, warn_of
+from qinvert.calibration.plan_warnings import warn_beyond_reach, warned
 from qinvert.calibration.planning.costs import Measure, costs_for
 from qinvert.calibration.planning.extent import check_extent
+from qinvert.calibration.planning.unseen import TRY_AUTO, TRY_HEADS
 from qinvert.checks import check_member, check_seed
 from qinvert.errors import PlanError
 from qinvert.plan.plan import Plan
@@ -114,10 +116,12 @@ def calibrate(
         range with the least mean square error.  Values beyond it saturate.
         ``"auto"`` means ``"mse"`` for int4, whose steps cost more than what
         saturates, and ``"max"`` for wider grids.
-    granularity : {"tensor", "head"}
+    granularity : {"tensor", "head", "auto"}
         One set of grids per layer, or one per head.  With one per head the plan
         has an entry ``LAYER/head_H`` for each head, and L must have the axes
-        ``(..., heads, chunks, C, C)``.
+        ``(..., heads, chunks, C, C)``.  ``"auto"`` observes both, plans whole layers, and
+        splits those of which a head that carries signal misses the goal on unseen matrices,
+        where that helps, see `qinvert.calibration.head_splits`.
     factored : bool
         Plan the form that takes beta as a separate input, see
         `qinvert.block_merge`.  The source must provide beta, as models do.
@@ -187,6 +191,8 @@ def calibrate(
     options = grid_options(bits, scales, ranges, goal_db, loss_db, costs)
     check_seed(seed, PlanError)
     grain = check_member(Granularity, "granularity", granularity, PlanError)
+    if grain is Granularity.AUTO:
+        check_judged(scope, outputs)
     given = with_options(data, num_samples, seq_len, seed)
     facts = _provenance(method, bits, grain, options, seed)
     if whole_steps:
@@ -197,7 +203,7 @@ def calibrate(
         facts |= {"scope": scope, "ranges": ranges, **seen}
         facts |= {MODEL: model_identity(source, steps), "versions": versions()}
         del facts["max_loss_db"]
-        return _warned(Plan(layers=steps, target=options.costs.target_of(steps.values()), provenance=facts))
+        return warned(Plan(layers=steps, target=options.costs.target_of(steps.values()), provenance=facts))
     if chunk is not None:
         raise PlanError("chunk=ChunkOptions(...) goes with scope='chunk'; leave it out, or pass that scope")
     warn_beyond_reach(options.goals.min_sqnr_db, options.profile, options.ladder)
@@ -215,12 +221,14 @@ def calibrate(
     for layer, observer in observers.items():
         record.check(observer.chunk)
         check_extent(layer, observer.sampled)
-    planning = InversePlanning(observers, options, record.sequences > 0)
+    remedy = TRY_HEADS if outputs.given else TRY_AUTO
+    planning = InversePlanning(observers, options, record.sequences > 0, remedy)
     if outputs.given:
         reached = reach(source, record.first, list(observers), outputs, planning.plan, goal_db)
         layers = with_facts(reached, min_sqnr_db)
     else:
-        reached, layers = None, planning.plan_all(goal_db)
+        plan_entries = plan_by_need if grain is Granularity.AUTO else InversePlanning.plan_all
+        reached, layers = None, plan_entries(planning, goal_db)
     facts |= {
         **({"factored": True} if factored else {}),
         **({} if reached is None else summary_of(reached, outputs)),
@@ -228,12 +236,7 @@ def calibrate(
         **({MODEL: model_identity(source, layers)} if isinstance(source, torch.nn.Module) else {}),
         "versions": versions(),
     }
-    return _warned(Plan(layers=layers, target=options.costs.target_of(layers.values()), provenance=facts))
-
-
-def _warned(plan: Plan) -> Plan:
-    warn_of(plan)
-    return plan
+    return warned(Plan(layers=layers, target=options.costs.target_of(layers.values()), provenance=facts))
 
 
 def _provenance(

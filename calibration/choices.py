@@ -47,6 +47,8 @@ class Granularity(StrEnum):
     TENSOR = "tensor"
     #: The matrices of one head.
     HEAD = "head"
+    #: All matrices of a layer, or those of one head in layers whose heads need it.
+    AUTO = "auto"
 
 
 def format_of(bits: int | str, profile: Profile) -> IntFormat:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qinvert.calibration.head_errors import HeadErrors, worst_head
+from qinvert.calibration.heads import layer_name
 from qinvert.calibration.simulate import Report
-from qinvert.plan.plan import LayerPlan
+from qinvert.plan.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +63,19 @@ def figures_of(name: str, plan: LayerPlan, report: Report | None = None) -> Figu
 def _now(name: str, report: Report) -> float | None:
     found = report.layers.get(name) or report.steps.get(name)
     return None if found is None else found.sqnr_db
+
+
+def split_gains(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Return the sqnr of the worst head of each layer that granularity="auto" split, before and after."""
+    before: dict[str, list[HeadErrors]] = {}
+    after: dict[str, list[HeadErrors]] = {}
+    for name, layer in plan.layers.items():
+        if "whole_sqnr_db" in layer.provenance:
+            (own,) = (HeadErrors(**row) for row in layer.provenance["unseen"]["heads"])
+            whole = replace(own, sqnr_db=layer.provenance["whole_sqnr_db"])
+            after.setdefault(layer_name(name), []).append(own)
+            before.setdefault(layer_name(name), []).append(whole)
+    worst = {layer: (worst_head(before[layer]), worst_head(after[layer])) for layer in after}
+    return {
+        layer: (b.sqnr_db, a.sqnr_db) for layer, (b, a) in worst.items() if b is not None and a is not None
+    }

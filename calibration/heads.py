@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 import torch
@@ -70,6 +71,11 @@ def split_heads(layer: str, systems: Systems) -> Iterator[tuple[str, Systems]]:
         yield head_name(layer, head), part
 
 
+def has_several_heads(systems: Systems) -> bool:
+    """Whether the matrices have an axis of heads, and more than one of them."""
+    return systems.has_heads and systems.lower.shape[HEAD_AXIS] > 1
+
+
 def head_indices(systems: Systems) -> torch.Tensor:
     """Return the head of every matrix of ``systems.flat()``, `NO_HEAD` where there is no axis of heads."""
     shape = systems.lower.shape[:-2]
@@ -83,6 +89,14 @@ def head_indices(systems: Systems) -> torch.Tensor:
 def is_split(plan: Plan, layer: str) -> bool:
     """Whether the plan has the heads of that layer instead of the layer itself."""
     return layer not in plan.layers and head_name(layer, 0) in plan.layers
+
+
+def entries_of(plan: Plan, layer: str) -> list[str]:
+    """Return the entries of a plan that a layer has: its own, or one of each head in the order of heads."""
+    if not is_split(plan, layer):
+        return [layer]
+    own = [name for name in plan.layers if layer_name(name) == layer]
+    return [name for name in map(partial(head_name, layer), range(len(own))) if name in plan.layers]
 
 
 def layer_inverse(plan: LayerPlan, systems: Systems) -> torch.Tensor:

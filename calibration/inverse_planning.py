@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from qinvert.calibration.data.processes import Shard
 from qinvert.calibration.grid_options import GridOptions
@@ -12,9 +12,9 @@ from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.candidates import candidate_programs
 from qinvert.calibration.planning.explanation import explain
-from qinvert.calibration.planning.planner import Candidate, choose, considered, weighed
+from qinvert.calibration.planning.planner import Candidate, Choice, choose, considered, weighed
 from qinvert.calibration.planning.sensitivity import MATRICES, LayerGrids, measure_together
-from qinvert.calibration.planning.unseen import signal_shares, unseen_facts
+from qinvert.calibration.planning.unseen import TRY_AUTO, signal_shares, unseen_facts
 from qinvert.errors import ProgramError
 from qinvert.formats import INT8, INT8X2, INT16
 from qinvert.plan.plan import LayerPlan
@@ -25,47 +25,90 @@ from qinvert.progress import track
 #: Layers whose candidates a device measures in one run.
 LAYERS_AT_ONCE: Final = 8
 
+T = TypeVar("T")
+
 
 class InversePlanning:
-    """Plans layers for goals; what candidates measure of themselves is kept from goal to goal."""
+    """Plans layers for goals; what candidates measure of themselves is kept from goal to goal.
 
-    def __init__(self, observers: Mapping[str, LayerObserver], options: GridOptions, of_model: bool) -> None:
-        self._observers, self._options, self._of_model = observers, options, of_model
+    Parameters
+    ----------
+    observers : mapping
+        What was seen of every layer, of every head, or of both.
+    options : GridOptions
+    of_model : bool
+        Whether heads are those of a model, see `unseen_facts`.
+    remedy : str
+        What plans advise for heads below the goal.
+    """
+
+    def __init__(
+        self,
+        observers: Mapping[str, LayerObserver],
+        options: GridOptions,
+        of_model: bool,
+        remedy: str = TRY_AUTO,
+    ) -> None:
+        self.observers, self.of_model = observers, of_model
+        self._options, self._remedy = options, remedy
         self._candidates: dict[str, list[Candidate]] = {}
-        self._shares = signal_shares(observers)
+        #: Share of each head in the signal of its layer.
+        self.shares = signal_shares(observers)
 
     def plan(self, name: str, goal_db: float) -> LayerPlan:
         """Return the plan of one entry for a goal of T."""
-        options, observer = self._options, self._observers[name]
-        candidates = self._weighed(name)
-        goals = replace(options.goals, min_sqnr_db=goal_db)
-        options = replace(options, goals=goals)
-        return _plan_layer(observer, options, self._of_model, candidates, self._shares.get(name))
+        options, observer = self._options, self.observers[name]
+        options = replace(options, goals=replace(options.goals, min_sqnr_db=goal_db))
+        choice = choose(
+            observer, options.ladder, options.rules, options.goals, options.costs, self._weighed(name)
+        )
+        facts = unseen_facts(
+            choice.best.plan,
+            observer,
+            goal_db,
+            of_model=self.of_model,
+            share=self.shares.get(name),
+            remedy=self._remedy if choice.meets_goal else None,
+        )
+        return replace(choice.best.plan, provenance={**_facts_of(choice, observer, options), **facts})
 
     def _weighed(self, name: str) -> list[Candidate]:
         if name not in self._candidates:
             options = self._options
             self._candidates[name] = weighed(
-                self._observers[name], options.ladder, options.rules, options.costs
+                self.observers[name], options.ladder, options.rules, options.costs
             )
         return self._candidates[name]
 
-    def plan_all(self, goal_db: float) -> dict[str, LayerPlan]:
-        """Return the plan of every entry; under torchrun each process makes its share of them.
+    def plan_all(self, goal_db: float, names: Iterable[str] | None = None) -> dict[str, LayerPlan]:
+        """Return the plan of every entry, or of those ``names``; under torchrun processes share them.
 
         Raises
         ------
         InputError
             If another process fails.
         """
-        shard, names = Shard.current(), list(self._observers)
-        with shard.together():
-            own = names[shard.rank :: shard.size]
+
+        def made(own: Sequence[str]) -> dict[str, LayerPlan]:
             _measure([c for name in own for c in considered(self._weighed(name))])
-            made = {name: self.plan(name, goal_db) for name in track(own, "layers", len(own))}
-            parts = shard.gather("planning", made)
-        found = {name: plan for part in parts for name, plan in part.items()}
-        return {name: found[name] for name in names}
+            return {name: self.plan(name, goal_db) for name in track(own, "layers", len(own))}
+
+        return shared_out(list(self.observers if names is None else names), made)
+
+
+def shared_out(names: Sequence[str], make: Callable[[Sequence[str]], Mapping[str, T]]) -> dict[str, T]:
+    """Return what ``make`` returns for all names; under torchrun each process makes its share.
+
+    Raises
+    ------
+    InputError
+        If another process fails.
+    """
+    shard = Shard.current()
+    with shard.together():
+        parts = shard.gather("planning", make(names[shard.rank :: shard.size]))
+    found = {name: value for part in parts for name, value in part.items()}
+    return {name: found[name] for name in names}
 
 
 def _measure(candidates: Sequence[Candidate]) -> None:
@@ -89,27 +132,16 @@ def _measure(candidates: Sequence[Candidate]) -> None:
                 candidate.know(measured)
 
 
-def _plan_layer(
-    observer: LayerObserver,
-    options: GridOptions,
-    of_model: bool,
-    candidates: Sequence[Candidate],
-    share: float | None,
-) -> LayerPlan:
-    sample = observer.sampled
-    costs = options.costs
-    choice = choose(observer, options.ladder, options.rules, options.goals, costs, candidates)
+def _facts_of(choice: Choice, observer: LayerObserver, options: GridOptions) -> dict[str, Any]:
     free = replace(options.rules, requantize=Requantize.DIVIDE)
     wider = [choice.best.candidate.on(fmt, free) for fmt in (INT8, INT8X2, INT16)]
-    provenance = {
+    return {
         "matrices": observer.matrices,
         "observed": observer.observed,
-        "sample": sample.count,
-        **costs.chains(choice.best.plan, choice.best.compiled),
+        "sample": observer.sampled.count,
+        **options.costs.chains(choice.best.plan, choice.best.compiled),
         **explain(choice, wider, held_out(observer.sample, observer.held)),
-        **unseen_facts(choice.best.plan, observer, options.goals.min_sqnr_db, of_model, share),
     }
-    return replace(choice.best.plan, provenance=provenance)
 
 
 def candidates_of(method: str | Program, chunk: int, factored: bool, options: GridOptions) -> list[Program]:

@@ -27,7 +27,7 @@ def warn_beyond_reach(goal_db: float, profile: Profile, formats: Sequence[IntFor
     """Warn before any work if the goal is above what the formats can reach."""
     message = beyond_reach(goal_db, profile, formats)
     if message:
-        _warn(message, MissedGoalWarning)
+        _warn(message, MissedGoalWarning, stacklevel=4)
 
 
 def beyond_reach(goal_db: float, profile: Profile, formats: Sequence[IntFormat]) -> str:
@@ -49,14 +49,15 @@ def beyond_reach(goal_db: float, profile: Profile, formats: Sequence[IntFormat])
     return f"{given}; pass target={first[0]!r}, or another of {', '.join([*first, *rest])}"
 
 
-def warn_of(plan: Plan) -> None:
-    """Warn of every goal that a plan misses, and of every figure that rests on too little."""
+def warned(plan: Plan) -> Plan:
+    """Return a plan, with warnings of every goal that it misses and every figure that rests on too little."""
     missed = {name: _missed(layer.provenance) for name, layer in plan.layers.items()}
     _warn_each("misses its goal", {name: text for name, text in missed.items() if text}, MissedGoalWarning)
     for name in ("head_cautions", "data_cautions"):
         texts = {n: "; ".join(layer.provenance.get(name, ())) for n, layer in plan.layers.items()}
         kind = MissedGoalWarning if name == "head_cautions" else DataWarning
         _warn_each("has a caution", {n: text for n, text in texts.items() if text}, kind)
+    return plan
 
 
 def _missed(facts: Mapping[str, Any]) -> str:
@@ -71,9 +72,9 @@ def _warn_each(what: str, texts: Mapping[str, str], kind: type[QInvertWarning]) 
         return
     named = [f"layer {name!r} {what}: {text}" for name, text in list(texts.items())[:NAMED]]
     more = f"; and {len(texts) - NAMED} more layers" if len(texts) > NAMED else ""
-    _warn(" | ".join(named) + more, kind)
+    _warn(" | ".join(named) + more, kind, stacklevel=5)
 
 
-def _warn(message: str, kind: type[QInvertWarning]) -> None:
-    # The line that is named should be the caller's of `qinvert.calibrate`.
-    warnings.warn(message, kind, stacklevel=5)
+def _warn(message: str, kind: type[QInvertWarning], stacklevel: int) -> None:
+    # The line that is named should be that of the caller of `qinvert.calibrate`.
+    warnings.warn(message, kind, stacklevel=stacklevel)

@@ -64,6 +64,7 @@ ROOMS = (
     ("calibration.output_goals",),
     ("calibration.grid_options",),
     ("calibration.inverse_planning",),
+    ("calibration.head_splits",),
     ("calibration.chunk_steps.observation",),
     ("calibration.chunk_steps.one_pass", "calibration.chunk_steps.grids"),
     ("calibration.chunk_steps.candidate",),

@@ -36,6 +36,7 @@ from qinvert.program.steps import (
     Subtract,
     Transpose,
 )
+from qinvert.stress import stress_matrices
 
 PAGE = page("plan-schema.md")
 SECTIONS = sections(PAGE)
@@ -61,10 +62,12 @@ def written():
     """Documents that between them use every key: old and new, calibrated and built by hand."""
     golden = Plan.load(GOLDEN / "plan-v1.json")
     lower, beta = inputs()
+    keys = stress_matrices("correlated_keys", 16, 32)
     plans = [
         golden,
         qinvert.calibrate((lower, beta), factored=True),
         qinvert.calibrate(lower, method="neumann", min_sqnr_db=90.0, granularity="head"),
+        qinvert.calibrate({"a": torch.stack([keys, keys / 20])}, method="newton_schulz", granularity="auto"),
         qinvert.calibrate(lower, method=qinvert.elimination(lower.shape[-1], radix=4), min_sqnr_db=0),
         qinvert.calibrate(
             recall.load_model(), recall.sequences(1), method="newton_schulz", min_output_sqnr_db=1, max_kl=9.0
@@ -251,7 +254,7 @@ def test_an_unknown_key_is_ignored_but_not_in_a_step():
 
 
 def test_a_plan_has_the_lowest_version_that_can_hold_it():
-    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 1, 2, 3, 3]
+    assert [document["schema_version"] for document in written()] == [1, 1, 1, 1, 1, 1, 2, 3, 3]
     kinds = {tuple(sorted({"output", "inputs"} & program.keys())) for program in written()[-3]["programs"]}
     assert kinds == {("inputs",), ("output",)}
     assert isinstance(step_like(), Program)

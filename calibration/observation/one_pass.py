@@ -11,7 +11,7 @@ import torch
 
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
-from qinvert.calibration.heads import head_indices, head_number, split_heads
+from qinvert.calibration.heads import has_several_heads, head_indices, head_number, split_heads
 from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.data_record import DataRecord
@@ -141,7 +141,7 @@ def observe(
     checkpoint: str | PathLike[str] | None = None,
     record: DataRecord | None = None,
 ) -> dict[str, LayerObserver]:
-    """Return an observer for every layer of ``source``, or for every head.
+    """Return an observer for every layer of ``source``, for every head, or for both.
 
     Under torchrun each process observes its share of the batches, and all
     return observers of all batches.  With ``checkpoint``, statistics are
@@ -181,7 +181,10 @@ def observe(
 
 def _split(group: Iterable[Item], granularity: Granularity) -> Iterator[Item]:
     for item in group:
-        if granularity is Granularity.HEAD:
-            yield from split_heads(*item)
-        else:
+        if granularity is not Granularity.HEAD:
             yield item
+        # Where nothing is asked of heads, matrices need not have an axis of them.
+        if granularity is Granularity.HEAD or (
+            granularity is Granularity.AUTO and has_several_heads(item[1])
+        ):
+            yield from split_heads(*item)

@@ -31,6 +31,9 @@ SEED: Final = 0
 WIDEST_DB: Final = 6.0
 #: Half of the matrices misses the tail if the largest entry of the other half is this much larger.
 TAIL: Final = 1.5
+#: What helps heads below the goal, where nothing was tried; and where goals of outputs rule that out.
+TRY_AUTO: Final = "granularity='auto' gives heads grids of their own where that helps"
+TRY_HEADS: Final = "granularity='head' gives each head grids of its own"
 #: What a layer says of data without a matrix.
 NO_MATRIX: Final = "every matrix L was zero: nothing was calibrated; pass data on which the layer is active"
 
@@ -71,6 +74,12 @@ def measure_unseen(plan: LayerPlan, held: HeldOut) -> Unseen:
         held_out=held.apart,
         heads=_heads(estimate, truth, held.heads),
     )
+
+
+def held_out_db(plan: LayerPlan, held: HeldOut) -> float:
+    """Return the sqnr of a plan over all held-out matrices, as plans hold decibels."""
+    signal, noise = powers(simulate_inverse(plan, held.systems), held.systems.inverse())
+    return decibels(ratio_db(float(signal.sum()), float(noise.sum())))
 
 
 def powers(estimate: torch.Tensor, truth: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -120,13 +129,30 @@ def signal_shares(observers: Mapping[str, LayerObserver]) -> dict[str, float]:
 
 
 def unseen_facts(
-    plan: LayerPlan, observer: LayerObserver, goal_db: float, of_model: bool, share: float | None = None
+    plan: LayerPlan,
+    observer: LayerObserver,
+    goal_db: float,
+    *,
+    of_model: bool,
+    share: float | None = None,
+    remedy: str | None = TRY_AUTO,
 ) -> dict[str, Any]:
     """Return what a plan says of data that it was not chosen on, as JSON types.
 
-    Which axis of bare matrices counts heads is a convention, which not every caller keeps: without
-    a model, heads are listed only where one of them stays below the goal.  ``share`` is that of
-    `signal_shares` where the plan is of one head.
+    Parameters
+    ----------
+    plan : LayerPlan
+    observer : LayerObserver
+    goal_db : float
+        Goal for the sqnr of T.
+    of_model : bool
+        Whether heads are those of a model.  Which axis of bare matrices counts heads is a
+        convention, which not every caller keeps: their heads are listed only where one of
+        them stays below the goal.
+    share : float, optional
+        That of `signal_shares` where the plan is of one head.
+    remedy : str, optional
+        What helps heads below the goal; None where the layer misses its goal and says so by itself.
     """
     held = held_out(observer.sample, observer.held)
     if held is None:
@@ -137,24 +163,29 @@ def unseen_facts(
         unseen = replace(
             unseen, heads=tuple(replace(h, signal_share=rounded_share(share)) for h in unseen.heads)
         )
-    elif not of_model and not heads_below(unseen.heads, goal_db):
-        unseen = replace(unseen, heads=())
+    else:
+        unseen = replace(unseen, heads=listed_heads(unseen.heads, goal_db, of_model))
     return {
         "unseen": unseen.to_dict(),
-        "head_cautions": _of_heads(unseen, goal_db),
+        "head_cautions": head_cautions(unseen.heads, goal_db, remedy),
         "data_cautions": _of_sample(unseen, observer.halves),
     }
 
 
-def _of_heads(unseen: Unseen, goal_db: float) -> list[str]:
-    below = heads_below(unseen.heads, goal_db)
-    # A layer that misses its goal says so by itself.
-    if not below or unseen.sqnr_db < goal_db:
+def listed_heads(heads: Sequence[HeadErrors], goal_db: float, of_model: bool) -> tuple[HeadErrors, ...]:
+    """Return the heads that a plan lists: those of a model, or all where one stays below the goal."""
+    return tuple(heads) if of_model or heads_below(heads, goal_db) else ()
+
+
+def head_cautions(heads: Sequence[HeadErrors], goal_db: float, remedy: str | None) -> list[str]:
+    """Return one text that names the heads below the goal; none without such heads or a remedy."""
+    below = heads_below(heads, goal_db)
+    if not below or remedy is None:
         return []
     each = ", ".join(
         f"head {h.head} {h.sqnr_db:.1f} dB with {h.signal_share:.1%} of the signal" for h in below
     )
-    return [f"{each}: below the goal of {goal_db:g} dB; granularity='head' gives each head grids of its own"]
+    return [f"{each}: below the goal of {goal_db:g} dB; {remedy}"]
 
 
 def _of_sample(unseen: Unseen, halves: Sequence[float]) -> list[str]:

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import helper
 
-from qinvert.calibration.heads import head_name, is_split
+from qinvert.calibration.heads import entries_of, is_split
 from qinvert.delta_rule.chunks import ChunkInverse
 from qinvert.delta_rule.rule import chunk_gated_delta_rule
 from qinvert.errors import ExportError
@@ -51,10 +51,11 @@ class ChunkedNodes:
             If the node cannot be traced, or an operator has changed since the last
             set that a trace can have.
         """
-        entries = self._entries(layer)
+        entries = entries_of(self._plan, layer)
         factored = tuple(self._plan.layer(entry).program.inverse_ports.factored for entry in entries)
         calls = [self._names[entry] for entry in entries]
-        key = node.signature, factored
+        # One head by itself is called with other shapes than a layer of one head.
+        key = node.signature, is_split(self._plan, layer), factored
         if key not in self._traces:
             self._traces[key] = self._trace(node, layer), calls
         traced, before = self._traces[key]
@@ -62,12 +63,6 @@ class ChunkedNodes:
         graph.CopyFrom(traced)
         _rename_calls(graph, dict(zip(before, calls, strict=True)))
         return _function(graph, name, self._opset)
-
-    def _entries(self, layer: str) -> list[str]:
-        if not is_split(self._plan, layer):
-            return [layer]
-        heads = [head_name(layer, head) for head in range(len(self._plan.layers))]
-        return [entry for entry in heads if entry in self._plan.layers]
 
     def _trace(self, node: LinearAttention, layer: str) -> onnx.GraphProto:
         chunked = ChunkedNode(node, chunk_of(self._plan), partial(calls_of(self._plan, self._taken), layer))

@@ -61,7 +61,7 @@ from qinvert.profiles import PROFILES
     default="tensor",
     show_default=True,
     type=click.Choice([grain.value for grain in Granularity]),
-    help="One set of grids per layer, or one per head.",
+    help="One set of grids per layer, or one per head; auto: per head in layers whose heads need it.",
 )
 @click.option(
     "--min-sqnr",

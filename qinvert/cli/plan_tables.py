@@ -19,6 +19,8 @@ CANDIDATE_COLUMNS: Final = ("program", "format", "cost", "predicted sqnr, dB", "
 
 def show_choices(output: Output, plan: Plan) -> None:
     """Print what calibration chose for each layer, what limits it, and why not something simpler."""
+    from qinvert.calibration.figures_of_merit import split_gains
+
     rows = [[name, *_choice(layer)] for name, layer in plan.layers.items()]
     columns = [
         "layer",
@@ -43,6 +45,8 @@ def show_choices(output: Output, plan: Plan) -> None:
     if "data" in plan.provenance:
         data = plan.provenance["data"]
         output.say(f"  data: {data['tokens']:,} tokens in {data['sequences']:,} sequences")
+    for split, (before, after) in split_gains(plan).items():
+        output.say(f"  {split}: grids per head: its worst head gains, {before:.1f} to {after:.1f} dB")
     for name, layer in plan.layers.items():
         for rejected in layer.provenance["rejected"]:
             output.say(f"  {name}: passed over: {rejected}")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from qinvert.export.verification.comparison import Verification
+    from qinvert.systems import Systems
 
 #: Sequences of the embedded model's task that a goal is measured on.
 GATE_SEQUENCES = 4
@@ -204,7 +205,7 @@ def matrices_for(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return matrices to verify a layer with, of a source or the stress sets, and beta if it takes it."""
     program = plan.layer(layer).program
-    return given_matrices(program, layer, own) if own is not None else generated_matrices(program)
+    return given_matrices(plan, layer, own) if own is not None else generated_matrices(program)
 
 
 def generated_matrices(program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -218,24 +219,36 @@ def generated_matrices(program: Program) -> tuple[torch.Tensor, torch.Tensor | N
     return lower, lower.abs().amax(-1).clamp(max=MAX_BETA) if program.inverse_ports.factored else None
 
 
-def given_matrices(
-    program: Program, layer: str, own: tuple[Any, Any]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return all matrices that a source has for a layer, and beta if the program takes it."""
+def given_matrices(plan: Plan, layer: str, own: tuple[Any, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return all matrices that a source has for an entry of a plan, and beta if its program takes it."""
     import torch
 
-    from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
+    from qinvert.calibration.sources import check_size, open_systems
     from qinvert.execution.inputs import needed
 
-    parts = []
-    for name, systems in open_systems(*own):
-        if name in (layer, DEFAULT_LAYER):
+    parts, program = [], plan.layer(layer).program
+    for name, whole in open_systems(*own):
+        systems = _of_entry(plan, layer, name, whole)
+        if systems is not None:
             check_size(systems.chunk, program.chunk, layer)
             parts.append(needed(program, systems, f"beta of layer {layer!r}").flat())
     if not parts:
         raise InputError(f"the data has no matrices for layer {layer!r}; name an array after the layer")
     betas = [part.beta for part in parts if part.beta is not None]
     return torch.cat([part.lower for part in parts]), torch.cat(betas) if betas else None
+
+
+def _of_entry(plan: Plan, entry: str, name: str, systems: Systems) -> Systems | None:
+    """Return what a source's matrices of a name hold for an entry of a plan; None if nothing."""
+    from qinvert.calibration.heads import check_heads, head_number, layer_name
+    from qinvert.calibration.sources import DEFAULT_LAYER
+
+    head, layer = head_number(entry), layer_name(entry)
+    if name != entry and name in (layer, DEFAULT_LAYER) and head is not None and systems.has_heads:
+        parts = list(systems.heads())
+        check_heads(plan, layer, len(parts))
+        return parts[head]
+    return systems if name in (entry, DEFAULT_LAYER) else None
 
 
 def _promise(result: Verification) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qinvert import plot
 from qinvert.calibration.head_errors import CARRIES, HeadErrors
-from qinvert.calibration.heads import layer_name
+from qinvert.calibration.heads import head_number, layer_name
 from qinvert.report_page.evidence import Evidence
 from qinvert.report_page.figure import Figure, Section, table
 from qinvert.report_page.svg import svg
@@ -50,7 +50,10 @@ def _of_entry(found: Evidence, name: str) -> Sequence[HeadErrors]:
     if found.report is not None and name in found.report.steps:
         # A step has no shares of T; its outputs count.
         values = found.report.steps[name].head_sqnr_o_db
-        return [HeadErrors(head=i, sqnr_db=v, signal_share=1 / len(values)) for i, v in enumerate(values)]
+        first = head_number(name) or 0
+        return [
+            HeadErrors(head=first + i, sqnr_db=v, signal_share=1 / len(values)) for i, v in enumerate(values)
+        ]
     facts = found.plan.layers[name].provenance
     rows = facts.get("output_heads") or (facts.get("unseen") or {}).get("heads", ())
     return [HeadErrors(**row) for row in rows]

@@ -51,7 +51,7 @@ def test_a_share_beyond_one_is_refused():
 
 def test_a_head_with_signal_below_the_goal_is_a_warning_with_its_remedy():
     source = {"a": quiet_head(0.05)}
-    with pytest.warns(MissedGoalWarning, match=r"layer 'a'.*head 1 .* dB with 1\.\d% .*granularity='head'"):
+    with pytest.warns(MissedGoalWarning, match=r"layer 'a'.*head 1 .* dB with 1\.\d% .*granularity='auto'"):
         plan = qinvert.calibrate(source)
     facts = plan.layers["a"].provenance
     assert facts["meets_goal"]

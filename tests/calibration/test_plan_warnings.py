@@ -44,6 +44,12 @@ def test_the_target_that_is_named_reaches_the_goal():
     assert plan.layer().provenance["meets_goal"]
 
 
+def test_warnings_name_the_line_of_the_caller(recwarn):
+    qinvert.calibrate(LOWER, min_sqnr_db=60)
+    found = [w for w in recwarn if issubclass(w.category, MissedGoalWarning)]
+    assert [w.filename for w in found] == [__file__, __file__]
+
+
 def test_a_target_with_wider_types_is_told_to_use_them():
     assert "bits='auto'" in beyond_reach(60, PROFILES["npu-qdq-int16"], (INT8,))
     assert beyond_reach(60, PROFILES["npu-qdq-int16"], (INT8, INT16)) == ""

@@ -66,6 +66,25 @@ def test_every_verb_explains_itself_with_an_example(verb):
     assert "--quiet" in result.stdout
 
 
+def test_heads_that_need_it_are_planned_by_themselves(tmp_path):
+    lower = stress_matrices("correlated_keys", 16, 32).numpy()
+    np.savez(tmp_path / "l.npz", a=np.stack([lower, lower / 20]), b=np.stack([lower, lower / 2]))
+    shown = run("calibrate", tmp_path / "l.npz", "--granularity", "auto", "-o", tmp_path / "plan.json")
+    assert shown.exit_code == 0
+    assert "a: grids per head: its worst head gains," in shown.stdout
+    assert "b: grids per head" not in shown.stdout
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert list(document["layers"]) == ["a/head_0", "a/head_1", "b"]
+    # The plan of some heads and some whole layers goes through every other verb of matrices.
+    assert run("inspect", tmp_path / "plan.json").exit_code == 0
+    assert run("simulate", tmp_path / "plan.json", "--data", tmp_path / "l.npz").exit_code == 0
+    assert run("export", tmp_path / "plan.json", "-o", tmp_path / "graphs").exit_code == 0
+    verified = run("verify", tmp_path / "graphs", "--data", tmp_path / "l.npz", "--json")
+    results = json.loads(verified.stdout)
+    assert results.keys() == document["layers"].keys()
+    assert {r["mismatches"] for each in results.values() for r in each} == {0}
+
+
 def test_the_whole_job_on_matrices(matrices, plan, tmp_path):
     shown = json.loads(run("inspect", plan, "--json").stdout)
     assert shown["layers"]["layer"]["accumulator_bound"] < 2**31

@@ -274,6 +274,24 @@ def test_nodes_and_layers_go_together_by_number(plan, tmp_path):
     assert assigned == {f"layer_{i}": f"layers.{i}" for i in range(11)}
 
 
+def test_nodes_that_are_alike_may_have_a_whole_layer_and_one_of_heads(plan, tmp_path):
+    nodes = [node(f"layer_{i}", f"{i}_") for i in range(2)]
+    for one in nodes:
+        for i, name in enumerate(ORDER):
+            one.input[i] = name
+    before = wrap(nodes)
+    onnx.save(before, tmp_path / "in.onnx")
+    entries = ["layers.0", "layers.1/head_0", "layers.1/head_1"]
+    mixed = replace(plan, layers=dict.fromkeys(entries, plan.layer()))
+    after = qinvert.graft(tmp_path / "in.onnx", mixed, tmp_path / "out.onnx")
+    assert [f.name for f in after.functions if f.name.startswith("TriInv")] == [
+        "TriInv_layers_0", "TriInv_layers_1_head_0", "TriInv_layers_1_head_1",
+    ]  # fmt: skip
+    given = data(40)
+    for actual, expected in zip(run(with_exact_inverse(after), given), run(before, given), strict=True):
+        assert np.abs(actual - expected).max() < 1e-5
+
+
 def test_a_second_graft_leaves_the_functions_of_the_first(plan, tmp_path):
     second = node("second", "second_")
     before = wrap([node("first"), second])
