@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Unpack, cast
@@ -16,6 +17,7 @@ from qinvert.export.layer_graph import lower
 from qinvert.export.metadata import describe, graph_metadata, layer_metadata, provenance
 from qinvert.export.rules.lint import find_faults
 from qinvert.export.step_graph import is_step, lower_step, refuse_step_options, step_interface
+from qinvert.export.step_heads import heads_interface, heads_metadata, layer_plans, lower_heads
 from qinvert.export.step_interface import StepInterface
 from qinvert.files import write_atomically
 from qinvert.hardware import HARDWARE, Hardware, find_hardware
@@ -149,15 +151,29 @@ def build(
     """Return the model that `export` writes."""
     chosen = with_opset(profile_for(plan, profile), options.get("opset"))
     ir_version = ir_version_for(options.get("ir_version"), IR_VERSION)
-    layer_plan = plan.layer(layer)
-    name = layer if layer is not None else next(iter(plan.layers))
+    plans = layer_plans(plan, layer)
+    layer_plan, name = plans[0], layer if layer is not None else next(iter(plan.layers))
     if options.get("batch", 1) is None:
         raise ExportError("batch None is for export_layers only; pass the matrices per call, for example 8")
+    if len(plans) > 1:
+        return _model_of_heads(plan, name, plans, chosen, heads_interface(plans, options), ir_version)
     if is_step(layer_plan):
         step = step_interface(layer_plan, options, hardware_for(plan, chosen))
         return _model(plan, name, layer_plan, chosen, step, lower_step(layer_plan, chosen, step), ir_version)
     interface = interface_of(plan, layer_plan, chosen, **options)
     return _model(plan, name, layer_plan, chosen, interface, lower(layer_plan, chosen, interface), ir_version)
+
+
+def _model_of_heads(
+    plan: Plan,
+    name: str,
+    plans: Sequence[LayerPlan],
+    chosen: Profile,
+    step: StepInterface,
+    ir_version: int,
+) -> onnx.ModelProto:
+    said = heads_metadata(plans, chosen, step)
+    return _model(plan, name, plans[0], chosen, step, lower_heads(plans, chosen, step), ir_version, said)
 
 
 def _model(
@@ -168,8 +184,9 @@ def _model(
     interface: Interface | StepInterface,
     graph: GraphBuilder,
     ir_version: int,
+    ends: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
-    said = graph_metadata(layer_metadata(name, layer_plan, chosen, interface))
+    said = graph_metadata({**layer_metadata(name, layer_plan, chosen, interface), **(ends or {})})
     model = graph.model(
         _graph_name(layer_plan),
         chosen.opset,

@@ -134,13 +134,14 @@ class GraphBuilder:
             self._values[output] = helper.make_tensor_value_info(output, ELEMENT_TYPES[element], shape)
 
     def inline(self, other: GraphBuilder, prefix: str, inputs: Mapping[str, str]) -> None:
-        """Append the nodes of another graph; their tensors get a prefix, constants are shared.
+        """Append the nodes of another graph; their tensors get a prefix, equal constants are shared.
 
         ``inputs`` says which tensor of this graph each input of the other one is.
         """
+        names = dict(inputs)
         for name, tensor in other._initializers.items():
-            self.initializer(name, numpy_helper.to_array(tensor))
-        names = {name: name for name in other._initializers} | dict(inputs)
+            same = self._initializers.get(name, tensor) == tensor
+            names[name] = self.initializer(name if same else prefix + name, numpy_helper.to_array(tensor))
         for node in other._nodes:
             copy = onnx.NodeProto.FromString(node.SerializeToString())
             copy.input[:] = [names[name] for name in node.input]

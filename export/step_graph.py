@@ -83,6 +83,14 @@ def lower_step(plan: LayerPlan, profile: Profile, interface: StepInterface) -> G
     PlanError
         If the state's input and output have two grids.
     """
+    graph = lowered_step(plan, profile, interface)
+    for name in interface.outputs(plan):
+        graph.output(name)
+    return graph
+
+
+def lowered_step(plan: LayerPlan, profile: Profile, interface: StepInterface) -> GraphBuilder:
+    """Return what `lower_step` returns, before tensors are declared to be outputs."""
     window, graph = interface.window(plan), GraphBuilder()
     require(profile, window)
     elements = interface.input_elements(plan, profile)
@@ -96,8 +104,6 @@ def lower_step(plan: LayerPlan, profile: Profile, interface: StepInterface) -> G
     lowering = find_lowering(profile.lowering)(window, profile, interface.folded(results), graph)
     lowering.run(given, results)
     ends.returned(plan)
-    for name in interface.outputs(plan):
-        graph.output(name)
     return graph
 
 
