@@ -15,14 +15,13 @@ from qinvert.chunk_step.ports import step_sizes
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import AUTO, Options
+from qinvert.export.rules.step_ends import HEADS
 from qinvert.export.step_graph import is_step, lowered_step, step_interface
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.profiles import Profile
 
-#: Axis of the heads in inputs and outputs.
-HEADS: Final = 1
 #: What names of a head's tensors begin with.
 PREFIX: Final = "head_{}/"
 #: Words in keys of metadata that each head has its own value of.

@@ -7,10 +7,12 @@ from typing import Final
 import onnx
 
 from qinvert.chunk_step.ports import INPUTS
-from qinvert.export.rules.graph_index import Structure
+from qinvert.export.rules.graph_index import Structure, attribute
 
 #: Operators between the inputs and what is quantized: norms, valid tokens, value channels.
 OPERATORS: Final = frozenset({"Reshape", "Mul", "MatMul", "ReduceSum", "Add", "Sqrt", "Div"})
+#: Axis of heads in inputs and outputs, along which heads with plans of their own are cut and joined.
+HEADS: Final = 1
 #: Most axes of a tensor: compilers for NPUs refuse five.
 MAX_RANK: Final = 4
 
@@ -37,7 +39,8 @@ def _from_inputs(graph: Structure) -> set[str]:
         given = [name for name in node.input if graph.constant(name) is None]
         # A product of two inputs is one of the program.
         single = node.op_type != "MatMul" or len(given) == 1
-        if (node.op_type in OPERATORS and single and set(given) <= found) or _gets_axes(graph, node):
+        of_ends = node.op_type in OPERATORS and single and set(given) <= found
+        if of_ends or _gets_axes(graph, node) or _is_head(graph, node):
             found.update(node.output)
     return found
 
@@ -50,10 +53,20 @@ def _gets_axes(graph: Structure, node: onnx.NodeProto) -> bool:
     return len(shape) != MAX_RANK or shape[0] != 1
 
 
+def _is_head(graph: Structure, node: onnx.NodeProto) -> bool:
+    """Whether a node takes one head of an input."""
+    return node.op_type == "Slice" and node.input[0] in graph.inputs
+
+
+def _joins_heads(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Concat" and attribute(node, "axis", 0) == HEADS
+
+
 def _to_outputs(graph: Structure) -> set[str]:
     found = set(graph.outputs)
     for node in reversed(graph.nodes):
         given = [name for name in node.input if graph.constant(name) is None]
-        if set(node.output) <= found and node.op_type in ("Reshape", "Mul", "MatMul") and len(given) == 1:
+        moves = node.op_type in ("Reshape", "Mul", "MatMul") and len(given) == 1
+        if set(node.output) <= found and (moves or _joins_heads(node)):
             found.update(name for name in given if graph.operator(name) in ("Reshape", "Mul", "MatMul"))
     return found
