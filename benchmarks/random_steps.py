@@ -225,7 +225,9 @@ def compare_step(case: StepCase) -> Found:
     layer, profile, content = case.plan.layer(), find_profile(case.profile), serialize(case.model)
     runtimes, hint = ("onnxruntime",), "see its seed"
     try:
-        results = verify_step(case.model, content, layer, case.interface, profile, case.given, runtimes, hint)
+        results = verify_step(
+            case.model, content, (layer,), case.interface, profile, case.given, runtimes, hint
+        )
     except VerificationError as error:
         # Nothing is promised of float products: what they may do here is an estimate.
         promised = is_exact(profile, layer)

@@ -15,15 +15,13 @@ from qinvert.chunk_step.ports import step_sizes
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
 from qinvert.export.interface import AUTO, Options
-from qinvert.export.rules.step_ends import HEADS
+from qinvert.export.rules.step_ends import HEAD, HEADS
 from qinvert.export.step_graph import is_step, lowered_step, step_interface
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.plan.plan import LayerPlan, Plan
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.profiles import Profile
 
-#: What names of a head's tensors begin with.
-PREFIX: Final = "head_{}/"
 #: Words in keys of metadata that each head has its own value of.
 GRIDS: Final = ("scale", "zero_point")
 
@@ -73,7 +71,9 @@ def heads_interface(plans: Sequence[LayerPlan], options: Options) -> StepInterfa
     if heads not in (None, len(plans)):
         raise ExportError(f"heads {heads!r} are not the {len(plans)} of the plan's layer; leave heads out")
     if chains not in (AUTO, 1):
-        raise ExportError(f"chains {chains!r} cut what heads share, but each has its own plan; leave chains out")
+        raise ExportError(
+            f"chains {chains!r} cut what heads share, but each has its own plan; leave chains out"
+        )
     alone: Options = {**options, "heads": None, "chains": 1}
     found = [step_interface(replace(each, provenance={"heads": 1}), alone) for each in plans]
     return replace(found[0], heads=len(plans))
@@ -100,9 +100,9 @@ def lower_heads(plans: Sequence[LayerPlan], profile: Profile, interface: StepInt
             name: name if name == VALID else _head(graph, name, i, [*shape])
             for name, shape in alone.inputs(plan).items()
         }
-        graph.inline(lowered_step(plan, profile, alone), PREFIX.format(i), given)
+        graph.inline(lowered_step(plan, profile, alone), HEAD.format(i), given)
     for name, shape in interface.outputs(first).items():
-        parts = [PREFIX.format(i) + name for i in range(len(plans))]
+        parts = [HEAD.format(i) + name for i in range(len(plans))]
         graph.node("Concat", parts, name, shape, graph.element(parts[0]), axis=HEADS)
         graph.output(name)
     return graph
@@ -146,7 +146,7 @@ def _head(graph: GraphBuilder, name: str, head: int, shape: list[int | str]) -> 
     bounds = [
         graph.initializer(f"index/{value}", np.array([value], np.int64)) for value in (head, head + 1, HEADS)
     ]
-    return graph.node("Slice", [name, *bounds], PREFIX.format(head) + name, shape, graph.element(name))
+    return graph.node("Slice", [name, *bounds], HEAD.format(head) + name, shape, graph.element(name))
 
 
 def _shared_elements(

@@ -19,7 +19,7 @@ from qinvert.export.rules.float_states import OPERATORS as FLOAT_OPERATORS
 from qinvert.export.rules.float_states import carried_floats
 from qinvert.export.rules.graph_index import CASTS, COLUMNS, GRID_INPUTS, ROWS, Structure, joins
 from qinvert.export.rules.product_bounds import accumulator_bound, products
-from qinvert.export.rules.step_ends import MAX_RANK, OPERATORS, is_step_end, step_ends
+from qinvert.export.rules.step_ends import MAX_RANK, OPERATORS, is_step_end, moves_heads, step_ends
 from qinvert.numerics.accumulators import FLOAT32_EXACT
 from qinvert.numerics.folded_products import leaves_int32
 from qinvert.numerics.folded_sums import folded_loss, loses
@@ -162,7 +162,7 @@ def _zero_points(node: onnx.NodeProto, profile: Profile) -> list[tuple[int, dict
 @rule("one-scale", "quantize inputs and output onto one scale first")
 def _one_scale(case: Case) -> Iterator[tuple[str, str]]:
     for node in case.graph.nodes:
-        if node.op_type not in MOVES or _only_multiplied(case.graph, node.output[0]):
+        if node.op_type not in MOVES or moves_heads(node) or _only_multiplied(case.graph, node.output[0]):
             continue
         sources = node.input if node.op_type == "Concat" else node.input[:1]
         scales = {scale for name in sources for scale in _scales_before(case.graph, name)}

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import onnx
 
 from qinvert.chunk_step.ports import INPUTS
-from qinvert.export.rules.graph_index import Structure, attribute
+from qinvert.export.rules.graph_index import Structure
 
 #: Operators between the inputs and what is quantized: norms, valid tokens, value channels.
 OPERATORS: Final = frozenset({"Reshape", "Mul", "MatMul", "ReduceSum", "Add", "Sqrt", "Div"})
 #: Axis of heads in inputs and outputs, along which heads with plans of their own are cut and joined.
 HEADS: Final = 1
+#: What names of the tensors of such a head begin with.
+HEAD: Final = "head_{}/"
 #: Most axes of a tensor: compilers for NPUs refuse five.
 MAX_RANK: Final = 4
 
 
 def is_step_end(graph: Structure, node: onnx.NodeProto) -> bool:
     """Whether a node belongs to the ends, before anything is quantized or after everything is."""
-    return node.op_type in OPERATORS and set(node.output) <= step_ends(graph)
+    known = node.op_type in OPERATORS or moves_heads(node)
+    return known and set(node.output) <= step_ends(graph)
 
 
 def step_ends(graph: Structure) -> set[str]:
@@ -40,7 +44,7 @@ def _from_inputs(graph: Structure) -> set[str]:
         # A product of two inputs is one of the program.
         single = node.op_type != "MatMul" or len(given) == 1
         of_ends = node.op_type in OPERATORS and single and set(given) <= found
-        if of_ends or _gets_axes(graph, node) or _is_head(graph, node):
+        if of_ends or _gets_axes(graph, node) or (node.op_type == "Slice" and moves_heads(node)):
             found.update(node.output)
     return found
 
@@ -53,13 +57,12 @@ def _gets_axes(graph: Structure, node: onnx.NodeProto) -> bool:
     return len(shape) != MAX_RANK or shape[0] != 1
 
 
-def _is_head(graph: Structure, node: onnx.NodeProto) -> bool:
-    """Whether a node takes one head of an input."""
-    return node.op_type == "Slice" and node.input[0] in graph.inputs
-
-
-def _joins_heads(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Concat" and attribute(node, "axis", 0) == HEADS
+def moves_heads(node: onnx.NodeProto) -> bool:
+    """Whether a node cuts one head off an input, or joins heads, each of which has scales of its own."""
+    if node.op_type == "Slice":
+        return re.fullmatch(HEAD.format(r"\d+") + re.escape(node.input[0]), node.output[0]) is not None
+    heads = [HEAD.format(i) + node.output[0] for i in range(len(node.input))]
+    return bool(node.op_type == "Concat" and list(node.input) == heads)
 
 
 def _to_outputs(graph: Structure) -> set[str]:
@@ -67,6 +70,6 @@ def _to_outputs(graph: Structure) -> set[str]:
     for node in reversed(graph.nodes):
         given = [name for name in node.input if graph.constant(name) is None]
         moves = node.op_type in ("Reshape", "Mul", "MatMul") and len(given) == 1
-        if set(node.output) <= found and (moves or _joins_heads(node)):
+        if set(node.output) <= found and (moves or moves_heads(node)):
             found.update(name for name in given if graph.operator(name) in ("Reshape", "Mul", "MatMul"))
     return found

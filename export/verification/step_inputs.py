@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
@@ -24,6 +24,7 @@ from qinvert.errors import InputError
 from qinvert.execution.value_channels import enter
 from qinvert.export.graph import Sizes
 from qinvert.export.runtimes import Feed
+from qinvert.export.step_heads import one_head
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.matrices import as_tensor
 from qinvert.numerics.rounding import quantize
@@ -180,6 +181,22 @@ def step_data(plan: LayerPlan, interface: StepInterface, given: object) -> StepD
             f"from call to call; pass at most {interface.tokens(plan)} tokens"
         )
     return data
+
+
+def split_data(data: StepData, plans: Sequence[LayerPlan]) -> tuple[StepData, ...]:
+    """Return the data beside its plan, or those of each head where heads have plans of their own."""
+    if len(plans) == 1:
+        return (data,)
+    alone = one_head(data.interface)
+    return tuple(
+        StepData(plan=plan, interface=alone, arrays=one_head_of(data.arrays, i))
+        for i, plan in enumerate(plans)
+    )
+
+
+def one_head_of(arrays: Mapping[str, npt.NDArray[Any]], head: int) -> dict[str, npt.NDArray[Any]]:
+    """Return inputs or outputs of one head, with its axis; which tokens count is the same for all."""
+    return {name: x if name == VALID else x[:, head : head + 1] for name, x in arrays.items()}
 
 
 def _array(name: str, value: object) -> npt.NDArray[np.float32]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,6 +20,8 @@ from qinvert.chunk_step.ports import (
     step_sizes,
 )
 from qinvert.execution.value_channels import leave
+from qinvert.export.rules.step_ends import HEADS
+from qinvert.export.step_heads import one_head
 from qinvert.export.step_interface import VALID, StepInterface
 from qinvert.plan.plan import LayerPlan
 
@@ -59,6 +63,17 @@ def step_samples(
     turned = sizes.key_ports if interface.keys_first else ()
     arrays = {name: np.asarray(x).swapaxes(-1, -2) if name in turned else x for name, x in found.items()}
     return {name: np.ascontiguousarray(x, dtype=np.float32) for name, x in arrays.items()}
+
+
+def heads_samples(plans: Sequence[LayerPlan], interface: StepInterface) -> dict[str, npt.NDArray[np.float32]]:
+    """Return `step_samples` of a layer, those of each head on its own grids where heads have plans."""
+    if len(plans) == 1:
+        return step_samples(plans[0], interface)
+    each = [step_samples(plan, one_head(interface), seed=i) for i, plan in enumerate(plans)]
+    return {
+        name: x if name == VALID else np.concatenate([own[name] for own in each], axis=HEADS)
+        for name, x in each[0].items()
+    }
 
 
 def _values(

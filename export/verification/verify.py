@@ -18,6 +18,7 @@ from qinvert.export.metadata import layer_in
 from qinvert.export.reading import read_model
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute
 from qinvert.export.step_graph import is_step
+from qinvert.export.step_heads import layer_plans
 from qinvert.export.step_interface import StepInterface
 from qinvert.export.step_reading import read_step_interface
 from qinvert.export.verification.comparison import Verification, compare, judge
@@ -120,7 +121,7 @@ def verify(
     if is_step(file.plan):
         profile = file.profile(plan)
         step = read_step_interface(file.model, file.plan, profile)
-        return verify_step(file.model, file.content, file.plan, step, profile, L, runtimes, file.hint(plan))
+        return verify_step(file.model, file.content, file.plans, step, profile, L, runtimes, file.hint(plan))
     graph = _Graph(file=file, interface=Interface.of(file.model, file.plan))
     inputs = graph_inputs(file.plan, graph.interface, L, beta)
     check = _Check(
@@ -164,8 +165,13 @@ class _File:
     content: bytes
     #: Provenance that the export wrote into the file.
     metadata: Mapping[str, str]
-    #: Plan of the layer.
-    plan: LayerPlan
+    #: Plan of the layer, or those of its heads that share a graph.
+    plans: tuple[LayerPlan, ...]
+
+    @property
+    def plan(self) -> LayerPlan:
+        """Plan of the layer, or of its first head."""
+        return self.plans[0]
 
     @staticmethod
     def read(path: str | PathLike[str], plan: Plan, layer: str | None) -> _File:
@@ -174,9 +180,9 @@ class _File:
         whole = read_model(content, path)
         model = single_layer(whole, layer)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        layer_plan = plan.layer(layer if layer is not None else layer_in(metadata))
+        plans = layer_plans(plan, layer if layer is not None else layer_in(metadata))
         content = content if model is whole else serialize(model)
-        return _File(model=model, content=content, metadata=metadata, plan=layer_plan)
+        return _File(model=model, content=content, metadata=metadata, plans=plans)
 
     def profile(self, plan: Plan) -> Profile:
         """Return the profile that the graph was exported for."""

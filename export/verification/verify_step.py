@@ -14,11 +14,12 @@ import torch
 from qinvert.chunk_step.ports import KEY, QUERY, STATE, VALUE
 from qinvert.errors import ExportError, VerificationError, lookup
 from qinvert.export.exporting import serialize
-from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute_sequences
+from qinvert.export.rules.step_ends import HEAD, HEADS
+from qinvert.export.runtimes import RUNTIMES, Execution, Feed, Runtime, execute_sequences
 from qinvert.export.step_ends import NORMALIZED, ROTATED, SCALED
-from qinvert.export.step_interface import STATE_OUT, StepInterface
+from qinvert.export.step_interface import STATE_OUT, VALID, StepInterface
 from qinvert.export.verification.comparison import Verification, is_allowed, measured, refusal
-from qinvert.export.verification.step_inputs import StepData, step_data
+from qinvert.export.verification.step_inputs import StepData, one_head_of, split_data, step_data
 from qinvert.export.verification.step_reference import StepReference, joined_outputs, step_reference
 from qinvert.export.verification.tolerance import (
     FLOAT_PRODUCT_SHARE,
@@ -52,7 +53,7 @@ OWN_TIMES: Final = 4
 def verify_step(
     model: onnx.ModelProto,
     content: bytes,
-    plan: LayerPlan,
+    plans: Sequence[LayerPlan],
     interface: StepInterface,
     profile: Profile,
     given: object,
@@ -61,13 +62,15 @@ def verify_step(
 ) -> list[Verification]:
     """Compare a step graph with the simulator in every setting of some runtimes.
 
+    ``plans`` are those of `qinvert.export.step_heads.layer_plans`: one, or one for each head.
+
     Tokens beyond those of one call run in further calls.  The state goes from
     each to the next as the runtime returned it, and in the simulator as integers.
 
     Returns
     -------
     list of Verification
-        One for each runtime, setting and output.
+        One for each runtime, setting, plan and output.
 
     Raises
     ------
@@ -78,8 +81,8 @@ def verify_step(
     InputError
         If ``given`` is not legal.
     """
-    data = step_data(plan, interface, given)
-    check = _StepCheck(model=model, content=content, data=data, profile=profile, hint=hint)
+    parts = split_data(step_data(plans[0], interface, given), plans)
+    check = _StepCheck(model=model, content=content, parts=parts, profile=profile, hint=hint)
     return [result for name in runtimes for result in check.run(name)]
 
 
@@ -89,45 +92,73 @@ class _StepCheck:
 
     model: onnx.ModelProto
     content: bytes
-    data: StepData
+    #: The data of all heads, or those of each head beside its plan.
+    parts: tuple[StepData, ...]
     profile: Profile
     #: The end of the message of a refusal.
     hint: str
-    #: The reference that holds for every setting, by the type of the inputs, once it is simulated.
-    simulated: dict[str, StepReference] = field(default_factory=dict)
+    #: The references that hold for every setting, by the type of the inputs, once they are simulated.
+    simulated: dict[str, list[StepReference]] = field(default_factory=dict)
 
     def run(self, name: str) -> Iterator[Verification]:
         """Run the graph in every setting of a runtime, and judge every output."""
         runtime = lookup(RUNTIMES, name, "runtime", ExportError)
-        check = replace(self, data=self.data.as_taken(runtime.inputs))
-        feeds = check.data.sequences(self.profile)
+        check = replace(self, parts=tuple(part.as_taken(runtime.inputs) for part in self.parts))
         made = check._made_by(runtime)
-        for execution in execute_sequences(runtime.name, self.content, feeds, {STATE_OUT: STATE}):
-            reference = check._reference(runtime.inputs, made.get(execution.setting, {}))
-            for output, actual in joined_outputs(execution.sequences, reference).items():
-                yield check._judged(runtime, execution, reference, output, actual)
+        for execution in execute_sequences(runtime.name, self.content, check._feeds(), {STATE_OUT: STATE}):
+            references = check._references(runtime.inputs, made.get(execution.setting))
+            for i, reference in enumerate(references):
+                sequences = self._part_of(execution.sequences, i)
+                for output, actual in joined_outputs(sequences, reference).items():
+                    label = f"{runtime.name} ({execution.setting}) {output}{self._of_head(i)}"
+                    yield check._judged(runtime, execution, reference, output, actual, label)
 
-    def _reference(self, inputs: str, made: dict[str, Any]) -> StepReference:
+    def _feeds(self) -> list[list[Feed]]:
+        """The inputs of every call of the whole graph."""
+        each = [part.sequences(self.profile) for part in self.parts]
+        return [[_joined_heads(calls) for calls in zip(*row, strict=True)] for row in zip(*each, strict=True)]
+
+    def _part_of(self, sequences: Sequence[Sequence[Feed]], index: int) -> Sequence[Sequence[Feed]]:
+        if len(self.parts) == 1:
+            return sequences
+        return [[one_head_of(feed, index) for feed in calls] for calls in sequences]
+
+    def _of_head(self, index: int) -> str:
+        return f" of head {index}" if len(self.parts) > 1 else ""
+
+    def _references(self, inputs: str, made: list[dict[str, Any]] | None) -> list[StepReference]:
         if made:
-            return step_reference(self.data, self.profile, made)
+            return [step_reference(*each) for each in self._simulations(made)]
         if inputs not in self.simulated:
-            self.simulated[inputs] = step_reference(self.data, self.profile, {})
+            nothing: list[dict[str, Any]] = [{} for _ in self.parts]
+            self.simulated[inputs] = [step_reference(*each) for each in self._simulations(nothing)]
         return self.simulated[inputs]
 
+    def _simulations(self, made: list[dict[str, Any]]) -> Iterator[tuple[StepData, Profile, dict[str, Any]]]:
+        for part, own in zip(self.parts, made, strict=True):
+            yield part, self.profile, own
+
     def _judged(
-        self, runtime: Runtime, execution: Execution, reference: StepReference, output: str, actual: Any
+        self,
+        runtime: Runtime,
+        execution: Execution,
+        reference: StepReference,
+        output: str,
+        actual: Any,
+        label: str,
     ) -> Verification:
+        data = reference.data
         noise = NoiseStatistics()
         noise.update(
             torch.from_numpy(reference.reals(output, actual)), torch.from_numpy(reference.true_reals(output))
         )
-        wide = self.data.interface.grid_of(self.data.plan, output).format.is_wide
+        wide = data.interface.grid_of(data.plan, output).format.is_wide
         tolerance = step_tolerance(
-            runtime, self.profile, self.data.plan, self._exact_ends, reference.rotated, wide
+            runtime, self.profile, data.plan, not _float_ends(data), reference.rotated, wide
         )
         steps = reference.steps(output, actual)
         result = measured(
-            f"{runtime.name} ({execution.setting}) {output}",
+            label,
             execution,
             steps,
             None,
@@ -142,56 +173,73 @@ class _StepCheck:
             raise refusal(result, blamed, actual, reference.expected(output), self.hint)
         return result
 
-    @property
-    def _exact_ends(self) -> bool:
-        """Whether no sum in float lies between the inputs and what is quantized."""
-        return not self._float_ends()
-
-    def _float_ends(self) -> dict[str, str]:
-        """Tensors that the graph computes by sums in float, by the port that they become."""
-        interface, channels = self.data.interface, self.data.plan.channels
-        found: dict[str, str] = {}
-        if interface.normalize:
-            found |= {QUERY: SCALED.format(QUERY), KEY: NORMALIZED.format(KEY)}
-        if channels is not None and channels.rotated and not interface.takes_integers:
-            found |= {name: ROTATED.format(name) for name in (VALUE, STATE)}
-        return found
-
-    def _made_by(self, runtime: Runtime) -> dict[str, dict[str, Any]]:
-        """What each setting of a runtime makes of the inputs in float; the simulator starts there."""
-        ends = self._float_ends()
-        if not ends:
+    def _made_by(self, runtime: Runtime) -> dict[str, list[dict[str, Any]]]:
+        """What each setting of a runtime makes of the inputs in float, by part: the simulator goes on."""
+        ends = [
+            {port: self._tensor(i, tensor) for port, tensor in _float_ends(part).items()}
+            for i, part in enumerate(self.parts)
+        ]
+        if not any(ends):
             return {}
-        part = serialize(_part(self.model, list(ends.values())))
-        feeds = self.data.sequences(self.profile)
+        part = serialize(_part(self.model, [tensor for own in ends for tensor in own.values()]))
+        feeds = self._feeds()
         # Every call takes the first state here, whose rotation is all that is asked for.
         feeds = [[{STATE: calls[0][STATE], **feed} for feed in calls] for calls in feeds]
         found = {}
         for execution in execute_sequences(runtime.name, part, feeds, {}):
-            found[execution.setting] = {
-                port: self._joined(execution, port, tensor) for port, tensor in ends.items()
-            }
-            self._check_made(runtime, execution.setting, found[execution.setting])
+            found[execution.setting] = [
+                {port: _joined(data, execution, port, tensor) for port, tensor in own.items()}
+                for data, own in zip(self.parts, ends, strict=True)
+            ]
+            for data, made in zip(self.parts, found[execution.setting], strict=True):
+                _check_made(data, runtime, execution.setting, made)
         return found
 
-    def _joined(self, execution: Execution, port: str, tensor: str) -> Any:
-        axis = self.data.interface.token_axis(port, self.data.plan)
-        rows = [
-            calls[0][tensor] if port == STATE else np.concatenate([call[tensor] for call in calls], axis=axis)
-            for calls in execution.sequences
-        ]
-        return np.concatenate(rows)
+    def _tensor(self, index: int, name: str) -> str:
+        """What the graph calls a tensor of one part."""
+        return HEAD.format(index) + name if len(self.parts) > 1 else name
 
-    def _check_made(self, runtime: Runtime, setting: str, made: dict[str, Any]) -> None:
-        expected = {**self.data.normalized(), **self.data.entered()}
-        for port, values in made.items():
-            error = float(np.abs(values - expected[port]).max())
-            # NaN fails.
-            if not error <= KEYS_TOLERANCE[runtime.inputs] * max(1.0, float(np.abs(expected[port]).max())):
-                raise VerificationError(
-                    f"{runtime.name} ({setting}) computes {port} with an error of {error:.3g} before it is "
-                    f"quantized; run float operators in {runtime.inputs}"
-                )
+
+def _joined_heads(feeds: Sequence[Feed]) -> Feed:
+    """Join the inputs of heads along their axis; which tokens count is the same for all."""
+    if len(feeds) == 1:
+        return feeds[0]
+    return {
+        name: x if name == VALID else np.concatenate([feed[name] for feed in feeds], axis=HEADS)
+        for name, x in feeds[0].items()
+    }
+
+
+def _float_ends(data: StepData) -> dict[str, str]:
+    """Tensors that the graph computes by sums in float, by the port that they become."""
+    interface, channels = data.interface, data.plan.channels
+    found: dict[str, str] = {}
+    if interface.normalize:
+        found |= {QUERY: SCALED.format(QUERY), KEY: NORMALIZED.format(KEY)}
+    if channels is not None and channels.rotated and not interface.takes_integers:
+        found |= {name: ROTATED.format(name) for name in (VALUE, STATE)}
+    return found
+
+
+def _joined(data: StepData, execution: Execution, port: str, tensor: str) -> Any:
+    axis = data.interface.token_axis(port, data.plan)
+    rows = [
+        calls[0][tensor] if port == STATE else np.concatenate([call[tensor] for call in calls], axis=axis)
+        for calls in execution.sequences
+    ]
+    return np.concatenate(rows)
+
+
+def _check_made(data: StepData, runtime: Runtime, setting: str, made: dict[str, Any]) -> None:
+    expected = {**data.normalized(), **data.entered()}
+    for port, values in made.items():
+        error = float(np.abs(values - expected[port]).max())
+        # NaN fails.
+        if not error <= KEYS_TOLERANCE[runtime.inputs] * max(1.0, float(np.abs(expected[port]).max())):
+            raise VerificationError(
+                f"{runtime.name} ({setting}) computes {port} with an error of {error:.3g} before it is "
+                f"quantized; run float operators in {runtime.inputs}"
+            )
 
 
 def _part(model: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:

@@ -12,6 +12,7 @@ from qinvert.cli.profile_option import profile_option
 from qinvert.errors import InputError
 from qinvert.export.encodings import STYLES
 from qinvert.export.interface import AUTO, GraphInput, GraphOutput, InputType, Options
+from qinvert.export.step_heads import layer_plans
 from qinvert.export.step_interface import Layout, States
 from qinvert.files import check_folder
 from qinvert.plan.plan import Plan
@@ -134,7 +135,7 @@ def export(
     plan = Plan.load(plan_path)
     find_profile(profile if profile is not None else plan.target)
     for name in layers:
-        plan.layer(name)
+        layer_plans(plan, name)
     options: Options = {
         "batch": batch,
         "input": source,

@@ -35,10 +35,11 @@ def export_all(
     """
     from qinvert.export.encodings import encodings, to_bytes
     from qinvert.export.exporting import build, serialize
+    from qinvert.export.step_heads import graph_layers
 
     names, target = file_names(plan), Path(folder)
     contents: dict[Path, bytes] = {}
-    chosen = layers or tuple(plan.layers)
+    chosen = layers or graph_layers(plan)
     for name in track(chosen, "graphs", len(chosen)):
         model = build(plan, profile=profile, layer=name, **options)
         contents[target / names[name]] = serialize(model)
@@ -46,7 +47,7 @@ def export_all(
             contents[target / encodings_file(names[name])] = to_bytes(encodings(model, style))
     make_folder(folder)
     write_together({**contents, target / PLAN_FILE: plan.to_bytes()})
-    return {name: str(target / names[name]) for name in layers or plan.layers}
+    return {name: str(target / names[name]) for name in chosen}
 
 
 def export_together(
@@ -70,10 +71,12 @@ def export_together(
 
 
 def file_names(plan: Plan) -> dict[str, str]:
-    """Return a safe, unique file name for every layer."""
+    """Return a safe, unique file name for every entry of the plan, and for every layer of heads."""
+    from qinvert.export.step_heads import graph_layers
+
     names: dict[str, str] = {}
     taken = {ALL_LAYERS.removesuffix(".onnx")}
-    for i, layer in enumerate(plan.layers):
+    for i, layer in enumerate(dict.fromkeys((*plan.layers, *graph_layers(plan)))):
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", layer).lstrip(".")[:100] or f"layer_{i}"
         tail = ""
         # Names must differ in more than case, because some file systems ignore it.

@@ -183,8 +183,9 @@ def show_findings(output: Output, files: list[Path]) -> None:
 
 def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) -> tuple[Any, Any]:
     """Return what to verify a graph with: matrices, or keys if it builds L from them, and beta."""
+    from qinvert.export.step_heads import layer_plans
     from qinvert.export.step_interface import StepInterface
-    from qinvert.export.verification.step_samples import step_samples
+    from qinvert.export.verification.step_samples import heads_samples
     from qinvert.export.verification.verify import read_interface
     from qinvert.stress import stress_keys
 
@@ -192,7 +193,7 @@ def inputs_for(file: Path, plan: Plan, layer: str, own: tuple[Any, Any] | None) 
     if isinstance(interface, StepInterface):
         if own is not None:
             raise InputError(f"{file} is a chunk step, but the data has matrices; leave out --data")
-        return step_samples(plan.layer(layer), interface), None
+        return heads_samples(layer_plans(plan, layer), interface), None
     if interface.key_size is None:
         return matrices_for(plan, layer, own)
     if own is not None:
