@@ -86,6 +86,7 @@ ROOMS = (
     ("export.lowering", "export.rules", "export.step_interface"),
     ("export.encodings", "export.layer_graph", "export.metadata", "export.step_ends", "export.step_reading"),
     ("export.step_graph",),
+    ("export.step_heads",),
     ("export.exporting",),
     ("export.__init__", "export.compiled_cost", "export.functions"),
     ("export.verification",),
