@@ -1,8 +1,9 @@
 """Grids per head: every head of a layer becomes a layer of the plan.
 
 A plan with granularity "head" has entries ``LAYER/head_0``, ``LAYER/head_1``
-and so on.  Each has its own program, formats and scales, and is exported as
-its own graph, because compilers take only one scale per tensor.
+and so on.  Each has its own program, formats and scales.  An inverse is exported as
+its own graph, because compilers take only one scale per tensor; heads of a
+chunk step run side by side in the graph of their layer.
 """
 
 from __future__ import annotations
