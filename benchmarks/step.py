@@ -1,6 +1,7 @@
 """What whole chunk steps cost on NPUs, by their compilers: measures, and fills the tables of `docs/step.md`.
 
     python benchmarks/step.py --cache step.jsonl --write
+    python benchmarks/step.py --accuracy
 
 No NPU is needed; see `npu.py`, whose environments, cache and compilers these are.
 """
@@ -32,7 +33,7 @@ from step_graphs import (
     model_of,
 )
 from step_layer import PARTS, Projections, projections
-from step_page import SHARES, tables, written
+from step_page import SHARES, tables, with_decibels, written
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "step.md"
 CHIPS = ("hexagon-v81", "hexagon-v73", "ethos-u85-256")
@@ -108,6 +109,9 @@ def _settings(chip: str) -> Iterator[Case]:
 def main() -> None:
     """Measure, print the tables, and write them if told to."""
     arguments = parse()
+    if arguments.accuracy:
+        PAGE.write_text(with_decibels(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     chips = [chip for chip in arguments.hardware if available(chip)]
     if not chips:
         sys.exit("no compiler is installed: there is nothing to measure")
@@ -127,6 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="compilers at a time; 0: what is known")
     parser.add_argument("--cache", type=Path, default=Path("step.jsonl"))
     parser.add_argument("--write", action="store_true", help=f"write the tables of {PAGE.name}")
+    parser.add_argument("--accuracy", action="store_true", help="renew what is simulated, and no cycles")
     return parser.parse_args()
 
 

@@ -25,6 +25,8 @@ from qinvert.documents import markdown
 from qinvert.errors import ExportError
 
 END = "<!-- to here -->"
+#: Column of what `decibels` says.
+DECIBELS = "o / state, dB"
 #: Tensors that parts of a step end with.
 SHARES = {
     "gram": ("gram", "scores/decayless"),
@@ -120,12 +122,27 @@ def _sentences(results: _Results) -> Iterator[str]:
 
 
 def _inverses(results: _Results) -> Iterator[list[str]]:
-    yield ["inverse", "keys / values, bits", "o / state, dB", *results.chips]
+    yield ["inverse", "keys / values, bits", DECIBELS, *results.chips]
     for name in INVERSES:
         for width in (INT8_STEP, MIXED_STEP, FLOAT16):
             cells = [results.text(Case(chip=chip, inverse=name, width=width)) for chip in results.chips]
             if any(cells):
                 yield [name, width, _decibels(name, width), *cells]
+
+
+def with_decibels(page: str) -> str:
+    """Renew the columns `DECIBELS` of the tables of a page; cycles stay as they were measured."""
+    lines, columns = page.split("\n"), list[str]()
+    for i, line in enumerate(lines):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells or DECIBELS in cells:
+            columns = cells
+        elif columns and set(cells[0]) - {"-"}:
+            row = dict(zip(columns, cells, strict=True))
+            width = row.get("bits") or row["keys / values, bits"]
+            row[DECIBELS] = _decibels(row.get("inverse", OURS), width, int(row.get("C", 64)))
+            lines[i] = f"| {' | '.join(row.values())} |"
+    return "\n".join(lines)
 
 
 def _decibels(name: str, width: str, chunk: int = 64) -> str:
@@ -183,7 +200,7 @@ def _layers(results: _Results) -> Iterator[list[str]]:
 
 
 def _sizes(results: _Results) -> Iterator[list[str]]:
-    yield ["C", "heads", "bits", "o / state, dB", *(f"{c}, {what}" for c in results.chips
+    yield ["C", "heads", "bits", DECIBELS, *(f"{c}, {what}" for c in results.chips
            for what in ("1 chain", "half", "all apart")), "KiB moved"]  # fmt: skip
     for chunk, heads in ((32, 16), (64, 8), (64, 16), (64, 32), (128, 16)):
         for width in (INT8_STEP, MIXED_STEP):
