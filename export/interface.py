@@ -274,6 +274,11 @@ class Interface:
             _check_planes(plan.tensors[name].format, "input_type", name)
         return names
 
+    @property
+    def has_integer_ends(self) -> bool:
+        """Whether the graph takes and returns integers only."""
+        return self.input_type is InputType.INTEGERS and self.output is GraphOutput.INTEGERS
+
     def square(self, plan: QuantizedProgram) -> Sizes:
         """Shape of L and of the output."""
         return [1, self.count, plan.chunk, plan.chunk]

@@ -37,6 +37,9 @@ from qinvert.program.steps import (
 
 #: Grid of 0/1 masks.
 MASK_GRID = Quantization(format=INT8, scale=1.0)
+#: Integer of 1 in a mask of 16 bits.  It means exactly 1 on every runtime, but Hexagon rounds products
+#: with a 1 of scale 1 to steps of 8 or so, and with integers from 16 on not at all.
+WIDE_ONE = 2**14
 #: Steps from a format's last integer to where Clip cuts: rounding takes them back, and no
 #: compiler that divides the end by the scale takes it for the integer below.
 CLIP_MARGIN = 0.25
@@ -235,7 +238,9 @@ class QdqLowering(GraphLowering):
     def mask(self, step: Mask, source: Value, constant: Value) -> Value:
         assert constant.constant is not None
         matrix, fmt = constant_support(constant.constant).astype(np.int8), self.grid(step.output).format
-        grid = Quantization(format=fmt, scale=1.0) if fmt.whole else MASK_GRID
+        grid = MASK_GRID
+        if fmt.whole:
+            matrix, grid = matrix * np.int16(WIDE_ONE), Quantization(format=fmt, scale=1 / WIDE_ONE)
         if self.profile.full_masks and self.batch is not None:
             blocks = self.plan.program.shapes[step.output].blocks
             mask = self.repeated(f"{constant.tensor}/{blocks * self.batch}", matrix, blocks, grid)

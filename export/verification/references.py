@@ -70,7 +70,7 @@ def reference(
 
     ``rounding`` is used for plans for which it is known; for others ONNX's is expected.
     """
-    rounding = rounding if _is_known(rounding, plan) else Rounding.ONNX
+    rounding = rounding if _is_known(rounding, plan, interface) else Rounding.ONNX
     unit = torch.ones(systems.count, 1, 1, dtype=torch.float32)
     integers = interface.output is GraphOutput.INTEGERS
     if integers:
@@ -93,12 +93,13 @@ def reference(
     )
 
 
-def _is_known(rounding: Rounding, plan: LayerPlan) -> bool:
+def _is_known(rounding: Rounding, plan: LayerPlan, interface: Interface) -> bool:
+    law = LAWS[rounding]
     try:
-        LAWS[rounding].check(plan)
+        law.check(plan)
     except PlanError:
         return False
-    return True
+    return interface.has_integer_ends or not law.needs_integer_ends(plan)
 
 
 def graph_inputs(plan: LayerPlan, interface: Interface, given: Any, beta: Any) -> dict[str, torch.Tensor]:

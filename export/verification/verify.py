@@ -258,7 +258,13 @@ class _Check:
         plan, interface = self.graph.file.plan, self.graph.interface
         beta = given[BETA].squeeze(-1) if plan.program.inverse_ports.factored else None
         storage = self.profile.end_of(plan.output.format)
-        return reference(plan, interface, storage, Systems(lower=lower, beta=beta), runtime.rounding)
+        return reference(plan, interface, storage, Systems(lower=lower, beta=beta), self._rounding(runtime))
+
+    def _rounding(self, runtime: Runtime) -> Rounding:
+        """Whose integers are expected: a processor's own are known of 16 bits that are stored as planned."""
+        formats = [grid.format for grid in self.graph.file.plan.tensors.values() if grid.format.is_wide]
+        as_planned = all(self.profile.storage_of(fmt) == fmt for fmt in formats)
+        return runtime.rounding if as_planned else Rounding.ONNX
 
     def _judged(self, runtime: Runtime, execution: Execution, wanted: Reference) -> Verification:
         tolerance = tolerance_for(

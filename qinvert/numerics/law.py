@@ -13,7 +13,8 @@ class Rounding(StrEnum):
 
     #: Those of ONNX: float32 operations that round half to even.
     ONNX = "onnx"
-    #: Those of Qualcomm's Hexagon, for int8 plans; see `qinvert.numerics.hexagon`.
+    #: Those of Qualcomm's Hexagon, for int8 plans and plans of products int16 x int16; see
+    #: `qinvert.numerics.hexagon`.
     HEXAGON = "hexagon"
     #: Those of TFLite and of Arm's Ethos-U, for int8 plans; see `qinvert.numerics.tflite`.
     TFLITE = "tflite"

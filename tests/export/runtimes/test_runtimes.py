@@ -11,7 +11,9 @@ import qinvert
 from qinvert.errors import ExportError, VerificationError
 from qinvert.execution.simulator import simulate_integers
 from qinvert.export.runtimes import RUNTIMES, Execution, Runtime, execute, installed, subprocesses
+from qinvert.methods import elimination
 from qinvert.numerics.law import Rounding
+from qinvert.program.residual_sums import residuals_as_sums
 from qinvert.stress import STRESS, from_keys, stress_matrices
 from qinvert.systems import Systems
 
@@ -148,6 +150,19 @@ def test_hexagon_equals_its_simulation(target, bits, method, scales, tmp_path):
             continue
         assert result.mismatches == 0
         assert result.exact
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hexagon_equals_its_simulation_of_16_bits(side, tmp_path):
+    needed("qnn")
+    lower = torch.cat([stress_matrices(name, 8, 16, seed=7) for name in STRESS])
+    method = residuals_as_sums(elimination(16, side=side))
+    plan = qinvert.calibrate(lower, method=method, bits=16, target="hexagon-int16", min_sqnr_db=0)
+    ends = {"input": "M", "input_type": "integers", "output": "integers"}
+    qinvert.export(plan, tmp_path / "t.onnx", batch=8, **ends)
+    for result in qinvert.verify(tmp_path / "t.onnx", plan, lower, runtimes=("qnn",)):
+        assert (result.rounding, result.exact, result.mismatches) == ("hexagon", True, 0)
+        assert set(result.products) == {"int16 x int16"}
 
 
 def test_qualcomms_compiler_says_what_a_graph_costs(tmp_path):
