@@ -48,6 +48,8 @@ graph; nothing ran on a chip. The script makes all graphs, also the baselines
   side by side also run in 8 parts. Packed merges were left out there: their compilation takes minutes.
 * uint8 has the zero point 128 (`hexagon-uint8`). int8 on Hexagon is `npu-qdq-int8`, int16 `hexagon-int16`.
   On Ethos-U int8 is `ethos-int8` and int16 `npu-qdq-int16`.
+* **dB** of int16 on Hexagon is that of ONNX's integers; its own cut of 16 by 16 bit products leaves far less
+  ([limits.md](limits.md)).
 * **dB** is the sqnr of S on {count} matrices of `correlated_keys` and then of `independent_keys`, other
   ones than those of the calibration. It is computed by the simulator, with which onnxruntime agrees
   bit for bit; for sequential graphs by onnxruntime itself. For float16 every result is stored in float16.
