@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qinvert.calibration.head_errors import HeadErrors, worst_head
-from qinvert.calibration.heads import layer_name
+from qinvert.calibration.head_names import layer_name
 from qinvert.calibration.simulate import Report
 from qinvert.plan.plan import LayerPlan, Plan
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qinvert.calibration.chunk_steps.options import Scope
 from qinvert.calibration.head_errors import HeadErrors, heads_below, worst_head
-from qinvert.calibration.heads import head_name, head_number, layer_name
+from qinvert.calibration.head_names import head_name, head_number, layer_name
 from qinvert.calibration.inverse_planning import InversePlanning, shared_out
 from qinvert.calibration.observation.held_out import held_out
 from qinvert.calibration.output_goals import OutputGoals

@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch
 
 from qinvert.calibration.growth import GrowthObserver, RangeGrowth
-from qinvert.calibration.heads import is_split, split_heads
+from qinvert.calibration.head_names import is_split
+from qinvert.calibration.heads import split_heads
 from qinvert.calibration.simulate import match_layer
 from qinvert.calibration.sources import Item
 from qinvert.plan.plan import Plan

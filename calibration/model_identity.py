@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from qinvert.calibration.heads import layer_name
+from qinvert.calibration.head_names import layer_name
 from qinvert.calibration.model_digest import weights_digest
 from qinvert.errors import PlanError
 from qinvert.plan.plan import Plan

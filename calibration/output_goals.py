@@ -11,7 +11,7 @@ import torch
 
 from qinvert.calibration.evaluate import Evaluation, evaluate
 from qinvert.calibration.head_errors import HeadErrors
-from qinvert.calibration.heads import head_number, layer_name
+from qinvert.calibration.head_names import head_number, layer_name
 from qinvert.calibration.planning.explanation import decibels, rounded_share
 from qinvert.checks import check_decibels, check_magnitude
 from qinvert.documents import to_document

@@ -19,7 +19,7 @@ from weakref import WeakSet
 import torch
 
 from qinvert.calibration.chunk_steps.results import layer_results, plan_results
-from qinvert.calibration.heads import is_split
+from qinvert.calibration.head_names import is_split
 from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.running import DeltaRule, LayerInverse, redirect, running, track
 from qinvert.calibration.wrappers import COMPILED, own_names

@@ -10,7 +10,8 @@ from typing import Any
 from qinvert.calibration.chunk_steps.simulate_steps import StepReport, simulate_steps
 from qinvert.calibration.data.token_data import with_options
 from qinvert.calibration.head_errors import HeadErrors, head_errors, worst_head
-from qinvert.calibration.heads import head_number, is_split, layer_name, split_heads
+from qinvert.calibration.head_names import head_number, is_split, layer_name
+from qinvert.calibration.heads import split_heads
 from qinvert.calibration.model_identity import check_identity
 from qinvert.calibration.sources import DEFAULT_LAYER, check_size, open_systems
 from qinvert.documents import to_document

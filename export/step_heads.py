@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count, takewhile
 from typing import Final
 
 import numpy as np
 
-from qinvert.calibration.heads import head_name, is_split
+from qinvert.calibration.head_names import entries_of, head_name, is_split
 from qinvert.chunk_step.ports import step_sizes
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
@@ -38,8 +37,7 @@ def layer_plans(plan: Plan, layer: str | None) -> tuple[LayerPlan, ...]:
     """
     if layer is None or not is_split(plan, layer):
         return (plan.layer(layer),)
-    names = takewhile(lambda name: name in plan.layers, (head_name(layer, i) for i in count()))
-    plans = tuple(plan.layers[name] for name in names)
+    plans = tuple(plan.layers[name] for name in entries_of(plan, layer))
     if not all(map(is_step, plans)):
         raise ExportError(
             f"the heads of {layer!r} have plans of inverses, each with a graph of its own; name one of them, "

@@ -43,6 +43,7 @@ ROOMS = (
     ("chunk_step.gated_delta_step",),
     ("simulation", "chunk_step.single_token"),
     ("plan.plan",),
+    ("calibration.head_names",),
     (
         "calibration.__init__",
         "calibration.choices",

@@ -7,7 +7,8 @@ import torch
 
 import qinvert
 from qinvert import recall
-from qinvert.calibration.heads import entries_of, head_name, plan_inverse
+from qinvert.calibration.head_names import entries_of, head_name
+from qinvert.calibration.heads import plan_inverse
 from qinvert.calibration.patching import run_model
 from qinvert.errors import PlanError
 

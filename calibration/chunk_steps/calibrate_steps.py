@@ -23,7 +23,7 @@ from qinvert.calibration.chunk_steps.options import WIDE_BITS, ChunkOptions
 from qinvert.calibration.chunk_steps.planner import StepChoices, check_widths, choose_step
 from qinvert.calibration.chunk_steps.results import check_sizes
 from qinvert.calibration.chunk_steps.widths import width_groups
-from qinvert.calibration.heads import head_name
+from qinvert.calibration.head_names import head_name
 from qinvert.calibration.observation.data_record import DataRecord
 from qinvert.calibration.output_goals import SEQUENCES, OutputGoals, reach, summary_of, with_facts
 from qinvert.calibration.planning.candidates import candidate_programs

@@ -6,13 +6,8 @@ from typing import cast
 
 import torch
 
-from qinvert.calibration.heads import (
-    check_heads,
-    head_name,
-    is_split,
-    layer_inverse,
-    plan_inverse,
-)
+from qinvert.calibration.head_names import head_name, is_split
+from qinvert.calibration.heads import check_heads, layer_inverse, plan_inverse
 from qinvert.chunk_step.ports import step_sizes
 from qinvert.delta_rule.chunks import Applied, ChunkOutputs, DeltaChunks
 from qinvert.errors import InputError

@@ -11,7 +11,8 @@ import torch
 from qinvert.calibration.chunk_steps.candidate import exact_outputs
 from qinvert.calibration.chunk_steps.results import head_of, step_results
 from qinvert.calibration.data.token_batches import token_batches
-from qinvert.calibration.heads import check_heads, head_name, is_split
+from qinvert.calibration.head_names import head_name, is_split
+from qinvert.calibration.heads import check_heads
 from qinvert.calibration.patching import forward, patched_by_layer, solve_chunks
 from qinvert.chunk_step.ports import STATE, VALUE
 from qinvert.delta_rule.chunks import ChunkOutputs, DeltaChunks

@@ -11,7 +11,8 @@ import torch
 
 from qinvert.calibration.choices import Granularity
 from qinvert.calibration.data.processes import Shard
-from qinvert.calibration.heads import has_several_heads, head_indices, head_number, split_heads
+from qinvert.calibration.head_names import head_number
+from qinvert.calibration.heads import has_several_heads, head_indices, split_heads
 from qinvert.calibration.model_digest import model_digest
 from qinvert.calibration.observation.checkpoint import Checkpoint, Saved, SavedLayer
 from qinvert.calibration.observation.data_record import DataRecord

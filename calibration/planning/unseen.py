@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from qinvert.calibration.head_errors import HeadErrors, head_errors, heads_below
-from qinvert.calibration.heads import NO_HEAD, head_number, layer_name
+from qinvert.calibration.head_names import head_number, layer_name
+from qinvert.calibration.heads import NO_HEAD
 from qinvert.calibration.observation.held_out import HeldOut, held_out
 from qinvert.calibration.observation.statistics import LayerObserver
 from qinvert.calibration.planning.explanation import decibels, rounded_share

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import torch
 
-from qinvert.calibration.heads import is_split
+from qinvert.calibration.head_names import is_split
 from qinvert.chunk_step.ports import (
     BETA,
     KEY,

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import helper
 
-from qinvert.calibration.heads import entries_of, is_split
+from qinvert.calibration.head_names import entries_of, is_split
 from qinvert.delta_rule.chunks import ChunkInverse
 from qinvert.delta_rule.rule import chunk_gated_delta_rule
 from qinvert.errors import ExportError

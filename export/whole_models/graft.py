@@ -12,7 +12,8 @@ import onnx
 import onnx.inliner
 from onnx import helper
 
-from qinvert.calibration.heads import in_layer_order, is_split, layer_name
+from qinvert.calibration.head_names import is_split, layer_name
+from qinvert.calibration.heads import in_layer_order
 from qinvert.errors import ExportError, PlanError, reason
 from qinvert.export.exporting import profile_for
 from qinvert.export.graph import DOMAIN

@@ -241,7 +241,8 @@ def given_matrices(plan: Plan, layer: str, own: tuple[Any, Any]) -> tuple[torch.
 
 def _of_entry(plan: Plan, entry: str, name: str, systems: Systems) -> Systems | None:
     """Return what a source's matrices of a name hold for an entry of a plan; None if nothing."""
-    from qinvert.calibration.heads import check_heads, head_number, layer_name
+    from qinvert.calibration.head_names import head_number, layer_name
+    from qinvert.calibration.heads import check_heads
     from qinvert.calibration.sources import DEFAULT_LAYER
 
     head, layer = head_number(entry), layer_name(entry)

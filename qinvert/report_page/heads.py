@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qinvert import plot
 from qinvert.calibration.head_errors import CARRIES, HeadErrors
-from qinvert.calibration.heads import head_number, layer_name
+from qinvert.calibration.head_names import head_number, layer_name
 from qinvert.report_page.evidence import Evidence
 from qinvert.report_page.figure import Figure, Section, table
 from qinvert.report_page.svg import svg

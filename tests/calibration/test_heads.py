@@ -3,14 +3,8 @@ import torch
 
 import qinvert
 from qinvert import recall
-from qinvert.calibration.heads import (
-    HEAD_AXIS,
-    head_name,
-    in_layer_order,
-    layer_name,
-    natural_key,
-    split_heads,
-)
+from qinvert.calibration.head_names import head_name, layer_name
+from qinvert.calibration.heads import HEAD_AXIS, in_layer_order, natural_key, split_heads
 from qinvert.errors import InputError, PlanError
 from qinvert.stress import stress_matrices
 from qinvert.systems import Systems
