@@ -6,7 +6,7 @@ from tiny_models import CONFIGS, VOCABULARY, build, of_both
 from windows import WIDE, driven, whole
 
 import qinvert
-from qinvert import PlanError, recall
+from qinvert import ChunkOptions, PlanError, recall
 from qinvert.export.deployment.attention import attention, window_mask
 from qinvert.export.deployment.cache import convolution_tail
 from qinvert.export.deployment.states import StateKind
@@ -54,6 +54,20 @@ def test_families_with_attention_go_on_from_their_caches(family):
     decoded, _ = driven(model, plan, tokens, 1, decoded=4)
     # A state is rounded once a token here, and once a chunk there.
     assert float((decoded - exact)[:, -4:].norm()) < 0.05 * float(exact[:, -4:].norm())
+
+
+def test_a_state_in_float32_goes_from_window_to_window():
+    model = recall.load_model()
+    options = ChunkOptions(value_bits=16, state_bits="float32")
+    plan = qinvert.calibrate(model, recall.sequences(2), scope="chunk", target="npu-qdq-int16", chunk=options)
+    tokens = recall.sequences(1, seed=5)[:, :130]
+    found, states = driven(model, plan, tokens, 1)
+    exact = whole(model, plan, tokens)
+    assert float((found - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+    # It lies on no grid.
+    state = next(x for name, x in states.items() if name.startswith("recurrent"))
+    steps = state / next(iter(plan.layers.values())).tensors["v_new"].scale
+    assert float((steps - steps.round()).abs().max()) > 0.1
 
 
 def test_the_model_is_what_it_was(remembering):
