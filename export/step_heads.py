@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from qinvert.calibration.head_names import entries_of, head_name, is_split
+from qinvert.calibration.head_names import entries_of, head_name, is_split, layer_name
 from qinvert.chunk_step.ports import step_sizes
 from qinvert.errors import ExportError
 from qinvert.export.graph import GraphBuilder
@@ -52,7 +52,7 @@ def graph_layers(plan: Plan) -> tuple[str, ...]:
     """Return the layers that have a graph of their own: heads of a chunk step share that of their layer."""
     names = dict[str, None]()
     for name, each in plan.layers.items():
-        layer = name.rpartition("/")[0]
+        layer = layer_name(name)
         names[layer if is_step(each) and is_split(plan, layer) else name] = None
     return tuple(names)
 

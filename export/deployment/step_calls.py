@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import torch
 
-from qinvert.calibration.head_names import is_split
+from qinvert.calibration.head_names import is_split, layer_name
 from qinvert.chunk_step.ports import (
     BETA,
     KEY,
@@ -72,7 +72,7 @@ def layer_steps(plan: Plan, chunks: int | None, hardware: Hardware | None) -> di
     """
     steps = {}
     for name, layer in plan.layers.items():
-        if is_split(plan, name.rpartition("/")[0]):
+        if is_split(plan, layer_name(name)):
             raise PlanError(
                 f"{name} is the plan of one head, but deployed graphs run the heads of a layer together; "
                 "calibrate with granularity='tensor'"

@@ -23,6 +23,7 @@ from qinvert.chunk_step.ports import (
 from qinvert.errors import InputError
 from qinvert.execution.value_channels import enter
 from qinvert.export.graph import Sizes
+from qinvert.export.rules.step_ends import HEADS
 from qinvert.export.runtimes import Feed
 from qinvert.export.step_heads import one_head
 from qinvert.export.step_interface import VALID, StepInterface
@@ -197,6 +198,14 @@ def split_data(data: StepData, plans: Sequence[LayerPlan]) -> tuple[StepData, ..
 def one_head_of(arrays: Mapping[str, npt.NDArray[Any]], head: int) -> dict[str, npt.NDArray[Any]]:
     """Return inputs or outputs of one head, with its axis; which tokens count is the same for all."""
     return {name: x if name == VALID else x[:, head : head + 1] for name, x in arrays.items()}
+
+
+def joined_heads(each: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
+    """Return inputs of all heads, of those of each: the inverse of `one_head_of`."""
+    return {
+        name: x if name == VALID else np.concatenate([own[name] for own in each], axis=HEADS)
+        for name, x in each[0].items()
+    }
 
 
 def _array(name: str, value: object) -> npt.NDArray[np.float32]:

@@ -20,9 +20,9 @@ from qinvert.chunk_step.ports import (
     step_sizes,
 )
 from qinvert.execution.value_channels import leave
-from qinvert.export.rules.step_ends import HEADS
 from qinvert.export.step_heads import one_head
 from qinvert.export.step_interface import VALID, StepInterface
+from qinvert.export.verification.step_inputs import joined_heads
 from qinvert.plan.plan import LayerPlan
 
 #: Largest log decay of a token, in magnitude: a state keeps about half of itself over a few tokens.
@@ -69,11 +69,7 @@ def heads_samples(plans: Sequence[LayerPlan], interface: StepInterface) -> dict[
     """Return `step_samples` of a layer, those of each head on its own grids where heads have plans."""
     if len(plans) == 1:
         return step_samples(plans[0], interface)
-    each = [step_samples(plan, one_head(interface), seed=i) for i, plan in enumerate(plans)]
-    return {
-        name: x if name == VALID else np.concatenate([own[name] for own in each], axis=HEADS)
-        for name, x in each[0].items()
-    }
+    return joined_heads([step_samples(plan, one_head(interface), seed=i) for i, plan in enumerate(plans)])
 
 
 def _values(

@@ -14,12 +14,19 @@ import torch
 from qinvert.chunk_step.ports import KEY, QUERY, STATE, VALUE
 from qinvert.errors import ExportError, VerificationError, lookup
 from qinvert.export.exporting import serialize
-from qinvert.export.rules.step_ends import HEAD, HEADS
+from qinvert.export.rules.step_ends import HEAD
 from qinvert.export.runtimes import RUNTIMES, Execution, Feed, Runtime, execute_sequences
 from qinvert.export.step_ends import NORMALIZED, ROTATED, SCALED
-from qinvert.export.step_interface import STATE_OUT, VALID, StepInterface
+from qinvert.export.step_interface import STATE_OUT, StepInterface
 from qinvert.export.verification.comparison import Verification, is_allowed, measured, refusal
-from qinvert.export.verification.step_inputs import StepData, one_head_of, split_data, step_data
+from qinvert.export.verification.step_inputs import (
+    Arrays,
+    StepData,
+    joined_heads,
+    one_head_of,
+    split_data,
+    step_data,
+)
 from qinvert.export.verification.step_reference import StepReference, joined_outputs, step_reference
 from qinvert.export.verification.tolerance import (
     FLOAT_PRODUCT_SHARE,
@@ -116,7 +123,7 @@ class _StepCheck:
     def _feeds(self) -> list[list[Feed]]:
         """The inputs of every call of the whole graph."""
         each = [part.sequences(self.profile) for part in self.parts]
-        return [[_joined_heads(calls) for calls in zip(*row, strict=True)] for row in zip(*each, strict=True)]
+        return [[joined_heads(calls) for calls in zip(*row, strict=True)] for row in zip(*each, strict=True)]
 
     def _part_of(self, sequences: Sequence[Sequence[Feed]], index: int) -> Sequence[Sequence[Feed]]:
         if len(self.parts) == 1:
@@ -126,17 +133,15 @@ class _StepCheck:
     def _of_head(self, index: int) -> str:
         return f" of head {index}" if len(self.parts) > 1 else ""
 
-    def _references(self, inputs: str, made: list[dict[str, Any]] | None) -> list[StepReference]:
-        if made:
-            return [step_reference(*each) for each in self._simulations(made)]
+    def _references(self, inputs: str, made: Sequence[Arrays] | None) -> list[StepReference]:
+        if made is not None:
+            return self._simulated(made)
         if inputs not in self.simulated:
-            nothing: list[dict[str, Any]] = [{} for _ in self.parts]
-            self.simulated[inputs] = [step_reference(*each) for each in self._simulations(nothing)]
+            self.simulated[inputs] = self._simulated([{}] * len(self.parts))
         return self.simulated[inputs]
 
-    def _simulations(self, made: list[dict[str, Any]]) -> Iterator[tuple[StepData, Profile, dict[str, Any]]]:
-        for part, own in zip(self.parts, made, strict=True):
-            yield part, self.profile, own
+    def _simulated(self, made: Sequence[Arrays]) -> list[StepReference]:
+        return [step_reference(part, self.profile, own) for part, own in zip(self.parts, made, strict=True)]
 
     def _judged(
         self,
@@ -198,16 +203,6 @@ class _StepCheck:
     def _tensor(self, index: int, name: str) -> str:
         """What the graph calls a tensor of one part."""
         return HEAD.format(index) + name if len(self.parts) > 1 else name
-
-
-def _joined_heads(feeds: Sequence[Feed]) -> Feed:
-    """Join the inputs of heads along their axis; which tokens count is the same for all."""
-    if len(feeds) == 1:
-        return feeds[0]
-    return {
-        name: x if name == VALID else np.concatenate([feed[name] for feed in feeds], axis=HEADS)
-        for name, x in feeds[0].items()
-    }
 
 
 def _float_ends(data: StepData) -> dict[str, str]:
