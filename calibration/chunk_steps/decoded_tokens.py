@@ -7,16 +7,14 @@ may end inside a chunk, where a state can be larger than behind any chunk.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 import torch
 
-from qinvert.chunk_step.ports import LOG_DECAY
+from qinvert.chunk_step.ports import beyond_decays
 from qinvert.chunk_step.single_token import single_token_program
 from qinvert.delta_rule.chunks import DeltaChunks
-from qinvert.execution.chunk_steps import Observer, run_float
-from qinvert.execution.value_channels import enter
+from qinvert.execution.chunk_steps import Observer, entered, run_float
 from qinvert.matrices import SolvedInverse
 from qinvert.plan.value_channels import ValueChannels
 from qinvert.program.program import Program
@@ -45,12 +43,9 @@ def observe_decoding(
         What happens to values before they enter.
     """
     single = single_token_program(program) or program
-    starts = _chosen(chunks)
     # Once, and not for every token: rotations of a state cost more than its update.
-    starts = replace(starts, v=enter(channels, starts.v), state=enter(channels, starts.state))
-
-    ports = (port.name for port in program.inputs if port.name != LOG_DECAY)
-    wanted = program.depends_on(*ports)
+    starts = entered(_chosen(chunks), channels)
+    wanted = beyond_decays(program)
 
     def observe_wanted(name: str, values: torch.Tensor) -> None:
         if name in wanted:

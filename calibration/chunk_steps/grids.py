@@ -13,7 +13,15 @@ from qinvert.calibration.choices import ScaleRule
 from qinvert.calibration.chunk_steps.observation import Observed
 from qinvert.calibration.chunk_steps.widths import Widths
 from qinvert.calibration.planning.scales import choose_quantizations, residual_partners
-from qinvert.chunk_step.ports import BETA, LOG_DECAY, MAX_LOG_DECAY, READ_STATE, STATE, carried_tensors
+from qinvert.chunk_step.ports import (
+    BETA,
+    LOG_DECAY,
+    MAX_LOG_DECAY,
+    READ_STATE,
+    STATE,
+    beyond_decays,
+    carried_tensors,
+)
 from qinvert.formats import INT8, IntFormat
 from qinvert.numerics.exponentials import safe_scale
 from qinvert.plan.quantization import Quantization, Requantize
@@ -152,8 +160,7 @@ def _decays(program: Program, widths: Widths) -> list[str]:
 
     They reach 1 whatever the data showed: the last chunk of a sequence may hold one token.
     """
-    others = program.depends_on(*(port.name for port in program.inputs if port.name != LOG_DECAY))
-    apart = {*others, *widths.groups[LOG_DECAY]}
+    apart = {*beyond_decays(program), *widths.groups[LOG_DECAY]}
     return [name for name in program.tensors if name not in apart]
 
 

@@ -147,6 +147,11 @@ def carried_tensors(program: StepList) -> tuple[str, ...]:
     return (STATE, *kept, *(port.tensor for port in program.outputs if port.name == STATE))
 
 
+def beyond_decays(program: StepList) -> set[str]:
+    """Return the tensors that do not follow from log decays alone."""
+    return program.depends_on(*(port.name for port in program.inputs if port.name != LOG_DECAY))
+
+
 def state_grid(plan: QuantizedProgram) -> Quantization:
     """Return the grid on which products read the state: its own, or that onto which a float32 is rounded."""
     grids = [plan.tensors[STATE]]

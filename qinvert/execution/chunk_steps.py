@@ -55,7 +55,7 @@ def run_float(
     """The step in floating point, over all chunks of a layer."""
     return _run(
         program,
-        _entered(chunks, channels),
+        entered(chunks, channels),
         lambda batch: FloatEvaluator(batch, dtype, chunks.q.device),
         lambda _, x: x.to(dtype),
         lambda _, x: x,
@@ -94,7 +94,7 @@ def run_integers(
 
     return _run(
         plan.program,
-        _entered(chunks, channels),
+        entered(chunks, channels),
         lambda batch: law.evaluator(plan, batch, chunks.q.device),
         quantized,
         real,
@@ -103,7 +103,8 @@ def run_integers(
     )
 
 
-def _entered(chunks: DeltaChunks, channels: ValueChannels | None) -> DeltaChunks:
+def entered(chunks: DeltaChunks, channels: ValueChannels | None) -> DeltaChunks:
+    """Return chunks whose values and state are in the channels of a plan."""
     if channels is None:
         return chunks
     return replace(chunks, v=enter(channels, chunks.v), state=enter(channels, chunks.state))
