@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -164,6 +165,7 @@ class _Reference:
     ) -> None:
         self.model, self.plan, self.manifest, self.products = model, plan, manifest, products
         self._known: dict[tuple[int, int], tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+        self._logits: dict[tuple[int, bool], torch.Tensor] = {}
 
     def windows(self, ids: Array, decoded: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Logits of all tokens, and the states behind them."""
@@ -194,13 +196,22 @@ class _Reference:
 
     def whole(self, ids: Array) -> torch.Tensor:
         """Logits of the patched model."""
-        with patched(self.model, self.plan, force=True):
-            return self.float_model(ids)
+        return self._logits_of(ids, planned=True)
 
     def float_model(self, ids: Array) -> torch.Tensor:
-        """Logits of the model itself; of equal scores of blocks the first count, as in the graphs."""
-        with LowestIndexFirst():
-            return run_model(self.model, {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]})[0]
+        """Logits of the model itself."""
+        return self._logits_of(ids, planned=False)
+
+    def _logits_of(self, ids: Array, *, planned: bool) -> torch.Tensor:
+        """Logits; of equal scores of blocks the first count, as in the graphs."""
+        # All texts begin alike, so that their length tells them apart.
+        key = len(ids), planned
+        if key not in self._logits:
+            given = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
+            plan = patched(self.model, self.plan, force=True) if planned else nullcontext()
+            with plan, LowestIndexFirst():
+                self._logits[key] = run_model(self.model, given)[0]
+        return self._logits[key]
 
 
 def _check(
