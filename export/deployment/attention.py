@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import torch
 
+from qinvert.export.whole_models.method_replacement import replace_method
+
 #: Name under which transformers finds `attention`.
 IMPLEMENTATION: Final = "qinvert_window"
 #: What is added to scores of tokens that a query does not see: ``exp(-1000)`` is 0 in float32.
@@ -105,8 +107,7 @@ def tabled_rotations(model: torch.nn.Module, positions: int) -> Iterator[None]:
         for module in model.modules():
             if hasattr(module, "inv_freq") and hasattr(getattr(module, "config", None), "rope_parameters"):
                 table = _table(module, positions)
-                undo.callback(delattr, module, "forward")
-                setattr(module, "forward", partial(_looked_up, table))  # noqa: B010 - a method
+                replace_method(undo, module, "forward", partial(_looked_up, table))
         yield
 
 

@@ -14,6 +14,7 @@ import torch
 from qinvert.errors import ExportError
 from qinvert.export.deployment.blocks import BlockSizes, block_keys, visible_entries
 from qinvert.export.deployment.cache import WindowCache
+from qinvert.export.whole_models.method_replacement import replace_method
 from qinvert.export.whole_models.sparse_attention import ATTRIBUTES as QWEN
 
 #: What tells an indexer of glm5_next.
@@ -49,20 +50,15 @@ def window_indexers(model: torch.nn.Module, positions: int) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for module in indexers(model):
-            _replace(undo, module, "forward", _forward_of(module, positions))
+            replace_method(undo, module, "forward", _forward_of(module, positions))
         for module in model.modules():
             if hasattr(module, MASK):
-                _replace(undo, module, MASK, _chosen_mask)
+                replace_method(undo, module, MASK, _chosen_mask)
         yield
 
 
 def _is(module: torch.nn.Module, attributes: tuple[str, ...]) -> bool:
     return all(hasattr(module, name) for name in attributes)
-
-
-def _replace(undo: ExitStack, module: torch.nn.Module, name: str, method: Callable[..., Any]) -> None:
-    undo.callback(delattr, module, name)
-    setattr(module, name, method)
 
 
 def _forward_of(module: Any, positions: int) -> Callable[..., torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from qinvert.errors import VerificationError
 from qinvert.export.rules.graph_index import Array, Grid, Structure, attribute
+from qinvert.export.whole_models.method_replacement import replace_method
 from qinvert.formats import INT8, INT16, IntFormat
 from qinvert.numerics.rounding import dequantize, quantize
 
@@ -107,8 +108,7 @@ def quantized_as(model: torch.nn.Module, products: Sequence[QuantizedProduct]) -
                     "integer; deploy again"
                 )
             left.remove(layer)
-            undo.callback(delattr, layer, "forward")
-            setattr(layer, "forward", partial(_linear, product, layer.bias))  # noqa: B010 - a method
+            replace_method(undo, layer, "forward", partial(_linear, product, layer.bias))
         yield
 
 

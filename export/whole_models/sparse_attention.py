@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import torch
 
+from qinvert.export.whole_models.method_replacement import replace_method
+
 #: What tells an indexer of this kind: its projection, and how many blocks of how many tokens it takes.
 ATTRIBUTES: Final = ("index_qk_proj", "block_topk", "compress_ratio")
 
@@ -25,8 +27,7 @@ def traceable_indexers(model: torch.nn.Module) -> Iterator[None]:
     with ExitStack() as undo:
         for module in model.modules():
             if all(hasattr(module, name) for name in ATTRIBUTES):
-                undo.callback(_restore, module, vars(module).get("forward"))
-                setattr(module, "forward", partial(_forward, module))  # noqa: B010 - a method
+                replace_method(undo, module, "forward", partial(_forward, module))
         yield
 
 
@@ -100,10 +101,3 @@ def _forward(
 
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     return selected_tokens(visible[:, 0], indexer.compress_ratio, indexer.block_topk, score)[:, None]
-
-
-def _restore(module: torch.nn.Module, forward: Any) -> None:
-    if forward is None:
-        delattr(module, "forward")
-    else:
-        setattr(module, "forward", forward)  # noqa: B010 - a method
