@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from counting_runtimes import counting_runtime, kept_files
 from deployments import CACHE
 from tiny_models import build, of_layers
 
@@ -26,10 +27,7 @@ def counting(monkeypatch):
     """A chip whose compiler says that a graph costs its bytes, but for one operator, and takes 50 us."""
 
     def compiles(content, feeds, request):
-        kept = {}
-        if request.keep is not None:
-            (request.keep / "chip.bin").write_bytes(content)
-            kept = {str(request.keep / "chip.bin"): "with a loader"}
+        kept = kept_files(content, request)
         if refused and refused[0] in content:
             raise ExportError("counting refuses the graph: it leaves 1 nodes to the CPU: node_7")
         yield Execution(
@@ -41,11 +39,7 @@ def counting(monkeypatch):
         )
 
     refused = []
-    made = Runtime(
-        name="counting", execute=lambda *_: iter(()), summary="", module="json", requirement="",
-        compile=compiles, hardware={"chip": "Chip"}, loading="with a loader",
-    )  # fmt: skip
-    monkeypatch.setitem(RUNTIMES, "counting", made)
+    monkeypatch.setitem(RUNTIMES, "counting", counting_runtime(lambda *_: iter(()), compiles))
     return refused
 
 

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from counting_runtimes import counting_runtime, kept_files
 
 import qinvert
 from qinvert.cli.app import cli
@@ -251,10 +252,7 @@ def counting(monkeypatch):
     """A runtime that computes as onnxruntime does, and says that a graph costs its bytes."""
 
     def compiles(content, feeds, request):
-        kept = {}
-        if request.keep is not None:
-            (request.keep / "chip.bin").write_bytes(content)
-            kept = {str(request.keep / "chip.bin"): "with a loader"}
+        kept = kept_files(content, request)
         for chip in request.hardware:
             cost = CycleEstimate(
                 hardware=chip, cycles=len(content), traffic={"Fill": 7}, source="counted", kept=kept
@@ -263,11 +261,7 @@ def counting(monkeypatch):
         for execution in CPU.execute(content, feeds) if feeds else ():
             yield Execution(setting="host", outputs=execution.outputs, kept=kept)
 
-    made = Runtime(
-        name="counting", execute=CPU.execute, summary="", module="json", requirement="", compile=compiles,
-        hardware={"chip": "Chip"}, loading="with a loader",
-    )  # fmt: skip
-    monkeypatch.setitem(RUNTIMES, "counting", made)
+    monkeypatch.setitem(RUNTIMES, "counting", counting_runtime(CPU.execute, compiles))
 
 
 def verify(*arguments):
