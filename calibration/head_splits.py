@@ -109,7 +109,7 @@ def plan_by_need(planning: InversePlanning, goal_db: float) -> dict[str, LayerPl
 
 
 def heads_by_layer(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of layers, each with those of its heads that are among the names, too."""
+    """Return the names of layers, each with the names of its heads that were given."""
     known = dict.fromkeys(names)
     layers: dict[str, list[str]] = {
         name: [] for name in known if layer_name(name) == name or layer_name(name) not in known
