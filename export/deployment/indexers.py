@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from qinvert.export.deployment.blocks import BlockSizes, block_keys, visible_ent
 from qinvert.export.deployment.cache import WindowCache
 from qinvert.export.whole_models.method_replacement import replace_method
 from qinvert.export.whole_models.sparse_attention import ATTRIBUTES as QWEN
+from qinvert.export.whole_models.sparse_attention import projected
 
 #: What tells an indexer of glm5_next.
 GLM: Final = ("wq_b", "weights_proj", "index_kpool_compress_gate")
@@ -90,11 +90,9 @@ def _qwen(
     """
     if sizes.takes_all:
         return attention_mask
-    rotate = vars(sys.modules[type(indexer).__module__])["apply_rotary_pos_emb"]
+    rotate, query, key = projected(indexer, hidden_states, position_embeddings)
     cos, sin = position_embeddings
     width, turns = indexer.index_head_dim, cos.shape[-1]
-    heads = indexer.index_qk_proj(hidden_states).unflatten(-1, (-1, width))
-    query = rotate(indexer.q_layernorm(heads[:, :, :-1]), cos=cos, sin=sin, unsqueeze_dim=2)
 
     def pool(inputs: torch.Tensor) -> torch.Tensor:
         first = inputs[:, :, 0]
@@ -103,7 +101,7 @@ def _qwen(
         turned: torch.Tensor = rotate(pooled[:, :, None], cos=first_cos, sin=first_sin, unsqueeze_dim=2)
         return turned[:, :, 0]
 
-    inputs = torch.cat([heads[:, :, -1], cos, sin], -1)
+    inputs = torch.cat([key, cos, sin], -1)
     keys = block_keys(past_key_values, indexer.layer_idx, inputs, sizes, pool)
     scores = torch.relu(_products(query, keys)).sum(2) / math.sqrt(width)
     return attention_mask & visible_entries(past_key_values, scores, sizes)

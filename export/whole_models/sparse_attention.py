@@ -76,6 +76,30 @@ def selected_tokens(
     return visible & (chosen.gather(-1, block) | (block >= whole))
 
 
+def projected(
+    indexer: Any, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[Callable[..., Any], torch.Tensor, torch.Tensor]:
+    """Return how an indexer of qwen4_exp rotates, its rotated queries, and the key of every token.
+
+    Parameters
+    ----------
+    indexer : torch.nn.Module
+    hidden_states : torch.Tensor, shape ``[B, T, W]``
+    position_embeddings : tuple of torch.Tensor
+        Cosines and sines of every token.
+
+    Returns
+    -------
+    tuple
+        ``rotate(x, cos=, sin=, unsqueeze_dim=)``, queries ``[B, T, H, D]`` and keys ``[B, T, D]``.
+    """
+    rotate = vars(sys.modules[type(indexer).__module__])["apply_rotary_pos_emb"]
+    cos, sin = position_embeddings
+    heads = indexer.index_qk_proj(hidden_states).unflatten(-1, (-1, indexer.index_head_dim))
+    query = rotate(indexer.q_layernorm(heads[:, :, :-1]), cos=cos, sin=sin, unsqueeze_dim=2)
+    return rotate, query, heads[:, :, -1]
+
+
 def _forward(
     indexer: Any,
     hidden_states: torch.Tensor,
@@ -83,12 +107,8 @@ def _forward(
     attention_mask: torch.Tensor,
     _cache: None = None,
 ) -> torch.Tensor:
-    rotate = vars(sys.modules[type(indexer).__module__])["apply_rotary_pos_emb"]
+    rotate, query, key = projected(indexer, hidden_states, position_embeddings)
     cos, sin = position_embeddings
-    width = indexer.index_head_dim
-    heads = indexer.index_qk_proj(hidden_states).unflatten(-1, (-1, width))
-    query = rotate(indexer.q_layernorm(heads[:, :, :-1]), cos=cos, sin=sin, unsqueeze_dim=2).float()
-    key = heads[:, :, -1]
 
     def score(tokens: torch.Tensor) -> torch.Tensor:
         # Not len(): that would fix the batch.
@@ -96,8 +116,8 @@ def _forward(
         first = tokens[..., 0]
         pooled = indexer.k_layernorm(key[rows[..., None], tokens].float().mean(2).to(key.dtype))
         turned = rotate(pooled[:, :, None], cos=cos[rows, first], sin=sin[rows, first], unsqueeze_dim=2)
-        products: torch.Tensor = torch.einsum("bthd,bnd->btnh", query, turned[:, :, 0].float())
-        return products.relu().sum(-1) / math.sqrt(width)
+        products: torch.Tensor = torch.einsum("bthd,bnd->btnh", query.float(), turned[:, :, 0].float())
+        return products.relu().sum(-1) / math.sqrt(indexer.index_head_dim)
 
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     return selected_tokens(visible[:, 0], indexer.compress_ratio, indexer.block_topk, score)[:, None]
